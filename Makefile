@@ -1,0 +1,51 @@
+# make setup     a virtual environment in .venv, every version pinned (constraints.txt)
+# make test      lint, format check and all tests
+# make uptrain   the paper's recipe in miniature: pre-train, convert, uptrain, report
+#
+# ENGINE=lite (default) installs the stand-in t5x_lite, ENGINE=t5x Google's T5X from
+# GitHub, or from local folders: make setup ENGINE=t5x T5X_DIR=... AIRIO_DIR=...
+# JESTIMATOR_DIR=... (all three). Either replaces the other.
+
+PYTHON ?= python3
+# What is installed stays until ENGINE is given.
+ENGINE ?= $(if $(wildcard .venv/engine-t5x),t5x,lite)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP := .venv/engine-$(ENGINE)
+
+ifneq ($(filter $(ENGINE),lite t5x),$(ENGINE))
+  $(error ENGINE=$(ENGINE) is unknown; choose lite or t5x)
+endif
+
+.PHONY: setup test lint uptrain clean
+
+setup: $(STAMP)
+
+.venv/packages: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 12) or sys.exit("Python 3.11 or 3.12 is needed, and $(PYTHON) is %d.%d; run make setup PYTHON=python3.11" % v)'
+	@echo 'Installing into .venv (a minute or two) ...'
+	$(PYTHON) -m venv .venv
+	$(PIP) --constraint constraints.txt --editable '.[train,t5x,test]'
+	$(PIP) --constraint constraints.txt --no-deps t5  # It would bring nightlies.
+	touch $@
+
+.venv/engine-lite: .venv/packages t5x_lite/setup.py
+	$(PIP) --no-deps --editable ./t5x_lite
+	rm -f .venv/engine-* && touch $@
+
+.venv/engine-t5x: .venv/packages requirements-t5x.txt
+	$(PIP) --no-deps --force-reinstall $(if $(T5X_DIR),$(T5X_DIR) $(AIRIO_DIR) $(JESTIMATOR_DIR),--requirement requirements-t5x.txt)
+	rm -f .venv/engine-* && touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+uptrain: setup
+	$(BIN)/python -m gqa_t5x.reproduce uptrain
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,194 @@
+"""Reads sizes and head counts from a T5.1.1 tree, and says what does not fit.
+
+Everything is found in the checkpoint itself: the relative position bias has one row a
+query head, the query kernel gives the head size, the key kernels the key/value heads.
+
+Letters: V vocabulary, D width, F MLP width, N query heads, K key/value heads, H head
+size.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from gqa_t5x.conversion.errors import ConversionError
+
+# The three kinds of attention, and where their modules live.
+KINDS = {
+  'encoder': ('encoder', 'attention'),
+  'self_attention': ('decoder', 'self_attention'),
+  'cross_attention': ('decoder', 'encoder_decoder_attention'),
+}
+_NORMS = {
+  'encoder': ('pre_attention_layer_norm', 'pre_mlp_layer_norm'),
+  'decoder': (
+    'pre_self_attention_layer_norm',
+    'pre_cross_attention_layer_norm',
+    'pre_mlp_layer_norm',
+  ),
+}
+_EMBEDDING = 'token_embedder/embedding'
+_BIAS = '{}/relpos_bias/rel_embedding'
+_QUERY = 'decoder/layers_0/self_attention/query/kernel'
+_MLP = 'decoder/layers_0/mlp/wi_0/kernel'
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """Sizes of a T5.1.1 model.
+
+  Attributes:
+    vocab_size: V, rows of the embedding.
+    emb_dim: D.
+    mlp_dim: F.
+    num_heads: N.
+    head_dim: H.
+    num_buckets: columns of the relative position bias (32).
+    num_layers: layers by stack, "encoder" and "decoder".
+    num_kv_heads: K by kind of attention, the keys of KINDS.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  mlp_dim: int
+  num_heads: int
+  head_dim: int
+  num_buckets: int
+  num_layers: dict[str, int]
+  num_kv_heads: dict[str, int]
+
+  def attention_modules(self) -> Iterator[tuple[str, str]]:
+    """Yields (kind, path) of every attention module."""
+    for kind, (stack, name) in KINDS.items():
+      for layer in range(self.num_layers[stack]):
+        yield kind, f'{stack}/layers_{layer}/{name}'
+
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """The whole tree: path -> shape of every parameter."""
+    V, D, F = self.vocab_size, self.emb_dim, self.mlp_dim
+    NH = self.num_heads * self.head_dim
+    shapes = {_EMBEDDING: (V, D), 'decoder/logits_dense/kernel': (D, V)}
+    for stack, norms in _NORMS.items():
+      shapes[_BIAS.format(stack)] = (self.num_heads, self.num_buckets)
+      shapes[f'{stack}/{stack}_norm/scale'] = (D,)
+      for layer in range(self.num_layers[stack]):
+        prefix = f'{stack}/layers_{layer}'
+        shapes |= {f'{prefix}/{norm}/scale': (D,) for norm in norms}
+        shapes |= {f'{prefix}/mlp/wi_{i}/kernel': (D, F) for i in (0, 1)}
+        shapes[f'{prefix}/mlp/wo/kernel'] = (F, D)
+    for kind, path in self.attention_modules():
+      KH = self.num_kv_heads[kind] * self.head_dim
+      shapes[f'{path}/query/kernel'] = (D, NH)
+      shapes[f'{path}/key/kernel'] = (D, KH)
+      shapes[f'{path}/value/kernel'] = (D, KH)
+      shapes[f'{path}/out/kernel'] = (NH, D)
+    return shapes
+
+  def num_parameters(self) -> int:
+    """Elements of all parameters."""
+    return sum(math.prod(shape) for shape in self.shapes().values())
+
+  def cache_bytes_per_token(self, kind: str, itemsize: int = 2) -> int:
+    """Bytes of keys and values that decoding keeps for one token.
+
+    Args:
+      kind: "self_attention" (a token of the output) or "cross_attention" (a token of
+        the input).
+      itemsize: bytes of one element; 2 is bfloat16.
+
+    Returns:
+      Bytes over all decoder layers.
+    """
+    layers = self.num_layers[KINDS[kind][0]]
+    return 2 * layers * self.num_kv_heads[kind] * self.head_dim * itemsize
+
+
+def read_architecture(shapes: Shapes) -> Architecture:
+  """Reads the sizes of a model from the shapes of its parameters.
+
+  Args:
+    shapes: path ("decoder/layers_0/mlp/wo/kernel") -> shape, for every parameter.
+
+  Returns:
+    The sizes; `.shapes()` equals the argument.
+
+  Raises:
+    ConversionError: the tree is not a T5.1.1's. The message lists every missing, extra
+      and mismatched key.
+  """
+  num_layers = {stack: _count_layers(shapes, stack) for stack in _NORMS}
+  # Sizes play no role for the names; 1 stands in for them.
+  kv_heads = dict.fromkeys(KINDS, 1)
+  names = Architecture(1, 1, 1, 1, 1, 1, num_layers, kv_heads).shapes().keys()
+  missing, extra = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
+  problems = []
+  if missing:
+    problems.append(f'{len(missing)} missing: {", ".join(missing)}')
+  if extra:
+    problems.append(f'{len(extra)} extra: {", ".join(extra)}')
+  anchors = (_EMBEDDING, _MLP, _QUERY, _BIAS.format('decoder'))
+  unusable = [a for a in anchors if a in shapes and len(shapes[a]) != 2]
+  problems += [f'{a} has shape {shapes[a]}, expected 2 dimensions' for a in unusable]
+  if unusable or not all(a in shapes for a in anchors):
+    raise _not_t5(problems)
+  architecture = _read_sizes(shapes, num_layers, problems)
+  expected = architecture.shapes()
+  mismatched = [
+    f'{path} has shape {tuple(shapes[path])}, expected {expected[path]}'
+    for path in sorted(expected.keys() & shapes.keys())
+    if tuple(shapes[path]) != expected[path]
+  ]
+  if mismatched:
+    problems.append(f'{len(mismatched)} mismatched: {", ".join(mismatched)}')
+  if problems:
+    raise _not_t5(problems)
+  return architecture
+
+
+def _count_layers(shapes: Shapes, stack: str) -> int:
+  pattern = re.compile(rf'{stack}/layers_(\d+)/')
+  found = [int(m[1]) for path in shapes if (m := pattern.match(path))]
+  return max(found, default=0) + 1
+
+
+def _read_sizes(
+  shapes: Shapes, num_layers: dict[str, int], problems: list[str]
+) -> Architecture:
+  """Takes the sizes from four anchor tensors and the first key kernels."""
+  num_heads, num_buckets = shapes[_BIAS.format('decoder')]
+  vocab_size, emb_dim = shapes[_EMBEDDING]
+  query_columns = shapes[_QUERY][1]
+  if query_columns % num_heads:
+    problems.append(
+      f'{_QUERY} has {query_columns} columns, not a multiple of the {num_heads} heads'
+      f' in {_BIAS.format("decoder")}'
+    )
+  head_dim = max(query_columns // num_heads, 1)
+  num_kv_heads = {}
+  for kind, (stack, name) in KINDS.items():
+    key = f'{stack}/layers_0/{name}/key/kernel'
+    columns = shapes.get(key, (0, 0))[-1]
+    heads, rest = divmod(columns, head_dim)
+    if key in shapes and (rest or not heads or num_heads % heads):
+      problems.append(
+        f'{key} has {columns} columns, not a number of heads of size {head_dim} that'
+        f' divides num_heads={num_heads}'
+      )
+    num_kv_heads[kind] = heads
+  return Architecture(
+    vocab_size=vocab_size,
+    emb_dim=emb_dim,
+    mlp_dim=shapes[_MLP][1],
+    num_heads=num_heads,
+    head_dim=head_dim,
+    num_buckets=num_buckets,
+    num_layers=num_layers,
+    num_kv_heads=num_kv_heads,
+  )
+
+
+def _not_t5(problems: list[str]) -> ConversionError:
+  return ConversionError(f'not a T5.1.1 checkpoint: {"; ".join(problems)}')

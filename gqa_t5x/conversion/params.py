@@ -1,0 +1,312 @@
+"""Turns the tree of a whole model: which tensors change, how, and what they become.
+
+`plan_conversion` looks at shapes only and finds every fault before a byte is read; the
+plan's units then do the work one attention module at a time. `convert_params` is the
+same thing for a tree that is in memory.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gqa_t5x.conversion import optimizer
+from gqa_t5x.conversion.architecture import Architecture, read_architecture
+from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x.conversion.methods import AttentionModule, Method, get_method
+from gqa_t5x.conversion.tensors import LazyTensor, TensorSpec, Unit
+
+TARGET = 'target/'
+PARAM_STATES = 'state/param_states/'
+
+Tensors = Mapping[str, LazyTensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A conversion, ready to run.
+
+  Attributes:
+    source: the model before.
+    target: the model after.
+    units: the work; their outputs together are the whole new checkpoint.
+    log: path of each changed kernel -> what is done to its moments.
+  """
+
+  source: Architecture
+  target: Architecture
+  units: list[Unit]
+  log: dict[str, str]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the result, uncompressed."""
+    return sum(unit.nbytes for unit in self.units)
+
+
+def choose_num_kv_heads(
+  source: Architecture,
+  num_kv_heads: int | None,
+  self_attention_num_kv_heads: int | None = None,
+  cross_attention_num_kv_heads: int | None = None,
+  encoder_num_kv_heads: int | None = None,
+) -> dict[str, int]:
+  """Decides how many key/value heads each kind of attention gets.
+
+  Args:
+    source: the model before.
+    num_kv_heads: for decoder self- and cross-attention; None leaves both.
+    self_attention_num_kv_heads: if given, for decoder self-attention instead.
+    cross_attention_num_kv_heads: if given, for cross-attention instead.
+    encoder_num_kv_heads: for the encoder; None leaves it.
+
+  Returns:
+    K by kind of attention, the keys of KINDS.
+
+  Raises:
+    ConversionError: a number does not divide the heads there are, or exceeds them.
+  """
+  wishes = {
+    'encoder': ('encoder_num_kv_heads', encoder_num_kv_heads),
+    'self_attention': ('self_attention_num_kv_heads', self_attention_num_kv_heads),
+    'cross_attention': ('cross_attention_num_kv_heads', cross_attention_num_kv_heads),
+  }
+  chosen = {}
+  for kind, (name, wish) in wishes.items():
+    if wish is None and kind != 'encoder':
+      name, wish = 'num_kv_heads', num_kv_heads
+    heads = source.num_kv_heads[kind]
+    if wish is not None and wish != heads:
+      _check_heads(source.num_heads, heads, name, wish)
+    chosen[kind] = heads if wish is None else wish
+  return chosen
+
+
+def _check_heads(num_heads: int, source_heads: int, name: str, wish: int) -> None:
+  choices = [k for k in range(1, source_heads + 1) if source_heads % k == 0]
+  if wish in choices:
+    return
+  mend = f'choose one of {", ".join(map(str, choices))}'
+  if 0 < wish <= num_heads and num_heads % wish == 0:  # it fits N, but not S
+    there = f"the checkpoint's {source_heads} key/value heads"
+    if wish > source_heads:
+      raise ConversionError(f'{name}={wish} is more than {there}; {mend}')
+    raise ConversionError(f'{there} are not divisible by {name}={wish}; {mend}')
+  raise ConversionError(
+    f'num_heads={num_heads} is not divisible by {name}={wish}; {mend}'
+  )
+
+
+def plan_conversion(
+  tensors: Tensors, *, num_kv_heads: int | None, method: str, seed: int = 0, **kinds
+) -> Plan:
+  """Plans the conversion of a checkpoint.
+
+  Args:
+    tensors: path -> tensor; "target/decoder/..." are the parameters,
+      "state/param_states/decoder/.../v_row" Adafactor's moments (all or none), anything
+      else is copied.
+    num_kv_heads: K for decoder self- and cross-attention.
+    method: a name in methods.METHODS.
+    seed: for methods that draw random numbers.
+    **kinds: self_attention_num_kv_heads, cross_attention_num_kv_heads,
+      encoder_num_kv_heads, as in `choose_num_kv_heads`.
+
+  Returns:
+    The plan; nothing has been read yet.
+
+  Raises:
+    ConversionError: unknown method, heads that do not divide, parameters that are not
+      floating point, or a tree that is not a T5.1.1's (every missing, extra and
+      mismatched key is listed).
+
+  Source: GQA paper (arXiv 2305.13245), sections 2.1 and 2.2.
+  """
+  chosen_method = get_method(method)
+  shapes = {
+    path.removeprefix(TARGET): tensor.shape
+    for path, tensor in tensors.items()
+    if path.startswith(TARGET)
+  }
+  source = read_architecture(shapes)
+  _check_dtypes(tensors)
+  _check_moments(tensors, source)
+  new_heads = choose_num_kv_heads(source, num_kv_heads, **kinds)
+  target = dataclasses.replace(source, num_kv_heads=new_heads)
+  units, log, shapes = [], {}, target.shapes()
+  for kind, path in source.attention_modules():
+    if new_heads[kind] == source.num_kv_heads[kind]:
+      continue
+    module = AttentionModule(
+      path=path,
+      num_heads=source.num_heads,
+      source_num_kv_heads=source.num_kv_heads[kind],
+      num_kv_heads=new_heads[kind],
+      head_dim=source.head_dim,
+      seed=seed,
+    )
+    unit, notes = _module_unit(tensors, module, chosen_method, shapes)
+    units.append(unit)
+    log |= notes
+  changed = {path for unit in units for path in unit.outputs}
+  copied = [_copy_unit(p, t) for p, t in tensors.items() if p not in changed]
+  return Plan(source, target, units + copied, log)
+
+
+def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
+  return Unit({path: tensor}, lambda: {path: tensor.read()})
+
+
+def _moment_paths(parameter: str) -> dict[str, str]:
+  return {name: f'{PARAM_STATES}{parameter}/{name}' for name in optimizer.NAMES}
+
+
+def _module_unit(
+  tensors: Tensors, module: AttentionModule, method: Method, shapes: dict
+) -> tuple[Unit, dict[str, str]]:
+  """The work on one attention module: its kernels and their moments.
+
+  Args:
+    tensors: the whole source.
+    module: which module, and its head counts.
+    method: how.
+    shapes: of all parameters after the conversion.
+
+  Returns:
+    The unit, and path of each changed kernel -> what is done to its moments.
+  """
+  outputs, notes, moments_of = {}, {}, {}
+  for name in method.writes:
+    parameter = f'{module.path}/{name}/kernel'
+    kernel = tensors[TARGET + parameter]
+    new = shapes[parameter]
+    outputs[TARGET + parameter] = TensorSpec(new, kernel.dtype)
+    moments = {n: tensors.get(p) for n, p in _moment_paths(parameter).items()}
+    if None in moments.values():
+      continue
+    old_shapes = {n: moment.shape for n, moment in moments.items()}
+    new_shapes = optimizer.converted_shapes(old_shapes, new)
+    for n, path in _moment_paths(parameter).items():
+      outputs[path] = TensorSpec(new_shapes[n], moments[n].dtype)
+    moments_of[parameter] = (moments, kernel.shape, new)
+    notes[parameter] = optimizer.describe(old_shapes, new_shapes, method.moments)
+
+  def compute():
+    kernels = {n: _read(tensors, f'{module.path}/{n}/kernel') for n in method.reads}
+    converted = method.convert(kernels, module)
+    results = {f'{TARGET}{module.path}/{n}/kernel': a for n, a in converted.items()}
+    for parameter, (moments, shape, new) in moments_of.items():
+      arrays = {n: moment.read() for n, moment in moments.items()}
+      arrays = optimizer.convert_moments(arrays, module, shape, new, method.moments)
+      paths = _moment_paths(parameter)
+      results |= {paths[n]: array for n, array in arrays.items()}
+    return results
+
+  return Unit(outputs, compute), notes
+
+
+def _read(tensors: Tensors, parameter: str) -> np.ndarray:
+  return tensors[TARGET + parameter].read()
+
+
+def _check_dtypes(tensors: Tensors) -> None:
+  """Raises if a parameter is not floating point.
+
+  T5X kept bfloat16 as uint16 before June 2021, and no longer reads it either.
+  """
+  wrong = [
+    f'{path} is {tensor.dtype}'
+    for path, tensor in tensors.items()
+    if path.startswith(TARGET) and tensor.dtype.kind in 'biuc'
+  ]
+  if wrong:
+    raise ConversionError(f'parameters must be floating point: {", ".join(wrong)}')
+
+
+def _check_moments(tensors: Tensors, source: Architecture) -> None:
+  """Raises unless there are no moments, or Adafactor's for every parameter."""
+  found: dict[str, dict] = {}
+  for path, tensor in tensors.items():
+    if path.startswith(PARAM_STATES):
+      parameter, _, name = path.removeprefix(PARAM_STATES).rpartition('/')
+      found.setdefault(parameter, {})[name] = tensor.shape
+  if not found:
+    return
+  shapes = source.shapes()
+  problems = [f'{p} is missing' for p in sorted(shapes.keys() - found.keys())]
+  problems += [f'{p} is extra' for p in sorted(found.keys() - shapes.keys())]
+  for parameter in sorted(shapes.keys() & found.keys()):
+    if problem := optimizer.layout_problem(found[parameter], shapes[parameter]):
+      problems.append(f'{parameter} {problem}')
+  if problems:
+    raise ConversionError(
+      "the optimizer state is not that of T5X's Adafactor: " + '; '.join(problems)
+    )
+
+
+def convert_params(
+  params: Mapping[str, Any],
+  *,
+  num_kv_heads: int | None,
+  method: str,
+  seed: int = 0,
+  **kinds,
+) -> dict[str, Any]:
+  """Converts a tree of parameters in memory.
+
+  Args:
+    params: nested mappings down to arrays, T5X's names:
+      {"decoder": {"layers_0": {"self_attention": {"key": {"kernel": [D, S*H]}}}}}.
+    num_kv_heads: K for decoder self- and cross-attention; None leaves them.
+    method: a name in methods.METHODS.
+    seed: for methods that draw random numbers.
+    **kinds: self_attention_num_kv_heads, cross_attention_num_kv_heads,
+      encoder_num_kv_heads, as in `choose_num_kv_heads`.
+
+  Returns:
+    A new nested dict; changed key and value kernels are [D, K*H] NumPy arrays, all
+    other leaves are the arrays that came in.
+
+  Raises:
+    ConversionError: as `plan_conversion`.
+
+  Source: GQA paper (arXiv 2305.13245), section 2.1.
+  """
+  tensors = {TARGET + p: LazyTensor.of(a) for p, a in flatten(params)}
+  plan = plan_conversion(
+    tensors, num_kv_heads=num_kv_heads, method=method, seed=seed, **kinds
+  )
+  result = {p: a for unit in plan.units for p, a in unit.compute().items()}
+  return unflatten({path: result[path] for path in tensors})['target']
+
+
+def flatten(
+  tree: Mapping[str, Any],
+  is_leaf: Callable[[Mapping], bool] = lambda node: False,
+  prefix: str = '',
+) -> Iterator[tuple[str, Any]]:
+  """Yields ("a/b/c", leaf) of nested mappings, in their order.
+
+  Args:
+    tree: nested mappings.
+    is_leaf: says of a mapping whether it is a leaf itself.
+    prefix: put before each path.
+  """
+  for key, value in tree.items():
+    if isinstance(value, Mapping) and not is_leaf(value):
+      yield from flatten(value, is_leaf, f'{prefix}{key}/')
+    else:
+      yield f'{prefix}{key}', value
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{"a/b/c": leaf} -> nested dicts."""
+  tree: dict[str, Any] = {}
+  for path, value in flat.items():
+    *parents, name = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = value
+  return tree

@@ -1,0 +1,1 @@
+"""Data as seqio tasks, and the text corpus that needs no network."""

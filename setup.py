@@ -1,0 +1,63 @@
+"""Packages gqa_t5x; the gin files travel inside it, as gqa_t5x/gin."""
+
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+GIN_FOLDERS = ['', *sorted(p.name for p in (ROOT / 'gin').iterdir() if p.is_dir())]
+
+
+def _gin_package(folder: str) -> str:
+  return '.'.join(filter(None, ['gqa_t5x', 'gin', folder]))
+
+
+setuptools.setup(
+  name='gqa_t5x',
+  version='0.1.0',
+  description='Grouped-query attention for T5 on T5X: convert, uptrain, decode.',
+  long_description=(ROOT / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
+  python_requires='>=3.11,<3.13',
+  packages=setuptools.find_packages(include=['gqa_t5x', 'gqa_t5x.*'])
+  + [_gin_package(folder) for folder in GIN_FOLDERS],
+  package_dir={
+    _gin_package(folder): f'gin/{folder}'.rstrip('/') for folder in GIN_FOLDERS
+  },
+  package_data={_gin_package(folder): ['*.gin'] for folder in GIN_FOLDERS},
+  # The model, its decoding and the benchmarks need no more than this.
+  install_requires=['flax', 'jax', 'numpy'],
+  extras_require={
+    # Training, conversion, reports. T5X and t5 are installed apart (Makefile): their
+    # own requirements are unpinned git heads and nightlies.
+    'train': [
+      'absl-py',
+      'clu',
+      'gin-config',
+      'matplotlib',
+      'optax',
+      'orbax-checkpoint',
+      'seqio',
+      'tensorboard',
+      'tensorflow',
+      'tensorflow-text',
+      'tensorstore',
+      'tqdm',
+      # What t5 imports.
+      'babel',
+      'editdistance',
+      'nltk',
+      'pandas',
+      'rouge-score',
+      'sacrebleu',
+      'scikit-learn',
+      'scipy',
+      'sentencepiece',
+    ],
+    # What the real T5X imports besides.
+    't5x': ['cached_property', 'chex', 'fiddle', 'grain', 'jaxtyping'],
+    'test': ['pytest', 'ruff'],
+  },
+)

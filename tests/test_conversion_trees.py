@@ -1,0 +1,215 @@
+"""Tiny T5.1.1 checkpoints for the conversion tests, and what is read from their shapes.
+
+The names and shapes below are written out by hand, after T5X's minimal T5.1.1.
+"""
+
+import dataclasses
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from gqa_t5x.conversion.architecture import Architecture, read_architecture
+from gqa_t5x.conversion.errors import ConversionError
+
+V, D, F, N, H = 11, 6, 5, 4, 2
+STEP = 1000
+
+
+def tiny_shapes(num_kv_heads=N, *, encoder_kv_heads=N, decoder_layers=2):
+  """Path -> shape of a T5.1.1 of one encoder and two decoder layers."""
+  shapes = {
+    'token_embedder/embedding': (V, D),
+    'encoder/relpos_bias/rel_embedding': (N, 32),
+    'encoder/layers_0/pre_attention_layer_norm/scale': (D,),
+    'encoder/layers_0/attention/query/kernel': (D, N * H),
+    'encoder/layers_0/attention/key/kernel': (D, encoder_kv_heads * H),
+    'encoder/layers_0/attention/value/kernel': (D, encoder_kv_heads * H),
+    'encoder/layers_0/attention/out/kernel': (N * H, D),
+    'encoder/layers_0/pre_mlp_layer_norm/scale': (D,),
+    'encoder/layers_0/mlp/wi_0/kernel': (D, F),
+    'encoder/layers_0/mlp/wi_1/kernel': (D, F),
+    'encoder/layers_0/mlp/wo/kernel': (F, D),
+    'encoder/encoder_norm/scale': (D,),
+    'decoder/relpos_bias/rel_embedding': (N, 32),
+    'decoder/decoder_norm/scale': (D,),
+    'decoder/logits_dense/kernel': (D, V),
+  }
+  for i in range(decoder_layers):
+    layer = f'decoder/layers_{i}'
+    shapes |= {
+      f'{layer}/pre_self_attention_layer_norm/scale': (D,),
+      f'{layer}/pre_cross_attention_layer_norm/scale': (D,),
+      f'{layer}/pre_mlp_layer_norm/scale': (D,),
+      f'{layer}/mlp/wi_0/kernel': (D, F),
+      f'{layer}/mlp/wi_1/kernel': (D, F),
+      f'{layer}/mlp/wo/kernel': (F, D),
+    }
+    for name in ('self_attention', 'encoder_decoder_attention'):
+      shapes |= {
+        f'{layer}/{name}/query/kernel': (D, N * H),
+        f'{layer}/{name}/key/kernel': (D, num_kv_heads * H),
+        f'{layer}/{name}/value/kernel': (D, num_kv_heads * H),
+        f'{layer}/{name}/out/kernel': (N * H, D),
+      }
+  return shapes
+
+
+def nest(flat):
+  """{"a/b": x} -> {"a": {"b": x}}."""
+  tree = {}
+  for path, value in flat.items():
+    *parents, last = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = value
+  return tree
+
+
+def flat(tree, prefix=''):
+  """The reverse of nest."""
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from flat(value, f'{prefix}{key}/')
+    else:
+      yield prefix + key, value
+
+
+def tiny_params(num_kv_heads=N, seed=0, **kwargs):
+  """Random float32 parameters, nested."""
+  rng = np.random.default_rng(seed)
+  shapes = tiny_shapes(num_kv_heads, **kwargs)
+  return nest({p: rng.normal(size=s).astype(np.float32) for p, s in shapes.items()})
+
+
+def tiny_state(num_kv_heads=N, *, moments=True, **kwargs):
+  """A train state as T5X saves it: parameters, step and Adafactor's moments."""
+  params = tiny_params(num_kv_heads, **kwargs)
+  rng = np.random.default_rng(1)
+  state = {'step': np.asarray(STEP, np.int32)}
+  if moments:
+    unused = {k: np.zeros((1,), np.float32) for k in ('m', 'v_row', 'v_col')}
+    state['param_states'] = nest(
+      {
+        path: {**unused, 'v': rng.random(p.shape, np.float32)}
+        for path, p in flat(params)
+      }
+    )
+  return {'target': params, 'state': state}
+
+
+def write_msgpack(folder: pathlib.Path, tree):
+  """T5X's legacy layout with everything in the msgpack."""
+  from flax import serialization
+
+  folder.mkdir(parents=True)
+  data = serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+  (folder / 'checkpoint').write_bytes(data)
+  return folder
+
+
+def write_orbax(folder: pathlib.Path, tree):
+  """T5X's Orbax layout, written by Orbax as T5X's checkpoint manager does."""
+  import orbax.checkpoint as ocp
+
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder.absolute() / 'state', args=ocp.args.PyTreeSave(tree))
+  return folder
+
+
+def test_reads_sizes_and_heads():
+  got = read_architecture(tiny_shapes(2))
+  assert got == Architecture(
+    vocab_size=V,
+    emb_dim=D,
+    mlp_dim=F,
+    num_heads=N,
+    head_dim=H,
+    num_buckets=32,
+    num_layers={'encoder': 1, 'decoder': 2},
+    num_kv_heads={'encoder': 4, 'self_attention': 2, 'cross_attention': 2},
+  )
+
+
+@pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
+def test_shapes_of_an_architecture_equal_the_tree(num_kv_heads):
+  shapes = tiny_shapes(num_kv_heads)
+  architecture = read_architecture(shapes)
+  assert architecture.shapes() == shapes
+  count = sum(int(np.prod(shape)) for shape in shapes.values())
+  assert architecture.num_parameters() == count
+
+
+def test_parameter_count_and_cache_of_t5_1_1_xxl():
+  mha = Architecture(
+    vocab_size=32128,
+    emb_dim=4096,
+    mlp_dim=10240,
+    num_heads=64,
+    head_dim=64,
+    num_buckets=32,
+    num_layers={'encoder': 24, 'decoder': 24},
+    num_kv_heads={'encoder': 64, 'self_attention': 64, 'cross_attention': 64},
+  )
+  assert mha.num_parameters() == 11_135_332_352
+  # 2 (K and V) * 24 layers * 64 heads * 64 * 2 bytes.
+  assert mha.cache_bytes_per_token('self_attention') == 393_216
+  heads = {'encoder': 64, 'self_attention': 8, 'cross_attention': 1}
+  gqa = dataclasses.replace(mha, num_kv_heads=heads)
+  # 24 layers * 2 kernels * 4096 * 64 * (56 + 63 heads fewer).
+  assert mha.num_parameters() - gqa.num_parameters() == 24 * 2 * 4096 * 64 * 119
+  assert gqa.cache_bytes_per_token('self_attention') == 49_152
+  assert gqa.cache_bytes_per_token('cross_attention') == 6_144
+
+
+def test_every_missing_extra_and_mismatched_key_is_listed():
+  shapes = tiny_shapes()
+  del shapes['decoder/layers_1/mlp/wo/kernel']
+  del shapes['encoder/encoder_norm/scale']
+  shapes['decoder/layers_0/bias'] = (3,)
+  shapes['lm_head/kernel'] = (D, V)
+  shapes['decoder/layers_1/self_attention/value/kernel'] = (D, 2 * H)
+  shapes['encoder/layers_0/mlp/wi_1/kernel'] = (D, F + 1)
+  with pytest.raises(ConversionError) as error:
+    read_architecture(shapes)
+  assert str(error.value) == (
+    'not a T5.1.1 checkpoint: 2 missing: decoder/layers_1/mlp/wo/kernel,'
+    ' encoder/encoder_norm/scale; 2 extra: decoder/layers_0/bias, lm_head/kernel;'
+    ' 2 mismatched: decoder/layers_1/self_attention/value/kernel has shape (6, 4),'
+    ' expected (6, 8), encoder/layers_0/mlp/wi_1/kernel has shape (6, 6),'
+    ' expected (6, 5)'
+  )
+
+
+@pytest.mark.parametrize(
+  ('path', 'shape', 'message'),
+  [
+    (
+      'decoder/relpos_bias/rel_embedding',
+      (3, 32),
+      'self_attention/query/kernel has 8 columns, not a multiple of the 3 heads',
+    ),
+    (
+      'decoder/layers_0/self_attention/key/kernel',
+      (D, 3),
+      'has 3 columns, not a number of heads of size 2 that divides num_heads=4',
+    ),
+    (
+      'decoder/layers_0/self_attention/key/kernel',
+      (D, 6),
+      'has 6 columns, not a number of heads of size 2 that divides num_heads=4',
+    ),
+    ('token_embedder/embedding', (V,), 'expected 2 dimensions'),
+  ],
+)
+def test_shapes_that_contradict_each_other(path, shape, message):
+  with pytest.raises(ConversionError, match=re.escape(message)):
+    read_architecture(tiny_shapes() | {path: shape})
+
+
+def test_another_model_is_refused():
+  with pytest.raises(ConversionError, match=r'29 missing: .*; 1 extra: bert/kernel'):
+    read_architecture({'bert/kernel': (3, 4)})
