@@ -45,7 +45,7 @@ test: setup lint
 	$(BIN)/python -m pytest
 
 uptrain: setup
-	$(BIN)/python -m gqa_t5x.reproduce uptrain
+	$(BIN)/python -m gqa_t5x.reproduce run uptrain
 
 clean:
 	rm -rf .venv

@@ -102,6 +102,7 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: Array) -> Array:
     """Looks up int `[B, T]`; returns `[B, T, D]`."""
+    tokens = tokens.astype(jnp.int32)  # t5x.eval and t5x.infer initialise with floats.
     x_BTD = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(self.dtype)
     return with_sharding_constraint(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
 
@@ -187,10 +188,8 @@ class RelativePositionBiases(nn.Module):
     )
     clipped = jnp.clip(distance_BTS, -self.max_distance, self.max_distance)
     bucket_BTS = jnp.take(jnp.asarray(buckets), clipped + self.max_distance)
-    # A contraction with one-hot rows, not a gather: its gradient is a contraction
-    # too, and both are fast on every backend.
-    one_hot_BTSR = jax.nn.one_hot(bucket_BTS, self.num_buckets, dtype=self.dtype)
-    return jnp.einsum('NR,BTSR->BNTS', table_NR.astype(self.dtype), one_hot_BTSR)
+    bias_NBTS = jnp.take(table_NR.astype(self.dtype), bucket_BTS, axis=1)
+    return jnp.swapaxes(bias_NBTS, 0, 1)
 
 
 class EncoderLayer(nn.Module):

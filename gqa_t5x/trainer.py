@@ -79,8 +79,8 @@ class Trainer(trainer.Trainer):
 
 def _counted(batch_iter: Iterator[Any], bar: tqdm.tqdm) -> Iterator[Any]:
   for batch in batch_iter:
+    bar.update()  # Before the yield: after the last batch nobody asks for more.
     yield batch
-    bar.update()
 
 
 def _check_train_state(model: Any, train_state: Any) -> None:

@@ -1,0 +1,1 @@
+"""From runs to the paper's tables and figures."""
