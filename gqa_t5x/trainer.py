@@ -4,6 +4,7 @@ It checks a restored checkpoint against the model before the first step and the
 first save, and shows progress with the time to go.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,11 @@ import tqdm
 from t5x import trainer
 
 from gqa_t5x import models
+
+# Seconds between redraws: few where they would fill a log file.
+_INTERVAL = (
+  {} if sys.stderr.isatty() or 'TQDM_MININTERVAL' in os.environ else {'mininterval': 10}
+)
 
 
 class Trainer(trainer.Trainer):
@@ -66,7 +72,7 @@ class Trainer(trainer.Trainer):
         initial=first_step,
         desc='train',
         unit='step',
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        **_INTERVAL,
       )
     return super().train(_counted(batch_iter, self._bar), num_steps, start_step)
 

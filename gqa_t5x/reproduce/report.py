@@ -48,14 +48,14 @@ def markdown(rows: list[Row]) -> str:
       continue
     row = losses[method, num_kv_heads, 0]
     after = losses.get((method, num_kv_heads, last_steps))
+    timing = decode[num_kv_heads]
     lines.append(
       f'| {NAMES[num_kv_heads]} | {method.replace("none", "-")}'
       f' | {row["parameters"]:,} | {row["cache_bytes_per_token"]:,}'
       f' | {_scores(row)} | {_scores(after)}'
-      f' | {decode[num_kv_heads]["ms_per_step"] / decode[num_kv_heads]["batch_size"]:.3f}'
+      f' | {timing["ms_per_step"] / timing["batch_size"]:.3f}'
       ' |'
     )
-  timing = next(iter(decode.values()))
   lines += [
     '',
     f'All numbers measured on {first["device"]}, float32, {_versions(first)}. Loss in'

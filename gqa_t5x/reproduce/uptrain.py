@@ -7,11 +7,13 @@ its last checkpoint.
 """
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TextIO
 
 import gqa_t5x
 from gqa_t5x.reproduce import evaluate, report
@@ -156,14 +158,40 @@ def _train(name: str, model_dir: pathlib.Path, log: pathlib.Path, **macros) -> N
 
 
 def _command(module: str, log: pathlib.Path, **flags) -> None:
-  """Runs `python -m module --flags`; shows its progress, keeps its other output."""
+  """Runs `python -m module --flags`; shows its progress bars, logs everything else."""
   command = [sys.executable, '-m', module, *(f'--{k}={v}' for k, v in flags.items())]
+  env = {**os.environ, 'TQDM_MININTERVAL': '1'}
   with log.open('w') as out:
     print(' '.join(command), file=out, flush=True)
-    # Progress goes to stderr, which stays the terminal's.
-    code = subprocess.run(command, stdout=out, check=False).returncode
+    process = subprocess.Popen(
+      command, stdout=out, stderr=subprocess.PIPE, env=env, text=True, bufsize=1
+    )
+    try:
+      _pass_progress(process.stderr, out)
+    finally:
+      process.terminate()
+      code = process.wait()
   if code:
+    end = '\n'.join(log.read_text().splitlines()[-12:])
     raise StageFailed(
-      f'This command failed with exit code {code} (output above and in {log}):\n'
+      f'{end}\n\nThis command failed with exit code {code}; its whole log is {log}:\n'
       f'  {" ".join(command)}'
     )
+
+
+def _pass_progress(lines: Iterable[str], log: TextIO) -> None:
+  """Sends progress bars to the terminal and all other lines to the log.
+
+  Universal newlines have made each redraw of a bar, which ends in a carriage return,
+  a line of its own.
+  """
+  bar = ''
+  for line in lines:
+    if '%|' in line:
+      bar = f'      {line.rstrip()}'
+      print(f'\r{bar}', end='', file=sys.stderr, flush=True)
+    else:
+      log.write(line)
+      log.flush()
+  if bar:
+    print(file=sys.stderr)
