@@ -1,0 +1,171 @@
+"""Every dimension has a sharding rule, and no rule cuts inside a K/V head."""
+
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import model_oracle as oracle
+import pytest
+from flax.linen import partitioning as nn_partitioning
+from t5x import partitioning
+
+from gqa_t5x import axes
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NAMES = [
+  value
+  for name, value in vars(axes).items()
+  if name.isupper() and isinstance(value, str)
+]
+DIMENSIONS = list(itertools.product((1, 2), (1, 2)))
+
+
+def rules(num_kv_heads, num_partitions, dimensions=(1, 1)):
+  return partitioning.standard_logical_axis_rules(
+    *dimensions, additional_rules=axes.kv_head_rules(num_kv_heads, num_partitions)
+  )
+
+
+def resolve(names, *args):
+  """Returns the mesh axes as T5X's partitioner finds them, None for replicated."""
+  return tuple(nn_partitioning.logical_to_mesh_axes(names, rules(*args)))
+
+
+@pytest.mark.parametrize(
+  ('num_heads', 'num_kv_heads', 'expected'),
+  [
+    (8, 8, ('heads', 'joined_kv')),
+    (8, 4, ('kv_heads', 'joined_kv_heads')),
+    (8, 1, ('kv_heads', 'joined_kv_heads')),
+    (1, 1, ('heads', 'joined_kv')),
+  ],
+)
+def test_kv_axes(num_heads, num_kv_heads, expected):
+  assert axes.kv_axes(num_heads, num_kv_heads) == expected
+
+
+@pytest.mark.parametrize(
+  ('num_kv_heads', 'num_partitions', 'expected'),
+  [
+    (8, 1, 'model'),
+    (8, 2, 'model'),
+    (8, 8, 'model'),
+    (8, 16, None),
+    (4, 8, None),
+    (6, 4, None),
+    (1, 1, 'model'),
+    (1, 2, None),
+    (2, 2, 'model'),
+    (None, 1, 'model'),
+    (None, 8, 'model'),
+  ],
+)
+def test_kv_head_rules(num_kv_heads, num_partitions, expected):
+  assert axes.kv_head_rules(num_kv_heads, num_partitions) == (
+    ('kv_heads', expected),
+    ('joined_kv_heads', expected),
+  )
+  kernel = resolve(('embed', 'joined_kv_heads'), num_kv_heads, num_partitions)
+  assert kernel == (None, expected)
+  activation = resolve(
+    ('batch', 'kv_heads', 'length', 'kv'), num_kv_heads, num_partitions
+  )
+  assert activation == ('data', expected, None, None)
+
+
+@pytest.mark.parametrize(
+  ('num_kv_heads', 'num_partitions'), [(0, 1), (-1, 2), (4, 0), (None, 0)]
+)
+def test_kv_head_rules_of_numbers_that_are_not_positive(num_kv_heads, num_partitions):
+  with pytest.raises(ValueError) as error:
+    axes.kv_head_rules(num_kv_heads, num_partitions)
+  heads = num_partitions if num_kv_heads is None else num_kv_heads
+  assert str(error.value) == (
+    f'num_kv_heads={heads} and num_partitions={num_partitions} must both be at least 1.'
+  )
+
+
+def test_no_head_is_cut():
+  """Over all counts: a partition gets a whole number of K/V heads, or all of them."""
+  split = set()
+  for K, partitions in itertools.product(range(1, 17), range(1, 17)):
+    _, mesh_axis = resolve(('embed', 'joined_kv_heads'), K, partitions)
+    if mesh_axis is None:
+      assert K % partitions
+    else:
+      split.add((K, partitions))
+  assert split == {(K, p) for p in range(1, 17) for K in range(p, 17, p)}
+
+
+@pytest.mark.parametrize('dimensions', DIMENSIONS)
+def test_every_name_has_a_rule(dimensions):
+  known = {name for name, _ in rules(2, 2, dimensions)}
+  assert len(NAMES) == 11
+  assert set(NAMES) <= known
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('dimensions', DIMENSIONS)
+def test_every_axis_of_the_model_has_a_rule(K, dimensions):
+  variables = oracle.initial_shapes(oracle.config(K, encoder_num_kv_heads=K))
+  names = oracle.axis_names(variables)
+  assert names.keys() == oracle.flat(variables['params']).keys()
+  known = {name for name, _ in rules(K, 2, dimensions)}
+  assert {axis for axes_ in names.values() for axis in axes_} <= known
+
+
+# Path -> mesh axes of a model with 4 query heads on 2 partitions.
+SHARDED = {
+  1: {'query': (None, 'model'), 'key': (None, None), 'out': ('model', None)},
+  2: {'query': (None, 'model'), 'key': (None, 'model'), 'out': ('model', None)},
+  4: {'query': (None, 'model'), 'key': (None, 'model'), 'out': ('model', None)},
+}
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_what_the_model_resolves_to(K):
+  names = oracle.axis_names(oracle.initial_shapes(oracle.config(K)))
+  expected = SHARDED[K] | {'value': SHARDED[K]['key']}
+  for name, mesh_axes in expected.items():
+    for kind in ('self_attention', 'encoder_decoder_attention'):
+      path = f'decoder/layers_1/{kind}/{name}/kernel'
+      assert resolve(names[path], K, 2) == mesh_axes, path
+  others = {
+    'encoder/layers_0/attention/key/kernel': (None, 'model'),
+    'encoder/relpos_bias/rel_embedding': ('model', None),
+    'decoder/layers_0/mlp/wi_0/kernel': (None, 'model'),
+    'decoder/layers_0/mlp/wo/kernel': ('model', None),
+    'decoder/logits_dense/kernel': (None, 'model'),
+    'token_embedder/embedding': ('model', None),
+    'decoder/decoder_norm/scale': (None,),
+  }
+  assert {path: resolve(names[path], K, 2) for path in others} == others
+
+
+MODULES = ['axes', 'attention', 'kv_cache', 'layers', 'network', 'decoding']
+IMPORT = f"""
+import sys, time
+import jax
+start = time.perf_counter()
+from gqa_t5x import {', '.join(MODULES)}
+seconds = time.perf_counter() - start
+heavy = {{'tensorflow', 'seqio', 'gin', 't5x', 't5', 'tensorflow_text', 'clu'}}
+print(seconds, *sorted(heavy & sys.modules.keys()))
+"""
+
+
+def test_import_is_light():
+  """Best of three, because other processes may be at work on the machine."""
+  seconds = []
+  for _ in range(3):
+    done = subprocess.run(
+      [sys.executable, '-c', IMPORT], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    time, *heavy = done.stdout.split()
+    assert heavy == []
+    seconds.append(float(time))
+    if seconds[-1] < 2:
+      break
+  assert min(seconds) < 2

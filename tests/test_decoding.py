@@ -1,0 +1,367 @@
+"""Step by step equals all at once; greedy decoding equals a plain loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import model_oracle as oracle
+import numpy as np
+import pytest
+
+from gqa_t5x import decoding, network
+
+B, T = oracle.B, oracle.T
+PROMPT_LENGTHS = np.array([3, 0, 4, 1])
+
+
+def empty_cache(module, params, inputs, length):
+  """Makes the cache as T5X does: by a call on tokens that are all ones."""
+  ones = jnp.ones((inputs.shape[0], length), jnp.int32)
+  _, variables = module.apply(
+    {'params': params},
+    encoder_input_tokens=jnp.ones_like(inputs),
+    decoder_input_tokens=ones,
+    decoder_target_tokens=ones,
+    mutable=['cache'],
+    decode=True,
+    enable_dropout=False,
+  )
+  return variables['cache']
+
+
+def with_index(cache, index):
+  return cache | {'decoder': cache['decoder'] | {'cache_index': index}}
+
+
+@functools.cache
+def decode_steps(cfg, index_shape=(), prefill=False):
+  """Compiles `(params, batch, starts) -> (logits [step, B, V], prefill's, cache)`.
+
+  Row b is fed its tokens from position starts[b] on, one at a time.
+  """
+  module = network.Transformer(cfg)
+
+  def call(params, cache, encoded, batch, tokens, **kwargs):
+    return module.apply(
+      {'params': params, 'cache': cache},
+      encoded,
+      batch['encoder_input_tokens'],
+      tokens,
+      jnp.ones_like(tokens),
+      enable_dropout=False,
+      mutable=['cache'],
+      method=module.decode,
+      **kwargs,
+    )
+
+  @jax.jit
+  def run(params, batch, starts):
+    inputs, tokens = batch['encoder_input_tokens'], batch['decoder_input_tokens']
+    encoded = module.apply(
+      {'params': params}, inputs, enable_dropout=False, method=module.encode
+    )
+    cache, prefill_logits = empty_cache(module, params, inputs, T), None
+    if prefill:
+      prompt = jnp.where(jnp.arange(T) <= starts[:, None], tokens, 0)
+      lengths = jnp.sum(prompt != 0, axis=1)
+      prefill_logits, variables = call(
+        params, cache, encoded, batch, prompt, prefill=True, prefill_lengths=lengths
+      )
+      cache = variables['cache']
+    index = jnp.broadcast_to(
+      cache['decoder']['cache_index'], (B,) if index_shape else ()
+    )
+    cache = with_index(cache, index.reshape(index_shape))
+
+    def step(cache, i):
+      position = jnp.minimum(starts + i, T - 1)
+      token = jnp.take_along_axis(tokens, position[:, None], axis=1)
+      logits, variables = call(
+        params, cache, encoded, batch, token, decode=True, max_decode_length=T
+      )
+      return variables['cache'], logits[:, 0]
+
+    cache, logits = jax.lax.scan(step, cache, jnp.arange(T))
+    return logits, prefill_logits, cache
+
+  return run
+
+
+def assert_steps(steps, cfg, starts, tolerance=1e-4):
+  """Compares `[step, B, V]` with the oracle at every real position from starts on."""
+  for b, expected in enumerate(oracle.expected_logits(cfg)):
+    got = np.asarray(steps)[: max(len(expected) - starts[b], 0), b]
+    np.testing.assert_allclose(
+      got, expected[starts[b] :], atol=tolerance, rtol=tolerance, err_msg=f'row {b}'
+    )
+
+
+@pytest.mark.parametrize(
+  ('K', 'index_shape'), [(1, ()), (2, ()), (4, ()), (2, (B,)), (1, (2, 2))]
+)
+def test_steps_equal_the_full_forward_pass(K, index_shape):
+  cfg = oracle.config(K)
+  starts = np.zeros(B, np.int32)
+  steps, _, cache = decode_steps(cfg, index_shape)(
+    oracle.params(cfg), oracle.batch(), starts
+  )
+  assert_steps(steps, cfg, starts)
+  full = oracle.forward(cfg)(oracle.params(cfg), oracle.batch())
+  whole_row = np.argmax(oracle.TARGET_LENGTHS)
+  np.testing.assert_allclose(steps[:, whole_row], full[whole_row], atol=1e-4, rtol=1e-4)
+  np.testing.assert_array_equal(
+    cache['decoder']['cache_index'], np.full(index_shape, T, np.int32)
+  )
+
+
+@pytest.mark.parametrize(
+  ('K', 'index_shape'), [(1, (B,)), (2, (B,)), (4, (B,)), (2, (2, 2)), (4, (2, 2))]
+)
+def test_steps_after_a_prefill_equal_the_full_forward_pass(K, index_shape):
+  """Prompts of 3, 0, 4 and 1 tokens after the start token, then steps."""
+  cfg = oracle.config(K)
+  batch = oracle.batch(pairs_of_full_length())
+  expected = expected_of_full_length(cfg)
+  steps, prefilled, cache = decode_steps(cfg, index_shape, prefill=True)(
+    oracle.params(cfg), batch, PROMPT_LENGTHS
+  )
+  for b, start in enumerate(PROMPT_LENGTHS):
+    np.testing.assert_allclose(
+      prefilled[b, : start + 1], expected[b][: start + 1], atol=1e-4, rtol=1e-4
+    )
+    np.testing.assert_allclose(
+      steps[: T - start, b], expected[b][start:], atol=1e-4, rtol=1e-4
+    )
+  np.testing.assert_array_equal(
+    np.ravel(cache['decoder']['cache_index']), PROMPT_LENGTHS + T
+  )
+
+
+@functools.cache
+def pairs_of_full_length():
+  rng = np.random.default_rng(5)
+  return [(inputs, rng.integers(2, oracle.V, T)) for inputs, _ in oracle.examples()]
+
+
+@functools.cache
+def expected_of_full_length(cfg):
+  return [
+    oracle.oracle_logits(oracle.params(cfg), x, oracle.shift_right(y))
+    for x, y in pairs_of_full_length()
+  ]
+
+
+@functools.cache
+def kept_steps(cfg):
+  """Compiles `(params, batch) -> ([step, B, V], first cache, kept K and V)`."""
+  module = network.Transformer(cfg)
+
+  @jax.jit
+  def run(params, batch):
+    inputs = batch['encoder_input_tokens']
+    first_cache, kept = decoding.prepare(module, params, inputs, T)
+
+    def step(cache, token):
+      logits, cache = decoding.step(module, params, kept, cache, inputs, token, T)
+      return cache, logits
+
+    _, logits = jax.lax.scan(step, first_cache, batch['decoder_input_tokens'].T)
+    return logits, first_cache, kept
+
+  return run
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_steps_with_kept_cross_attention_equal_the_full_forward_pass(K):
+  cfg = oracle.config(K)
+  steps, _, _ = kept_steps(cfg)(oracle.params(cfg), oracle.batch())
+  assert_steps(steps, cfg, np.zeros(B, int))
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_what_is_kept(K):
+  """The first cache is empty; cross K and V are those of the encoded inputs."""
+  cfg = oracle.config(K)
+  params, batch = oracle.params(cfg), oracle.batch()
+  _, cache, kept = kept_steps(cfg)(params, batch)
+  kept = oracle.flat(kept)
+  module = network.Transformer(cfg)
+  inputs = batch['encoder_input_tokens']
+  encoded = np.asarray(
+    module.apply({'params': params}, inputs, enable_dropout=False, method=module.encode)
+  )
+  assert len(kept) == 2 * oracle.DECODER_LAYERS
+  for name in ('key', 'value'):
+    path = f'decoder/layers_1/encoder_decoder_attention/{name}'
+    expected = encoded @ oracle.flat(params)[f'{path}/kernel']
+    expected = expected.reshape(B, oracle.S, K, oracle.H).swapaxes(1, 2)
+    np.testing.assert_allclose(kept[path], expected, atol=1e-5, rtol=1e-5)
+  assert_empty(cache, K)
+
+
+def assert_empty(cache, K):
+  leaves = oracle.flat(cache)
+  assert len(leaves) == 1 + 2 * oracle.DECODER_LAYERS
+  for name, leaf in leaves.items():
+    is_index = name.endswith('cache_index')
+    assert leaf.shape == (() if is_index else (B, K, T, oracle.H)), name
+    np.testing.assert_array_equal(leaf, np.zeros_like(leaf), err_msg=name)
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_the_cache_made_on_ones_holds_no_trace_of_them(K):
+  cfg = oracle.config(K)
+  module = network.Transformer(cfg)
+  make = jax.jit(functools.partial(empty_cache, module, length=T))
+  inputs = oracle.batch()['encoder_input_tokens']
+  assert_empty(make(oracle.params(cfg), inputs=inputs), K)
+
+
+def test_bfloat16_steps_equal_bfloat16_forward():
+  """Both round alike, but for the order of sums: sqrt(40) roundings, as for the
+  whole model against float32 (test_network.py)."""
+  cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=True)
+  params, batch = oracle.params(oracle.config(2)), oracle.batch()
+  steps, cache, _ = kept_steps(cfg)(params, batch)
+  full = np.asarray(oracle.forward(cfg)(params, batch))
+  assert oracle.flat(cache)['decoder/layers_0/self_attention/cached_key'].dtype == (
+    jnp.bfloat16
+  )
+  real = batch['decoder_target_tokens'] > 0
+  difference = (np.swapaxes(steps, 0, 1) - full)[real]
+  relative = np.sqrt(np.mean(difference**2) / np.mean(full[real] ** 2))
+  assert relative < np.sqrt(40) * float(jnp.finfo(jnp.bfloat16).eps) / 2
+
+
+def decode_once(**overrides):
+  """Traces one step with arguments that a test gets wrong."""
+  cfg = oracle.config(2)
+  module, params = network.Transformer(cfg), oracle.params(cfg)
+  inputs = jnp.asarray(oracle.batch()['encoder_input_tokens'])
+
+  def step():
+    cache = empty_cache(module, params, inputs, T)
+    arguments = {
+      'encoded': jnp.zeros((B, oracle.S, oracle.D)),
+      'encoder_input_tokens': inputs,
+      'decoder_input_tokens': inputs[:, :1],
+      'decoder_target_tokens': inputs[:, :1],
+      'enable_dropout': False,
+      'decode': True,
+      'max_decode_length': T,
+    }
+    return module.apply(
+      {'params': params, 'cache': cache},
+      **(arguments | overrides),
+      mutable=['cache'],
+      method=module.decode,
+    )[0]
+
+  return jax.eval_shape(step)
+
+
+def test_decode_with_packed_examples():
+  assert decode_once().shape == (B, 1, oracle.V)
+  with pytest.raises(ValueError, match='packed examples cannot be decoded; set pack'):
+    decode_once(encoder_segment_ids=jnp.ones((B, oracle.S), jnp.int32))
+
+
+@pytest.mark.parametrize('length', [1, T - 1, T + 1])
+def test_decode_with_another_length_than_the_cache(length):
+  message = f'max_decode_length={length}, but the cache was made for 6 positions; pass'
+  with pytest.raises(ValueError, match=message):
+    decode_once(max_decode_length=length)
+
+
+# Greedy decoding.
+
+LENGTH = 8
+
+
+@functools.cache
+def greedy_loop(cfg, eos_id=-1):
+  """The oracle: the whole forward pass anew for every token; `[B, T]` and scores."""
+  tokens, scores = np.zeros((B, LENGTH), int), np.zeros(B)
+  for b, (inputs, _) in enumerate(oracle.examples()):
+    decoder_inputs = [0]
+    for t in range(LENGTH):
+      logits = oracle.oracle_logits(
+        oracle.params(cfg), inputs, np.array(decoder_inputs)
+      )
+      probabilities = oracle.softmax(logits[-1])
+      best = int(np.argmax(probabilities))
+      tokens[b, t] = best
+      scores[b] += np.log(probabilities[best])
+      decoder_inputs.append(best)
+      if best == eos_id:
+        break
+  return tokens, scores
+
+
+@functools.cache
+def greedy(cfg, max_length=LENGTH):
+  """Compiles `(params, inputs, eos_id) -> (tokens, scores, steps taken)`."""
+  module = network.Transformer(cfg)
+
+  def run(params, inputs, eos_id):
+    return decoding.greedy(module, params, inputs, max_length, eos_id)
+
+  return jax.jit(run)
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_greedy_equals_a_loop_over_the_forward_pass(K):
+  cfg = oracle.config(K)
+  tokens, scores = greedy(cfg)(
+    oracle.params(cfg), oracle.batch()['encoder_input_tokens'], -1
+  )
+  expected_tokens, expected_scores = greedy_loop(cfg)
+  assert len(np.unique(expected_tokens)) > 4  # The model does not repeat itself only.
+  assert (tokens.dtype, scores.dtype) == (jnp.int32, jnp.float32)
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_greedy_stops_rows_at_the_end_marker(K):
+  """The marker is a token that some row emits early; zeros follow it."""
+  cfg = oracle.config(K)
+  eos_id = int(greedy_loop(cfg)[0][0, 1])
+  expected_tokens, expected_scores = greedy_loop(cfg, eos_id)
+  tokens, scores = greedy(cfg)(
+    oracle.params(cfg), oracle.batch()['encoder_input_tokens'], eos_id
+  )
+  assert (expected_tokens[0, 2:] == 0).all()
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+
+
+def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
+  """Four equal rows end together; no step is taken after that."""
+  cfg = oracle.config(2)
+  inputs = np.tile(oracle.batch()['encoder_input_tokens'][:1], (B, 1))
+  row = greedy_loop(cfg)[0][0]
+  eos_id = int(row[3])
+  last = list(row).index(eos_id)
+  taken, step = [], decoding.step
+
+  def counted(*args):
+    jax.debug.callback(lambda: taken.append(1))
+    return step(*args)
+
+  monkeypatch.setattr(decoding, 'step', counted)
+  module = network.Transformer(cfg)
+  tokens, _ = jax.jit(
+    lambda params: decoding.greedy(module, params, inputs, LENGTH, eos_id)
+  )(oracle.params(cfg))
+  expected = np.where(np.arange(LENGTH) <= last, row, 0)
+  np.testing.assert_array_equal(tokens, np.tile(expected, (B, 1)))
+  jax.effects_barrier()
+  assert len(taken) == last + 1
+
+
+@pytest.mark.parametrize('max_length', [0, -3])
+def test_greedy_with_a_bad_length(max_length):
+  cfg = oracle.config(2)
+  with pytest.raises(ValueError, match=f'^max_length={max_length} must be at least 1'):
+    greedy(cfg, max_length)(oracle.params(cfg), np.ones((1, 2), np.int32), 1)

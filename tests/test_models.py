@@ -1,0 +1,273 @@
+"""The T5X adapter: decoding through T5X's interface, and checks of parameters."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import model_oracle as oracle
+import numpy as np
+import pytest
+import seqio
+from flax import core, traverse_util
+from t5x import adafactor, train_state
+from t5x import models as t5x_models
+from t5x import trainer as t5x_trainer
+
+from gqa_t5x import decoding, models, network, trainer
+
+K = 2
+KEY = 'decoder/layers_1/self_attention/key/kernel'
+
+
+def model(num_kv_heads=K, eos_id=1, **kwargs):
+  vocabulary = seqio.PassThroughVocabulary(size=oracle.V, eos_id=eos_id)
+  return models.EncoderDecoderModel(
+    network.Transformer(oracle.config(num_kv_heads)),
+    vocabulary,
+    vocabulary,
+    adafactor.Adafactor(decay_rate=0.8, step_offset=0),
+    **kwargs,
+  )
+
+
+def params(num_kv_heads=K):
+  return oracle.params(oracle.config(num_kv_heads))
+
+
+greedy = jax.jit(decoding.greedy, static_argnames=('module', 'max_length'))
+
+
+@pytest.fixture(autouse=True)
+def compiled_greedy(monkeypatch):
+  """Compiles greedy decoding once for all tests."""
+  monkeypatch.setattr(decoding, 'greedy', greedy)
+
+
+@functools.cache
+def expected_decodes(eos_id):
+  """What gqa_t5x.decoding gives, which tests/test_decoding.py proves."""
+  inputs = oracle.batch()['encoder_input_tokens']
+  tokens, scores = greedy(
+    model().module, params(), inputs, max_length=oracle.T, eos_id=eos_id
+  )
+  return np.asarray(tokens), np.asarray(scores)
+
+
+def test_predict():
+  tokens, aux = jax.jit(model().predict_batch_with_aux)(params(), oracle.batch())
+  expected_tokens, expected_scores = expected_decodes(1)
+  assert aux.keys() == {'scores'}
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  np.testing.assert_allclose(aux['scores'], expected_scores, atol=1e-5)
+  assert (np.exp(expected_scores) < 1).all()
+
+
+@pytest.mark.parametrize(
+  ('default', 'asked', 'returned'),
+  [
+    (False, None, False),
+    (False, True, True),
+    (True, None, True),
+    (True, False, False),
+  ],
+)
+def test_predict_returns_all_decodes_when_asked(default, asked, returned):
+  """All is one decode a row, in T5X's dimension for decodes."""
+  decoder_params = t5x_models.DecoderParams(return_all_decodes=default)
+  tokens, aux = model(default_decoder_params=decoder_params).predict_batch_with_aux(
+    params(), oracle.batch(), return_all_decodes=asked
+  )
+  expected_tokens, expected_scores = expected_decodes(1)
+  if returned:
+    expected_tokens, expected_scores = (
+      expected_tokens[:, None],
+      expected_scores[:, None],
+    )
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  np.testing.assert_array_equal(aux['scores'], expected_scores)
+
+
+def test_predict_ends_at_the_marker_of_the_vocabulary():
+  eos_id = int(expected_decodes(1)[0][0, 1])
+  tokens = model(eos_id=eos_id).predict_batch(params(), oracle.batch())
+  np.testing.assert_array_equal(tokens, expected_decodes(eos_id)[0])
+  assert (np.asarray(tokens)[0, 2:] == 0).all()
+
+
+def test_predict_in_bfloat16_keeps_float32_scores():
+  vocabulary = seqio.PassThroughVocabulary(size=oracle.V, eos_id=1)
+  cfg = oracle.config(K, dtype=jnp.bfloat16)
+  bfloat16 = models.EncoderDecoderModel(
+    network.Transformer(cfg), vocabulary, vocabulary, adafactor.Adafactor()
+  )
+  _, aux = bfloat16.predict_batch_with_aux(params(), oracle.batch())
+  assert aux['scores'].dtype == jnp.float32
+  exact = expected_decodes(1)[1]
+  assert 0 < np.abs(aux['scores'] - exact).max() < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    ({'num_decodes': 4}, 'num_decodes=4'),
+    ({'prompt_with_targets': True}, 'prompt_with_targets=True'),
+    ({'decoder_params': {'alpha': 0.6}}, "decoder_params={'alpha': 0.6}"),
+  ],
+)
+def test_what_needs_a_decode_function_of_t5x(arguments, said):
+  with pytest.raises(ValueError, match=re.escape(said)) as error:
+    model().predict_batch_with_aux(params(), oracle.batch(), **arguments)
+  assert 'bind models.EncoderDecoderModel.decode_fn to' in str(error.value)
+
+
+def test_loss_and_scores():
+  """Cross entropy of the oracle's logits, summed over real tokens."""
+  batch = oracle.batch()
+  batch['decoder_loss_weights'] = (batch['decoder_target_tokens'] > 0).astype(int)
+  vocabulary = seqio.PassThroughVocabulary(size=oracle.V, eos_id=1)
+  plain = t5x_models.EncoderDecoderModel(
+    model().module, vocabulary, vocabulary, adafactor.Adafactor()
+  )
+  expected = [
+    sum(np.log(oracle.softmax(logits)[np.arange(len(targets)), targets]))
+    for logits, (_, targets) in zip(
+      oracle.expected_logits(oracle.config(K)), oracle.examples(), strict=True
+    )
+  ]
+  scores, *losses = jax.jit(
+    lambda params: (
+      model().score_batch(params, batch),
+      model().loss_fn(params, batch, dropout_rng=None)[0],
+      plain.loss_fn(params, batch, dropout_rng=None)[0],  # T5X's class takes it, too.
+    )
+  )(params())
+  np.testing.assert_allclose(scores, expected, rtol=1e-4)
+  np.testing.assert_allclose(losses, [-sum(expected)] * 2, rtol=1e-4)
+
+
+# Parameters that do not fit.
+
+
+def test_parameters_that_fit():
+  assert models.check_params(model(), params()) is None
+  shapes = oracle.initial_shapes(oracle.config(K))['params']
+  assert models.check_params(model(), core.freeze(shapes)) is None
+
+
+def test_every_difference_is_listed():
+  D, H = oracle.D, oracle.H
+  leaves = oracle.flat(params()) | {
+    KEY: np.zeros((D, 4 * H)),
+    'token_embedder/embedding': np.zeros((51, D)),
+    'decoder/position_embedder': np.zeros(3),
+  }
+  del leaves['encoder/encoder_norm/scale']
+  wrong = traverse_util.unflatten_dict(leaves, sep='/')
+  with pytest.raises(ValueError) as error:
+    models.check_params(model(), wrong)
+  assert str(error.value).splitlines() == [
+    'The parameters of the checkpoint do not fit the model:',
+    '  decoder/layers_1/self_attention/key/kernel: (20, 24) in the checkpoint,'
+    ' (20, 12) in the model',
+    '  decoder/position_embedder: (3,) in the checkpoint, unknown in the model',
+    '  encoder/encoder_norm/scale: missing in the checkpoint, (20,) in the model',
+    '  token_embedder/embedding: (51, 20) in the checkpoint, (50, 20) in the model',
+    "If only key and value kernels differ, set NUM_KV_HEADS to the checkpoint's heads,"
+    ' or convert it: python -m gqa_t5x.convert --help. If others do, this is a'
+    ' checkpoint of another model size.',
+  ]
+
+
+def test_a_long_list_is_cut():
+  wrong = {'token_embedder': params()['token_embedder']}
+  missing = len(oracle.flat(params())) - 1
+  with pytest.raises(ValueError) as error:
+    models.check_params(model(), wrong)
+  lines = str(error.value).splitlines()
+  assert len(lines) == 1 + 8 + 1 + 1
+  assert lines[-2] == f'  ... and {missing - 8} more'
+
+
+@pytest.mark.parametrize('call', ['predict_batch_with_aux', 'score_batch'])
+@pytest.mark.parametrize('num_kv_heads', [1, oracle.N])
+def test_decoding_and_scoring_refuse_other_heads(call, num_kv_heads):
+  got, expected = (oracle.D, num_kv_heads * oracle.H), (oracle.D, K * oracle.H)
+  said = f'{KEY}: {got} in the checkpoint, {expected} in the model'
+  with pytest.raises(ValueError, match=re.escape(said)):
+    getattr(model(), call)(params(num_kv_heads), oracle.batch())
+
+
+# The trainer.
+
+
+@functools.cache
+def make_state(num_kv_heads=K):
+  shapes = oracle.initial_shapes(oracle.config(num_kv_heads))
+  variables = {'params': params(num_kv_heads), 'params_axes': shapes['params_axes']}
+  optimizer_def = adafactor.Adafactor(decay_rate=0.8, step_offset=0)
+  return train_state.FlaxOptimTrainState.create(optimizer_def, core.freeze(variables))
+
+
+def make_trainer(state, **kwargs):
+  arguments = dict(
+    model=model(),
+    train_state=state,
+    partitioner=None,
+    eval_names=[],
+    summary_dir=None,
+    train_state_axes=None,
+    rng=jax.random.PRNGKey(0),
+    learning_rate_fn=lambda step: 0.01,
+    num_microbatches=None,
+  )
+  return trainer.Trainer(**(arguments | kwargs))
+
+
+def test_trainer_takes_a_state_that_fits():
+  state = make_state()
+  this = make_trainer(state)
+  assert isinstance(this, t5x_trainer.Trainer)
+  assert this.train_state is state
+  this.close()
+
+
+@pytest.mark.parametrize('num_kv_heads', [1, oracle.N])
+def test_trainer_refuses_other_heads(num_kv_heads):
+  with pytest.raises(ValueError, match='The parameters of the checkpoint') as error:
+    make_trainer(make_state(num_kv_heads))
+  shapes = (20, num_kv_heads * 6), (20, 12)
+  assert f'{KEY}: {shapes[0]} in the checkpoint, {shapes[1]} in' in str(error.value)
+  assert 'convert it: python -m gqa_t5x.convert --help' in str(error.value)
+
+
+def test_trainer_refuses_other_moments():
+  state = make_state()
+  tree = state.state_dict()
+  kernel = tree['state']['param_states']['decoder']['layers_1']['self_attention']['key']
+  kernel['kernel']['v'] = np.zeros((20, 24), np.float32)
+  with pytest.raises(ValueError, match='The optimizer moments of the') as error:
+    make_trainer(state.restore_state(tree))
+  assert f'{KEY}/v: (20, 24) in the checkpoint, (20, 12) in' in str(error.value)
+
+
+def test_trainer_counts_steps_to_the_end_of_the_run(monkeypatch):
+  """A bar of the whole run that starts where the checkpoint was written."""
+  seen = []
+
+  def train(self, batch_iter, num_steps, start_step=None):
+    seen.extend(next(batch_iter) for _ in range(num_steps))
+    return {'start_step': start_step}
+
+  monkeypatch.setattr(t5x_trainer.Trainer, 'train', train)
+  this = make_trainer(make_state(), total_steps=100)
+  assert this.train(iter('abcdef'), 3, start_step=40) == {'start_step': 40}
+  assert this.train(iter('xyz'), 2, start_step=43) == {'start_step': 43}
+  assert seen == ['a', 'b', 'c', 'x', 'y']
+  assert (this._bar.initial, this._bar.total) == (40, 100)
+  assert this._bar.n == 40 + 3 + 2
+  this.close()
+  without_bar = make_trainer(make_state())
+  without_bar.train(iter('ab'), 1)
+  assert without_bar._bar is None
+  without_bar.close()
