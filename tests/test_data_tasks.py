@@ -15,41 +15,41 @@ from gqa_t5x.data import corpus as corpus_lib
 from gqa_t5x.data import tasks
 from gqa_t5x.data import vocabulary as vocabulary_lib
 
-TINY = corpus_lib.Corpus("tiny", ("topics", "asyncio", "email", "logging", "unittest"))
-TASK = "tiny_span_corruption"
-LENGTHS = {"inputs": 128, "targets": 32}
+TINY = corpus_lib.Corpus('tiny', ('topics', 'asyncio', 'email', 'logging', 'unittest'))
+TASK = 'tiny_span_corruption'
+LENGTHS = {'inputs': 128, 'targets': 32}
 EXTRA_IDS = 100
 LAST_ID = 4095
 
 TEXTS = [
-  "Return the value.",
-  "Lines:\n\n  indented\n    more\n",
-  "double  and    fourfold spaces, trailing too  ",
-  "naïve café, ﬁ ½ …, Ελληνικά, 日本語, 🙂\u00a0!",
-  "tab\tbell\x07",
+  'Return the value.',
+  'Lines:\n\n  indented\n    more\n',
+  'double  and    fourfold spaces, trailing too  ',
+  'naïve café, ﬁ ½ …, Ελληνικά, 日本語, 🙂\u00a0!',
+  'tab\tbell\x07',
   ">>> f(x)[0] = {'a': 1}  # comment",
-  "\n",
+  '\n',
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def task(tmp_path_factory):
   """The registered task of a tiny corpus in a cache of this file's own."""
   with pytest.MonkeyPatch.context() as monkeypatch:
-    cache = tmp_path_factory.mktemp("cache") / "not_there_yet"
-    monkeypatch.setenv("GQA_T5X_CACHE", str(cache))
+    cache = tmp_path_factory.mktemp('cache') / 'not_there_yet'
+    monkeypatch.setenv('GQA_T5X_CACHE', str(cache))
     task = tasks.add_span_corruption(TASK, TINY)
     assert not cache.exists()  # Registering builds nothing.
     yield task
     seqio.TaskRegistry.remove(TASK)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def vocabulary(task):
   return vocabulary_lib.CorpusVocabulary(TINY)
 
 
-def _batches(split="train", seed=42, shuffle=True, num_epochs=1, **kwargs):
+def _batches(split='train', seed=42, shuffle=True, num_epochs=1, **kwargs):
   return seqio.get_dataset(
     TASK,
     LENGTHS,
@@ -75,11 +75,11 @@ def test_vocabulary_ids(vocabulary):
   assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id) == (0, 1, 2)
   assert vocabulary.bos_id == -1
   assert vocabulary.extra_ids == EXTRA_IDS
-  assert vocabulary.encode("<extra_id_0> <extra_id_1>") == [LAST_ID, LAST_ID - 1]
-  assert vocabulary.encode("<extra_id_99>") == [LAST_ID - 99]
+  assert vocabulary.encode('<extra_id_0> <extra_id_1>') == [LAST_ID, LAST_ID - 1]
+  assert vocabulary.encode('<extra_id_99>') == [LAST_ID - 99]
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize('text', TEXTS)
 def test_vocabulary_round_trips(vocabulary, text):
   ids = vocabulary.encode(text)
   assert vocabulary.decode(ids) == text
@@ -91,14 +91,14 @@ def test_vocabulary_round_trips(vocabulary, text):
 
 
 def test_vocabulary_round_trips_the_corpus(vocabulary):
-  texts = list(corpus_lib.read(TINY, "validation"))
+  texts = list(corpus_lib.read(TINY, 'validation'))
   ids = [vocabulary.encode(text) for text in texts]
   assert [vocabulary.decode(i) for i in ids] == texts
   assert sum(map(len, texts)) > 2.5 * sum(map(len, ids))
 
 
 def test_vocabulary_training_is_deterministic(vocabulary):
-  with open(vocabulary_lib.ensure(TINY), "rb") as file:
+  with open(vocabulary_lib.ensure(TINY), 'rb') as file:
     assert file.read() == vocabulary_lib._train(TINY)
 
 
@@ -110,39 +110,39 @@ def test_model_and_task_have_the_same_vocabulary(task, vocabulary):
   assert untrained == vocabulary
   assert copy.deepcopy(vocabulary) == vocabulary
   assert pickle.loads(pickle.dumps(vocabulary)) == vocabulary
-  other = corpus_lib.Corpus("other", TINY.sources)
+  other = corpus_lib.Corpus('other', TINY.sources)
   assert vocabulary_lib.CorpusVocabulary(other) != vocabulary
 
 
 def test_registered_tasks_have_the_vocabulary_that_gin_gives_the_model(monkeypatch):
-  features = seqio.get_mixture_or_task("pydocs_span_corruption").output_features
-  path = pathlib.Path(features["targets"].vocabulary.sentencepiece_model_file)
-  monkeypatch.setenv("GQA_T5X_CACHE", str(path.parents[1]))  # as at the import
+  features = seqio.get_mixture_or_task('pydocs_span_corruption').output_features
+  path = pathlib.Path(features['targets'].vocabulary.sentencepiece_model_file)
+  monkeypatch.setenv('GQA_T5X_CACHE', str(path.parents[1]))  # as at the import
   for corpus in corpus_lib.CORPORA:
     gin.clear_config()
     gin.parse_config(
-      "from __gin__ import dynamic_registration\n"
-      "from gqa_t5x.data import vocabulary\n"
-      "VOCABULARY = @vocabulary.pydocs_vocabulary()\n"
+      'from __gin__ import dynamic_registration\n'
+      'from gqa_t5x.data import vocabulary\n'
+      'VOCABULARY = @vocabulary.pydocs_vocabulary()\n'
       f"vocabulary.pydocs_vocabulary.corpus = '{corpus}'\n"
     )
-    given = gin.query_parameter("VOCABULARY/gin.macro.value").scoped_configurable_fn()
-    task = seqio.get_mixture_or_task(f"{corpus}_span_corruption")
-    assert task.splits == ("train", "validation", "test")
+    given = gin.query_parameter('VOCABULARY/gin.macro.value').scoped_configurable_fn()
+    task = seqio.get_mixture_or_task(f'{corpus}_span_corruption')
+    assert task.splits == ('train', 'validation', 'test')
     assert {f.vocabulary == given for f in task.output_features.values()} == {True}
   gin.clear_config()
-  assert given != vocabulary_lib.pydocs_vocabulary("pydocs")
+  assert given != vocabulary_lib.pydocs_vocabulary('pydocs')
   with pytest.raises(ValueError, match="named 'c4'; choose one of pydocs, pydocs_std"):
-    vocabulary_lib.pydocs_vocabulary("c4")
+    vocabulary_lib.pydocs_vocabulary('c4')
 
 
 def test_the_task_corrupts_spans_as_c4_does():
   def steps(name):
     preprocessors = seqio.get_mixture_or_task(name).preprocessors
-    return [getattr(p, "func", p) for p in preprocessors]
+    return [getattr(p, 'func', p) for p in preprocessors]
 
-  c4 = steps("c4_v220_span_corruption")
-  ours = steps("pydocs_span_corruption")
+  c4 = steps('c4_v220_span_corruption')
+  ours = steps('pydocs_span_corruption')
   assert ours[0] is tasks.line_to_text
   assert [type(step) for step in ours[1:]] == [type(step) for step in c4]
   is_placeholder = [isinstance(s, seqio.CacheDatasetPlaceholder) for s in c4]
@@ -167,17 +167,17 @@ def _uncorrupt(inputs, targets):
   return [t for token in inputs[:-1] for t in spans.get(token, [token])]
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize('split', ['validation', 'test'])
 def test_inputs_and_targets_hold_the_whole_text(task, vocabulary, split):
   dataset = task.get_dataset(LENGTHS, split, shuffle=False, seed=42)
   examples = list(dataset.as_numpy_iterator())
-  tokens = [_uncorrupt(e["inputs"].tolist(), e["targets"].tolist()) for e in examples]
+  tokens = [_uncorrupt(e['inputs'].tolist(), e['targets'].tolist()) for e in examples]
   texts = [vocabulary.encode_tf(text) for text in corpus_lib.read(TINY, split)]
   assert list(itertools.chain(*tokens)) == tf.concat(texts, 0).numpy().tolist()
   # T5's lengths: 128 inputs of 15% noise in spans of 3 come from 141 tokens.
   assert {len(t) for t in tokens[:-1]} == {141}
-  assert {len(e["inputs"]) for e in examples[:-1]} == {128}
-  assert {len(e["targets"]) for e in examples[:-1]} == {29}
+  assert {len(e['inputs']) for e in examples[:-1]} == {128}
+  assert {len(e['targets']) for e in examples[:-1]} == {29}
 
 
 def test_batches_are_a_function_of_the_seed(task):
@@ -187,11 +187,11 @@ def test_batches_are_a_function_of_the_seed(task):
 
 
 def test_evaluation_is_deterministic_and_epochs_differ(task):
-  once = _arrays(_batches("validation", shuffle=False), 1000)
+  once = _arrays(_batches('validation', shuffle=False), 1000)
   assert len(once) > 1
-  assert {len(row) for batch in once for row in batch["encoder_input_tokens"]} == {128}
-  assert {len(row) for batch in once for row in batch["decoder_target_tokens"]} == {32}
-  twice = _arrays(_batches("validation", shuffle=False, num_epochs=2), 2 * len(once))
+  assert {len(row) for batch in once for row in batch['encoder_input_tokens']} == {128}
+  assert {len(row) for batch in once for row in batch['decoder_target_tokens']} == {32}
+  twice = _arrays(_batches('validation', shuffle=False, num_epochs=2), 2 * len(once))
   assert len(twice) == 2 * len(once)
   assert twice[: len(once) - 1] == once[:-1]
   assert twice[len(once) :] != once
@@ -202,51 +202,51 @@ def test_hosts_share_the_training_texts_evenly(task):
   hosts = [
     list(
       source.get_dataset(
-        "train", shuffle=True, seed=0, shard_info=seqio.ShardInfo(i, 4)
+        'train', shuffle=True, seed=0, shard_info=seqio.ShardInfo(i, 4)
       ).as_numpy_iterator()
     )
     for i in range(4)
   ]
-  lines = [line.decode().replace("\x1e", "\n") for host in hosts for line in host]
-  assert sorted(lines) == sorted(corpus_lib.read(TINY, "train"))
+  lines = [line.decode().replace('\x1e', '\n') for host in hosts for line in host]
+  assert sorted(lines) == sorted(corpus_lib.read(TINY, 'train'))
   assert max(map(len, hosts)) - min(map(len, hosts)) <= 2
 
 
 def test_a_saved_iterator_continues_where_it_stopped(task, tmp_path):
   def tokens(iterator):
-    return next(iterator)["encoder_input_tokens"].numpy().tolist()
+    return next(iterator)['encoder_input_tokens'].numpy().tolist()
 
   iterator = iter(_batches(num_epochs=None))
   for _ in range(3):
     tokens(iterator)
-  path = tf.train.Checkpoint(ds=iterator).write(str(tmp_path / "ds"))
+  path = tf.train.Checkpoint(ds=iterator).write(str(tmp_path / 'ds'))
   expected = [tokens(iterator) for _ in range(3)]
   restored = iter(_batches(num_epochs=None))
   tf.train.Checkpoint(ds=restored).read(path).assert_consumed()
   assert [tokens(restored) for _ in range(3)] == expected
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a model", None])
+@pytest.mark.parametrize('damage', [b'', b'not a model', None])
 def test_a_damaged_vocabulary_is_named(tmp_path, monkeypatch, vocabulary, damage):
   vocabulary.load_model()
   model = vocabulary_lib.ensure(TINY)
-  monkeypatch.setenv("GQA_T5X_CACHE", str(tmp_path))
-  folder = corpus_lib.ensure(corpus_lib.Corpus("json", ("json", "asyncio", "email")))
-  with open(model, "rb") as file:
+  monkeypatch.setenv('GQA_T5X_CACHE', str(tmp_path))
+  folder = corpus_lib.ensure(corpus_lib.Corpus('json', ('json', 'asyncio', 'email')))
+  with open(model, 'rb') as file:
     half = file.read()[:30_000]
   path = folder / vocabulary_lib.FILE
   path.write_bytes(half if damage is None else damage)
   damaged = vocabulary_lib.CorpusVocabulary(
-    corpus_lib.Corpus("json", ("json", "asyncio", "email"))
+    corpus_lib.Corpus('json', ('json', 'asyncio', 'email'))
   )
   for _ in range(2):
-    with pytest.raises(ValueError, match=rf"{path} is damaged.*Delete it"):
+    with pytest.raises(ValueError, match=rf'{path} is damaged.*Delete it'):
       damaged.load_model()
 
 
 def test_a_corpus_too_small_for_the_vocabulary_is_named(tmp_path, monkeypatch):
-  monkeypatch.setenv("GQA_T5X_CACHE", str(tmp_path))
-  small = corpus_lib.Corpus("small", ("json", "email"))
+  monkeypatch.setenv('GQA_T5X_CACHE', str(tmp_path))
+  small = corpus_lib.Corpus('small', ('json', 'email'))
   with pytest.raises(ValueError, match=r"'small'.* characters are too few"):
     vocabulary_lib.ensure(small)
   assert not (small.folder / vocabulary_lib.FILE).exists()
