@@ -97,7 +97,11 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     return super().score_batch(params, batch, return_intermediates)
 
 
-def check_params(model: models.BaseTransformerModel, params: Mapping[str, Any]) -> None:
+def check_params(
+  model: models.BaseTransformerModel,
+  params: Mapping[str, Any],
+  source: str = 'the checkpoint',
+) -> None:
   """Checks that parameters have the model's names and shapes.
 
   T5X's restoring checks no shapes: a checkpoint with other heads surfaces later, in
@@ -106,11 +110,12 @@ def check_params(model: models.BaseTransformerModel, params: Mapping[str, Any]) 
   Args:
     model: the model.
     params: parameters (arrays, tracers or shapes).
+    source: where they are from, for the message.
 
   Raises:
     ValueError: listing every difference, and what to do.
   """
-  check_same_shapes(_expected_params(model), params, 'parameters')
+  check_same_shapes(_expected_params(model), params, f'parameters of {source}')
 
 
 def check_same_shapes(expected: Any, got: Any, what: str) -> None:
@@ -136,7 +141,7 @@ def check_same_shapes(expected: Any, got: Any, what: str) -> None:
     if len(differences) > len(shown):
       shown.append(f'  ... and {len(differences) - len(shown)} more')
     raise ValueError(
-      f'The {what} of the checkpoint do not fit the model:\n'
+      f'The {what} do not fit the model:\n'
       + '\n'.join(shown)
       + '\nIf only key and value kernels differ, set NUM_KV_HEADS to the'
       " checkpoint's heads, or convert it: python -m gqa_t5x.convert --help. If"

@@ -28,7 +28,8 @@ class Trainer(trainer.Trainer):
     total_steps: the last step of the run, for the progress bar; None for no bar.
 
   Raises:
-    ValueError: if restored parameters or optimizer moments do not fit the model.
+    ValueError: if restored parameters or optimizer moments do not fit the model, or
+      are of a later step than the last of the run.
   """
 
   def __init__(
@@ -45,7 +46,7 @@ class Trainer(trainer.Trainer):
     total_steps: int | None = None,
     **kwargs,
   ):
-    _check_train_state(model, train_state)
+    _check_train_state(model, train_state, total_steps)
     super().__init__(
       model=model,
       train_state=train_state,
@@ -89,9 +90,17 @@ def _counted(batch_iter: Iterator[Any], bar: tqdm.tqdm) -> Iterator[Any]:
     yield batch
 
 
-def _check_train_state(model: Any, train_state: Any) -> None:
+def _check_train_state(model: Any, train_state: Any, total_steps: int | None) -> None:
   models.check_params(model, train_state.params)
   expected = jax.eval_shape(model.optimizer_def.init_state, train_state.params)
   models.check_same_shapes(
-    expected.param_states, train_state.param_states, 'optimizer moments'
+    expected.param_states,
+    train_state.param_states,
+    'optimizer moments of the checkpoint',
   )
+  step = int(train_state.step)
+  if total_steps is not None and total_steps < step:
+    raise ValueError(
+      f'TRAIN_STEPS={total_steps} is below the step of the checkpoint, {step}.'
+      ' TRAIN_STEPS counts from the first step of pre-training: raise it.'
+    )

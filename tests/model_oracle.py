@@ -15,7 +15,7 @@ import numpy as np
 from flax import core, traverse_util
 from flax.linen import partitioning as nn_partitioning
 
-from gqa_t5x import network
+from gqa_t5x import decoding, network
 
 V, D, F, N, H = 50, 20, 28, 4, 6
 ENCODER_LAYERS, DECODER_LAYERS = 1, 2
@@ -23,22 +23,24 @@ B, S, T = 4, 7, 6
 KV_HEADS = (1, 2, N)
 INPUT_LENGTHS = (5, 7, 3, 6)
 TARGET_LENGTHS = (6, 4, 5, 2)
+DECODE_LENGTH = 8
+
+
+SIZES = dict(
+  vocab_size=V,
+  emb_dim=D,
+  mlp_dim=F,
+  num_heads=N,
+  head_dim=H,
+  num_encoder_layers=ENCODER_LAYERS,
+  num_decoder_layers=DECODER_LAYERS,
+  mlp_activations=('gelu', 'linear'),
+  dropout_rate=0.0,
+)
 
 
 def config(num_kv_heads=None, **overrides):
-  sizes = dict(
-    vocab_size=V,
-    emb_dim=D,
-    mlp_dim=F,
-    num_heads=N,
-    head_dim=H,
-    num_encoder_layers=ENCODER_LAYERS,
-    num_decoder_layers=DECODER_LAYERS,
-    mlp_activations=('gelu', 'linear'),
-    dropout_rate=0.0,
-    num_kv_heads=num_kv_heads,
-  )
-  return network.T5Config(**(sizes | overrides))
+  return network.T5Config(**(SIZES | overrides), num_kv_heads=num_kv_heads)
 
 
 def ones_batch():
@@ -168,6 +170,17 @@ def forward(cfg, module_class=network.Transformer):
       {'params': params}, **batch, enable_dropout=False
     )
   )
+
+
+@functools.cache
+def greedy(cfg, max_length=DECODE_LENGTH):
+  """Returns the compiled `(params, inputs, eos_id) -> (tokens, scores)`."""
+  module = network.Transformer(cfg)
+
+  def run(params, inputs, eos_id):
+    return decoding.greedy(module, params, inputs, max_length, eos_id)
+
+  return jax.jit(run)
 
 
 # The oracle.

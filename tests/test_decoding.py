@@ -275,7 +275,7 @@ def test_decode_with_another_length_than_the_cache(length):
 
 # Greedy decoding.
 
-LENGTH = 8
+LENGTH = oracle.DECODE_LENGTH
 
 
 @functools.cache
@@ -298,21 +298,10 @@ def greedy_loop(cfg, eos_id=-1):
   return tokens, scores
 
 
-@functools.cache
-def greedy(cfg, max_length=LENGTH):
-  """Compiles `(params, inputs, eos_id) -> (tokens, scores, steps taken)`."""
-  module = network.Transformer(cfg)
-
-  def run(params, inputs, eos_id):
-    return decoding.greedy(module, params, inputs, max_length, eos_id)
-
-  return jax.jit(run)
-
-
 @pytest.mark.parametrize('K', oracle.KV_HEADS)
 def test_greedy_equals_a_loop_over_the_forward_pass(K):
   cfg = oracle.config(K)
-  tokens, scores = greedy(cfg)(
+  tokens, scores = oracle.greedy(cfg)(
     oracle.params(cfg), oracle.batch()['encoder_input_tokens'], -1
   )
   expected_tokens, expected_scores = greedy_loop(cfg)
@@ -328,7 +317,7 @@ def test_greedy_stops_rows_at_the_end_marker(K):
   cfg = oracle.config(K)
   eos_id = int(greedy_loop(cfg)[0][0, 1])
   expected_tokens, expected_scores = greedy_loop(cfg, eos_id)
-  tokens, scores = greedy(cfg)(
+  tokens, scores = oracle.greedy(cfg)(
     oracle.params(cfg), oracle.batch()['encoder_input_tokens'], eos_id
   )
   assert (expected_tokens[0, 2:] == 0).all()
@@ -364,4 +353,4 @@ def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
 def test_greedy_with_a_bad_length(max_length):
   cfg = oracle.config(2)
   with pytest.raises(ValueError, match=f'^max_length={max_length} must be at least 1'):
-    greedy(cfg, max_length)(oracle.params(cfg), np.ones((1, 2), np.int32), 1)
+    oracle.greedy(cfg, max_length)(oracle.params(cfg), np.ones((1, 2), np.int32), 1)

@@ -43,8 +43,8 @@ def uptrain(folder, num_kv_heads: int, steps: int, **macros) -> None:
     folder,
     't5x.train',
     'uptrain',
-    MODEL_DIR=str(folder / f'gqa{num_kv_heads}'),
-    INITIAL_CHECKPOINT_PATH=str(folder / f'converted/{num_kv_heads}/checkpoint_4'),
+    MODEL_DIR=f'gqa{num_kv_heads}',
+    INITIAL_CHECKPOINT_PATH=f'converted/{num_kv_heads}/checkpoint_4',
     NUM_KV_HEADS=num_kv_heads,
     TRAIN_STEPS=steps,
     **macros,
@@ -55,8 +55,7 @@ def uptrain(folder, num_kv_heads: int, steps: int, **macros) -> None:
 def first(tmp_path_factory):
   """A run of multi-head attention that stopped after 2 steps."""
   folder = tmp_path_factory.mktemp('end_to_end')
-  model_dir = str(folder / 'mha')
-  commands.engine(folder, 't5x.train', 'pretrain', MODEL_DIR=model_dir, TRAIN_STEPS=2)
+  commands.engine(folder, 't5x.train', 'pretrain', MODEL_DIR='mha', TRAIN_STEPS=2)
   return folder, file_times(folder / 'mha' / 'checkpoint_2')
 
 
@@ -64,11 +63,8 @@ def first(tmp_path_factory):
 def mha(first):
   """The same command with more steps resumes."""
   folder, _ = first
-  model_dir = str(folder / 'mha')
-  output = commands.engine(
-    folder, 't5x.train', 'pretrain', MODEL_DIR=model_dir, TRAIN_STEPS=4
-  )
-  return folder, output
+  macros = {'MODEL_DIR': 'mha', 'TRAIN_STEPS': 4}
+  return folder, commands.engine(folder, 't5x.train', 'pretrain', **macros)
 
 
 @pytest.fixture(scope='module')
@@ -133,8 +129,8 @@ def test_evaluates_with_the_metrics_of_a_task(gqa):
     folder,
     't5x.eval',
     'eval',
-    CHECKPOINT_PATH=str(folder / 'gqa2' / 'checkpoint_6'),
-    EVAL_OUTPUT_DIR=str(folder / 'eval'),
+    CHECKPOINT_PATH='gqa2/checkpoint_6',
+    EVAL_OUTPUT_DIR='eval',
     NUM_KV_HEADS=2,
   )
   lines = (folder / 'eval' / 'inference_eval' / f'{TASK}-metrics.jsonl').read_text()
@@ -150,8 +146,8 @@ def test_infers_one_line_for_each_example(gqa):
     folder,
     't5x.infer',
     'infer',
-    CHECKPOINT_PATH=str(folder / 'gqa2' / 'checkpoint_6'),
-    INFER_OUTPUT_DIR=str(folder / 'infer'),
+    CHECKPOINT_PATH='gqa2/checkpoint_6',
+    INFER_OUTPUT_DIR='infer',
     NUM_KV_HEADS=2,
   )
   (path,) = (folder / 'infer').glob(f'{TASK}-predict.jsonl*-00000-of-00001')
@@ -171,8 +167,8 @@ def test_fine_tunes_the_mqa_model(mha):
     folder,
     't5x.train',
     'finetune',
-    MODEL_DIR=str(folder / 'finetuned'),
-    INITIAL_CHECKPOINT_PATH=str(folder / 'converted' / '1' / 'checkpoint_4'),
+    MODEL_DIR='finetuned',
+    INITIAL_CHECKPOINT_PATH='converted/1/checkpoint_4',
     NUM_KV_HEADS=1,
     TRAIN_STEPS=5,
   )

@@ -13,7 +13,8 @@ import t5.data.mixtures  # noqa: F401
 from t5x import partitioning, utils
 
 import gin
-from gqa_t5x import network
+from gqa_t5x import models, network
+from gqa_t5x.conversion import checkpoint
 
 TRAIN = {'MODEL_DIR': 'out'}
 START = {'INITIAL_CHECKPOINT_PATH': 'converted/checkpoint_1000000'}
@@ -62,6 +63,19 @@ for _size, _run in itertools.product(SIZES, RUNS):
     *RUNS[_run],
     SIZES[_size],
   )
+
+
+@pytest.fixture(autouse=True)
+def checked(monkeypatch):
+  """No checkpoint is there to be checked; records which ones would have been."""
+  found = []
+  monkeypatch.setattr(checkpoint, 'list_checkpoints', lambda folder: [])
+  monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda path: path)
+  monkeypatch.setattr(checkpoint, 'open_checkpoint', lambda path: {})
+  monkeypatch.setattr(
+    models, 'check_params', lambda model, params, source: found.append((model, source))
+  )
+  return found
 
 
 def bindings(values) -> list[str]:
@@ -124,7 +138,7 @@ def test_every_fragment_is_used():
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_parses_finalises_and_has_the_right_shapes(case):
+def test_parses_finalises_and_has_the_right_shapes(case, checked):
   files, name, required, expected = CASES[case]
   with commands.gin_config(files, bindings(required)) as arguments_of:
     arguments = arguments_of(name)
@@ -142,6 +156,16 @@ def test_parses_finalises_and_has_the_right_shapes(case):
   else:
     assert arguments['restore_checkpoint_cfg'].path == CHECKPOINT['CHECKPOINT_PATH']
     assert arguments['output_dir'] == 'out'
+  # What is restored goes through gqa_t5x.restore, with the run's own model.
+  restored = (
+    arguments.get('restore_checkpoint_cfg') or arguments['checkpoint_cfg'].restore
+  )
+  if restored.path:
+    ((model, path),) = checked
+    assert path == restored.path
+    assert model.module.config == config
+  else:
+    assert 'pretrain' in case
 
 
 @pytest.mark.parametrize('case', ['gin/uptrain_gqa8.gin', *(f'tiny-{r}' for r in RUNS)])

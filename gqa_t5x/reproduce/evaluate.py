@@ -20,11 +20,10 @@ from etils import epath
 from gqa_t5x import decoding, network
 from gqa_t5x.conversion import checkpoint, params
 from gqa_t5x.conversion.architecture import Architecture, read_architecture
+from gqa_t5x.reproduce.gin_macros import macro
 
-TASK = 'pydocs_span_corruption'
-LENGTHS = {'inputs': 128, 'targets': 29}
-BATCH_SIZE = 32
-EVAL_BATCHES = 60
+DATA = 'gin/local/span_corruption.gin'
+EVAL_BATCHES = 80
 # Decoding: long inputs and a large batch, so that the cache is what a step reads.
 DECODE_BATCH, DECODE_INPUT = 32, 512
 DECODE_STEPS = (16, 64)
@@ -43,7 +42,8 @@ def write_rows(
     pretrain_steps: steps of the checkpoint that all began from.
     path: the file, written under a temporary name first.
   """
-  batches = list(validation_batches())
+  lengths, batch_size = macro(DATA, 'TASK_FEATURE_LENGTHS'), macro(DATA, 'BATCH_SIZE')
+  batches = list(validation_batches(lengths, batch_size))
   rows, parameters = [], {}
   for (method, num_kv_heads, steps), source in tqdm.tqdm(
     arms.items(), desc='evaluate', unit='model', mininterval=0
@@ -67,9 +67,9 @@ def write_rows(
         'cache_bytes_per_token': architecture.cache_bytes_per_token(
           'self_attention', itemsize=4
         ),
-        'batch_size': BATCH_SIZE,
-        'input_length': LENGTHS['inputs'],
-        'output_length': LENGTHS['targets'],
+        'batch_size': batch_size,
+        'input_length': lengths['inputs'],
+        'output_length': lengths['targets'],
         **environment(),
       }
     )
@@ -92,21 +92,28 @@ def environment() -> dict[str, Any]:
   }
 
 
-def validation_batches() -> Iterator[dict[str, np.ndarray]]:
-  """Yields the packed validation batches that T5X's training evaluation begins with."""
+def validation_batches(
+  lengths: Mapping[str, int], batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields the packed validation batches that T5X's training evaluation begins with.
+
+  Args:
+    lengths: tokens of inputs and targets.
+    batch_size: examples a batch.
+  """
   import seqio
 
   import gqa_t5x.data.tasks  # noqa: F401 (registers the task)
 
   dataset = seqio.get_dataset(
-    TASK,
-    LENGTHS,
+    macro(DATA, 'MIXTURE_OR_TASK_NAME'),
+    lengths,
     dataset_split='validation',
     shuffle=False,
     seed=42,
     feature_converter=seqio.EncDecFeatureConverter(pack=True),
   )
-  batched = dataset.batch(BATCH_SIZE, drop_remainder=True).take(EVAL_BATCHES)
+  batched = dataset.batch(batch_size, drop_remainder=True).take(EVAL_BATCHES)
   yield from batched.as_numpy_iterator()
 
 

@@ -17,13 +17,11 @@ from typing import TextIO
 
 import gqa_t5x
 from gqa_t5x.reproduce import evaluate, report
+from gqa_t5x.reproduce.gin_macros import macro
 
 NUM_HEADS = 8
 METHODS = ('mean', 'first', 'random')
-# Share of the pre-training steps, as in the paper.
 UPTRAIN = {NUM_HEADS: 'uptrain_mha', 2: 'uptrain_gqa2', 1: 'uptrain_mqa'}
-PRETRAIN_STEPS = 1500
-UPTRAIN_STEPS = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +85,13 @@ def plan(folder: pathlib.Path) -> list[Stage]:
   Returns:
     The stages in order.
   """
-  mha = folder / 'mha' / f'checkpoint_{PRETRAIN_STEPS}'
+  pretrain_steps = macro('gin/local/pretrain_mha.gin', 'TRAIN_STEPS')
+  last_step = macro('gin/local/uptrain_gqa2.gin', 'TRAIN_STEPS')
+  uptrain_steps = last_step - pretrain_steps
+  mha = folder / 'mha' / f'checkpoint_{pretrain_steps}'
   stages = [
     Stage(
-      f'pre-train MHA, {PRETRAIN_STEPS} steps',
+      f'pre-train MHA, {pretrain_steps} steps',
       mha,
       lambda log: _train('pretrain_mha', folder / 'mha', log),
     )
@@ -105,11 +106,11 @@ def plan(folder: pathlib.Path) -> list[Stage]:
     method = 'none' if num_kv_heads == NUM_HEADS else 'mean'
     source = arms[method, num_kv_heads, 0]
     model_dir = folder / name
-    result = model_dir / f'checkpoint_{PRETRAIN_STEPS + UPTRAIN_STEPS}'
-    arms[method, num_kv_heads, UPTRAIN_STEPS] = result
+    result = model_dir / f'checkpoint_{last_step}'
+    arms[method, num_kv_heads, uptrain_steps] = result
     stages.append(
       Stage(
-        f'uptrain with {num_kv_heads} K/V heads, {UPTRAIN_STEPS} steps',
+        f'uptrain with {num_kv_heads} K/V heads, {uptrain_steps} steps',
         result,
         lambda log, name=name, model_dir=model_dir, source=source: _train(
           name, model_dir, log, INITIAL_CHECKPOINT_PATH=source
@@ -121,7 +122,7 @@ def plan(folder: pathlib.Path) -> list[Stage]:
     Stage(
       'evaluate on the validation split, time decoding',
       rows,
-      lambda log: evaluate.write_rows(arms, PRETRAIN_STEPS, rows),
+      lambda log: evaluate.write_rows(arms, pretrain_steps, rows),
     )
   )
   stages.append(

@@ -1,0 +1,55 @@
+"""Checks a checkpoint against the model before T5X opens it.
+
+T5X itself drops the layers that the model lacks without a word, and says of a missing
+or partial checkpoint neither which nor what to do. The gin files pass through here what
+they give to `utils.RestoreCheckpointConfig`; nothing is read but names and shapes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from gqa_t5x import models
+from gqa_t5x.conversion import checkpoint
+
+_TARGET = 'target/'
+
+
+def checked_path(
+  path: str | Sequence[str], model: Any, model_dir: str | None = None
+) -> str | Sequence[str]:
+  """Returns `path`, once the checkpoint that a run will restore fits its model.
+
+  Args:
+    path: of one checkpoint; an empty list to start from scratch.
+    model: the run's model.
+    model_dir: where a training run saves; its latest checkpoint, if there is one, is
+      restored instead of `path`, and checked. None for evaluation and inference.
+
+  Raises:
+    ValueError: if the checkpoint is missing, partial, or does not fit the model.
+  """
+  saved = checkpoint.list_checkpoints(epath.Path(model_dir)) if model_dir else []
+  if saved:
+    folder = saved[-1]
+  elif isinstance(path, str):
+    folder = _checkpoint_folder(path)
+  else:
+    return path
+  shapes = {
+    name.removeprefix(_TARGET): tensor
+    for name, tensor in checkpoint.open_checkpoint(folder).items()
+    if name.startswith(_TARGET)
+  }
+  models.check_params(model, shapes, str(folder))
+  return path
+
+
+def _checkpoint_folder(path: str) -> epath.Path:
+  if not path:
+    raise ValueError("The path of the checkpoint is empty: ''; give checkpoint_<step>.")
+  folder = checkpoint.find_checkpoint(epath.Path(path))
+  if folder.parent == epath.Path(path):
+    raise ValueError(f'{path} is a folder of checkpoints; give one of them: {folder}')
+  return folder
