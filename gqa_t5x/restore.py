@@ -47,8 +47,6 @@ def checked_path(
 
 
 def _checkpoint_folder(path: str) -> epath.Path:
-  if not path:
-    raise ValueError("The path of the checkpoint is empty: ''; give checkpoint_<step>.")
   folder = checkpoint.find_checkpoint(epath.Path(path))
   if folder.parent == epath.Path(path):
     raise ValueError(f'{path} is a folder of checkpoints; give one of them: {folder}')

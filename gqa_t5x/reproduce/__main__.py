@@ -13,7 +13,11 @@ from absl import app, flags
 
 from gqa_t5x.reproduce import uptrain
 
-TARGETS = {'uptrain': uptrain.run}
+COMMANDS = {
+  ('run', 'uptrain'): uptrain.run,
+  # What a run starts in a process of its own.
+  ('evaluate', 'uptrain'): uptrain.evaluate_models,
+}
 
 _OUTPUT_DIR = flags.DEFINE_string(
   'output_dir', 'runs/local', 'Folder of checkpoints, logs, rows and the report.'
@@ -21,14 +25,15 @@ _OUTPUT_DIR = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> int:
-  """Runs a target; returns the exit code."""
-  if len(argv) != 3 or argv[1] != 'run' or argv[2] not in TARGETS:
+  """Runs a command; returns the exit code."""
+  command = COMMANDS.get(tuple(argv[1:]))
+  if command is None:
     print(
-      f'Usage: python -m gqa_t5x.reproduce run {"|".join(TARGETS)} [--output_dir=...]',
+      'Usage: python -m gqa_t5x.reproduce run uptrain [--output_dir=...]',
       file=sys.stderr,
     )
     return 2
-  return TARGETS[argv[2]](_OUTPUT_DIR.value)
+  return command(_OUTPUT_DIR.value)
 
 
 if __name__ == '__main__':

@@ -21,7 +21,9 @@ from gqa_t5x.reproduce.gin_macros import macro
 
 NUM_HEADS = 8
 METHODS = ('mean', 'first', 'random')
+CONVERTED = (2, 1)
 UPTRAIN = {NUM_HEADS: 'uptrain_mha', 2: 'uptrain_gqa2', 1: 'uptrain_mqa'}
+EVALUATE = ('evaluate', 'uptrain')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def run(output_dir: str) -> int:
       print(f'[{i}/{len(stages)}] {stage.title}{": done" if done else ""}', flush=True)
       if not done:
         tick = time.monotonic()
-        stage.run(folder / 'logs' / f'{stage.result.name}.log')
+        stage.run(folder / 'logs' / f'{i:02d}.log')
         print(f'      {time.monotonic() - tick:.0f} s', flush=True)
   except StageFailed as error:
     print(error, file=sys.stderr)
@@ -76,53 +78,59 @@ def run(output_dir: str) -> int:
   return 0
 
 
-def plan(folder: pathlib.Path) -> list[Stage]:
-  """Lists the stages of the recipe.
+@dataclasses.dataclass(frozen=True)
+class Paths:
+  """Where the checkpoints of the recipe are.
 
-  Args:
-    folder: where results go.
-
-  Returns:
-    The stages in order.
+  Attributes:
+    folder: all of them are below it.
   """
-  pretrain_steps = macro('gin/local/pretrain_mha.gin', 'TRAIN_STEPS')
-  last_step = macro('gin/local/uptrain_gqa2.gin', 'TRAIN_STEPS')
-  uptrain_steps = last_step - pretrain_steps
-  mha = folder / 'mha' / f'checkpoint_{pretrain_steps}'
+
+  folder: pathlib.Path
+
+  @property
+  def pretrain_steps(self) -> int:
+    return macro('gin/local/pretrain_mha.gin', 'TRAIN_STEPS')
+
+  @property
+  def last_step(self) -> int:
+    return macro('gin/local/uptrain_gqa2.gin', 'TRAIN_STEPS')
+
+  @property
+  def mha(self) -> pathlib.Path:
+    return self.folder / 'mha' / f'checkpoint_{self.pretrain_steps}'
+
+  def converted(self, method: str, num_kv_heads: int) -> pathlib.Path:
+    """The checkpoint right after conversion; for all heads, the one pre-trained."""
+    if num_kv_heads == NUM_HEADS:
+      return self.mha
+    return self.folder / 'converted' / f'{method}_{num_kv_heads}' / self.mha.name
+
+  def uptrained(self, num_kv_heads: int) -> pathlib.Path:
+    return self.folder / UPTRAIN[num_kv_heads] / f'checkpoint_{self.last_step}'
+
+
+def plan(folder: pathlib.Path) -> list[Stage]:
+  """Lists the stages of the recipe in order; results go below the folder."""
+  paths = Paths(folder)
   stages = [
     Stage(
-      f'pre-train MHA, {pretrain_steps} steps',
-      mha,
-      lambda log: _train('pretrain_mha', folder / 'mha', log),
+      f'pre-train MHA, {paths.pretrain_steps} steps',
+      paths.mha,
+      lambda log: _train('pretrain_mha', paths.mha.parent, log),
     )
   ]
-  arms = {('none', NUM_HEADS, 0): mha}
   for method in METHODS:
-    for num_kv_heads in (2, 1):
-      converted = folder / 'converted' / f'{method}_{num_kv_heads}'
-      arms[method, num_kv_heads, 0] = converted / mha.name
-      stages.append(_convert_stage(mha, converted, method, num_kv_heads))
-  for num_kv_heads, name in UPTRAIN.items():
-    method = 'none' if num_kv_heads == NUM_HEADS else 'mean'
-    source = arms[method, num_kv_heads, 0]
-    model_dir = folder / name
-    result = model_dir / f'checkpoint_{last_step}'
-    arms[method, num_kv_heads, uptrain_steps] = result
-    stages.append(
-      Stage(
-        f'uptrain with {num_kv_heads} K/V heads, {uptrain_steps} steps',
-        result,
-        lambda log, name=name, model_dir=model_dir, source=source: _train(
-          name, model_dir, log, INITIAL_CHECKPOINT_PATH=source
-        ),
-      )
-    )
+    for num_kv_heads in CONVERTED:
+      stages.append(_convert_stage(paths, method, num_kv_heads))
+  for num_kv_heads in UPTRAIN:
+    stages.append(_uptrain_stage(paths, num_kv_heads))
   rows = folder / 'rows.json'
   stages.append(
     Stage(
       'evaluate on the validation split, time decoding',
       rows,
-      lambda log: evaluate.write_rows(arms, pretrain_steps, rows),
+      lambda log: _command('gqa_t5x.reproduce', log, *EVALUATE, output_dir=folder),
     )
   )
   stages.append(
@@ -131,17 +139,55 @@ def plan(folder: pathlib.Path) -> list[Stage]:
   return stages
 
 
-def _convert_stage(mha, converted, method, num_kv_heads) -> Stage:
+def evaluate_models(output_dir: str) -> int:
+  """Evaluates every checkpoint of the recipe and writes `rows.json`.
+
+  Args:
+    output_dir: folder of the checkpoints.
+
+  Returns:
+    The exit code.
+  """
+  paths = Paths(pathlib.Path(output_dir))
+  arms = {('none', NUM_HEADS, 0): paths.mha}
+  for method in METHODS:
+    for num_kv_heads in CONVERTED:
+      arms[method, num_kv_heads, 0] = paths.converted(method, num_kv_heads)
+  for num_kv_heads in UPTRAIN:
+    method = 'none' if num_kv_heads == NUM_HEADS else 'mean'
+    steps = paths.last_step - paths.pretrain_steps
+    arms[method, num_kv_heads, steps] = paths.uptrained(num_kv_heads)
+  evaluate.write_rows(arms, paths.pretrain_steps, paths.folder / 'rows.json')
+  return 0
+
+
+def _convert_stage(paths: Paths, method: str, num_kv_heads: int) -> Stage:
+  result = paths.converted(method, num_kv_heads)
   return Stage(
     f'convert to {num_kv_heads} K/V heads by {method}',
-    converted / mha.name,
+    result,
     lambda log: _command(
       'gqa_t5x.convert',
       log,
-      input=mha,
-      output=converted,
+      input=paths.mha,
+      output=result.parent,
       num_kv_heads=num_kv_heads,
       method=method,
+    ),
+  )
+
+
+def _uptrain_stage(paths: Paths, num_kv_heads: int) -> Stage:
+  result = paths.uptrained(num_kv_heads)
+  steps = paths.last_step - paths.pretrain_steps
+  return Stage(
+    f'uptrain with {num_kv_heads} K/V heads, {steps} steps',
+    result,
+    lambda log: _train(
+      UPTRAIN[num_kv_heads],
+      result.parent,
+      log,
+      INITIAL_CHECKPOINT_PATH=paths.converted('mean', num_kv_heads),
     ),
   )
 
@@ -158,9 +204,10 @@ def _train(name: str, model_dir: pathlib.Path, log: pathlib.Path, **macros) -> N
   )
 
 
-def _command(module: str, log: pathlib.Path, **flags) -> None:
+def _command(module: str, log: pathlib.Path, *words: str, **flags) -> None:
   """Runs `python -m module --flags`; shows its progress bars, logs everything else."""
-  command = [sys.executable, '-m', module, *(f'--{k}={v}' for k, v in flags.items())]
+  command = [sys.executable, '-m', module, *words]
+  command += [f'--{k}={v}' for k, v in flags.items()]
   env = {**os.environ, 'TQDM_MININTERVAL': '1'}
   with log.open('w') as out:
     print(' '.join(command), file=out, flush=True)
