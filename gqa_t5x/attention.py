@@ -257,8 +257,8 @@ class GroupedQueryAttention(nn.Module):
     cache_length = cached_key.value.shape[2]
     if mask.shape[-1] != cache_length:
       raise ValueError(
-        f'max_decode_length={mask.shape[-1]}, but the cache was made for'
-        f' {cache_length} positions; pass max_decode_length={cache_length}.'
+        f'The cache was made for {cache_length} positions, but this call is for'
+        f' {mask.shape[-1]}; pass max_decode_length={cache_length}.'
       )
     cached_key.value = kv_cache.write(cached_key.value, k_BKTH, cache_index)
     cached_value.value = kv_cache.write(cached_value.value, v_BKTH, cache_index)

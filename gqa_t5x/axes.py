@@ -59,8 +59,8 @@ def kv_head_rules(
   and replicated otherwise: never a cut inside a head.
 
   Args:
-    num_kv_heads: K of the decoder (the smallest, if attention kinds differ); None
-      for MHA, which has no axes of these names.
+    num_kv_heads: K of the decoder (the greatest common divisor, if attention kinds
+      differ); None for MHA, which has no axes of these names.
     num_partitions: number of model-parallel partitions.
 
   Returns:

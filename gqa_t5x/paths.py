@@ -20,6 +20,6 @@ def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
   """
   if path == '':
     raise ValueError('A path in the gin configuration is empty; give a folder.')
-  if not isinstance(path, str):
+  if not isinstance(path, str) or '://' in path:
     return path
   return str(epath.Path(path).expanduser().absolute())

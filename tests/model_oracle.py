@@ -26,6 +26,14 @@ TARGET_LENGTHS = (6, 4, 5, 2)
 DECODE_LENGTH = 8
 
 
+# Compiling is what these tests wait for, so XLA is told not to optimise.
+jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  },
+)
 SIZES = dict(
   vocab_size=V,
   emb_dim=D,
@@ -165,7 +173,7 @@ def packed_batch():
 def forward(cfg, module_class=network.Transformer):
   """Returns the compiled `(params, batch) -> logits`."""
   module = module_class(cfg)
-  return jax.jit(
+  return jit(
     lambda params, batch: module.apply(
       {'params': params}, **batch, enable_dropout=False
     )
@@ -180,7 +188,7 @@ def greedy(cfg, max_length=DECODE_LENGTH):
   def run(params, inputs, eos_id):
     return decoding.greedy(module, params, inputs, max_length, eos_id)
 
-  return jax.jit(run)
+  return jit(run)
 
 
 # The oracle.

@@ -42,7 +42,7 @@ def loop(q_BTNH, k_BKSH, v_BKSH, bias=None, mask=None):
   return np.stack(out)
 
 
-@jax.jit
+@oracle.jit
 def jax_attention(q_BTNH, k_BKSH, v_BKSH, bias=None, mask=None):
   k_BSKH, v_BSKH = (jnp.swapaxes(x, 1, 2) for x in (k_BKSH, v_BKSH))
   return jax.nn.dot_product_attention(
@@ -50,7 +50,7 @@ def jax_attention(q_BTNH, k_BKSH, v_BKSH, bias=None, mask=None):
   )
 
 
-grouped_attention = jax.jit(
+grouped_attention = oracle.jit(
   attention.grouped_attention, static_argnames=('float32_logits', 'dropout')
 )
 
@@ -157,7 +157,7 @@ def test_gradients_equal_those_of_a_loop(K):
   def ours(q, k, v, bias):
     return jnp.sum(attention.grouped_attention(q, k, v, bias=bias, mask=mask) * weights)
 
-  @jax.jit
+  @oracle.jit
   def gradients(*args):
     return [jax.grad(f, (0, 1, 2, 3))(*args) for f in (ours, loop_over_heads)]
 
@@ -183,7 +183,7 @@ def test_gradients_equal_finite_differences(K):
     return jnp.sum(attention.grouped_attention(q, k, v, bias=bias, mask=mask) * weights)
 
   tangents = tuple(d.astype(np.float32) for d in direction)
-  _, got = jax.jit(functools.partial(jax.jvp, ours))((q, k, v, bias), tangents)
+  _, got = oracle.jit(functools.partial(jax.jvp, ours))((q, k, v, bias), tangents)
   assert float(got) == pytest.approx(slope, rel=1e-4)
 
 
@@ -212,7 +212,7 @@ def module_inputs(K):
 @pytest.mark.parametrize('K', KV_HEADS)
 def test_module_equals_oracle(K):
   params, x, y, mask, bias = module_inputs(K)
-  got = jax.jit(module(K).apply)({'params': params}, x, y, mask, bias)
+  got = oracle.jit(module(K).apply)({'params': params}, x, y, mask, bias)
   for b in range(B):
     bias_NTS = np.where(mask[b], bias[b], -np.inf)
     expected = oracle.attention_layer(x[b], y[b], params, bias_NTS)
@@ -244,7 +244,7 @@ def test_dropout_of_probabilities(K):
   rate, draws = 0.25, 400
   layer = module(K, dropout_rate=rate)
 
-  @jax.jit
+  @oracle.jit
   @jax.vmap
   def draw(rng):
     bound = layer.bind({'params': {}}, rngs={'dropout': rng})
@@ -266,7 +266,7 @@ def test_dropout_keeps_the_expectation():
   params, x, y, mask, bias = module_inputs(2)
   layer = module(2, dropout_rate=0.25)
 
-  @jax.jit
+  @oracle.jit
   @jax.vmap
   def apply(rng):
     return layer.apply({'params': params}, x, y, mask, bias, rngs={'dropout': rng})

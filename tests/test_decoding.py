@@ -54,7 +54,7 @@ def decode_steps(cfg, index_shape=(), prefill=False):
       **kwargs,
     )
 
-  @jax.jit
+  @oracle.jit
   def run(params, batch, starts):
     inputs, tokens = batch['encoder_input_tokens'], batch['decoder_input_tokens']
     encoded = module.apply(
@@ -156,7 +156,7 @@ def kept_steps(cfg):
   """Compiles `(params, batch) -> ([step, B, V], first cache, kept K and V)`."""
   module = network.Transformer(cfg)
 
-  @jax.jit
+  @oracle.jit
   def run(params, batch):
     inputs = batch['encoder_input_tokens']
     first_cache, kept = decoding.prepare(module, params, inputs, T)
@@ -212,7 +212,7 @@ def assert_empty(cache, K):
 def test_the_cache_made_on_ones_holds_no_trace_of_them(K):
   cfg = oracle.config(K)
   module = network.Transformer(cfg)
-  make = jax.jit(functools.partial(empty_cache, module, length=T))
+  make = oracle.jit(functools.partial(empty_cache, module, length=T))
   inputs = oracle.batch()['encoder_input_tokens']
   assert_empty(make(oracle.params(cfg), inputs=inputs), K)
 
@@ -340,7 +340,7 @@ def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
 
   monkeypatch.setattr(decoding, 'step', counted)
   module = network.Transformer(cfg)
-  tokens, _ = jax.jit(
+  tokens, _ = oracle.jit(
     lambda params: decoding.greedy(module, params, inputs, LENGTH, eos_id)
   )(oracle.params(cfg))
   expected = np.where(np.arange(LENGTH) <= last, row, 0)

@@ -16,12 +16,12 @@ import gin
 from gqa_t5x import models, network
 from gqa_t5x.conversion import checkpoint
 
-TRAIN = {'MODEL_DIR': 'out'}
-START = {'INITIAL_CHECKPOINT_PATH': 'converted/checkpoint_1000000'}
+TRAIN = {'MODEL_DIR': 'gs://bucket/out'}
+START = {'INITIAL_CHECKPOINT_PATH': 'gs://bucket/checkpoint_1000000'}
 TASK = {'MIXTURE_OR_TASK_NAME': 'c4_v220_span_corruption'}
 LENGTHS = {'TASK_FEATURE_LENGTHS': {'inputs': 512, 'targets': 114}}
 STEPS = {'TRAIN_STEPS': 1_100_000}
-CHECKPOINT = {'CHECKPOINT_PATH': 'converted/checkpoint_1000000'}
+CHECKPOINT = {'CHECKPOINT_PATH': 'gs://bucket/checkpoint_1000000'}
 
 # File -> what must be given, and the model's number of parameters. T5.1.1 as published
 # has 11,135,332,352; fewer K/V heads leave out 2 kernels of 4096 x 64 a head in 2
@@ -49,8 +49,11 @@ RUNS = {
   'pretrain': ('train', TRAIN | TASK | LENGTHS | STEPS | {'BATCH_SIZE': 2048}),
   'uptrain': ('train', TRAIN | TASK | LENGTHS | STEPS | START | {'BATCH_SIZE': 2048}),
   'finetune': ('train', TRAIN | TASK | LENGTHS | STEPS | START),
-  'eval': ('evaluate', TASK | CHECKPOINT | {'EVAL_OUTPUT_DIR': 'out'}),
-  'infer': ('infer', TASK | LENGTHS | CHECKPOINT | {'INFER_OUTPUT_DIR': 'out'}),
+  'eval': ('evaluate', TASK | CHECKPOINT | {'EVAL_OUTPUT_DIR': 'gs://bucket/out'}),
+  'infer': (
+    'infer',
+    TASK | LENGTHS | CHECKPOINT | {'INFER_OUTPUT_DIR': 'gs://bucket/out'},
+  ),
 }
 # Name -> files, function, required values, number of parameters.
 CASES = {
@@ -155,11 +158,10 @@ def test_parses_finalises_and_has_the_right_shapes(case, checked):
     assert arguments.get('relative_steps') is None
   else:
     assert arguments['restore_checkpoint_cfg'].path == CHECKPOINT['CHECKPOINT_PATH']
-    assert arguments['output_dir'] == 'out'
+    assert arguments['output_dir'] == 'gs://bucket/out'
   # What is restored goes through gqa_t5x.restore, with the run's own model.
-  restored = (
-    arguments.get('restore_checkpoint_cfg') or arguments['checkpoint_cfg'].restore
-  )
+  restored = arguments.get('restore_checkpoint_cfg')
+  restored = restored or arguments['checkpoint_cfg'].restore
   if restored.path:
     ((model, path),) = checked
     assert path == restored.path
@@ -217,6 +219,7 @@ def test_uptraining_is_the_papers(paper):
     assert (data.batch_size, data.pack, data.split) == (2048, True, split)
   assert train.shuffle
   assert paper['total_steps'] == 1_050_000
+  assert paper['model_dir'] == 'gs://bucket/out'
   assert paper['run_eval_before_training'] is True
   restore, save = paper['checkpoint_cfg'].restore, paper['checkpoint_cfg'].save
   assert (restore.path, restore.mode) == (START['INITIAL_CHECKPOINT_PATH'], 'specific')

@@ -148,7 +148,7 @@ def small_loss(remat_policy, K=2):
 @functools.cache
 def gradients(remat_policy):
   loss, params = small_loss(remat_policy)
-  return oracle.flat(jax.jit(jax.grad(loss))(params))
+  return oracle.flat(oracle.jit(jax.grad(loss))(params))
 
 
 @pytest.mark.parametrize('remat_policy', ['minimal', 'full'])

@@ -130,7 +130,9 @@ def plan(folder: pathlib.Path) -> list[Stage]:
     Stage(
       'evaluate on the validation split, time decoding',
       rows,
-      lambda log: _command('gqa_t5x.reproduce', log, *EVALUATE, output_dir=folder),
+      lambda log: _command(
+        'gqa_t5x.reproduce', log, *EVALUATE, output_dir=folder, verbosity=-1
+      ),
     )
   )
   stages.append(

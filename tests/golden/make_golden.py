@@ -86,7 +86,7 @@ def t5x_decode(module, how, num_decodes=1, prompted=False):
     decode_fn=greedy if how == 'greedy' else decoding.beam_search,
   )
 
-  @jax.jit
+  @oracle.jit
   def run(params, batch):
     tokens, aux = model.predict_batch_with_aux(
       params,
@@ -106,7 +106,7 @@ def make():
   variables = jax.eval_shape(lambda: oracle.init(module))
   arrays = {'parameters': np.array(json.dumps(describe(variables)))}
   batches = {'padded': oracle.batch(), 'packed': oracle.packed_batch()}
-  apply = jax.jit(
+  apply = oracle.jit(
     lambda params, batch: module.apply(
       {'params': params}, **batch, enable_dropout=False
     )

@@ -15,6 +15,7 @@ pytest.importorskip('t5x.examples.t5.network')
 
 # As the gin files say it, and with all heads named.
 HEADS = [{}, {'num_kv_heads': oracle.N, 'encoder_num_kv_heads': oracle.N}]
+ONE_LAYER = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
 
 
 def test_the_golden_file_is_what_t5x_computes_now():
@@ -40,10 +41,12 @@ def test_names_shapes_dtypes_and_axes(logits_via_embedding, heads):
 
 def test_initial_values():
   """The same key gives the same parameters, bit by bit."""
-  layers = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
-  expected = oracle.flat(oracle.init(make_golden.t5x_module(**layers), 3)['params'])
-  ours = network.Transformer(oracle.config(**layers))
-  got = oracle.flat(oracle.init(ours, 3)['params'])
+  t5x = make_golden.t5x_module(**ONE_LAYER)
+  ours = network.Transformer(oracle.config(**ONE_LAYER))
+  expected, got = (
+    oracle.flat(oracle.jit(lambda module=module: oracle.init(module, 3)['params'])())
+    for module in (t5x, ours)
+  )
   assert got.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_array_equal(got[name], value, err_msg=name)
@@ -51,7 +54,7 @@ def test_initial_values():
 
 
 def apply(module, **options):
-  return jax.jit(
+  return oracle.jit(
     lambda params, batch: module.apply(
       {'params': params}, **batch, enable_dropout=False, **options
     )
@@ -93,14 +96,15 @@ def dropped_logits_and_gradients(module):
   real = (batch['decoder_target_tokens'] > 0)[..., None]
   weights = np.random.default_rng(0).standard_normal((*real.shape[:2], oracle.V)) * real
 
-  @jax.jit
+  @oracle.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
   def loss(params):
     rngs = {'dropout': jax.random.PRNGKey(7)}
     logits = module.apply({'params': params}, **batch, enable_dropout=True, rngs=rngs)
     return jnp.sum(logits * weights), logits
 
-  (_, logits), gradients = loss(oracle.params(oracle.config()))
+  params = oracle.params(oracle.config(**ONE_LAYER))
+  (_, logits), gradients = loss(params)
   return np.where(real, logits, 0), oracle.flat(gradients)
 
 
@@ -108,9 +112,9 @@ def dropped_logits_and_gradients(module):
 def test_dropout_and_gradients(remat_policy):
   """The same rng drops the same units, in training and packed."""
   expected_logits, expected = dropped_logits_and_gradients(
-    make_golden.t5x_module(dropout_rate=0.2)
+    make_golden.t5x_module(dropout_rate=0.2, **ONE_LAYER)
   )
-  cfg = oracle.config(dropout_rate=0.2, remat_policy=remat_policy)
+  cfg = oracle.config(dropout_rate=0.2, remat_policy=remat_policy, **ONE_LAYER)
   logits, got = dropped_logits_and_gradients(network.Transformer(cfg))
   np.testing.assert_allclose(logits, expected_logits, atol=1e-5, rtol=1e-5)
   assert got.keys() == expected.keys()
