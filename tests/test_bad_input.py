@@ -3,6 +3,7 @@
 `python -m gqa_t5x.convert` has its own (test_conversion_cli.py).
 """
 
+import gc
 import pathlib
 import re
 import shutil
@@ -15,6 +16,11 @@ from t5x import eval as eval_lib
 from t5x import train as train_lib
 
 from gqa_t5x import convert
+
+# What the reading threads of a damaged checkpoint raise besides.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
 
 KV = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
 CONFIG = 'network.t5_1_1_config'
@@ -179,6 +185,7 @@ def test_damaged_tensor_of_orbax(root, tmp_path):
     train(
       root, str(tmp_path / 'run'), INITIAL_CHECKPOINT_PATH=str(broken), TRAIN_STEPS=2
     )
+  gc.collect()
   assert left_behind(tmp_path / 'run') == []
 
 

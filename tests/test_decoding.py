@@ -268,7 +268,7 @@ def test_decode_with_packed_examples():
 
 @pytest.mark.parametrize('length', [1, T - 1, T + 1])
 def test_decode_with_another_length_than_the_cache(length):
-  message = f'max_decode_length={length}, but the cache was made for 6 positions; pass'
+  message = f'cache was made for 6 positions, but this call is for {length}; pass'
   with pytest.raises(ValueError, match=message):
     decode_once(max_decode_length=length)
 
