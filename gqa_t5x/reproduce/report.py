@@ -140,8 +140,7 @@ def _draw_losses(axis: Any, rows: list[Row]) -> None:
         f'{row["validation_loss"]:.2f}',
         (x, row['validation_loss']),
         textcoords='offset points',
-        xytext=(0, 7),
-        ha='center',
+        xytext=(7, -3),
         fontsize=8,
       )
   axis.set_xticks(range(len(models)), [NAMES[k] for k in models])
