@@ -102,7 +102,7 @@ def run(job):
     stats_period=1,
     random_seed=3,
     summarize_config_fn=lambda *_: None,
-    use_orbax=not job.get('legacy', False),
+    **({'use_orbax': False} if job.get('legacy') else {}),
   )
   flat = utils.flatten_dict_string_keys(state.params)
   digest = {k: float(np.abs(np.asarray(v)).sum()) for k, v in flat.items()}

@@ -1,6 +1,5 @@
 """The stand-in for T5X: checkpoints in both layouts, training, resuming, inference."""
 
-import dataclasses
 import os
 
 import jax
@@ -95,26 +94,23 @@ def test_restore(saved, tmp_path, layout, optimizer):
     path = str(tmp_path / 'checkpoint_7')
     _write_legacy(path, state.state_dict())
   initializer = tiny.toy_initializer(tiny.toy_model(), optimizer)
-  cfg = utils.RestoreCheckpointConfig(path=path, mode='specific')
-  restored = initializer.from_path(path, cfg)
+  restored = initializer.from_checkpoint(path)
   assert int(restored.step) == 7
   np.testing.assert_array_equal(restored.params['table'], state.params['table'])
   if optimizer:
     _assert_same(restored, state)
-  half = dataclasses.replace(cfg, dtype='bfloat16')
-  assert initializer.from_path(path, half).params['out'].dtype == jnp.bfloat16
+  half = initializer.from_checkpoint(path, dtype='bfloat16')
+  assert half.params['out'].dtype == jnp.bfloat16
 
 
 def test_restore_reports_what_does_not_fit(saved):
   folder, _, _ = saved
   path = os.path.join(folder, 'checkpoint_7')
-  cfg = utils.RestoreCheckpointConfig(path=path, mode='specific')
   with pytest.raises(ValueError, match=r'target/out: \(130, 384\) in the checkpoint'):
-    tiny.toy_initializer(tiny.toy_model(width=131)).from_path(path, cfg)
+    tiny.toy_initializer(tiny.toy_model(width=131)).from_checkpoint(path)
+  missing = os.path.join(folder, 'checkpoint_8')
   with pytest.raises(ValueError, match=r'no checkpoint at .*checkpoint_8'):
-    tiny.toy_initializer(tiny.toy_model()).from_path(
-      os.path.join(folder, 'checkpoint_8'), cfg
-    )
+    tiny.toy_initializer(tiny.toy_model()).from_checkpoint(missing)
 
 
 def test_restore_reports_a_partial_legacy_checkpoint(saved, tmp_path):
@@ -122,43 +118,23 @@ def test_restore_reports_a_partial_legacy_checkpoint(saved, tmp_path):
   path = str(tmp_path / 'checkpoint_7')
   _write_legacy(path, state.state_dict())
   os.rename(f'{path}/target.out', f'{path}/elsewhere')
-  cfg = utils.RestoreCheckpointConfig(path=path, mode='specific')
   with pytest.raises(ValueError, match=r'incomplete.*target\.out'):
-    initializer.from_path(path, cfg)
-
-
-def test_fallback_to_scratch_fills_what_a_transformation_drops(saved):
-  folder, state, initializer = saved
-
-  def drop(tree, wanted):
-    assert 'out' in wanted['target']
-    kept = {k: v for k, v in tree['target'].items() if k != 'out'}
-    return {**tree, 'target': kept}
-
-  cfg = utils.RestoreCheckpointConfig(
-    path=folder, fallback_to_scratch=True, state_transformation_fns=[drop]
-  )
-  path, key = os.path.join(folder, 'checkpoint_7'), jax.random.PRNGKey(9)
-  restored = initializer.from_path(path, cfg, key)
-  fresh = initializer.from_scratch(key)
-  np.testing.assert_array_equal(restored.params['out'], fresh.params['out'])
-  np.testing.assert_array_equal(restored.params['table'], state.params['table'])
+    initializer.from_checkpoint(path)
 
 
 def test_restore_config_looks_where_it_is_told(saved, tmp_path):
   folder, _, _ = saved
-  config, find = (
-    utils.RestoreCheckpointConfig,
-    utils.get_first_valid_restore_config_and_paths,
-  )
-  empty = config(path=str(tmp_path))
-  assert find([empty]) == (None, [])
-  last = config(path=folder)
-  assert find([empty, last]) == (last, [os.path.join(folder, 'checkpoint_7')])
-  with pytest.raises(ValueError, match='nowhere'):
-    find([config(path=str(tmp_path / 'nowhere'))])
+  config, checkpoint = utils.RestoreCheckpointConfig, f'{folder}/checkpoint_7'
+  assert config().find() is None
+  assert config(path=str(tmp_path)).find() is None
+  assert config(path=folder).find() == checkpoint
+  assert config(path=checkpoint, mode='specific').find() == checkpoint
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    config(path=str(tmp_path / 'nowhere')).find()
   with pytest.raises(ValueError, match='newest'):
     config(path=folder, mode='newest')
+  with pytest.raises(ValueError, match='one checkpoint'):
+    config(path=[folder, folder])
 
 
 # --- Training and inference ---------------------------------------------------

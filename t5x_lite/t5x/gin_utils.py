@@ -5,44 +5,21 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import seqio
 import tensorflow as tf
 from absl import app, flags, logging
 
 import gin
 
-_SEARCH_PATHS = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-
-
-@gin.configurable
-def get_gin_config_str(show_provenance: bool = False) -> str:
-  """Returns the configuration in force as gin text."""
-  return gin.config_str(show_provenance=True) if show_provenance else gin.config_str()
-
 
 def parse_gin_flags(
-  gin_search_paths: Sequence[str],
-  gin_files: Sequence[str],
-  gin_bindings: Sequence[str],
-  skip_unknown: bool | Sequence[str] = False,
-  finalize_config: bool = True,
+  gin_search_paths: Sequence[str], gin_files: Sequence[str], gin_bindings: Sequence[str]
 ) -> None:
-  """Parses gin files, then bindings; later ones win.
-
-  Args:
-    gin_search_paths: folders that relative paths of files start at.
-    gin_files: paths.
-    gin_bindings: `NAME = VALUE` each.
-    skip_unknown: whether (or which) unknown names are passed over.
-    finalize_config: whether the configuration is checked and locked.
-  """
+  """Parses gin files, then bindings (`NAME = VALUE`), and locks the configuration."""
   for path in gin_search_paths:
     gin.add_config_file_search_path(path)
-  gin.parse_config_files_and_bindings(
-    gin_files, gin_bindings, skip_unknown=skip_unknown, finalize_config=finalize_config
-  )
-  logging.info('Gin configuration:\n%s', get_gin_config_str())
+  gin.parse_config_files_and_bindings(gin_files, gin_bindings)
+  logging.info('Gin configuration:\n%s', gin.config_str())
 
 
 def rewrite_gin_args(args: Sequence[str]) -> Sequence[str]:
@@ -66,7 +43,7 @@ def rewrite_gin_args(args: Sequence[str]) -> Sequence[str]:
 @gin.register
 def summarize_gin_config(model_dir: str, summary_writer: Any, step: int) -> None:
   """Writes the configuration to `config.gin`, and to TensorBoard by the writer."""
-  text = get_gin_config_str()
+  text = gin.config_str()
   tf.io.gfile.makedirs(model_dir)
   with tf.io.gfile.GFile(os.path.join(model_dir, 'config.gin'), 'w') as f:
     f.write(text)
@@ -75,33 +52,21 @@ def summarize_gin_config(model_dir: str, summary_writer: Any, step: int) -> None
     summary_writer.flush()
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> None:
-  """Runs a main function on the command line, after `rewrite_gin_args`."""
-  app.run(
-    main, flags_parser=lambda a: app.parse_flags_with_usage(list(rewrite_gin_args(a)))
-  )
-
-
-_FLAGS = {
-  'gin_file': 'A gin file. May be repeated; later files override earlier ones.',
-  'gin_bindings': 'NAME = VALUE, applied after the files. --gin.NAME=VALUE is short '
-  "for it. Text needs quotes of its own: --gin.MODEL_DIR=\\'/tmp/run\\'.",
-  'gin_search_paths': 'Comma-separated folders that hold the gin files.',
-  'tfds_data_dir': "Folder of TensorFlow Datasets; overrides every task's own.",
-  'seqio_additional_cache_dirs': 'Further folders of tasks that seqio cached offline.',
-}
-
-
 def _define_flags() -> None:
-  defaults = {'gin_search_paths': ['.'], 'tfds_data_dir': None}
-  for name, text in _FLAGS.items():
-    define = flags.DEFINE_list
-    if name.startswith('gin_') and name != 'gin_search_paths':
-      define = flags.DEFINE_multi_string
-    elif name == 'tfds_data_dir':
-      define = flags.DEFINE_string
-    # Counted as the command's own flags, so that --help lists them.
-    define(name, defaults.get(name, []), text, module_name=sys.argv[0])
+  own = {'module_name': sys.argv[0]}  # so that --help lists them
+  text = 'A gin file. May be repeated; later files override earlier ones.'
+  flags.DEFINE_multi_string('gin_file', [], text, **own)
+  text = (
+    'NAME = VALUE, applied after the files. --gin.NAME=VALUE is short for it. Text '
+    "needs quotes of its own: --gin.MODEL_DIR=\\'/tmp/run\\'."
+  )
+  flags.DEFINE_multi_string('gin_bindings', [], text, **own)
+  text = 'Comma-separated folders that hold the gin files.'
+  flags.DEFINE_list('gin_search_paths', ['.'], text, **own)
+  text = "Folder of TensorFlow Datasets; overrides every task's own."
+  flags.DEFINE_string('tfds_data_dir', None, text, **own)
+  text = 'Further folders of tasks that seqio cached offline.'
+  flags.DEFINE_list('seqio_additional_cache_dirs', [], text, **own)
 
 
 def run_command(fn: Callable[..., Any]) -> None:
@@ -119,9 +84,9 @@ def run_command(fn: Callable[..., Any]) -> None:
       seqio.set_tfds_data_dir_override(values.tfds_data_dir)
     seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)
     configured = gin.configurable(fn)
-    search = [*values.gin_search_paths, *_SEARCH_PATHS]
-    parse_gin_flags(search, values.gin_file or [], values.gin_bindings)
+    parse_gin_flags(values.gin_search_paths, values.gin_file, values.gin_bindings)
     configured()
-    jax.effects_barrier()
 
-  run(main)
+  app.run(
+    main, flags_parser=lambda a: app.parse_flags_with_usage(list(rewrite_gin_args(a)))
+  )

@@ -9,22 +9,16 @@ import numpy as np
 import optax
 
 
-def cross_entropy_with_logits(
-  logits: jnp.ndarray, targets: jnp.ndarray, z_loss: float
-) -> tuple[jnp.ndarray, jnp.ndarray]:
+def cross_entropy_with_logits(logits, targets, z_loss: float):
   """Cross entropy plus `z_loss * log(Z)^2`, which keeps logits near log-probabilities.
 
-  Args:
-    logits: [B, T, V] floats.
-    targets: [B, T, V] floats, a distribution over the vocabulary per position.
-    z_loss: weight of the auxiliary term (1e-4 in T5 pre-training).
+  Both are [B, T, V] floats, `targets` a distribution over the vocabulary per position.
 
   Returns:
     The loss per token with the auxiliary term, and that term alone, both [B, T].
   """
-  log_z = jax.scipy.special.logsumexp(logits, axis=-1)
   cross_entropy = optax.losses.softmax_cross_entropy(logits, targets)
-  auxiliary = z_loss * jnp.square(log_z)
+  auxiliary = z_loss * jnp.square(jax.scipy.special.logsumexp(logits, axis=-1))
   # T5X's gradient leaves the second output out (it is only logged).
   return cross_entropy + auxiliary, jax.lax.stop_gradient(auxiliary)
 
@@ -39,41 +33,24 @@ def compute_weighted_cross_entropy(
 ) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
   """Sums the loss over a batch.
 
-  Args:
-    logits: [B, T, V] floats.
-    targets: [B, T] token ids.
-    weights: [B, T] loss weights, or None for ones.
+  Args are T5X's: logits [B, T, V], targets [B, T], weights [B, T] (None: ones), and
     label_smoothing: probability that is spread over the other tokens. The entropy of
       the smoothed target is subtracted, so that a perfect model has loss 0.
-    z_loss: see `cross_entropy_with_logits`.
-    loss_normalizing_factor: divides the sums, or None.
 
   Returns:
     Scalars: loss (with z-loss), z-loss, sum of the weights.
-
-  Raises:
-    ValueError: if the ranks of logits and targets do not fit.
   """
-  if logits.ndim != targets.ndim + 1:
-    raise ValueError(
-      f'logits {logits.shape} need one more dimension than targets {targets.shape}'
-    )
   vocab_size = logits.shape[-1]
   on = 1.0 - label_smoothing
   off = label_smoothing / max(vocab_size - 1, 1)
   entropy = -(on * np.log(on) + (vocab_size - 1) * off * np.log(off + 1e-20))
   soft_targets = jax.nn.one_hot(targets, vocab_size) * (on - off) + off
   loss, auxiliary = cross_entropy_with_logits(logits, soft_targets, z_loss)
-  if weights is None:
-    weights = jnp.ones(targets.shape)
-  scale = (
-    weights if loss_normalizing_factor is None else (weights / loss_normalizing_factor)
-  )
-  return (
-    jnp.sum((loss - entropy) * scale),
-    jnp.sum(auxiliary * scale),
-    jnp.sum(weights),
-  )
+  weights = jnp.ones(targets.shape) if weights is None else weights
+  factor = loss_normalizing_factor
+  scale = weights if factor is None else weights / factor
+  total, total_auxiliary = jnp.sum((loss - entropy) * scale), jnp.sum(auxiliary * scale)
+  return total, total_auxiliary, jnp.sum(weights)
 
 
 @enum.unique
@@ -97,10 +74,7 @@ def get_loss_normalizing_factor_and_weights(
 ):
   """Turns a factor, or the name of a special one, into a number and loss weights.
 
-  Args:
-    loss_normalizing_factor: a number, None, or a `SpecialLossNormalizingFactor` (or
-      its name).
-    batch: the model's features; `decoder_target_tokens` [B, T] at least.
+  The batch has the model's features: `decoder_target_tokens` [B, T] at least.
 
   Returns:
     The number (or None) and the loss weights [B, T] (or None).
@@ -108,23 +82,21 @@ def get_loss_normalizing_factor_and_weights(
   Raises:
     ValueError: if the name is unknown.
   """
-  factor = loss_normalizing_factor
-  weights = batch.get('decoder_loss_weights', None)
-  if not isinstance(factor, str | SpecialLossNormalizingFactor):
+  factor, special = loss_normalizing_factor, SpecialLossNormalizingFactor
+  weights = batch.get('decoder_loss_weights')
+  if not isinstance(factor, str | special):
     return factor, weights
-  special = SpecialLossNormalizingFactor
-  if isinstance(factor, str):
-    if factor.upper() not in special.__members__:
-      raise ValueError(
-        f'loss_normalizing_factor={factor!r} is unknown; choose a number, None or one '
-        f'of {", ".join(special.__members__)}'
-      )
-    factor = special[factor.upper()]
-  if weights is None:
-    weights = (batch['decoder_target_tokens'] > 0).astype(jnp.float32)
-  if factor is special.NUM_TOTAL_TARGET_TOKENS:
-    return np.prod(batch['decoder_target_tokens'].shape), weights
-  if factor is special.AVERAGE_PER_SEQUENCE:
+  name = factor.upper() if isinstance(factor, str) else factor.name
+  if name not in special.__members__:
+    raise ValueError(
+      f'loss_normalizing_factor={factor!r} is unknown; choose a number, None or one '
+      f'of {", ".join(special.__members__)}'
+    )
+  targets = batch['decoder_target_tokens']
+  weights = (targets > 0).astype(jnp.float32) if weights is None else weights
+  if special[name] is special.NUM_TOTAL_TARGET_TOKENS:
+    return targets.size, weights
+  if special[name] is special.AVERAGE_PER_SEQUENCE:
     if 'decoder_segment_ids' in batch:
       total = _weights_of_own_sequence(batch['decoder_segment_ids'], weights)
     else:

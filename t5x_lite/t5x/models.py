@@ -3,7 +3,6 @@
 Decoding is the project's own: its model class overrides `predict_batch_with_aux`.
 """
 
-import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,87 +20,6 @@ from t5x import metrics as metrics_lib
 Batch = Mapping[str, jnp.ndarray]
 
 
-class BaseModel(abc.ABC):
-  """What trainer, evaluator and inference call.
-
-  Subclasses define, with T5X's arguments, `loss_fn` (loss and metrics),
-  `predict_batch_with_aux` (predictions and a mapping), `score_batch` and
-  `get_initial_variables`.
-  """
-
-  FEATURE_CONVERTER_CLS: Callable[..., seqio.FeatureConverter]
-
-  def __init__(self, optimizer_def: optimizers.OptimizerDefType):
-    self.optimizer_def = optimizer_def
-
-  def eval_fn(self, params, batch: Batch):
-    """Returns the loss and metrics without dropout."""
-    return self.loss_fn(params=params, batch=batch, dropout_rng=None)
-
-  def predict_batch(self, params, batch: Batch, rng: jax.Array | None = None):
-    """Returns predictions alone."""
-    return self.predict_batch_with_aux(params=params, batch=batch, rng=rng)[0]
-
-
-class BaseTransformerModel(BaseModel):
-  """A model with vocabularies and a cross-entropy loss; see `EncoderDecoderModel`."""
-
-  def __init__(
-    self,
-    module: nn.Module,
-    input_vocabulary: seqio.Vocabulary,
-    output_vocabulary: seqio.Vocabulary,
-    optimizer_def: optimizers.OptimizerDefType,
-    decode_fn: Callable[..., Any] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    loss_normalizing_factor: Any = None,
-  ):
-    self.module, self._decode_fn = module, decode_fn
-    self._input_vocabulary = input_vocabulary
-    self._output_vocabulary = output_vocabulary
-    self._label_smoothing = label_smoothing
-    self._z_loss = z_loss
-    self._loss_normalizing_factor = loss_normalizing_factor
-    super().__init__(optimizer_def=optimizer_def)
-
-  @property
-  def input_vocabulary(self) -> seqio.Vocabulary:
-    return self._input_vocabulary
-
-  @property
-  def output_vocabulary(self) -> seqio.Vocabulary:
-    return self._output_vocabulary
-
-  @property
-  def decode_fn(self):
-    return self._decode_fn
-
-  @abc.abstractmethod
-  def _compute_logits(self, params, batch: Batch, dropout_rng=None):
-    """Returns logits [B, T, V]."""
-
-  def loss_fn(self, params, batch: Batch, dropout_rng: jax.Array | None):
-    """Cross entropy with z-loss and label smoothing; see `BaseModel`."""
-    logits = self._compute_logits(params, batch, dropout_rng)
-    factor, weights = losses.get_loss_normalizing_factor_and_weights(
-      self._loss_normalizing_factor, batch
-    )
-    targets = batch['decoder_target_tokens']
-    loss, z_loss, _ = losses.compute_weighted_cross_entropy(
-      logits, targets, weights, self._label_smoothing, self._z_loss, factor
-    )
-    suffix = '_segment_ids'
-    segments = {
-      k.removesuffix(suffix): v for k, v in batch.items() if k.endswith(suffix)
-    } or {
-      k: batch[k] != 0
-      for k in ('encoder_input_tokens', 'decoder_target_tokens')
-      if k in batch
-    }
-    return loss, compute_base_metrics(logits, targets, weights, loss, z_loss, segments)
-
-
 @dataclasses.dataclass(frozen=True)
 class DecoderParams:
   """Defaults of decoding: whether all decodes are returned, and how many are made."""
@@ -110,8 +28,12 @@ class DecoderParams:
   num_decodes: int = 1
 
 
-class EncoderDecoderModel(BaseTransformerModel):
-  """A T5: encoder and decoder, trained on targets given inputs."""
+class EncoderDecoderModel:
+  """A T5: encoder and decoder, trained on targets given inputs.
+
+  Arguments are T5X's. The module has T5X's `__call__`, `encode` and `decode`;
+  `decode_fn` and `default_decoder_params` are kept for subclasses that decode.
+  """
 
   FEATURE_CONVERTER_CLS = seqio.EncDecFeatureConverter
 
@@ -120,30 +42,19 @@ class EncoderDecoderModel(BaseTransformerModel):
     module: nn.Module,
     input_vocabulary: seqio.Vocabulary,
     output_vocabulary: seqio.Vocabulary,
-    optimizer_def: optimizers.OptimizerDefType,
+    optimizer_def: optimizers.OptimizerDef,
     decode_fn: Callable[..., Any] | None = None,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor: Any = None,
     default_decoder_params: DecoderParams | None = None,
-    **loss_arguments,
   ):
-    """Keeps its arguments.
-
-    Args:
-      module: has T5X's `__call__`, `encode` and `decode`.
-      input_vocabulary: of the encoder's tokens.
-      output_vocabulary: of the decoder's tokens.
-      optimizer_def: trains the parameters.
-      decode_fn: kept for subclasses that decode.
-      feature_converter_cls: overrides `FEATURE_CONVERTER_CLS`.
-      default_decoder_params: kept for subclasses that decode.
-      **loss_arguments: label_smoothing, z_loss and loss_normalizing_factor of
-        `losses.compute_weighted_cross_entropy`.
-    """
-    if feature_converter_cls is not None:
-      self.FEATURE_CONVERTER_CLS = feature_converter_cls
+    self.module, self.optimizer_def, self.decode_fn = module, optimizer_def, decode_fn
+    self.input_vocabulary = input_vocabulary
+    self.output_vocabulary = output_vocabulary
+    self._label_smoothing, self._z_loss = label_smoothing, z_loss
+    self._loss_normalizing_factor = loss_normalizing_factor
     self._default_decoder_params = default_decoder_params or DecoderParams()
-    vocabularies = (input_vocabulary, output_vocabulary)
-    super().__init__(module, *vocabularies, optimizer_def, decode_fn, **loss_arguments)
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
     """Initialises the module on ones.
@@ -156,36 +67,25 @@ class EncoderDecoderModel(BaseTransformerModel):
     Returns:
       The variables, frozen.
     """
-    types = input_types or {}
 
-    def ones(feature, default):
+    def ones(feature):
       if feature not in input_shapes:
         return None
-      return jnp.ones(input_shapes[feature], types.get(feature, default))
+      default = jnp.float32 if feature.endswith('tokens') else jnp.int32
+      return jnp.ones(input_shapes[feature], (input_types or {}).get(feature, default))
 
-    decoder_tokens = ones('decoder_input_tokens', jnp.float32)
-    optional = [
-      f'{side}_{kind}'
-      for side in ('encoder', 'decoder')
-      for kind in ('positions', 'segment_ids')
-    ]
-    variables = self.module.init(
-      rng,
-      ones('encoder_input_tokens', jnp.float32),
-      decoder_tokens,
-      decoder_tokens,
-      decode=False,
-      enable_dropout=False,
-      **{name: ones(name, jnp.int32) for name in optional},
-    )
-    return freeze(variables)
+    kinds = ('segment_ids', 'positions')
+    optional = [f'{side}_{kind}' for side in ('encoder', 'decoder') for kind in kinds]
+    decoder_tokens = ones('decoder_input_tokens')
+    tokens = (ones('encoder_input_tokens'), decoder_tokens, decoder_tokens)
+    features = {name: ones(name) for name in optional}
+    off = {'decode': False, 'enable_dropout': False}
+    return freeze(self.module.init(rng, *tokens, **off, **features))
 
-  def _compute_logits(
-    self, params, batch: Batch, dropout_rng=None, mutable=False, other_variables=None
-  ):
+  def _compute_logits(self, params, batch: Batch, dropout_rng=None) -> jnp.ndarray:
     """Runs the module; dropout is on if it gets an rng. Returns logits [B, T, V]."""
     return self.module.apply(
-      {'params': params, **(other_variables or {})},
+      {'params': params},
       batch['encoder_input_tokens'],
       batch['decoder_input_tokens'],
       batch['decoder_target_tokens'],
@@ -196,19 +96,35 @@ class EncoderDecoderModel(BaseTransformerModel):
       decode=False,
       enable_dropout=dropout_rng is not None,
       rngs=None if dropout_rng is None else {'dropout': dropout_rng},
-      mutable=mutable,
     )
 
-  def predict_batch_with_aux(
-    self,
-    params,
-    batch: Batch,
-    rng: jax.Array | None = None,
-    decoder_params=None,
-    return_all_decodes: bool | None = None,
-    num_decodes: int | None = None,
-    prompt_with_targets: bool = False,
-  ):
+  def loss_fn(self, params, batch: Batch, dropout_rng: jax.Array | None):
+    """Returns the loss, a scalar, and the metrics of a batch."""
+    logits = self._compute_logits(params, batch, dropout_rng)
+    factor, weights = losses.get_loss_normalizing_factor_and_weights(
+      self._loss_normalizing_factor, batch
+    )
+    targets = batch['decoder_target_tokens']
+    loss, z_loss, _ = losses.compute_weighted_cross_entropy(
+      logits, targets, weights, self._label_smoothing, self._z_loss, factor
+    )
+    names = ('encoder_input_tokens', 'decoder_target_tokens')
+    segments = {
+      name.removesuffix('_segment_ids'): ids
+      for name, ids in batch.items()
+      if name.endswith('_segment_ids')
+    } or {name: batch[name] != 0 for name in names}
+    return loss, compute_base_metrics(logits, targets, weights, loss, z_loss, segments)
+
+  def eval_fn(self, params, batch: Batch):
+    """Returns the loss and metrics without dropout."""
+    return self.loss_fn(params, batch, dropout_rng=None)
+
+  def predict_batch(self, params, batch: Batch, rng: jax.Array | None = None):
+    """Returns predictions alone."""
+    return self.predict_batch_with_aux(params=params, batch=batch, rng=rng)[0]
+
+  def predict_batch_with_aux(self, params, batch: Batch, *args, **kwargs):
     """Not here: the stand-in holds no decoder."""
     raise NotImplementedError(
       f'{type(self).__name__} cannot decode: the stand-in for T5X holds no decoder. '
@@ -229,6 +145,9 @@ class EncoderDecoderModel(BaseTransformerModel):
     return -jnp.sum(loss * batch['decoder_loss_weights'], axis=-1)
 
 
+BaseTransformerModel = EncoderDecoderModel  # T5X has others, too.
+
+
 def _count_sequences(segment_ids: jnp.ndarray) -> jnp.ndarray:
   """Number of packed sequences in [B, L] segment ids (0 is padding)."""
   previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
@@ -240,8 +159,8 @@ def compute_base_metrics(
   targets: jnp.ndarray,
   mask: jnp.ndarray | None,
   loss: jnp.ndarray,
-  z_loss: jnp.ndarray | None = None,
-  segment_ids: Mapping[str, jnp.ndarray] | None = None,
+  z_loss: jnp.ndarray,
+  segment_ids: Mapping[str, jnp.ndarray],
 ) -> metrics_lib.MetricsMap:
   """T5X's metrics of a batch.
 
@@ -249,8 +168,8 @@ def compute_base_metrics(
     logits: [B, T, V].
     targets: [B, T] token ids.
     mask: [B, T] of 0 and 1, or None for all ones.
-    loss: summed loss, a scalar.
-    z_loss: the part of it that is z-loss.
+    loss: summed loss, a scalar; z_loss is a part of it.
+    z_loss: a scalar.
     segment_ids: feature name to [B, L] segment ids (0 is padding).
   """
   average, rate = clu_metrics.Average, metrics_lib.TimeRate
@@ -261,30 +180,27 @@ def compute_base_metrics(
     'accuracy': clu_metrics.Accuracy.from_model_output(
       logits=logits, labels=targets.astype(jnp.int32), mask=mask
     ),
-    'loss': metrics_lib.AveragePerStep(total=loss),
+    'loss': metrics_lib.AveragePerStep(loss),
     'loss_per_nonpadding_target_token': average(total=loss, count=real_tokens),
     'loss_per_all_target_tokens': average(total=loss, count=tokens),
-    'timing/seqs_per_second': rate(numerator=sequences),
+    'timing/seqs_per_second': rate(sequences),
     'timing/steps_per_second': metrics_lib.StepsPerTime(),
     'timing/seconds': metrics_lib.Time(),
     'timing/seqs': metrics_lib.Sum(sequences),
-    'timing/seqs_per_second_per_core': rate(numerator=sequences / devices),
-    'timing/target_tokens_per_second': rate(numerator=tokens),
-    'timing/target_tokens_per_second_per_core': rate(numerator=tokens / devices),
+    'timing/seqs_per_second_per_core': rate(sequences / devices),
+    'timing/target_tokens_per_second': rate(tokens),
+    'timing/target_tokens_per_second_per_core': rate(tokens / devices),
     'non_padding_fraction/loss_weights': average(total=real_tokens, count=tokens),
   }
-  if z_loss is not None:
-    for name, value in (('z_loss', z_loss), ('cross_ent_loss', loss - z_loss)):
-      metrics[name] = metrics_lib.AveragePerStep(total=value)
-      metrics[f'{name}_per_all_target_tokens'] = average(total=value, count=tokens)
-  if segment_ids is not None:
-    real, total = jnp.array(0), jnp.array(0)
-    for name, ids in segment_ids.items():
-      metrics[f'effective_batch_size/{name}'] = metrics_lib.AveragePerStep(
-        total=_count_sequences(ids)
-      )
-      size, non_padding = jnp.array(ids.size), jnp.sum(ids != 0)
-      metrics[f'non_padding_fraction/{name}'] = average(total=non_padding, count=size)
-      real, total = real + non_padding, total + size
-    metrics['non_padding_fraction/overall'] = average(total=real, count=total)
+  for name, value in (('z_loss', z_loss), ('cross_ent_loss', loss - z_loss)):
+    metrics[name] = metrics_lib.AveragePerStep(value)
+    metrics[f'{name}_per_all_target_tokens'] = average(total=value, count=tokens)
+  overall = average(total=jnp.array(0), count=jnp.array(0))
+  for name, ids in segment_ids.items():
+    part = average(total=jnp.sum(ids != 0), count=jnp.array(ids.size))
+    metrics[f'non_padding_fraction/{name}'] = part
+    batch_size = metrics_lib.AveragePerStep(_count_sequences(ids))
+    metrics[f'effective_batch_size/{name}'] = batch_size
+    overall = overall.merge(part)
+  metrics['non_padding_fraction/overall'] = overall
   return metrics

@@ -16,7 +16,12 @@ class OptimizerState:
 
 
 class OptimizerDef:
-  """Hyper-parameters and the functions that use them; subclasses fill these in."""
+  """Hyper-parameters and the functions that use them.
+
+  Subclasses define `init_state(params)`, `apply_gradient(hyper_params, params, state,
+  grads)`, which returns the new `(params, state)`, and `derive_logical_axes(state,
+  param_logical_axes)`.
+  """
 
   def __init__(self, hyper_params: Any):
     self.hyper_params = hyper_params
@@ -24,9 +29,3 @@ class OptimizerDef:
   def update_hyper_params(self, **overrides):
     """Returns the hyper-parameters with some of them replaced."""
     return types.SimpleNamespace(**{**vars(self.hyper_params), **overrides})
-
-  # Subclasses define init_state(params), apply_gradient(hyper_params, params, state,
-  # grads) -> (params, state) and derive_logical_axes(state, param_logical_axes).
-
-
-OptimizerDefType = OptimizerDef

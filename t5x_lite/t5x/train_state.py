@@ -6,13 +6,10 @@ from typing import Any, Optional
 import flax
 import jax.numpy as jnp
 from flax.core import FrozenDict, freeze, unfreeze
-from flax.linen import partitioning as flax_partitioning
+from flax.linen.partitioning import get_axis_names
 from flax.serialization import from_state_dict, to_state_dict
-from flax.traverse_util import flatten_dict
 
 from t5x import optimizers
-
-EMPTY_DICT = freeze({})
 
 
 def _split_variables(model_variables: Mapping[str, Any]) -> tuple[FrozenDict, Any]:
@@ -24,13 +21,7 @@ def _split_variables(model_variables: Mapping[str, Any]) -> tuple[FrozenDict, An
       f'the module creates the collections {sorted(other)}; the stand-in trains '
       'parameters only (use T5X for mutable collections)'
     )
-  params, axes = variables['params'], variables.get('params_axes')
-  if axes is not None:
-    names = flatten_dict(flax_partitioning.get_axis_names(axes), sep='/')
-    missing = set(flatten_dict(unfreeze(params), sep='/')) - set(names)
-    if missing:
-      raise ValueError(f'parameters without logical axis names: {sorted(missing)}')
-  return params, axes
+  return variables['params'], variables.get('params_axes')
 
 
 class FlaxOptimTrainState(flax.struct.PyTreeNode):
@@ -47,14 +38,11 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
   optimizer_state: optimizers.OptimizerState
   optimizer_def: Any = flax.struct.field(pytree_node=False, default=None)
   params_axes: Optional[FrozenDict] = None  # noqa: UP045 (flax reads annotations)
-  flax_mutables: FrozenDict = EMPTY_DICT
 
   @classmethod
   def create(cls, optimizer_def, model_variables) -> 'FlaxOptimTrainState':
     """Makes the state before the first step from `module.init`'s variables."""
     params, params_axes = _split_variables(model_variables)
-    if hasattr(optimizer_def, 'set_param_axes') and params_axes is not None:
-      optimizer_def.set_param_axes(flax_partitioning.get_axis_names(params_axes))
     return cls(params, optimizer_def.init_state(params), optimizer_def, params_axes)
 
   @property
@@ -67,26 +55,20 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
 
   def state_dict(self) -> dict[str, Any]:
     """A checkpoint's tree: `target`, `state/step`, `state/param_states`."""
-    return to_state_dict(
-      {'target': unfreeze(self.params), 'state': to_state_dict(self.optimizer_state)}
-    )
+    state = to_state_dict(self.optimizer_state)
+    return to_state_dict({'target': unfreeze(self.params), 'state': state})
 
   def restore_state(self, state_dict: Mapping[str, Any]) -> 'FlaxOptimTrainState':
     """The inverse of `state_dict`."""
-    return self.replace(
-      params=from_state_dict(self.params, state_dict['target']),
-      optimizer_state=from_state_dict(self.optimizer_state, state_dict['state']),
-    )
-
-  def replace_params(self, params):
-    return self.replace(params=params)
+    state = from_state_dict(self.optimizer_state, state_dict['state'])
+    params = from_state_dict(self.params, state_dict['target'])
+    return self.replace(params=params, optimizer_state=state)
 
   def replace_step(self, step):
     return self.replace(optimizer_state=self.optimizer_state.replace(step=step))
 
-  def apply_gradient(self, grads, learning_rate, flax_mutables=EMPTY_DICT):
+  def apply_gradient(self, grads, learning_rate) -> 'FlaxOptimTrainState':
     """Takes one optimizer step."""
-    del flax_mutables
     hp = self.optimizer_def.update_hyper_params(learning_rate=learning_rate)
     params, state = self.optimizer_def.apply_gradient(
       hp, self.params, self.optimizer_state, grads
@@ -95,7 +77,7 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
 
   def as_logical_axes(self) -> 'FlaxOptimTrainState':
     """Logical axis names (or None for replicated) in place of arrays."""
-    axes = flax_partitioning.get_axis_names(self.params_axes)
+    axes = get_axis_names(self.params_axes)
     states = self.optimizer_def.derive_logical_axes(self.optimizer_state, axes)
     return self.replace(params=axes, optimizer_state=states, params_axes=None)
 
@@ -106,38 +88,23 @@ class InferenceState(flax.struct.PyTreeNode):
   step: Any
   params: Any
   params_axes: Optional[FrozenDict] = None  # noqa: UP045
-  flax_mutables: FrozenDict = EMPTY_DICT
 
   @classmethod
   def create(cls, model_variables) -> 'InferenceState':
-    params, params_axes = _split_variables(model_variables)
-    return cls(jnp.array(0), params, params_axes)
-
-  @property
-  def param_states(self):
-    raise NotImplementedError('an InferenceState has no optimizer state')
+    return cls(jnp.array(0), *_split_variables(model_variables))
 
   def state_dict(self) -> dict[str, Any]:
     """The part of a checkpoint's tree without the optimizer's moments."""
-    return {
-      'target': to_state_dict(unfreeze(self.params)),
-      'state': {'step': self.step},
-    }
+    target = to_state_dict(unfreeze(self.params))
+    return {'target': target, 'state': {'step': self.step}}
 
   def restore_state(self, state_dict: Mapping[str, Any]) -> 'InferenceState':
-    return self.replace(
-      params=from_state_dict(self.params, state_dict['target']),
-      step=state_dict['state']['step'],
-    )
-
-  def replace_params(self, params):
-    return self.replace(params=params)
-
-  def replace_step(self, step):
-    return self.replace(step=step)
+    """The inverse of `state_dict`."""
+    params = from_state_dict(self.params, state_dict['target'])
+    return self.replace(params=params, step=state_dict['state']['step'])
 
   def as_logical_axes(self) -> 'InferenceState':
-    axes = flax_partitioning.get_axis_names(self.params_axes)
+    axes = get_axis_names(self.params_axes)
     return self.replace(step=None, params=axes, params_axes=None)
 
 

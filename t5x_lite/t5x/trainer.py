@@ -1,9 +1,6 @@
 """Runs training and evaluation steps and writes their metrics."""
 
-import abc
-import enum
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import asynclib, metric_writers
+from flax.linen import partitioning as flax_partitioning
 
 from t5x import metrics as metrics_lib
-from t5x import models, partitioning, utils
+from t5x import models, partitioning
 from t5x import train_state as train_state_lib
 
 BatchType = Mapping[str, np.ndarray]
@@ -34,28 +32,18 @@ class PreemptionError(Exception):
 
 
 class MetricsManager:
-  """Writes metrics to TensorBoard and the log, off the main thread."""
+  """Writes metrics to TensorBoard (`summary_dir/name`) and the log, off the thread."""
 
   def __init__(self, name: str, summary_dir: str | None = None):
-    """Opens the writer of `summary_dir/name` (or of the log alone)."""
-    self.summary_dir = os.path.join(summary_dir, name) if summary_dir else None
-    self._writer = metric_writers.create_default_writer(
+    self.summary_writer = metric_writers.create_default_writer(
       summary_dir, collection=name, asynchronous=True
     )
     self._lock = threading.Lock()
     self._pool = asynclib.Pool(thread_name_prefix='MetricsManager', max_workers=1)
-    self._start = None
-
-  @property
-  def summary_writer(self):
-    return self._writer
 
   def write_scalar(self, key: str, val: Any, step: int) -> None:
-    self.write_scalars(step, {key: val})
-
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     with self._lock:
-      self._writer.write_scalars(int(utils.get_local_data(step)), scalars)
+      self.summary_writer.write_scalars(int(step), {key: val})
 
   def start_duration_timer(self, block_on: Any = ()) -> None:
     """Starts the clock once these arrays are ready."""
@@ -64,17 +52,14 @@ class MetricsManager:
 
   def write_metrics_summary(self, metrics: Any, step: int, num_steps: int):
     """Writes metrics in the background; returns a future of name -> value."""
-    step, start = int(utils.get_local_data(step)), self._start
-    if start is None:
-      raise ValueError('call start_duration_timer() first')
+    step, start = int(step), self._start
 
     def write():
-      host = jax.tree.map(utils.get_local_data, jax.block_until_ready(metrics))
-      host = metrics_lib.set_time_metrics_duration(host, time.time() - start)
-      host = metrics_lib.set_step_metrics_num_steps(host, num_steps)
+      host = jax.device_get(metrics)  # waits for the steps
+      host = metrics_lib.fill_in(host, num_steps, time.time() - start)
       values = {k: v.compute_value() for k, v in host.items()}
       with self._lock:
-        metric_writers.write_values(self._writer, step, values)
+        metric_writers.write_values(self.summary_writer, step, values)
       return values
 
     return self._pool(write)()
@@ -84,45 +69,36 @@ class MetricsManager:
     try:
       self._pool.close()
     finally:
-      if self._writer is not None:
-        self._writer.close()
-        self._writer = None
+      self.summary_writer.close()
 
 
-class BaseTrainer(abc.ABC):
-  """Holds the state and loops over steps; subclasses define the steps."""
+class Trainer:
+  """Trains with a learning rate schedule, optionally in microbatches."""
 
   def __init__(
     self,
-    model: models.BaseModel,
-    train_state: train_state_lib.TrainState,
+    model: models.EncoderDecoderModel,
+    train_state: train_state_lib.FlaxOptimTrainState,
     partitioner: partitioning.PjitPartitioner,
     eval_names: Sequence[str],
     summary_dir: str | None,
     train_state_axes: Any,
     rng: jax.Array,
+    learning_rate_fn: Callable[[jnp.ndarray], jnp.ndarray],
+    num_microbatches: int | None = None,
   ):
-    """Keeps its arguments and opens the metric writers.
+    """Keeps its arguments, which are T5X's, and opens the metric writers.
 
-    Args:
-      model: has `loss_fn` and `eval_fn`.
-      train_state: on the devices.
-      partitioner: partitions the steps.
-      eval_names: names of the datasets that `eval` will get.
-      summary_dir: of the TensorBoard folders `train` and `training_eval/<name>`.
-      train_state_axes: layout of the state.
-      rng: of dropout, together with the step.
+    They write to `summary_dir`, in `train` and `training_eval/<name>`. `rng`, together
+    with the step, gives the dropout. A batch has `num_microbatches` parts (None: 1).
     """
-    self._model = model
-    self._train_state = train_state
-    self._train_state_axes = train_state_axes
-    self._partitioner = partitioner
-    self._base_rng = rng
+    self.train_state, self._train_state_axes = train_state, train_state_axes
+    self._model, self._partitioner, self._base_rng = model, partitioner, rng
+    self._learning_rate_fn = learning_rate_fn
+    self._num_microbatches = num_microbatches or 1
     self._compiled_train_step = None
     self._compiled_eval_steps: dict[str, Callable[..., Any]] = {}
-    self._mutex = threading.RLock()
     self._started = time.time()
-    self.stop_training = False
     self.train_metrics_manager = MetricsManager('train', summary_dir)
     self.eval_metrics_managers = {
       name: MetricsManager(f'training_eval/{name[:113]}', summary_dir)
@@ -134,60 +110,33 @@ class BaseTrainer(abc.ABC):
     for manager in (self.train_metrics_manager, *self.eval_metrics_managers.values()):
       manager.close()
 
-  def _get_step_rng(self, step) -> jax.Array:
-    return jax.random.fold_in(self._base_rng, step)
-
-  @property
-  def train_state(self) -> train_state_lib.TrainState:
-    with self._mutex:
-      return self._train_state
-
-  @train_state.setter
-  def train_state(self, train_state: train_state_lib.TrainState) -> None:
-    with self._mutex:
-      self._train_state = train_state
-
   def train(
     self, batch_iter: Iterator[BatchType], num_steps: int, start_step: int | None = None
   ):
-    """Trains for some steps.
+    """Trains for some steps; returns a future of name -> metric value over them.
 
-    Args:
-      batch_iter: yields batches.
-      num_steps: how many.
-      start_step: the state's step, if known (saves a transfer).
-
-    Returns:
-      A future of name -> metric value over these steps.
+    `start_step` is the state's step, if known (saves a transfer).
     """
     step_fn = self._compiled_train_step or self._partitioned_train_step
     metrics = None
-    with self._mutex:
-      state = self._train_state
-      start = int(
-        utils.get_local_data(state.step) if start_step is None else start_step
-      )
-      self.train_metrics_manager.start_duration_timer(block_on=state)
-      for step in range(start, start + num_steps):
-        logging.log_every_n_seconds(logging.INFO, 'Training: step %d', 10, step)
-        with jax.profiler.StepTraceAnnotation('train', step_num=step):
-          state, update = step_fn(state, next(batch_iter))
-          # The old state's memory is gone: a failing next step must find the new one.
-          self._train_state = state
-          metrics = merge_metrics(metrics, update) if metrics else update
-    if metrics is not None:
-      metrics['timing/uptime'] = clu.metrics.LastValue.from_model_output(
-        jnp.asarray([time.time() - self._started])
-      )
+    start = int(self.train_state.step if start_step is None else start_step)
+    self.train_metrics_manager.start_duration_timer(block_on=self.train_state)
+    for step in range(start, start + num_steps):
+      logging.log_every_n_seconds(logging.INFO, 'Training: step %d', 10, step)
+      with jax.profiler.StepTraceAnnotation('train', step_num=step):
+        # The old state's memory is gone after this: the new one is kept at once.
+        self.train_state, update = step_fn(self.train_state, next(batch_iter))
+        metrics = merge_metrics(metrics, update) if metrics else update
+    metrics['timing/uptime'] = _last(time.time() - self._started)
     return self.train_metrics_manager.write_metrics_summary(
       metrics, start + num_steps, num_steps
     )
 
   def _compile(self, fn, batch: BatchType, manager: MetricsManager):
     start = time.time()
-    compiled = self._partitioner.compile(fn, self.train_state, batch)
-    step = self.train_state.step
-    manager.write_scalar('timing/compilation_seconds', time.time() - start, step)
+    compiled = fn.lower(self.train_state, batch).compile()
+    seconds = time.time() - start
+    manager.write_scalar('timing/compilation_seconds', seconds, self.train_state.step)
     return compiled
 
   def compile_train(self, batch: BatchType) -> None:
@@ -207,13 +156,7 @@ class BaseTrainer(abc.ABC):
       self._compiled_eval_steps[name] = done[key]
 
   def eval(self, batch_iters: Mapping[str, Iterator[BatchType]]):
-    """Evaluates with teacher forcing.
-
-    Args:
-      batch_iters: dataset name to batches.
-
-    Returns:
-      Dataset name to name -> metric value.
+    """Evaluates datasets, given by name; returns name -> metric -> value.
 
     Raises:
       ValueError: if a dataset yields no batch.
@@ -232,52 +175,10 @@ class BaseTrainer(abc.ABC):
       summaries[name] = summary.result()
     return summaries
 
-  @property
-  @abc.abstractmethod
-  def _partitioned_train_step(self):
-    """`(train_state, batch) -> (train_state, metrics)`."""
-
-  @property
-  @abc.abstractmethod
-  def _partitioned_eval_step(self):
-    """`(train_state, batch) -> metrics`."""
-
-
-class Trainer(BaseTrainer):
-  """Trains with a learning rate schedule, optionally in microbatches."""
-
-  def __init__(
-    self,
-    model: models.BaseModel,
-    train_state: train_state_lib.TrainState,
-    partitioner: partitioning.PjitPartitioner,
-    eval_names: Sequence[str],
-    summary_dir: str | None,
-    train_state_axes: Any,
-    rng: jax.Array,
-    learning_rate_fn: Callable[[jnp.ndarray], jnp.ndarray],
-    num_microbatches: int | None = None,
-    weight_metrics_computer: Any = None,
-  ):
-    """Keeps its arguments.
-
-    Args are those of `BaseTrainer`, and:
-      learning_rate_fn: step to learning rate.
-      num_microbatches: parts of a batch whose gradients are added up; None or 1: one.
-      weight_metrics_computer: must be None here.
-    """
-    if weight_metrics_computer is not None:
-      raise ValueError('weight_metrics_computer needs the real T5X')
-    self._learning_rate_fn = learning_rate_fn
-    self._num_microbatches = num_microbatches
-    super().__init__(
-      model, train_state, partitioner, eval_names, summary_dir, train_state_axes, rng
-    )
-
   def _gradients(self, params, batch: BatchType, rng):
     """Returns the summed gradients and metrics of a batch."""
     grad_fn = jax.value_and_grad(self._model.loss_fn, has_aux=True)
-    n = self._num_microbatches or 1
+    n = self._num_microbatches
     if n == 1:
       (_, metrics), grads = grad_fn(params, batch, rng)
       return grads, metrics
@@ -286,15 +187,12 @@ class Trainer(BaseTrainer):
       raise ValueError(
         f'batch size {size} is not divisible by num_microbatches={n}; choose a divisor'
       )
-    spec = self._partitioner.data_partition_spec
-
     # As in T5X, every microbatch draws the same dropout masks.
-    rng = rng if rng is None else jax.random.split(rng)[1]
+    rng = jax.random.split(rng)[1]
 
     def step(total, part):
-      part = jax.tree.map(
-        lambda x: partitioning.with_sharding_constraint(x, spec), part
-      )
+      constrain = flax_partitioning.with_sharding_constraint
+      part = {k: constrain(x, ('batch',)) for k, x in part.items()}
       (_, metrics), grads = grad_fn(params, part, rng)
       return jax.tree.map(jnp.add, total, grads), metrics
 
@@ -306,46 +204,27 @@ class Trainer(BaseTrainer):
 
   @functools.cached_property
   def _partitioned_train_step(self):
-    def train_step(state: train_state_lib.TrainState, batch: BatchType):
+    def train_step(state: train_state_lib.FlaxOptimTrainState, batch: BatchType):
       rate = self._learning_rate_fn(state.step)
-      rng = self._get_step_rng(state.step)
+      rng = jax.random.fold_in(self._base_rng, state.step)
       grads, metrics = self._gradients(state.params, batch, rng)
-      metrics = dict(metrics)
-      for name, kind in (
-        ('learning_rate', clu.metrics.Average),
-        ('learning_rate/current', clu.metrics.LastValue),
-      ):
-        metrics[name] = kind.from_model_output(jnp.asarray([rate]))
-      return state.apply_gradient(grads, learning_rate=rate), metrics
+      average = clu.metrics.Average.from_model_output(jnp.asarray([rate]))
+      rates = {'learning_rate': average, 'learning_rate/current': _last(rate)}
+      return state.apply_gradient(grads, learning_rate=rate), {**metrics, **rates}
 
+    axes, data = self._train_state_axes, self._partitioner.data_partition_spec
     return self._partitioner.partition(
-      train_step,
-      in_axis_resources=(self._train_state_axes, self._partitioner.data_partition_spec),
-      out_axis_resources=(self._train_state_axes, None),
-      donate_argnums=(0,),
+      train_step, (axes, data), (axes, None), donate_argnums=(0,)
     )
 
   @functools.cached_property
   def _partitioned_eval_step(self):
-    return self._partitioner.partition(
-      lambda state, batch: self._model.eval_fn(state.params, batch)[1],
-      in_axis_resources=(self._train_state_axes, self._partitioner.data_partition_spec),
-      out_axis_resources=None,
-    )
+    def eval_step(state: train_state_lib.FlaxOptimTrainState, batch: BatchType):
+      return self._model.eval_fn(state.params, batch)[1]
+
+    axes, data = self._train_state_axes, self._partitioner.data_partition_spec
+    return self._partitioner.partition(eval_step, (axes, data), None)
 
 
-@enum.unique
-class ActionMode(enum.Enum):
-  """When an action runs."""
-
-  TRAIN = 1
-  TRAIN_EVAL = 2
-  INFER_EVAL = 3
-
-
-class BaseAction(abc.ABC):
-  """Looks at metrics, and may stop the training."""
-
-  @abc.abstractmethod
-  def run(self, train_state, metrics_by_task: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Returns whether training should stop."""
+def _last(value) -> clu.metrics.LastValue:
+  return clu.metrics.LastValue.from_model_output(jnp.asarray([value]))

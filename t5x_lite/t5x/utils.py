@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,24 +17,9 @@ from flax.core import unfreeze
 
 from t5x import checkpoints, partitioning
 from t5x import train_state as train_state_lib
-from t5x.data import (  # noqa: F401 (T5X has these here)
-  DatasetConfig,
-  get_dataset,
-  get_training_eval_datasets,
-  get_vocabulary,
-  get_zeros_batch_like_dataset,
-  import_module,
-  prepare_train_iter,
-  round_vocab_size_to_multiple,
-  verify_matching_vocabs,
-)
-
-get_local_data = checkpoints.get_local_data
-
-
-def _check_choice(owner: str, name: str, value: Any, choices: Sequence[Any]) -> None:
-  if value not in choices:
-    raise ValueError(f'{owner}.{name}={value!r}; choose one of {list(choices)}')
+from t5x.data import DatasetConfig as DatasetConfig  # T5X has these here
+from t5x.data import get_vocabulary as get_vocabulary
+from t5x.data import verify_matching_vocabs as verify_matching_vocabs
 
 
 @dataclasses.dataclass
@@ -46,19 +31,12 @@ class SaveCheckpointConfig:
     period: steps between two checkpoints.
     keep: how many of the last checkpoints stay; None keeps all.
     save_dataset: whether the position in the training data is saved.
-    state_transformation_fns: must be empty here.
   """
 
   dtype: str | None = 'float32'
   period: int | None = None
   keep: int | None = None
   save_dataset: bool = False
-  state_transformation_fns: Sequence[Any] = ()
-
-  def __post_init__(self):
-    _check_choice(
-      'SaveCheckpointConfig', 'dtype', self.dtype, (None, 'float32', 'bfloat16')
-    )
 
 
 @dataclasses.dataclass
@@ -67,27 +45,28 @@ class RestoreCheckpointConfig:
 
   Attributes:
     path: of a checkpoint, or of the folder that holds it; empty for none.
-    mode: specific (`path` is the checkpoint), latest (in the folder `path`), or all.
-    strict: whether parameters that the model lacks are an error.
-    fallback_to_scratch: whether missing parameters are initialised.
+    mode: specific (`path` is the checkpoint) or latest (in the folder `path`).
     dtype: of the restored parameters; None for the saved one.
-    restore_dataset: whether the position in the training data is restored.
-    state_transformation_fns: applied to the state dict in order, after reading.
+    restore_dataset: whether training continues at the saved position in the data.
   """
 
-  path: str | Sequence[str] = ()
+  path: Any = ()
   mode: str = 'latest'
-  strict: bool = True
-  fallback_to_scratch: bool = False
   dtype: str | None = None
   restore_dataset: bool = False
-  state_transformation_fns: Sequence[Any] = ()
 
   def __post_init__(self):
-    owner = 'RestoreCheckpointConfig'
-    _check_choice(owner, 'mode', self.mode, ('specific', 'latest', 'all'))
-    dtypes = (None, 'float32', 'bfloat16', 'float16')
-    _check_choice(owner, 'dtype', self.dtype, dtypes)
+    if self.mode not in ('specific', 'latest'):
+      raise ValueError(f"mode={self.mode!r}; choose one of 'specific', 'latest'")
+    if self.path and not isinstance(self.path, str):
+      raise ValueError(f'path={self.path!r}; give the path of one checkpoint')
+
+  def find(self) -> str | None:
+    """Returns the checkpoint's folder, or None if there is none."""
+    if self.mode == 'specific' or not self.path:
+      return self.path or None
+    steps = checkpoints.all_steps(self.path)
+    return checkpoints.get_checkpoint_dir(self.path, steps[-1]) if steps else None
 
 
 @dataclasses.dataclass
@@ -110,42 +89,32 @@ def create_learning_rate_scheduler(
 ) -> Callable[[jnp.ndarray], jnp.ndarray]:
   """Returns step -> learning rate, a product of named factors.
 
-  Args:
-    factors: names joined by `*`: constant, linear_warmup, linear_decay (which brings
-      its own constant and warm-up), rsqrt_decay, rsqrt_normalized_decay, decay_every,
-      cosine_decay.
-    base_learning_rate: of constant and linear_decay.
-    warmup_steps: of the warm-ups and the reciprocal square roots.
-    decay_factor: of linear_decay (per step) and decay_every.
-    steps_per_decay: of decay_every.
-    steps_per_cycle: of cosine_decay.
-    step_offset: the step that counts as 0.
-    min_learning_rate: lower bound of the product.
+  Arguments are T5X's. `factors` are joined by `*`: constant, linear_warmup,
+  linear_decay (which brings its own constant and warm-up), rsqrt_decay,
+  rsqrt_normalized_decay, decay_every, cosine_decay.
 
   Raises:
     ValueError: if a factor is unknown.
   """
-  w, every = warmup_steps, steps_per_decay
-
-  def linear_decay(s):
-    return base_learning_rate * jnp.minimum(s / w, 1.0 + decay_factor * (w - s))
+  base, w = base_learning_rate, warmup_steps
 
   def cosine_decay(s):
     progress = jnp.maximum(0.0, (s - w) / float(steps_per_cycle)) % 1.0
     return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
 
   known = {
-    'constant': lambda s: base_learning_rate,
+    'constant': lambda s: base,
     'linear_warmup': lambda s: jnp.minimum(1.0, s / w),
-    'linear_decay': linear_decay,
+    'linear_decay': lambda s: base * jnp.minimum(s / w, 1.0 + decay_factor * (w - s)),
     'rsqrt_decay': lambda s: 1.0 / jnp.sqrt(jnp.maximum(s, w)),
     'rsqrt_normalized_decay': lambda s: jnp.sqrt(w / jnp.maximum(s, w)),
-    'decay_every': lambda s: decay_factor ** (s // every),
+    'decay_every': lambda s: decay_factor ** (s // steps_per_decay),
     'cosine_decay': cosine_decay,
   }
   names = [name.strip() for name in factors.split('*')]
-  for name in names:
-    _check_choice('create_learning_rate_scheduler', 'factors', name, list(known))
+  unknown = [name for name in names if name not in known]
+  if unknown:
+    raise ValueError(f'factors={factors!r}: {unknown}; choose among {list(known)}')
 
   def learning_rate(step: jnp.ndarray) -> jnp.ndarray:
     step = jnp.maximum(0, step - step_offset)
@@ -153,31 +122,6 @@ def create_learning_rate_scheduler(
     return jnp.asarray(jnp.maximum(rate, min_learning_rate), jnp.float32)
 
   return learning_rate
-
-
-def get_first_valid_restore_config_and_paths(
-  restore_cfgs: Sequence[RestoreCheckpointConfig],
-) -> tuple[RestoreCheckpointConfig | None, Sequence[str]]:
-  """Returns the first configuration that names checkpoints, and their paths.
-
-  Raises:
-    ValueError: if a folder of checkpoints does not exist.
-  """
-  for cfg in restore_cfgs:
-    paths = [cfg.path] if isinstance(cfg.path, str) else list(cfg.path or ())
-    if cfg.mode == 'specific':
-      return cfg, paths
-    for folder in paths:
-      if not tf.io.gfile.isdir(folder):
-        raise ValueError(
-          f'no folder {folder!r}, in which mode={cfg.mode!r} looks for checkpoints; '
-          'mend RestoreCheckpointConfig.path'
-        )
-      steps = checkpoints.all_steps(folder)
-      found = [checkpoints.get_checkpoint_dir(folder, step) for step in steps]
-      if found:
-        return cfg, found[-1:] if cfg.mode == 'latest' else found
-  return None, []
 
 
 class TrainStateInitializer:
@@ -196,14 +140,10 @@ class TrainStateInitializer:
     partitioner: partitioning.PjitPartitioner,
     input_types: Mapping[str, Any] | None = None,
   ):
-    """Works out shapes and layout; see `EncoderDecoderModel.get_initial_variables`.
+    """Works out shapes and layout of a state (without optimizer if that is None).
 
-    Args:
-      optimizer_def: None for a state without optimizer.
-      init_fn: the model's `get_initial_variables`.
-      input_shapes: of the whole batch.
-      partitioner: lays the state out.
-      input_types: of the batch.
+    `init_fn`, `input_shapes` and `input_types`: see
+    `EncoderDecoderModel.get_initial_variables`.
     """
 
     def initialize(rng):
@@ -222,114 +162,47 @@ class TrainStateInitializer:
     fn = self._partitioner.partition(self._initialize, None, self.train_state_axes)
     return fn(init_rng)
 
-  def from_path(self, path, cfg, init_rng=None, ds_iter=None):
-    """Restores one checkpoint (a name of the stand-in's own).
+  def from_checkpoint(self, path: str, dtype=None) -> train_state_lib.TrainState:
+    """Restores one checkpoint; see `checkpoints.restore_train_state`."""
+    shape = self.global_train_state_shape
+    return checkpoints.restore_train_state(path, shape, self._partitioner, dtype)
 
-    Raises:
-      ValueError: if it is missing or does not fit the model.
-    """
-    fallback = None
-    if cfg.fallback_to_scratch:
-      if init_rng is None or not cfg.state_transformation_fns:
-        raise ValueError(
-          'fallback_to_scratch needs state_transformation_fns and a random seed'
-        )
-      fallback = self.from_scratch(init_rng).state_dict()
-    logging.info('Restoring parameters from the checkpoint %s', path)
-    state = checkpoints.restore_train_state(
-      path,
-      self.global_train_state_shape,
-      self._partitioner,
-      dtype=cfg.dtype,
-      strict=cfg.strict,
-      state_transformation_fns=cfg.state_transformation_fns,
-      fallback_state=fallback,
-    )
-    if cfg.restore_dataset and ds_iter is not None:
-      checkpoints.restore_dataset(path, ds_iter)
-    return state
+  def log_model_info(self, folder: str) -> None:
+    """Logs and writes (model-info.txt) every array's size, shape and layout."""
+    state = self.global_train_state_shape
+    trees = (state, state.as_logical_axes(), self.train_state_axes)
+    shapes, names, specs = (flatten_dict_string_keys(t.state_dict()) for t in trees)
+    lines, total = [], sum(x.size for x in jax.tree.leaves(state.params))
+    for key, x in shapes.items():
+      name = key.partition('/')[2]
+      axes = '' if names[key] is None else f' axes {tuple(names[key])}'
+      spec = None if specs[key] is None else tuple(specs[key])
+      lines.append(
+        f'Variable {name:<80} size {x.size:<12} shape {x.shape!s:<20}{axes} '
+        f'partition spec {spec}'
+      )
+    text = '\n'.join([*lines, f'Total number of parameters: {total}', ''])
+    logging.info('%s', text)
+    with tf.io.gfile.GFile(os.path.join(folder, 'model-info.txt'), 'w') as f:
+      f.write(text)
 
 
-def create_checkpoint_manager_and_restore(
-  train_state_initializer: TrainStateInitializer,
-  partitioner: partitioning.PjitPartitioner,
-  restore_checkpoint_cfg: RestoreCheckpointConfig | None,
-  restore_path: str | None,
-  fallback_init_rng: Any,
-  save_checkpoint_cfg: SaveCheckpointConfig | None = None,
-  model_dir: str | None = None,
-  ds_iter: Any = None,
-  use_orbax: bool = True,
-):
-  """Returns a restored state (or None), and what saves checkpoints (or None).
+def restore_for_inference(model, partitioner, shapes, types, cfg, output_dir: str):
+  """Returns a state without optimizer, and its layout (not in T5X).
+
+  `shapes` and `types` are those of a batch; `cfg` is a `RestoreCheckpointConfig`.
 
   Raises:
-    ValueError: if the checkpoint is missing or does not fit, or for `use_orbax=False`.
+    ValueError: if there is no checkpoint, or it does not fit.
   """
-  del partitioner
-  if not use_orbax:
-    raise ValueError('use_orbax=False (writing the legacy layout) needs the real T5X')
-  state = None
-  if restore_path:
-    state = train_state_initializer.from_path(
-      restore_path, restore_checkpoint_cfg, fallback_init_rng, ds_iter
-    )
-  manager = None
-  if save_checkpoint_cfg is not None and model_dir:
-    manager = checkpoints.OrbaxCheckpointManagerInterface(
-      model_dir,
-      dataset_iterator=ds_iter if save_checkpoint_cfg.save_dataset else None,
-      save_dtype=save_checkpoint_cfg.dtype,
-      keep=save_checkpoint_cfg.keep,
-      period=save_checkpoint_cfg.period,
-    )
-  return state, manager
-
-
-def log_model_info(log_file, full_train_state, partitioner) -> None:
-  """Logs every array's size, shape and layout, and the number of parameters.
-
-  Args:
-    log_file: written as well, unless None.
-    full_train_state: the state, or its shapes.
-    partitioner: knows the layout.
-  """
-  lines, total = [], 0
-  logical = partitioner.get_logical_axes(full_train_state)
-  mesh = partitioner.get_mesh_axes(full_train_state)
-  trees = [full_train_state.state_dict(), logical.state_dict(), mesh.state_dict()]
-  shapes, names, specs = map(flatten_dict_string_keys, trees)
-  for key, x in shapes.items():
-    shape, size = tuple(x.shape), int(np.prod(x.shape))
-    total += size if key.startswith('target/') else 0
-    if names[key] is not None:
-      pairs = zip(names[key], shape, strict=True)
-      shape = f'({", ".join(f"{n}={d}" for n, d in pairs)})'
-    spec = None if specs[key] is None else tuple(specs[key])
-    name = key.partition('/')[2]
-    lines.append(
-      f'Variable {name:<80} size {size:<12} shape {shape!s:<40} partition spec {spec}'
-    )
-  lines.append(f'Total number of parameters: {total}')
-  for line in lines:
-    logging.info('%s', line)
-  if log_file is not None:
-    with tf.io.gfile.GFile(log_file, 'w') as f:
-      f.write('\n'.join(lines) + '\n')
-
-
-def inference_initializer(cls, model, partitioner, shapes, types, output_dir):
-  """Returns an initializer of states without optimizer (not in T5X)."""
-  initializer = cls(
-    optimizer_def=None,
-    init_fn=model.get_initial_variables,
-    input_shapes=shapes,
-    input_types=types,
-    partitioner=partitioner,
+  initializer = TrainStateInitializer(
+    None, model.get_initial_variables, shapes, partitioner, types
   )
-  log_file = os.path.join(output_dir, 'model-info.txt')
-  log_model_info(log_file, initializer.global_train_state_shape, partitioner)
-  return initializer
+  initializer.log_model_info(output_dir)
+  path = cfg.find()
+  if path is None:
+    raise ValueError(f'no checkpoint: RestoreCheckpointConfig.path is {cfg.path!r}')
+  return initializer.from_checkpoint(path, cfg.dtype), initializer.train_state_axes
 
 
 def get_infer_fn(
@@ -337,16 +210,10 @@ def get_infer_fn(
   batch_size: int,
   train_state_axes: train_state_lib.TrainState,
   partitioner: partitioning.PjitPartitioner,
-  keep_aux_as_numpy: bool = False,
 ):
   """Returns a function that runs a model's method over an enumerated dataset.
 
-  Args:
-    infer_step: `predict_batch`, `predict_batch_with_aux` or `score_batch`.
-    batch_size: examples per call; the last batch is padded with its first example.
-    train_state_axes: layout of the state.
-    partitioner: partitions the step.
-    keep_aux_as_numpy: whether auxiliary outputs stay arrays.
+  Arguments are T5X's; the last batch is filled up to `batch_size` with its own rows.
 
   Returns:
     `fn(ds, train_state, rng=None)` -> a list of (index, output), and with auxiliary
@@ -357,17 +224,9 @@ def get_infer_fn(
   def step_fn(params, batch, rng):
     return infer_step(params, batch, rng) if with_rng else infer_step(params, batch)
 
-  data = partitioner.data_partition_spec
-  partitioner.get_data_layout(batch_size)  # raises if the batch cannot be split
-  step = partitioner.partition(step_fn, (train_state_axes.params, data, None), None)
-
-  def run_batch(params, batch, rng):
-    rows = len(next(iter(batch.values())))
-    padding = batch_size - rows
-    if padding:
-      pad = [0] * padding
-      batch = {k: np.concatenate([v, v[pad]]) for k, v in batch.items()}
-    return jax.tree.map(lambda x: np.asarray(x)[:rows], step(params, batch, rng))
+  partitioner.check_batch_size(batch_size)
+  in_axes = (train_state_axes.params, partitioner.data_partition_spec, None)
+  step = partitioner.partition(step_fn, in_axes, None)
 
   def infer_fn(ds: tf.data.Dataset, train_state, rng=None):
     indices, outputs = [], []
@@ -375,21 +234,16 @@ def get_infer_fn(
       step_rng = None
       if rng is not None:
         step_rng, rng = jax.random.split(rng)
-      indices.extend(int(i) for i in index)
-      outputs.append(run_batch(train_state.params, batch, step_rng))
+      full = {k: np.resize(v, (batch_size, *v.shape[1:])) for k, v in batch.items()}
+      output = jax.device_get(step(train_state.params, full, step_rng))
+      outputs.append(jax.tree.map(lambda x: x[: len(index)], output))  # noqa: B023
+      indices.extend(index.tolist())
     if not outputs:
       raise ValueError('the dataset to infer on is empty; check its split and filters')
-    joined = jax.tree.map(lambda *xs: np.concatenate(xs), *outputs)
-    aux = None
-    if (
-      isinstance(joined, tuple) and len(joined) == 2 and isinstance(joined[1], Mapping)
-    ):
-      joined, aux = joined
-    rows = [jax.tree.map(lambda x: x[i].tolist(), joined) for i in range(len(indices))]  # noqa: B023
-    pairs = list(zip(indices, rows, strict=True))
-    if aux is None:
-      return pairs
-    return pairs, jax.tree.map(list if keep_aux_as_numpy else np.ndarray.tolist, aux)
+    joined = jax.tree.map(lambda *xs: np.concatenate(xs).tolist(), *outputs)
+    if isinstance(joined, tuple):
+      return list(zip(indices, joined[0], strict=True)), joined[1]
+    return list(zip(indices, joined, strict=True))
 
   return infer_fn
 
