@@ -185,21 +185,7 @@ class GroupedQueryAttention(nn.Module):
     """
     check_heads(self.num_heads, self.num_kv_heads)
     B, T, D = inputs_q.shape
-    kernel_init = self.kernel_init
-
-    def query_init(*args):
-      return kernel_init(*args) / jnp.sqrt(self.head_dim).astype(self.dtype)
-
-    q_BTNH = Dense(
-      self.num_heads * self.head_dim,
-      (axes.EMBED, axes.JOINED_HEADS),
-      self.dtype,
-      query_init,
-      name='query',
-    )(inputs_q).reshape(B, T, self.num_heads, self.head_dim)
-    q_BTNH = with_sharding_constraint(
-      q_BTNH, (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
-    )
+    q_BTNH = self._project_q(inputs_q)
     if cache_index is None:
       k_BKSH, v_BKSH = self._kept_keys_and_values(inputs_kv)
     else:
@@ -214,8 +200,26 @@ class GroupedQueryAttention(nn.Module):
       dropout=self._dropout(deterministic),
     )
     return Dense(
-      D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, kernel_init, name='out'
+      D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, self.kernel_init, name='out'
     )(out_BTNH.reshape(B, T, self.num_heads * self.head_dim))
+
+  def _project_q(self, inputs_q: Array) -> Array:
+    """Projects `[B, T, D]` to `[B, T, N, H]`; the initialiser holds 1 / sqrt(H)."""
+    kernel_init = self.kernel_init
+
+    def query_init(*args):
+      return kernel_init(*args) / jnp.sqrt(self.head_dim).astype(self.dtype)
+
+    q_BTNH = Dense(
+      self.num_heads * self.head_dim,
+      (axes.EMBED, axes.JOINED_HEADS),
+      self.dtype,
+      query_init,
+      name='query',
+    )(inputs_q).reshape(*inputs_q.shape[:2], self.num_heads, self.head_dim)
+    return with_sharding_constraint(
+      q_BTNH, (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
+    )
 
   def _kept_keys_and_values(self, inputs_kv: Array) -> tuple[Array, Array]:
     """Returns K and V of the inputs, kept from an earlier call or computed now."""

@@ -163,13 +163,18 @@ def greedy(
   final = lax.while_loop(
     lambda state: (state.step < max_length) & ~jnp.all(state.ended_B),
     decode_one,
-    GreedyState(
-      step=jnp.zeros((), jnp.int32),
-      tokens_BT=jnp.zeros((B, max_length), jnp.int32),
-      token_B=jnp.zeros((B,), jnp.int32),
-      scores_B=jnp.zeros((B,), jnp.float32),
-      ended_B=jnp.zeros((B,), bool),
-      cache=cache,
-    ),
+    _start(B, max_length, cache),
   )
   return final.tokens_BT, final.scores_B
+
+
+def _start(B: int, max_length: int, cache: Any) -> GreedyState:
+  """Returns the state before the first step: token 0 starts every row."""
+  return GreedyState(
+    step=jnp.zeros((), jnp.int32),
+    tokens_BT=jnp.zeros((B, max_length), jnp.int32),
+    token_B=jnp.zeros((B,), jnp.int32),
+    scores_B=jnp.zeros((B,), jnp.float32),
+    ended_B=jnp.zeros((B,), bool),
+    cache=cache,
+  )

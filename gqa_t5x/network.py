@@ -285,25 +285,17 @@ class Transformer(nn.Module):
       ValueError: for packed examples while decoding, or a length that is not the
         cache's.
     """
-    del decoder_positions
     decode = decode or prefill
     if decode and encoder_segment_ids is not None:
       raise ValueError(
         'encoder_segment_ids were given while decoding: packed examples cannot be'
         ' decoded; set pack = False for this dataset.'
       )
-    encoder_valid = encoder_input_tokens > 0
-    if decode:
-      # Every new token counts, also where the targets are padding.
-      self_mask = None
-      cross_mask = _pair_mask(jnp.ones_like(decoder_target_tokens, bool), encoder_valid)
-      if prefill:
-        max_decode_length = max_decode_length or decoder_input_tokens.shape[1]
-    else:
-      T = decoder_input_tokens.shape[1]
-      target_valid = decoder_target_tokens > 0
-      self_mask = _pair_mask(target_valid, target_valid) & jnp.tri(T, dtype=bool)
-      cross_mask = _pair_mask(target_valid, encoder_valid)
+    # While decoding every token counts, and the decoder masks by position.
+    valid = (decoder_target_tokens > 0) | decode
+    cross_mask = _pair_mask(valid, encoder_input_tokens > 0)
+    T = decoder_input_tokens.shape[1]
+    self_mask = _pair_mask(valid, valid) & jnp.tri(T, dtype=bool)
     if decoder_segment_ids is not None and not decode:
       self_mask &= _pair_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
       cross_mask &= _pair_mask(decoder_segment_ids, encoder_segment_ids, jnp.equal)

@@ -1,7 +1,7 @@
 r"""Evaluates a checkpoint on the metrics of a seqio task or mixture.
 
 Example:
-  python -m t5x.eval --gin_file=gin/runs/eval.gin --gin.CHECKPOINT_PATH=\'/tmp/run\'
+  python -m t5x.eval --gin_file=gin/runs/eval.gin --gin.CHECKPOINT_PATH=\'runs/mha\'
 
 The gin files bind the arguments of `evaluate` (`import __main__ as eval_script`, then
 `eval_script.evaluate: model = ...`). Metrics go to output_dir/inference_eval, by

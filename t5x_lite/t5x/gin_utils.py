@@ -58,7 +58,7 @@ def _define_flags() -> None:
   flags.DEFINE_multi_string('gin_file', [], text, **own)
   text = (
     'NAME = VALUE, applied after the files. --gin.NAME=VALUE is short for it. Text '
-    "needs quotes of its own: --gin.MODEL_DIR=\\'/tmp/run\\'."
+    "needs quotes of its own: --gin.MODEL_DIR=\\'runs/mha\\'."
   )
   flags.DEFINE_multi_string('gin_bindings', [], text, **own)
   text = 'Comma-separated folders that hold the gin files.'

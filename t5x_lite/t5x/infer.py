@@ -2,8 +2,8 @@ r"""Writes a model's predictions or scores for a seqio task as JSON lines.
 
 Example:
   python -m t5x.infer --gin_file=gin/runs/infer.gin \
-    --gin.CHECKPOINT_PATH=\'/tmp/run/checkpoint_100\' \
-    --gin.INFER_OUTPUT_DIR=\'/tmp/out\'
+    --gin.CHECKPOINT_PATH=\'runs/mha/checkpoint_100\' \
+    --gin.INFER_OUTPUT_DIR=\'runs/predictions\'
 
 The gin files bind the arguments of `infer` (`import __main__ as infer_script`, then
 `infer_script.infer: model = ...`). The lines go to

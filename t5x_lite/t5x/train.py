@@ -2,7 +2,7 @@ r"""Trains a model that gin files describe.
 
 Example:
   python -m t5x.train --gin_file=gin/local/pretrain_mha.gin \
-    --gin.MODEL_DIR=\'/tmp/run\' --gin.TRAIN_STEPS=100
+    --gin.MODEL_DIR=\'runs/mha\' --gin.TRAIN_STEPS=100
 
 The gin files bind the arguments of `train` (`import __main__ as train_script`, then
 `train_script.train: model = ...`). A run continues from the last checkpoint in its
