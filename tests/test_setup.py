@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import commands
 import pytest
@@ -25,7 +26,8 @@ def canonical(name: str) -> str:
 
 
 def installed() -> dict[str, str]:
-  found = importlib.metadata.distributions()
+  # Not all of sys.path: setuptools puts copies of other packages there.
+  found = importlib.metadata.distributions(path=[sysconfig.get_path('purelib')])
   return {canonical(d.metadata['Name']): d.version for d in found}
 
 
