@@ -167,7 +167,7 @@ class Decoder(nn.Module):
     self,
     encoded_BSD: Array,
     tokens_BT: Array,
-    self_mask: Array | None,
+    self_mask: Array,
     cross_mask: Array,
     *,
     deterministic: bool,

@@ -25,7 +25,8 @@ class Trainer(trainer.Trainer):
   """T5X's Trainer.
 
   Args are T5X's, and:
-    total_steps: the last step of the run, for the progress bar; None for no bar.
+    total_steps: the last step of the run, for the progress bar and to refuse a
+      checkpoint of a later step; None for neither.
 
   Raises:
     ValueError: if restored parameters or optimizer moments do not fit the model, or

@@ -131,7 +131,7 @@ def test_every_size_and_run_is_combined():
   assert {path.stem.removeprefix('t5_1_1_') for path in models} == set(SIZES)
   assert set(network.SIZES) == set(SIZES)
   runs = pathlib.Path(commands.ROOT, 'gin', 'runs').glob('*.gin')
-  assert {path.stem for path in runs} == {*RUNS, 'train'}
+  assert {path.stem for path in runs} == {*RUNS, 'train', 'checkpoint'}
 
 
 def test_every_fragment_is_used():
