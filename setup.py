@@ -39,11 +39,13 @@ setuptools.setup(
       'matplotlib',
       'optax',
       'orbax-checkpoint',
+      'safetensors',
       'seqio',
       'tensorboard',
       'tensorflow',
       'tensorflow-text',
       'tensorstore',
+      'threadpoolctl',
       'tqdm',
       # What t5 imports.
       'babel',
@@ -58,6 +60,8 @@ setuptools.setup(
     ],
     # What the real T5X imports besides.
     't5x': ['cached_property', 'chex', 'fiddle', 'grain', 'jaxtyping'],
+    # To convert Hugging Face folders that have pytorch_model.bin alone.
+    'torch': ['torch'],
     'test': ['pytest', 'ruff'],
   },
 )

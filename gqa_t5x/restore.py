@@ -48,6 +48,11 @@ def checked_path(
 
 def _checkpoint_folder(path: str) -> epath.Path:
   folder = checkpoint.find_checkpoint(epath.Path(path))
+  if not checkpoint.step_is_known(folder):
+    raise ValueError(
+      f'{path} is a Hugging Face model, which T5X cannot restore; convert it first:'
+      ' python -m gqa_t5x.convert --help'
+    )
   if folder.parent == epath.Path(path):
     raise ValueError(f'{path} is a folder of checkpoints; give one of them: {folder}')
   return folder

@@ -124,7 +124,8 @@ def test_paths_in_a_bucket():
     'path': 'a/checkpoint_5/',
   }
   leaf = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': 'target.x'}}
-  spec = checkpoint._absolute_spec(leaf, checkpoint.kvstore(path), ocdbt=False)
+  name = checkpoint._tensor_folder(leaf)
+  spec = checkpoint._absolute_spec(leaf, name, checkpoint.kvstore(path), ocdbt=False)
   assert spec['kvstore'] == {
     'driver': 'gcs',
     'bucket': 'bucket',
@@ -189,6 +190,86 @@ class TestDamage:
   def test_tensorflow_checkpoint(self, tmp_path):
     (tmp_path / 'checkpoint').write_text('model_checkpoint_path: "model.ckpt-1000"\n')
     assert 'convert_tf_checkpoint.py' in self.broken(tmp_path)
+
+  def edited(self, folder, edit):
+    """Changes the msgpack's entry of KEY."""
+    from flax import serialization
+
+    file = write(folder, tiny_state()) / 'checkpoint'
+    tree = serialization.msgpack_restore(file.read_bytes())
+    edit(tree['optimizer']['target']['decoder']['layers_0']['self_attention']['key'])
+    file.write_bytes(serialization.msgpack_serialize(tree))
+    return self.broken(folder)
+
+  @pytest.mark.parametrize(
+    ('edit', 'message'),
+    [
+      (
+        lambda spec: spec['metadata'].update(shape=[6, 9]),
+        f'{KEY} (it has shape (6, 8), and [6, 9] in the file checkpoint)',
+      ),
+      (
+        lambda spec: spec['kvstore'].update(path='target.encoder.encoder_norm.scale'),
+        f'(target.encoder.encoder_norm.scale/ is the folder of {KEY})',
+      ),
+      (lambda spec: spec['kvstore'].pop('path'), f'{KEY} (damaged specification: no'),
+      (lambda spec: spec.update(kvstore=None), f'{KEY} (damaged specification: no'),
+      (lambda spec: spec.update(driver='zebra'), f'{KEY} ('),
+      (lambda spec: spec.update(driver=None), f'{KEY} ('),
+      (lambda spec: spec.pop('driver'), f'{KEY}/dtype is of type str, not an array'),
+    ],
+  )
+  def test_specification_of_a_tensor(self, edit, message, tmp_path):
+    folder = tmp_path / 'checkpoint_1000'
+    text = self.edited(folder, lambda key: edit(key['kernel']))
+    assert text.startswith(str(folder))
+    assert message in text
+
+  @pytest.mark.parametrize('leaf', ['text', None, [1, 2], 1j])
+  def test_leaf_that_is_no_array(self, leaf, tmp_path):
+    folder = tmp_path / 'checkpoint_1000'
+    text = self.edited(folder, lambda key: key.update(kernel=leaf))
+    kind = type(leaf).__name__
+    expected = f'{folder / "checkpoint"}: {KEY} is of type {kind}, not an array'
+    assert text == expected
+
+  def test_optimizer_that_is_no_tree(self, tmp_path):
+    write_msgpack(tmp_path / 'checkpoint_1000', np.arange(3))
+    assert 'is damaged: optimizer is no tree of tens' in self.broken(
+      tmp_path / 'checkpoint_1000'
+    )
+
+
+class TestTwoLayouts:
+  """Files of two layouts in one folder."""
+
+  def test_legacy_and_orbax(self, tmp_path):
+    folder = write_msgpack(tmp_path / 'checkpoint_1000', tiny_state())
+    write_orbax(folder, tiny_state())
+    for call in (checkpoint.find_checkpoint, checkpoint.open_checkpoint):
+      with pytest.raises(ConversionError) as error:
+        call(epath.Path(folder))
+      assert str(error.value) == (
+        f'{folder} has two checkpoints, {folder / "checkpoint"} and'
+        f' {folder / "state/_METADATA"}; keep one'
+      )
+
+  def test_orbax_with_the_msgpack_of_older_versions(self, tmp_path):
+    folder = write_orbax(tmp_path / 'checkpoint_1000', tiny_state())
+    (folder / 'state' / 'checkpoint').write_bytes(b'')
+    assert_same(read(folder), tiny_state())
+
+  def test_tensor_that_the_msgpack_does_not_name(self, tmp_path):
+    folder = write(tmp_path / 'checkpoint_1000', tiny_state())
+    (folder / 'target.other').mkdir()
+    (folder / 'target.other' / '.zarray').write_text('{}')
+    assert_same(read(folder), tiny_state())
+
+  def test_model_dir_with_a_checkpoint_of_each_layout(self, tmp_path):
+    write_msgpack(tmp_path / 'checkpoint_5', tiny_state())
+    write_orbax(tmp_path / 'checkpoint_10', tiny_state())
+    found = checkpoint.find_checkpoint(epath.Path(tmp_path))
+    assert found.name == 'checkpoint_10'
 
 
 class TestWholeOrNothing:

@@ -1,13 +1,14 @@
-"""Finds and reads T5X checkpoints of either layout, without T5X and without Orbax.
+"""Finds and opens checkpoints of any layout, without T5X, Orbax or transformers.
 
-  legacy   checkpoint_N/checkpoint             msgpack: the tree; small tensors inside
+  legacy   checkpoint_N/checkpoint             msgpack: the tree; small tensors, or all
            checkpoint_N/target.encoder...      TensorStore (zarr), one folder a tensor
   Orbax    checkpoint_N/state/_METADATA        JSON: the tree
            checkpoint_N/state/manifest.ocdbt   TensorStore (zarr) in one OCDBT database;
                                                older: one folder a tensor
+  Hugging Face   any_name/config.json          with safetensors or PyTorch files
 
 Either way the result is path -> LazyTensor: nothing is read but names and shapes.
-Paths are local or gs://.
+Paths are local or gs:// (Hugging Face: local).
 """
 
 import ast
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from gqa_t5x.conversion import huggingface, msgpack_index
 from gqa_t5x.conversion.errors import ConversionError
 from gqa_t5x.conversion.params import flatten
 from gqa_t5x.conversion.tensors import LazyTensor
@@ -48,28 +50,59 @@ def find_checkpoint(path: epath.Path) -> epath.Path:
   """Finds the checkpoint that a path means.
 
   Args:
-    path: a checkpoint folder, its msgpack file, or a model_dir (then the latest
-      checkpoint_N in it).
+    path: a checkpoint folder, a file in it that says what it is (`checkpoint`,
+      `model.safetensors`), or a model_dir (then the latest checkpoint_N in it).
 
   Returns:
     The checkpoint folder.
 
   Raises:
-    ConversionError: there is none.
+    ConversionError: there is none, or two in one folder.
   """
   if not path.exists():
     raise ConversionError(f'there is no checkpoint at {path}: no such file or folder')
-  if path.name == MSGPACK and not path.is_dir():
+  names = {MSGPACK, huggingface.CONFIG, *sum(huggingface.WEIGHTS, ())}
+  if path.name in names and not path.is_dir():
     path = path.parent
-  if (path / MSGPACK).exists() or (path / _STATE).is_dir():
+  if _entry(path) is not None or (path / _STATE).is_dir():
     return path
   checkpoints = list_checkpoints(path)
   if checkpoints:
     return find_checkpoint(checkpoints[-1])
   raise ConversionError(
     f'there is no T5X checkpoint in {path}: expected a file named checkpoint, a folder'
-    ' named state, or folders named checkpoint_<step>; it may be only partly copied'
+    ' named state, or folders named checkpoint_<step>; nor is there a Hugging Face'
+    ' model: model.safetensors or pytorch_model.bin, or an index of such files; it may'
+    ' be only partly copied'
   )
+
+
+def step_is_known(path: epath.Path) -> bool:
+  """Whether a checkpoint folder keeps its step; Hugging Face's do not, and read as 0.
+
+  Args:
+    path: what `find_checkpoint` returned.
+  """
+  return huggingface.weights_file(path) is None
+
+
+def _entry(path: epath.Path) -> epath.Path | None:
+  """The file that lists a checkpoint's tensors; None if there is none.
+
+  Raises:
+    ConversionError: there are two, of different layouts.
+  """
+  orbax = [path / _STATE / name for name in (_METADATA, MSGPACK)]
+  # Orbax itself wrote both for a while.
+  orbax = [file for file in orbax if file.exists()][:1]
+  found = [file for file in (path / MSGPACK, *orbax) if file.exists()]
+  weights = huggingface.weights_file(path)
+  found += [weights] if weights else []
+  if len(found) > 1:
+    raise ConversionError(
+      f'{path} has two checkpoints, {found[0]} and {found[1]}; keep one'
+    )
+  return found[0] if found else None
 
 
 def dataset_state(path: epath.Path) -> list[str]:
@@ -83,7 +116,7 @@ def dataset_state(path: epath.Path) -> list[str]:
 
 
 def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
-  """Opens a checkpoint folder of either layout.
+  """Opens a checkpoint folder of any layout.
 
   Args:
     path: the folder, local or gs://.
@@ -94,17 +127,17 @@ def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
   Raises:
     ConversionError: a part is missing or damaged; the message names file and tensor.
   """
-  if (path / MSGPACK).exists():
-    return _open_tree(path, _legacy_leaves(path / MSGPACK))
-  state = path / _STATE
-  if (state / _METADATA).exists():
-    return _open_tree(state, _orbax_leaves(state / _METADATA))
-  if (state / MSGPACK).exists():
-    return _open_tree(state, _legacy_leaves(state / MSGPACK))
-  raise ConversionError(
-    f'{state} has neither {_METADATA} nor {MSGPACK}: the checkpoint is only partly'
-    ' written or copied'
-  )
+  file = _entry(path)
+  if file is None:
+    raise ConversionError(
+      f'{path / _STATE} has neither {_METADATA} nor {MSGPACK}: the checkpoint is only'
+      ' partly written or copied'
+    )
+  if file.name == MSGPACK:
+    return _open_tree(file, _legacy_leaves(file))
+  if file.name == _METADATA:
+    return _open_tree(file, _orbax_leaves(file))
+  return huggingface.open_folder(file)
 
 
 def kvstore(path: epath.Path) -> dict[str, Any]:
@@ -117,22 +150,18 @@ def kvstore(path: epath.Path) -> dict[str, Any]:
 
 
 def _legacy_leaves(file: epath.Path) -> dict[str, Any]:
-  """Reads the msgpack: path -> array, TensorStore spec, or Orbax placeholder."""
-  from flax import serialization  # here: it imports JAX
-
-  data = file.read_bytes()
-  if data.startswith(b'model_checkpoint_path'):
-    raise ConversionError(
-      f"{file} is of a TensorFlow checkpoint: convert it first with T5X's"
-      ' t5x/scripts/convert_tf_checkpoint.py'
-    )
-  try:
-    tree = serialization.msgpack_restore(data)
-    tree = tree.get('optimizer', tree)
-  except Exception as error:
-    raise ConversionError(
-      f'{file} is truncated or damaged ({len(data)} bytes): {_one_line(error)}'
-    ) from error
+  """Reads the msgpack: path -> tensor, TensorStore spec, or Orbax placeholder."""
+  start = b'model_checkpoint_path'
+  with file.open('rb') as handle:
+    if handle.read(len(start)) == start:
+      raise ConversionError(
+        f"{file} is of a TensorFlow checkpoint: convert it first with T5X's"
+        ' t5x/scripts/convert_tf_checkpoint.py'
+      )
+  tree = msgpack_index.read_tree(file)
+  tree = tree.get('optimizer', tree)
+  if not isinstance(tree, dict):
+    raise ConversionError(f'{file} is damaged: optimizer is no tree of tensors')
   return dict(flatten(tree, is_leaf=_is_spec))
 
 
@@ -148,44 +177,59 @@ def _orbax_leaves(file: epath.Path) -> dict[str, Any]:
     driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
     keys = [ast.literal_eval(key) for key in entries]
     types = [entry['value_metadata']['value_type'] for entry in entries.values()]
-  except (ValueError, KeyError, TypeError, SyntaxError) as error:
+    return {
+      '/'.join(key): {'driver': driver, 'kvstore': {'path': '.'.join(key)}}
+      for key, kind in zip(keys, types, strict=True)
+      if kind not in ('None', 'Dict', 'List', 'Tuple', 'NamedTuple')
+    }
+  except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
     raise ConversionError(
       f'{file} is truncated or damaged: {_one_line(error)}'
     ) from error
-  return {
-    '/'.join(key): {'driver': driver, 'kvstore': {'path': '.'.join(key)}}
-    for key, kind in zip(keys, types, strict=True)
-    if kind not in ('None', 'Dict', 'List', 'Tuple', 'NamedTuple')
-  }
 
 
-def _open_tree(folder: epath.Path, leaves: dict[str, Any]) -> dict[str, LazyTensor]:
-  """Opens every leaf, all at once; reads no tensor that is not in the msgpack."""
+def _open_tree(file: epath.Path, leaves: dict[str, Any]) -> dict[str, LazyTensor]:
+  """Opens every leaf, all at once; reads no tensor.
+
+  Args:
+    file: where the leaves are listed; TensorStore's folders are beside it.
+    leaves: path -> tensor, number, TensorStore spec, or Orbax placeholder.
+  """
   import tensorstore as ts
 
+  folder = file.parent
   base = kvstore(folder)
   ocdbt = (folder / _OCDBT).exists()
   context = ts.Context({'cache_pool': {'total_bytes_limit': 100_000_000}})
   tensors: dict[str, LazyTensor | None] = {}
-  opening = {}
+  opening, unreadable, users = {}, [], {}
   for path, leaf in leaves.items():
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
       name = leaf.removeprefix(_PLACEHOLDER)
       leaf = {'driver': 'zarr', 'kvstore': {'path': name}}
     if isinstance(leaf, dict):
-      spec = _absolute_spec(leaf, base, ocdbt)
-      opening[path] = ts.open(spec, open=True, read=True, context=context)
       tensors[path] = None  # keeps the order of the tree
-    elif isinstance(leaf, np.ndarray | np.generic | int | float):
+      try:
+        name = _tensor_folder(leaf)
+        if (other := users.setdefault(name, path)) != path:
+          raise ValueError(f'{name} is the folder of {other}')
+        spec = _absolute_spec(leaf, name, base, ocdbt)
+        opening[path] = leaf, ts.open(spec, open=True, read=True, context=context)
+      except ValueError as error:
+        unreadable.append(f'{path} ({_one_line(error)})')
+    elif isinstance(leaf, LazyTensor):
+      tensors[path] = leaf
+    elif isinstance(leaf, int | float):
       tensors[path] = LazyTensor.of(np.asarray(leaf))
     else:
       raise ConversionError(
-        f'{folder / MSGPACK}: {path} is of type {type(leaf).__name__}, not an array'
+        f'{file}: {path} is of type {type(leaf).__name__}, not an array'
       )
-  unreadable = []
-  for path, future in opening.items():
+  for path, (leaf, future) in opening.items():
     try:
-      tensors[path] = _lazy(path, folder, future.result())
+      array = future.result()
+      _check_shape(leaf, array.shape)
+      tensors[path] = _lazy(path, folder, array)
     except ValueError as error:
       unreadable.append(f'{path} ({_one_line(error)})')
   if unreadable:
@@ -196,18 +240,41 @@ def _open_tree(folder: epath.Path, leaves: dict[str, Any]) -> dict[str, LazyTens
   return tensors
 
 
-def _absolute_spec(leaf: dict, base: dict, ocdbt: bool) -> dict[str, Any]:
+def _tensor_folder(leaf: dict) -> str:
+  """Where a spec says that its tensor is, relative to the checkpoint."""
+  store = leaf['kvstore']
+  # Old TensorStore versions kept the path beside the kvstore.
+  name = store.get('path') if isinstance(store, dict) else None
+  name = name or leaf.get('path')
+  if not isinstance(name, str):
+    raise ValueError(f'damaged specification: no path in {store!r}')
+  return name.strip('/') + '/'
+
+
+def _absolute_spec(leaf: dict, name: str, base: dict, ocdbt: bool) -> dict[str, Any]:
   """Points a tensor's relative TensorStore spec at the checkpoint's folder.
 
-  A missing chunk must be an error: TensorStore's default is to read it as zeros.
+  A missing chunk must be an error: TensorStore's default is to read it as zeros. Each
+  tensor is read once: chunks kept in the cache (OCDBT's nodes are) would waste memory.
   """
-  # Old TensorStore versions kept the path beside the kvstore.
-  name = (leaf['kvstore'].get('path') or leaf['path']).strip('/') + '/'
   if ocdbt:
     store = {'driver': 'ocdbt', 'base': base, 'path': name}
   else:
     store = {**base, 'path': base['path'] + name}
-  return {'driver': leaf['driver'], 'kvstore': store, 'fill_missing_data_reads': False}
+  return {
+    'driver': leaf['driver'],
+    'kvstore': store,
+    'fill_missing_data_reads': False,
+    'cache_pool': {'total_bytes_limit': 0},
+  }
+
+
+def _check_shape(leaf: dict, shape: tuple[int, ...]) -> None:
+  """Raises if the tensor is not the one that the checkpoint's tree speaks of."""
+  metadata = leaf.get('metadata')
+  listed = metadata.get('shape') if isinstance(metadata, dict) else None
+  if listed is not None and listed != list(shape):
+    raise ValueError(f'it has shape {tuple(shape)}, and {listed} in the file {MSGPACK}')
 
 
 def _lazy(path: str, folder: epath.Path, array: Any) -> LazyTensor:
