@@ -6,7 +6,8 @@ import pytest
 from test_conversion_trees import D, H, N, flat, tiny_params
 
 from gqa_t5x.conversion.errors import ConversionError
-from gqa_t5x.conversion.methods import METHODS, AttentionModule, convert_module
+from gqa_t5x.conversion.methods import METHODS, convert_module
+from gqa_t5x.conversion.module import AttentionModule
 from gqa_t5x.conversion.params import convert_params
 
 # Two rows (D = 2), four heads of size two: row 0 counts, row 1 does not.
@@ -235,8 +236,9 @@ def test_key_value_heads_that_do_not_divide_although_the_query_heads_do():
 def test_unknown_method_lists_the_known():
   with pytest.raises(ConversionError) as error:
     convert_params(tiny_params(), num_kv_heads=2, method='avg')
-  assert str(error.value) == "unknown method 'avg'; choose one of mean, first, random"
-  assert list(METHODS) == ['mean', 'first', 'random']
+  known = 'mean, first, random, procrustes, procrustes_rms, refit, svd'
+  assert str(error.value) == f"unknown method 'avg'; choose one of {known}"
+  assert list(METHODS) == known.split(', ')
 
 
 def test_bfloat16_kept_as_integers_is_refused():

@@ -76,7 +76,7 @@ def test_model_dir_means_its_latest_checkpoint(mha, tmp_path, capsys):
   assert f'Reading {mha}\n' in out
   path = 'decoder/layers_1/self_attention/key/kernel'
   assert f'moments of {path}: v (6, 8) -> v (6, 4), summed over each group' in out
-  assert 'Adafactor moments of 8 K and V kernels: summed over each group' in out
+  assert 'Adafactor moments of 8 kernels: summed over each group' in out
   assert read(output)[KEY].shape == (D, 2 * H)
 
 
@@ -89,6 +89,21 @@ def test_flags_for_each_kind_of_attention(mha, tmp_path):
   cross = KEY.replace('self_attention', 'encoder_decoder_attention')
   assert got[cross].shape == (D, H)
   assert got['target/encoder/layers_0/attention/key/kernel'].shape == (D, H)
+
+
+def test_output_names_the_step_of_a_source_without_one(tmp_path, monkeypatch):
+  tree = tiny_state(moments=False)
+  tree['state']['step'] = np.asarray(0, np.int32)
+  source = write_msgpack(tmp_path / 'model', tree)
+  monkeypatch.setattr(checkpoint, 'step_is_known', lambda path: path != source)
+  flags = (f'--input={source}', '--num_kv_heads=2')
+  for name, step in (('checkpoint_1000000', 1_000_000), ('checkpoint_0', 0), ('', 0)):
+    output = tmp_path / f'out{name}' / name
+    assert run(*flags, f'--output={output}') == 0
+    folder = output if name else output / 'checkpoint_0'
+    got = read(folder)
+    assert (got['state/step'], got['state/step'].dtype) == (step, np.int32)
+    assert run(f'--verify={folder}') == 0
 
 
 def test_seed_of_random(mha, tmp_path):
@@ -118,8 +133,12 @@ def test_help_teaches(capsys):
   assert run('--help') == 0
   out = capsys.readouterr().out
   assert 'python -m gqa_t5x.convert --input=/models/mha --output=/models/gqa2' in out
-  for flag in ('--num_kv_heads:', '--method:', '--encoder_num_kv_heads:', '--seed:'):
-    assert flag in out
+  for flag in ('num_kv_heads', 'method', 'encoder_num_kv_heads', 'seed', 'statistics'):
+    assert f'--{flag}:' in out
+  for flag in ('--dry_run', '--verify=', '--compression=none', '/t5-v1_1-base'):
+    assert flag in out[: out.index('Flags:')]
+  assert '--grouping: Which heads share. contiguous: neighbours; similarity:' in out
+  assert '--compression: <none|zstd|gzip>:' in out
 
 
 def damaged_msgpack(source):
@@ -142,6 +161,22 @@ BAD = {
   'method': (
     ['--num_kv_heads=2', '--method=avg'],
     "unknown method 'avg'; choose one of mean, first, random",
+  ),
+  'grouping': (
+    ['--num_kv_heads=2', '--grouping=alike'],
+    "unknown grouping 'alike'; choose one of contiguous, similarity",
+  ),
+  'compression': (
+    ['--num_kv_heads=2', '--compression=brotli'],
+    'flag --compression=brotli: value should be one of <none|zstd|gzip>',
+  ),
+  'statistics': (
+    ['--num_kv_heads=2', '--statistics=~/s.npz'],
+    's.npz was given, but method=mean uses none',
+  ),
+  'nothing to verify': (
+    ['--verify={tmp}/mha'],
+    '{tmp}/mha/checkpoint_1000 has no gqa_t5x_manifest.json',
   ),
   'unknown flag': (['--num_kv_head=2'], "Unknown command line flag 'num_kv_head'"),
   'not a number': (['--num_kv_heads=two'], 'flag --num_kv_heads=two: '),
@@ -283,11 +318,11 @@ SLOW = """
 import sys, time
 from gqa_t5x import convert
 from gqa_t5x.conversion import writer
-write = writer._write_tensor
+write = writer._TensorWriter.__call__
 def slow(*args):
   time.sleep(0.2)
   return write(*args)
-writer._write_tensor = slow
+writer._TensorWriter.__call__ = slow
 sys.exit(convert.main(sys.argv))
 """
 

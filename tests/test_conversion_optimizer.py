@@ -6,7 +6,7 @@ from test_conversion_trees import flat, tiny_state
 
 from gqa_t5x.conversion import optimizer
 from gqa_t5x.conversion.errors import ConversionError
-from gqa_t5x.conversion.methods import AttentionModule
+from gqa_t5x.conversion.module import AttentionModule
 from gqa_t5x.conversion.params import flatten, plan_conversion
 from gqa_t5x.conversion.tensors import LazyTensor
 

@@ -106,6 +106,26 @@ class Architecture:
     return 2 * layers * self.num_kv_heads[kind] * self.head_dim * itemsize
 
 
+def norms_before(kind: str, path: str) -> tuple[str, str]:
+  """The layer norms whose outputs an attention module reads.
+
+  Args:
+    kind: of attention, a key of KINDS.
+    path: of the module, "decoder/layers_0/self_attention".
+
+  Returns:
+    Paths of the scales in front of the queries, and of the keys and values.
+  """
+  layer = path.rpartition('/')[0]
+  if kind == 'cross_attention':
+    return (
+      f'{layer}/pre_cross_attention_layer_norm/scale',
+      'encoder/encoder_norm/scale',
+    )
+  name = 'pre_attention' if kind == 'encoder' else 'pre_self_attention'
+  return (f'{layer}/{name}_layer_norm/scale',) * 2
+
+
 def read_architecture(shapes: Shapes) -> Architecture:
   """Reads the sizes of a model from the shapes of its parameters.
 

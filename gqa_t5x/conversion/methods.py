@@ -1,4 +1,4 @@
-"""The maths: how the K and V heads of one attention module become fewer.
+"""The ways in which the K and V heads of one attention module become fewer.
 
 A method acts on one attention MODULE, given as a dict of its kernels
 
@@ -6,42 +6,32 @@ A method acts on one attention MODULE, given as a dict of its kernels
 
 with S key/value heads in the source, and returns the kernels that it changes. Heads
 are grouped contiguously: with G = S / K, new head k stands for the source heads
-k*G ... k*G + G-1, so query head n reads key/value head n // (N / K) after it.
+k*G ... k*G + G-1, so query head n reads key/value head n // (N / K) after it. Grouping
+by similarity (grouping.py) reorders the heads before that.
 
 Letters: D width, N query heads, S source key/value heads, K new key/value heads,
 G source heads per new head, H head size.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
+from gqa_t5x.conversion import sharing
 from gqa_t5x.conversion.errors import ConversionError
-
-Kernels = Mapping[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionModule:
-  """What a method must know about the attention module that it converts.
-
-  Attributes:
-    path: its place in the tree, e.g. "decoder/layers_0/self_attention".
-    num_heads: N, query heads.
-    source_num_kv_heads: S, key/value heads before conversion.
-    num_kv_heads: K, key/value heads after conversion; divides S.
-    head_dim: H.
-    seed: for methods that draw random numbers.
-  """
-
-  path: str
-  num_heads: int
-  source_num_kv_heads: int
-  num_kv_heads: int
-  head_dim: int
-  seed: int = 0
+from gqa_t5x.conversion.grouping import similar_heads
+from gqa_t5x.conversion.module import (
+  ALL_KERNELS,
+  AttentionModule,
+  Kernels,
+  join_heads,
+  permute_heads,
+  split_groups,
+)
+from gqa_t5x.conversion.statistics import InputMoments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,51 +39,43 @@ class Method:
   """A way to convert one attention module.
 
   Attributes:
-    convert: (kernels, module) -> the new kernels, by name; names left out stay.
+    convert: (kernels, module, inputs) -> the new kernels; names left out stay.
     moments: what becomes of the Adafactor moments of each changed kernel:
       "sum" over the group, "first" of the group, or "reset" to zero.
-    reads: the kernels that `convert` needs, so that no others are loaded.
-    writes: the kernels that `convert` may change.
+    summary: a phrase for --help.
+    kernels: those that `convert` reads and may change.
+    uses_inputs: whether it asks for the second moments of the module's inputs.
   """
 
-  convert: Callable[[Kernels, AttentionModule], dict[str, np.ndarray]]
+  convert: Callable[
+    [Kernels, AttentionModule, InputMoments | None], dict[str, np.ndarray]
+  ]
   moments: str
-  reads: tuple[str, ...] = ('key', 'value')
-  writes: tuple[str, ...] = ('key', 'value')
+  summary: str
+  kernels: tuple[str, ...] = ('key', 'value')
+  uses_inputs: bool = False
 
 
-def split_groups(kernel: np.ndarray, module: AttentionModule) -> np.ndarray:
-  """Splits the columns of a K or V kernel by head, and the heads by group.
+def _mean(kernels: Kernels, module: AttentionModule, inputs=None) -> Kernels:
+  """Averages the heads of each group. Source: GQA paper, section 2.1.
 
-  Args:
-    kernel: [..., S*H].
-    module: gives S, K and H.
-
-  Returns:
-    A view [..., K, G, H].
+  By halves, each rounded to the kernel's dtype, so that 64 -> 16 -> 8 heads is 64 -> 8
+  to the last bit; one rounding in all where the group is odd.
   """
-  num_groups = module.num_kv_heads
-  group_size = module.source_num_kv_heads // num_groups
-  shape = (*kernel.shape[:-1], num_groups, group_size, module.head_dim)
-  return np.asarray(kernel).reshape(shape)
-
-
-def join_heads(kernel_DKH: np.ndarray) -> np.ndarray:
-  """[..., K, H] -> [..., K*H], the layout of T5X's 2-D kernels."""
-  return kernel_DKH.reshape(*kernel_DKH.shape[:-2], -1)
-
-
-def _mean(kernels: Kernels, module: AttentionModule) -> dict[str, np.ndarray]:
-  """Averages the heads of each group, in float64. Source: GQA paper, section 2.1."""
 
   def pool(kernel):
-    mean_DKH = split_groups(kernel, module).mean(axis=-2, dtype=np.float64)
-    return join_heads(mean_DKH).astype(kernel.dtype)
+    mean_DKGH = split_groups(kernel, module)
+    while mean_DKGH.shape[-2] > 1:
+      *shape, G, H = mean_DKGH.shape
+      step = 2 if G % 2 == 0 else G
+      parts = mean_DKGH.reshape(*shape, G // step, step, H)
+      mean_DKGH = parts.mean(axis=-2, dtype=np.float64).astype(kernel.dtype)
+    return join_heads(mean_DKGH[..., 0, :])
 
   return {name: pool(kernels[name]) for name in ('key', 'value')}
 
 
-def _first(kernels: Kernels, module: AttentionModule) -> dict[str, np.ndarray]:
+def _first(kernels: Kernels, module: AttentionModule, inputs=None) -> Kernels:
   """Keeps the first head of each group. Source: GQA paper, section 3.3."""
   return {
     name: join_heads(split_groups(kernels[name], module)[..., 0, :])
@@ -101,7 +83,7 @@ def _first(kernels: Kernels, module: AttentionModule) -> dict[str, np.ndarray]:
   }
 
 
-def _random(kernels: Kernels, module: AttentionModule) -> dict[str, np.ndarray]:
+def _random(kernels: Kernels, module: AttentionModule, inputs=None) -> Kernels:
   """Initialises K and V anew, as T5X does. Source: GQA paper, section 3.3.
 
   T5X: variance_scaling(1.0, "fan_in", "normal"), so a standard deviation of
@@ -124,11 +106,42 @@ def random_stream(seed: int, path: str) -> np.random.Generator:
   return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
 
+def _absorbing(solve: sharing.Solver, rms: str, summary: str) -> Method:
+  return Method(
+    functools.partial(sharing.convert, solve, rms),
+    moments='reset',
+    summary=summary,
+    kernels=ALL_KERNELS,
+    uses_inputs=True,
+  )
+
+
 METHODS: dict[str, Method] = {
-  'mean': Method(_mean, moments='sum'),
-  'first': Method(_first, moments='first'),
-  'random': Method(_random, moments='reset'),
+  'mean': Method(_mean, 'sum', "the mean of each group's heads"),
+  'first': Method(_first, 'first', "each group's first head"),
+  'random': Method(_random, 'reset', 'a fresh initialisation'),
+  'procrustes': _absorbing(
+    sharing.procrustes, 'as is', 'the mean after rotating heads towards each other'
+  ),
+  'procrustes_rms': _absorbing(
+    sharing.procrustes, 'restored', "procrustes, scaled up to the old kernels' RMS"
+  ),
+  'refit': _absorbing(
+    sharing.refit, 'absorbed', 'the mean, with queries and outputs refitted to it'
+  ),
+  'svd': _absorbing(sharing.svd, 'absorbed', 'the shared heads of least squared error'),
 }
+
+
+GROUPINGS = ('contiguous', 'similarity')
+
+
+def check_grouping(name: str) -> None:
+  """Raises ConversionError, which lists the known ones, for an unknown grouping."""
+  if name not in GROUPINGS:
+    raise ConversionError(
+      f'unknown grouping {name!r}; choose one of {", ".join(GROUPINGS)}'
+    )
 
 
 def get_method(name: str) -> Method:
@@ -145,7 +158,11 @@ def get_method(name: str) -> Method:
 
 
 def convert_module(
-  kernels: Kernels, module: AttentionModule, method: str
+  kernels: Kernels,
+  module: AttentionModule,
+  method: str,
+  inputs: InputMoments | None = None,
+  grouping: str = 'contiguous',
 ) -> dict[str, np.ndarray]:
   """Converts the kernels of one attention module to fewer key/value heads.
 
@@ -154,13 +171,27 @@ def convert_module(
       the method does not read may be left out.
     module: head counts, path and seed.
     method: a name in METHODS.
+    inputs: second moments of the module's inputs; needed by the methods that use them
+      and by grouping by similarity.
+    grouping: "contiguous", or "similarity": heads are reordered first, which only a
+      module without a position bias allows (cross-attention).
 
   Returns:
     The same names; key and value are now [D, K*H], in the dtype they came in.
 
   Raises:
-    ConversionError: unknown method.
+    ConversionError: unknown method or grouping, or `inputs` are needed.
 
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 3.3.
   """
-  return {**kernels, **get_method(method).convert(kernels, module)}
+  chosen = get_method(method)
+  check_grouping(grouping)
+  if inputs is None and (chosen.uses_inputs or grouping == 'similarity'):
+    raise ConversionError(
+      f'method={method}, grouping={grouping} need the second moments of the inputs'
+    )
+  if grouping == 'similarity':
+    kernels = permute_heads(
+      kernels, similar_heads(kernels, inputs, module.num_kv_heads, module.head_dim)
+    )
+  return {**kernels, **chosen.convert(kernels, module, inputs)}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gqa_t5x.conversion.methods import AttentionModule, join_heads, split_groups
+from gqa_t5x.conversion.module import AttentionModule, join_heads, split_groups
 
 # T5X's Adafactor.min_dim_size_to_factor.
 MIN_DIM_SIZE_TO_FACTOR = 128

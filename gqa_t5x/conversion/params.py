@@ -9,18 +9,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from gqa_t5x.conversion import optimizer
 from gqa_t5x.conversion.architecture import Architecture, read_architecture
 from gqa_t5x.conversion.errors import ConversionError
-from gqa_t5x.conversion.methods import AttentionModule, Method, get_method
-from gqa_t5x.conversion.tensors import LazyTensor, TensorSpec, Unit
-
-TARGET = 'target/'
-PARAM_STATES = 'state/param_states/'
-
-Tensors = Mapping[str, LazyTensor]
+from gqa_t5x.conversion.module import AttentionModule
+from gqa_t5x.conversion.recipe import PARAM_STATES, TARGET, Recipe, Tensors
+from gqa_t5x.conversion.tensors import LazyTensor, Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +93,14 @@ def _check_heads(num_heads: int, source_heads: int, name: str, wish: int) -> Non
 
 
 def plan_conversion(
-  tensors: Tensors, *, num_kv_heads: int | None, method: str, seed: int = 0, **kinds
+  tensors: Tensors,
+  *,
+  num_kv_heads: int | None,
+  method: str,
+  seed: int = 0,
+  grouping: str = 'contiguous',
+  statistics: str | None = None,
+  **kinds,
 ) -> Plan:
   """Plans the conversion of a checkpoint.
 
@@ -110,6 +111,9 @@ def plan_conversion(
     num_kv_heads: K for decoder self- and cross-attention.
     method: a name in methods.METHODS.
     seed: for methods that draw random numbers.
+    grouping: a name in methods.GROUPINGS.
+    statistics: file of `python -m gqa_t5x.calibrate`, for methods that use the moments
+      of the modules' inputs; None: the weights alone.
     **kinds: self_attention_num_kv_heads, cross_attention_num_kv_heads,
       encoder_num_kv_heads, as in `choose_num_kv_heads`.
 
@@ -117,13 +121,14 @@ def plan_conversion(
     The plan; nothing has been read yet.
 
   Raises:
-    ConversionError: unknown method, heads that do not divide, parameters that are not
-      floating point, or a tree that is not a T5.1.1's (every missing, extra and
-      mismatched key is listed).
+    ConversionError: unknown method or grouping, statistics of another model or for a
+      method that uses none, heads that do not divide, parameters that are not floating
+      point, or a tree that is not a T5.1.1's (every missing, extra and mismatched key
+      is listed).
 
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 2.2.
   """
-  chosen_method = get_method(method)
+  recipe = Recipe(method, grouping, statistics)
   shapes = {
     path.removeprefix(TARGET): tensor.shape
     for path, tensor in tensors.items()
@@ -146,7 +151,7 @@ def plan_conversion(
       head_dim=source.head_dim,
       seed=seed,
     )
-    unit, notes = _module_unit(tensors, module, chosen_method, shapes)
+    unit, notes = recipe.unit(tensors, module, kind, shapes)
     units.append(unit)
     log |= notes
   changed = {path for unit in units for path in unit.outputs}
@@ -156,58 +161,6 @@ def plan_conversion(
 
 def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
   return Unit({path: tensor}, lambda: {path: tensor.read()})
-
-
-def _moment_paths(parameter: str) -> dict[str, str]:
-  return {name: f'{PARAM_STATES}{parameter}/{name}' for name in optimizer.NAMES}
-
-
-def _module_unit(
-  tensors: Tensors, module: AttentionModule, method: Method, shapes: dict
-) -> tuple[Unit, dict[str, str]]:
-  """The work on one attention module: its kernels and their moments.
-
-  Args:
-    tensors: the whole source.
-    module: which module, and its head counts.
-    method: how.
-    shapes: of all parameters after the conversion.
-
-  Returns:
-    The unit, and path of each changed kernel -> what is done to its moments.
-  """
-  outputs, notes, moments_of = {}, {}, {}
-  for name in method.writes:
-    parameter = f'{module.path}/{name}/kernel'
-    kernel = tensors[TARGET + parameter]
-    new = shapes[parameter]
-    outputs[TARGET + parameter] = TensorSpec(new, kernel.dtype)
-    moments = {n: tensors.get(p) for n, p in _moment_paths(parameter).items()}
-    if None in moments.values():
-      continue
-    old_shapes = {n: moment.shape for n, moment in moments.items()}
-    new_shapes = optimizer.converted_shapes(old_shapes, new)
-    for n, path in _moment_paths(parameter).items():
-      outputs[path] = TensorSpec(new_shapes[n], moments[n].dtype)
-    moments_of[parameter] = (moments, kernel.shape, new)
-    notes[parameter] = optimizer.describe(old_shapes, new_shapes, method.moments)
-
-  def compute():
-    kernels = {n: _read(tensors, f'{module.path}/{n}/kernel') for n in method.reads}
-    converted = method.convert(kernels, module)
-    results = {f'{TARGET}{module.path}/{n}/kernel': a for n, a in converted.items()}
-    for parameter, (moments, shape, new) in moments_of.items():
-      arrays = {n: moment.read() for n, moment in moments.items()}
-      arrays = optimizer.convert_moments(arrays, module, shape, new, method.moments)
-      paths = _moment_paths(parameter)
-      results |= {paths[n]: array for n, array in arrays.items()}
-    return results
-
-  return Unit(outputs, compute), notes
-
-
-def _read(tensors: Tensors, parameter: str) -> np.ndarray:
-  return tensors[TARGET + parameter].read()
 
 
 def _check_dtypes(tensors: Tensors) -> None:
@@ -250,8 +203,7 @@ def convert_params(
   *,
   num_kv_heads: int | None,
   method: str,
-  seed: int = 0,
-  **kinds,
+  **options,
 ) -> dict[str, Any]:
   """Converts a tree of parameters in memory.
 
@@ -260,12 +212,11 @@ def convert_params(
       {"decoder": {"layers_0": {"self_attention": {"key": {"kernel": [D, S*H]}}}}}.
     num_kv_heads: K for decoder self- and cross-attention; None leaves them.
     method: a name in methods.METHODS.
-    seed: for methods that draw random numbers.
-    **kinds: self_attention_num_kv_heads, cross_attention_num_kv_heads,
-      encoder_num_kv_heads, as in `choose_num_kv_heads`.
+    **options: seed, grouping, statistics and the head counts of single kinds, as in
+      `plan_conversion`.
 
   Returns:
-    A new nested dict; changed key and value kernels are [D, K*H] NumPy arrays, all
+    A new nested dict; changed kernels are NumPy arrays, key and value [D, K*H]; all
     other leaves are the arrays that came in.
 
   Raises:
@@ -274,9 +225,7 @@ def convert_params(
   Source: GQA paper (arXiv 2305.13245), section 2.1.
   """
   tensors = {TARGET + p: LazyTensor.of(a) for p, a in flatten(params)}
-  plan = plan_conversion(
-    tensors, num_kv_heads=num_kv_heads, method=method, seed=seed, **kinds
-  )
+  plan = plan_conversion(tensors, num_kv_heads=num_kv_heads, method=method, **options)
   result = {p: a for unit in plan.units for p, a in unit.compute().items()}
   return unflatten({path: result[path] for path in tensors})['target']
 

@@ -1,14 +1,14 @@
 """Writes T5X's legacy layout, whole or not at all.
 
-Everything goes into a temporary folder beside the result, which is renamed at the very
-end: whatever happens before that, there is no folder that T5X would take for a
-checkpoint.
+On a local disk everything goes into a temporary folder beside the result, which is
+renamed at the very end. In a bucket a folder cannot be renamed at once, so tensors go
+to their final place, and the msgpack, without which T5X sees no checkpoint, goes last.
 """
 
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,55 +16,104 @@ from etils import epath
 
 from gqa_t5x.conversion.checkpoint import MSGPACK, kvstore
 from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x.conversion.manifest import describe_tensor, write_manifest
 from gqa_t5x.conversion.params import TARGET, unflatten
+from gqa_t5x.conversion.pipeline import BUDGET, Job, run_jobs
 from gqa_t5x.conversion.tensors import TensorSpec, Unit
 
+# What T5X, by TensorStore, reads in tensors; gzip is what it writes itself.
+COMPRESSORS = {
+  'none': None,
+  'zstd': {'id': 'zstd', 'level': 1},
+  'gzip': {'id': 'gzip'},
+}
 # T5X's checkpoints.VERSION.
 _VERSION = 3
 _CHUNK_BYTES = 64 * 2**20
-_COMPRESSOR = {'id': 'zstd', 'level': 1}
 _SUFFIX = '.tmp-convert'
+_UNFINISHED = 'gqa_t5x_unfinished'
+
+# path -> shape, dtype and checksum of a tensor, as the manifest has them.
+Changed = Mapping[str, Mapping[str, Any]]
 
 
 def write_checkpoint(
-  path: epath.Path, units: Sequence[Unit], on_written: Callable[[int], None]
+  path: epath.Path,
+  units: Sequence[Unit],
+  on_written: Callable[[int], None],
+  *,
+  source: Mapping[str, TensorSpec] | None = None,
+  compression: str = 'zstd',
+  make_manifest: Callable[[Changed], Mapping] | None = None,
 ) -> None:
-  """Runs the units one after the other and writes what they make.
+  """Runs the units, several at a time, and writes what they make.
 
   Args:
     path: the checkpoint folder to make.
     units: the work.
     on_written: called with the bytes (uncompressed) of each unit once written.
+    source: path -> tensor of the checkpoint that is read. A unit whose output is one of
+      these very tensors copies it.
+    compression: of the tensors, a name in COMPRESSORS.
+    make_manifest: the tensors that are not copies -> the manifest; None: no manifest.
 
   Raises:
     ConversionError: no space, or a part of the source cannot be read. Nothing is left.
   """
+  source = source or {}
   nbytes = sum(unit.nbytes for unit in units)
   with _clear_errors(path, nbytes), _whole_or_nothing(path) as folder:
-    tree: dict[str, Any] = {}
-    for unit in units:
-      for name, array in unit.compute().items():
-        tree[name] = _write_tensor(folder, name, array)
-      on_written(unit.nbytes)
+    write = _TensorWriter(folder, compression)
+    jobs = [_unit_job(unit, source, write) for unit in units]
+    # Room for the largest tensor twice, so that large ones overlap as well.
+    budget = BUDGET + 2 * max((unit.nbytes for unit in units), default=0)
+    results = run_jobs(jobs, lambda i: on_written(units[i].nbytes), budget=budget)
+    tree, changed = {}, {}
+    for leaves, descriptions in results:
+      tree |= leaves
+      changed |= descriptions
+    if make_manifest:
+      write_manifest(folder, make_manifest(changed))
     _write_msgpack(folder / MSGPACK, tree)
+
+
+def _unit_job(
+  unit: Unit, source: Mapping[str, TensorSpec], write: Callable[[str, np.ndarray], Any]
+) -> Job:
+  """The work on one unit, from reading to writing.
+
+  Its memory, roughly: a copy holds the tensor, and again its chunks on their way in or
+  out. What is converted holds its input in float32 and float64, and its output.
+  """
+  changed = {p for p, spec in unit.outputs.items() if spec is not source.get(p)}
+  read = sum(source[p].nbytes for p in unit.outputs if p in source)
+  nbytes = 3 * read + 2 * unit.nbytes if changed else 2 * unit.nbytes
+
+  def run() -> tuple[dict[str, Any], dict[str, Mapping]]:
+    arrays = unit.compute()
+    described = {p: describe_tensor(a) for p, a in arrays.items() if p in changed}
+    return {name: write(name, array) for name, array in arrays.items()}, described
+
+  return Job(run, nbytes)
 
 
 def check_space(path: epath.Path, nbytes: int) -> None:
   """Raises unless a local disk has room for `nbytes` at `path`."""
-  if str(path).startswith('gs://'):
+  if _is_bucket(path):
     return
-  if nbytes > _free_bytes(path):
+  if nbytes > free_bytes(path):
     raise _no_space(path, nbytes)
 
 
-def _free_bytes(path: epath.Path) -> int:
+def free_bytes(path: epath.Path) -> int:
+  """Bytes that are free on the local disk of a folder that need not exist yet."""
   return shutil.disk_usage(next(p for p in path.parents if p.exists())).free
 
 
 def _no_space(path: epath.Path, nbytes: int, detail: str = '') -> ConversionError:
   return ConversionError(
     f'no disk space for {path}: {detail}{nbytes:,} bytes are needed,'
-    f' {_free_bytes(path):,} are free; free some, or choose another --output'
+    f' {free_bytes(path):,} are free; free some, or choose another --output'
   )
 
 
@@ -84,25 +133,51 @@ def _clear_errors(path: epath.Path, nbytes: int) -> Iterator[None]:
     raise
 
 
+def is_unfinished(path: epath.Path) -> bool:
+  """Says whether a checkpoint folder is what a killed run left in a bucket."""
+  return (path / _UNFINISHED).exists() and not (path / MSGPACK).exists()
+
+
+def _whole_or_nothing(path: epath.Path) -> contextlib.AbstractContextManager:
+  """Gives the folder to write to; what is written appears at `path` on success only."""
+  return _in_bucket(path) if _is_bucket(path) else _on_disk(path)
+
+
+def _is_bucket(path: epath.Path) -> bool:
+  return str(path).startswith('gs://')
+
+
 @contextlib.contextmanager
-def _whole_or_nothing(path: epath.Path) -> Iterator[epath.Path]:
+def _in_bucket(path: epath.Path) -> Iterator[epath.Path]:
+  """Gives `path` itself, marked as unfinished; clears it if anything fails."""
+  path.mkdir(parents=True, exist_ok=True)
+  _remove_contents(path)
+  (path / _UNFINISHED).write_text('Being written by gqa_t5x.convert.\n')
+  try:
+    yield path
+    (path / _UNFINISHED).unlink()
+  except BaseException:
+    (path / MSGPACK).unlink(missing_ok=True)
+    path.rmtree(missing_ok=True)
+    raise
+
+
+@contextlib.contextmanager
+def _on_disk(path: epath.Path) -> Iterator[epath.Path]:
   """Gives a temporary sibling of `path`; renames it on success, else removes it."""
-  local = not str(path).startswith('gs://')
   folder = path.parent / (path.name + _SUFFIX)
-  made = [p for p in path.parents if not p.exists()] if local else []
+  made = [p for p in path.parents if not p.exists()]
   lock = None
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if local:
-      lock = _lock(folder)
-    else:
-      folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
     _remove_contents(folder)
     yield folder
-    folder.rename(path)
+    os.sync()  # or the rename might survive a power cut that the tensors do not
+    os.rename(folder, path)  # epath's refuses an empty folder at `path`
   except BaseException:
     # `lock` is None here if another conversion holds the folder: then it is not ours.
-    if not local or lock is not None:
+    if lock is not None:
       folder.rmtree(missing_ok=True)
     for parent in made:
       with contextlib.suppress(OSError):
@@ -138,43 +213,55 @@ def _remove_contents(folder: epath.Path) -> None:
       entry.unlink()
 
 
-def _write_tensor(folder: epath.Path, name: str, array: np.ndarray) -> Any:
-  """Writes one tensor, if T5X keeps it in TensorStore.
+class _TensorWriter:
+  """Writes tensors into the folder of a checkpoint; may be called by many threads."""
 
-  Args:
-    folder: of the checkpoint.
-    name: "target/decoder/...".
-    array: the tensor.
+  def __init__(self, folder: epath.Path, compression: str):
+    """Leaves flushing to the end: after each file, it would take half as long again."""
+    import tensorstore as ts
 
-  Returns:
-    What the msgpack holds: a TensorStore spec with a relative path, or the array.
-  """
-  if not _in_tensorstore(name, TensorSpec(array.shape, array.dtype)):
-    return np.asarray(array)
-  import tensorstore as ts
+    self._store = kvstore(folder)
+    self._compressor = COMPRESSORS[compression]
+    self._context = ts.Context({'file_io_sync': False})
 
-  key = name.replace('/', '.') + '/'
-  store = kvstore(folder)
-  spec = {
-    'driver': 'zarr',
-    'dtype': array.dtype.name,
-    'metadata': {
-      'shape': list(array.shape),
-      'chunks': _chunks(array.shape, array.dtype.itemsize),
-      'compressor': _COMPRESSOR,
-    },
-  }
-  absolute = {**spec, 'kvstore': {**store, 'path': store['path'] + key}}
-  opened = ts.open(
-    {**absolute, 'store_data_equal_to_fill_value': True}, create=True
-  ).result()
-  opened.write(array).result()
-  if store['driver'] == 'gcs':
-    # T5X puts the bucket in when it restores, so that checkpoints can be moved.
-    relative = {'driver': 'gcs', 'bucket': 't5x-dummy-bucket', 'path': key}
-  else:
-    relative = {'driver': 'file', 'path': key}
-  return {**spec, 'kvstore': relative}
+  def __call__(self, name: str, array: np.ndarray) -> Any:
+    """Writes one tensor, if T5X keeps it in TensorStore.
+
+    Args:
+      name: "target/decoder/...".
+      array: the tensor.
+
+    Returns:
+      What the msgpack holds: a TensorStore spec with a relative path, or the array.
+    """
+    if not _in_tensorstore(name, TensorSpec(array.shape, array.dtype)):
+      return np.asarray(array)
+    import tensorstore as ts
+
+    key = name.replace('/', '.') + '/'
+    spec = {
+      'driver': 'zarr',
+      'dtype': array.dtype.name,
+      'metadata': {
+        'shape': list(array.shape),
+        'chunks': _chunks(array.shape, array.dtype.itemsize),
+        'compressor': self._compressor,
+      },
+    }
+    place = {**self._store, 'path': self._store['path'] + key}
+    opened = ts.open(
+      {**spec, 'kvstore': place, 'store_data_equal_to_fill_value': True},
+      create=True,
+      context=self._context,
+    ).result()
+    # Nobody changes the array any more: without this, TensorStore copies it first.
+    opened.write(array, can_reference_source_data_indefinitely=True).result()
+    if self._store['driver'] == 'gcs':
+      # T5X puts the bucket in when it restores, so that checkpoints can be moved.
+      relative = {'driver': 'gcs', 'bucket': 't5x-dummy-bucket', 'path': key}
+    else:
+      relative = {'driver': 'file', 'path': key}
+    return {**spec, 'kvstore': relative}
 
 
 def _in_tensorstore(name: str, spec: TensorSpec) -> bool:

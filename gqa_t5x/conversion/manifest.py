@@ -1,0 +1,212 @@
+"""The record beside a converted checkpoint: where it is from, and what it must hold.
+
+A JSON file in the checkpoint's folder, which T5X does not look at. It allows to check,
+long after, that the tensors which the conversion made are still what they were.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+import gqa_t5x
+from gqa_t5x.conversion.architecture import Architecture
+from gqa_t5x.conversion.checkpoint import open_checkpoint
+from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x.conversion.params import TARGET, Plan
+from gqa_t5x.conversion.pipeline import Job, run_jobs
+from gqa_t5x.conversion.tensors import LazyTensor, TensorSpec
+
+NAME = 'gqa_t5x_manifest.json'
+_FORMAT = 1
+
+Specs = Mapping[str, TensorSpec]
+
+
+def describe_tensor(array: np.ndarray) -> dict[str, Any]:
+  """What the manifest says of a changed tensor.
+
+  Args:
+    array: the tensor as it is written.
+
+  Returns:
+    Its shape, its dtype, and the SHA-256 of its elements: row by row, little-endian.
+  """
+  flat = np.ascontiguousarray(array).reshape(-1)
+  return {
+    'shape': list(array.shape),
+    'dtype': array.dtype.name,
+    'sha256': hashlib.sha256(flat.view(np.uint8)).hexdigest(),
+  }
+
+
+def fingerprint(specs: Specs) -> dict[str, Any]:
+  """Tells one checkpoint's names, shapes and dtypes from another's.
+
+  Args:
+    specs: path -> tensor, of the whole checkpoint.
+
+  Returns:
+    The number of tensors and the SHA-256 of a list of them.
+  """
+  lines = sorted(f'{p} {list(s.shape)} {s.dtype.name}\n' for p, s in specs.items())
+  digest = hashlib.sha256(''.join(lines).encode()).hexdigest()
+  return {'num_tensors': len(lines), 'shapes_sha256': digest}
+
+
+def make_manifest(
+  plan: Plan,
+  *,
+  source: str,
+  tensors: Specs,
+  step: int,
+  method: Mapping[str, Any],
+  compression: str,
+  changed: Mapping[str, Mapping],
+) -> dict[str, Any]:
+  """Puts the manifest of a conversion together.
+
+  Args:
+    plan: the conversion.
+    source: path of the checkpoint that was read.
+    tensors: of that checkpoint.
+    step: of that checkpoint.
+    method: its name, its options and the seed, as JSON has them.
+    compression: of the tensors.
+    changed: path -> `describe_tensor` of each tensor that is not a copy.
+
+  Returns:
+    What the JSON file holds.
+  """
+  outputs = {p: spec for unit in plan.units for p, spec in unit.outputs.items()}
+  versions = {n: importlib.metadata.version(n) for n in ('numpy', 'tensorstore')}
+  return {
+    'format': _FORMAT,
+    'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'method': dict(method),
+    'num_kv_heads': plan.target.num_kv_heads,
+    'source': {
+      'path': source,
+      'step': step,
+      'num_kv_heads': plan.source.num_kv_heads,
+      **fingerprint(tensors),
+    },
+    'compression': compression,
+    'versions': {
+      'gqa_t5x': gqa_t5x.__version__,
+      'python': platform.python_version(),
+      **versions,
+    },
+    'architecture': dataclasses.asdict(plan.target),
+    'result': fingerprint(outputs),
+    'changed': dict(sorted(changed.items())),
+  }
+
+
+def write_manifest(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
+  """Writes the manifest into a checkpoint's folder."""
+  (folder / NAME).write_text(json.dumps(manifest, indent=1) + '\n')
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+  """Reads the manifest of a checkpoint.
+
+  Raises:
+    ConversionError: there is none, it is damaged, or of another version.
+  """
+  file = folder / NAME
+  if not file.exists():
+    raise ConversionError(
+      f'{folder} has no {NAME}: only what this version of gqa_t5x.convert has written'
+      ' can be verified'
+    )
+  try:
+    manifest = json.loads(file.read_text())
+    version = manifest['format']
+    missing = {'architecture', 'changed', 'method', 'result'} - manifest.keys()
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConversionError(f'{file} is truncated or damaged: {error}') from error
+  if version != _FORMAT:
+    raise ConversionError(
+      f'{file} is of format {version}, this version of gqa_t5x reads {_FORMAT}'
+    )
+  if missing:
+    raise ConversionError(f'{file} is damaged: {", ".join(sorted(missing))} is missing')
+  return manifest
+
+
+def verify(folder: epath.Path) -> dict[str, Any]:
+  """Compares a checkpoint with its manifest.
+
+  Reads every tensor that the conversion changed, and the shapes of all others.
+
+  Args:
+    folder: the checkpoint.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    ConversionError: there is no manifest, or tensors differ: it names each.
+  """
+  manifest = read_manifest(folder)
+  tensors = open_checkpoint(folder)
+  changed = manifest['changed']
+  names = list(changed)
+  jobs = [_check_job(tensors.get(name), changed[name]) for name in names]
+  found = dict(zip(names, run_jobs(jobs), strict=True))
+  problems = [f'{name} {problem}' for name, problem in found.items() if problem]
+  others = {p: t for p, t in tensors.items() if p not in changed}
+  problems += _wrong_shapes(others, manifest, changed)
+  if not problems and fingerprint(tensors) != manifest['result']:
+    problems.append(
+      f'it has {len(tensors)} tensors, the manifest lists'
+      f' {manifest["result"]["num_tensors"]}, or their dtypes differ'
+    )
+  if problems:
+    raise ConversionError(
+      f'{folder} is not what its {NAME} says, convert again: {"; ".join(problems)}'
+    )
+  return manifest
+
+
+def _check_job(tensor: LazyTensor | None, wanted: Mapping[str, Any]) -> Job:
+  def check() -> str:
+    """Says what is wrong with the tensor; "" if nothing is."""
+    if tensor is None:
+      return 'is missing'
+    found = f'{tensor.dtype.name} {list(tensor.shape)}'
+    expected = f'{wanted["dtype"]} {wanted["shape"]}'
+    if found != expected:
+      return f'is {found}, not {expected}'
+    try:
+      same = describe_tensor(tensor.read()) == wanted
+    except ConversionError as error:
+      return f'cannot be read ({error})'
+    return '' if same else 'has another checksum'
+
+  return Job(check, 2 * math.prod(wanted['shape']) * 4)
+
+
+def _wrong_shapes(others: Specs, manifest: Mapping, changed: Mapping) -> list[str]:
+  """Compares the parameters that were copied with the architecture."""
+  wanted = Architecture(**manifest['architecture']).shapes()
+  found = {p.removeprefix(TARGET): t for p, t in others.items() if p.startswith(TARGET)}
+  changed = {p.removeprefix(TARGET) for p in changed}
+  problems = [
+    f'{TARGET}{path} is missing'
+    for path in sorted(wanted.keys() - found.keys() - changed)
+  ]
+  for path in sorted(found):
+    shape = tuple(found[path].shape)
+    if shape != wanted.get(path):
+      problems.append(f'{TARGET}{path} has shape {shape}, not {wanted.get(path)}')
+  return problems

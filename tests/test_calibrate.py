@@ -1,0 +1,347 @@
+"""Calibration statistics, against NumPy loops over the layer norms' outputs."""
+
+import re
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import seqio
+import tiny_task
+from flax import serialization, traverse_util
+from t5x import adafactor, partitioning, utils
+
+from gqa_t5x import calibrate, models, network
+from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x.conversion.input_sums import add_sums, input_sums, mean_moments
+from gqa_t5x.conversion.statistics import open_statistics
+
+# As commands.TINY_GIN.
+CONFIG = network.t5_1_1_config(
+  'tiny', vocab_size=384, num_encoder_layers=1, num_decoder_layers=2
+)
+DECODER = [
+  f'decoder/layers_{layer}/{name}'
+  for layer in (0, 1)
+  for name in ('encoder_decoder_attention', 'self_attention')
+]
+ENCODER = 'encoder/layers_0/attention'
+MODULES = [ENCODER, *DECODER]
+LENGTHS = {'inputs': 24, 'targets': 8}
+
+
+@pytest.fixture(scope='module')
+def values():
+  """Parameters, random also where the initialiser is constant (layer norms)."""
+  ones = jnp.ones((1, 1), jnp.int32)
+  module = network.Transformer(CONFIG)
+  tree = module.init(jax.random.PRNGKey(0), ones, ones, ones, enable_dropout=False)
+  rng = np.random.default_rng(1)
+
+  def draw(name, x):
+    noise = rng.uniform(0.5, 1.5, x.shape) if name.endswith('scale') else 1.0
+    return np.asarray(x * noise, np.float32)
+
+  flat = traverse_util.flatten_dict(tree['params'], sep='/')
+  drawn = {name: draw(name, x) for name, x in flat.items()}
+  return traverse_util.unflatten_dict(drawn, sep='/')
+
+
+def rows(texts, packed):
+  """Puts texts, so many a row, into a batch of 7 rows; the rest is padding."""
+  batch = {}
+  for stack, length in (('encoder', 36), ('decoder', 18)):
+    for kind in ('tokens', 'previous', 'segment_ids'):
+      batch[stack, kind] = np.zeros((7, length), np.int32)
+    for row in range(7):
+      start = 0
+      for segment, text in enumerate(texts[row * packed : (row + 1) * packed], 1):
+        tokens = text[stack == 'decoder']
+        place = (row, slice(start, start + len(tokens)))
+        batch[stack, 'tokens'][place] = tokens
+        batch[stack, 'previous'][place] = [0, *tokens[:-1]]
+        batch[stack, 'segment_ids'][place] = segment
+        start += len(tokens)
+  features = {
+    'encoder_input_tokens': batch['encoder', 'tokens'],
+    'decoder_input_tokens': batch['decoder', 'previous'],
+    'decoder_target_tokens': batch['decoder', 'tokens'],
+  }
+  if packed > 1:
+    features['encoder_segment_ids'] = batch['encoder', 'segment_ids']
+    features['decoder_segment_ids'] = batch['decoder', 'segment_ids']
+  return features
+
+
+@pytest.fixture(scope='module')
+def texts():
+  """Six texts: tokens of inputs and of targets, of various lengths."""
+  rng = np.random.default_rng(2)
+  return [
+    (rng.integers(3, 384, rng.integers(4, 11)), rng.integers(3, 384, targets))
+    for targets in (3, 5, 6, 2, 4, 6)
+  ]
+
+
+_sums = jax.jit(input_sums, static_argnums=(0, 3))
+
+
+def measured(values, *batches, config=CONFIG):
+  """What the code makes of some batches."""
+  totals = {}
+  for batch in batches:
+    add_sums(totals, _sums(network.Transformer(config), values, batch, True))
+  return mean_moments(totals)
+
+
+@jax.jit
+def norm_outputs(values, batch):
+  """What each layer norm returns."""
+  _, state = network.Transformer(CONFIG).apply(
+    {'params': values},
+    **batch,
+    enable_dropout=False,
+    capture_intermediates=lambda module, _: (module.name or '').endswith('norm'),
+  )
+  return state['intermediates']
+
+
+def oracle(values, *batches):
+  """Module -> (query, key, value) moments, token by token in float64."""
+  norms = {
+    ENCODER: ('encoder', 'layers_0', 'pre_attention_layer_norm'),
+    'encoded': ('encoder', 'encoder_norm'),
+  }
+  for path in DECODER:
+    stack, layer, name = path.split('/')
+    norm = 'self' if name == 'self_attention' else 'cross'
+    norms[path] = (stack, layer, f'pre_{norm}_attention_layer_norm')
+  seen = {name: [] for name in norms}  # sequences, each [length, D]
+  for batch in batches:
+    features = {k: v for k, v in batch.items() if k != 'decoder_loss_weights'}
+    intermediates = norm_outputs(values, features)
+    for name, place in norms.items():
+      node = intermediates
+      for key in place:
+        node = node[key]
+      tokens = 'encoder_input' if place[0] == 'encoder' else 'decoder_target'
+      ids = batch.get(f'{place[0]}_segment_ids', batch[f'{tokens}_tokens'] > 0)
+      for x, row in zip(np.asarray(node['__call__'][0], np.float64), ids, strict=True):
+        seen[name] += [x[row == segment] for segment in set(row.tolist()) - {0}]
+
+  def mean_outer(sequences):
+    total = sum(np.outer(x, x) for sequence in sequences for x in sequence)
+    return total / sum(len(sequence) for sequence in sequences)
+
+  moments = {}
+  for path in MODULES:
+    read = seen['encoded' if 'encoder_decoder' in path else path]
+    centred = [sequence - sequence.mean(axis=0) for sequence in read]
+    moments[path] = (mean_outer(seen[path]), mean_outer(centred), mean_outer(read))
+  return moments
+
+
+def assert_moments(got, expected, modules):
+  assert sorted(got) == sorted(modules)
+  for module in modules:
+    mine = (got[module].query, got[module].key, got[module].value)
+    for name, array, wanted in zip('qkv', mine, expected[module], strict=True):
+      assert array.dtype == np.float32
+      message = f'{module} {name}'
+      np.testing.assert_allclose(array, wanted, rtol=0, atol=1e-5, err_msg=message)
+
+
+# --- The maths ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('packed', [1, 3])
+def test_moments_are_those_of_the_loops(values, texts, packed):
+  """In two batches of unequal numbers of tokens."""
+  batches = [rows(part, packed) for part in (texts[:2], texts[2:])]
+  assert_moments(measured(values, *batches), oracle(values, *batches), MODULES)
+
+
+def test_packing_changes_nothing(values, texts):
+  alone = measured(values, rows(texts, packed=1))
+  expected = {path: (m.query, m.key, m.value) for path, m in alone.items()}
+  for packed in (2, 3):
+    assert_moments(measured(values, rows(texts, packed)), expected, MODULES)
+
+
+def test_padding_changes_nothing(values, texts):
+  batch = rows(texts, packed=2)
+  expected = oracle(values, batch)
+  batch['decoder_input_tokens'][batch['decoder_target_tokens'] == 0] = 77
+  assert_moments(measured(values, batch), expected, MODULES)
+
+
+def test_recomputed_layers_are_watched_too(values, texts):
+  batch = rows(texts, packed=2)
+  got = measured(values, batch, config=CONFIG.replace(remat_policy='full'))
+  assert_moments(got, oracle(values, batch), MODULES)
+
+
+def test_what_modules_share_is_one_array(values, texts):
+  got = measured(values, rows(texts, packed=2))
+  first, second = got[DECODER[0]], got[DECODER[2]]
+  assert first.key is second.key
+  assert first.value is second.value
+  assert first.query is not second.query
+  assert got[DECODER[1]].query is got[DECODER[1]].value
+
+
+# --- From data and a checkpoint to the file -----------------------------------
+
+
+@pytest.fixture(scope='module')
+def saved(values, tmp_path_factory):
+  """A checkpoint of step 7."""
+  path = tmp_path_factory.mktemp('saved') / 'checkpoint_7'
+  path.mkdir()
+  tree = {'target': values, 'state': {'step': np.int32(7), 'param_states': {}}}
+  data = serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+  (path / 'checkpoint').write_bytes(data)
+  return path
+
+
+def run(saved, output, num_sequences=8, vocabulary=None, **data):
+  """Runs the command's function on the tiny model and task."""
+  vocabulary = vocabulary or tiny_task.vocabulary()
+  model = models.EncoderDecoderModel(
+    network.Transformer(CONFIG), vocabulary, vocabulary, adafactor.Adafactor()
+  )
+  cfg = utils.DatasetConfig(
+    **{
+      'mixture_or_task_name': tiny_task.NAME,
+      'task_feature_lengths': LENGTHS,
+      'split': 'validation',
+      'batch_size': 3,
+      'shuffle': False,
+      'seed': 42,
+      'pack': False,
+      **data,
+    }
+  )
+  calibrate.calibrate(
+    model=model,
+    dataset_cfg=cfg,
+    restore_checkpoint_cfg=utils.RestoreCheckpointConfig(
+      path=str(saved), mode='specific'
+    ),
+    partitioner=partitioning.PjitPartitioner(num_partitions=1),
+    output=str(output),
+    num_sequences=num_sequences,
+    include_encoder=False,
+  )
+
+
+def task_batch(split: str, pack: bool, lengths, count: int):
+  """The first rows of the tiny task, as one batch."""
+  dataset = seqio.get_dataset(
+    tiny_task.NAME,
+    lengths,
+    dataset_split=split,
+    shuffle=False,
+    feature_converter=seqio.EncDecFeatureConverter(pack=pack),
+  )
+  return next(dataset.batch(count).as_numpy_iterator())
+
+
+def assert_file(path, values, batch, info):
+  opened = open_statistics(path)
+  got = {module: opened.moments(module) for module in opened.modules}
+  assert_moments(got, oracle(values, batch), DECODER)
+  count = {
+    'encoder': np.count_nonzero(batch['encoder_input_tokens']),
+    'decoder': np.count_nonzero(batch['decoder_target_tokens']),
+  }
+  info = {**info, 'num_tokens': count, 'num_sequences': len(batch[next(iter(batch))])}
+  assert {name: opened.info[name] for name in info} == info
+  assert opened.info['versions']['jax'] == jax.__version__
+
+
+def test_all_of_a_small_split(saved, values, tmp_path, capsys):
+  """8 rows, 3 a batch, and more asked for."""
+  run(saved, tmp_path / 'a.npz', num_sequences=100)
+  info = {'checkpoint': str(saved), 'step': 7, 'task': 'tiny_words', 'packed': False}
+  info |= {'split': 'validation', 'seed': 42}
+  batch = task_batch('validation', False, LENGTHS, 8)
+  assert_file(tmp_path / 'a.npz', values, batch, info)
+  said = capsys.readouterr().out
+  assert 'NUM_SEQUENCES=100, but the data has 8: all were used' in said
+
+
+def check_refused(saved, tmp_path, message, **arguments):
+  before = list(tmp_path.iterdir())
+  with pytest.raises(ValueError, match=message):
+    run(saved, tmp_path / 'a.npz', **arguments)
+  assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'num_sequences': 0}, 'NUM_SEQUENCES=0 must be at least 1'),
+    ({'vocabulary': tiny_task.vocabulary(extra_ids=5)}, '(?i)vocabularies'),
+  ],
+)
+def test_bad_input(saved, tmp_path, arguments, message):
+  check_refused(saved, tmp_path, message, **arguments)
+
+
+def test_no_data(saved, tmp_path, monkeypatch):
+  monkeypatch.setattr(calibrate, 'read_batches', lambda *args: iter(()))
+  check_refused(saved, tmp_path, 'tiny_words has no data in split validation')
+
+
+def test_output_is_not_overwritten(saved, tmp_path):
+  (tmp_path / 'a.npz').write_text('mine')
+  with pytest.raises(ConversionError, match=r'a\.npz exists already; choose another'):
+    run(saved, tmp_path / 'a.npz')
+  assert (tmp_path / 'a.npz').read_text() == 'mine'
+
+
+# --- On the command line ------------------------------------------------------
+
+
+def command(folder, saved, **macros):
+  commands.write_gin(folder)
+  files = ['tiny.gin', 'gin/runs/calibrate.gin', 'task.gin']
+  macros = {'CHECKPOINT_PATH': str(saved), 'OUTPUT': 'out.npz', **macros}
+  return commands.run(
+    folder, *commands.engine_args('gqa_t5x.calibrate', files, **macros)
+  )
+
+
+@pytest.mark.slow
+def test_command(saved, values, tmp_path):
+  """Packed rows of the training split, as gin/runs/calibrate.gin says."""
+  lengths = {'inputs': 48, 'targets': 16}
+  done = command(tmp_path, saved, NUM_SEQUENCES=5, TASK_FEATURE_LENGTHS=lengths)
+  assert done.returncode == 0, done.stdout[-3000:]
+  assert 'Statistics of 4 attention modules are in' in done.stdout
+  assert 'all were used' not in done.stdout
+  assert re.search(r'Calibrating: +100%.* 5/5 ', done.stdout)
+  batch = task_batch('train', True, lengths, 5)
+  assert batch['encoder_segment_ids'].max() > 1
+  info = {'packed': True, 'split': 'train', 'step': 7}
+  assert_file(tmp_path / 'out.npz', values, batch, info)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('macros', 'message'),
+  [
+    ({'NUM_KV_HEADS': 2}, r'do not fit the model: .*key/kernel: \(128, 128\) in the'),
+    ({'CHECKPOINT_PATH': 'lost'}, 'there is no checkpoint at /.*/lost: '),
+  ],
+)
+def test_command_fails(saved, tmp_path, macros, message):
+  done = command(tmp_path, saved, **macros)
+  assert done.returncode == 1
+  (error,) = re.findall('^error: .*$', done.stdout, flags=re.MULTILINE)
+  assert re.search(message, error)
+  assert done.stdout.endswith(error + '\n')
+  assert 'Traceback' not in done.stdout
+  assert {path.suffix for path in tmp_path.iterdir()} == {'.gin'}
