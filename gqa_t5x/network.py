@@ -79,12 +79,15 @@ REMAT_POLICIES = {
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
-# T5.1.1 (paper_facts: heads x head size, layers, widths). `tiny` is this project's
-# own, for laptops. The vocabulary is T5's 32100 ids, padded to a multiple of 128.
+# T5.1.1 (paper_facts: heads x head size, layers, widths). `tiny` and `mini` are this
+# project's own, for laptops. The vocabulary is T5's 32100 ids, padded to a multiple of
+# 128.
 # fmt: off
 SIZES = {
   'tiny': dict(emb_dim=128, num_heads=8, head_dim=16, mlp_dim=256,
                num_encoder_layers=2, num_decoder_layers=4),
+  'mini': dict(emb_dim=256, num_heads=8, head_dim=64, mlp_dim=512,
+               num_encoder_layers=2, num_decoder_layers=6),
   'small': dict(emb_dim=512, num_heads=6, head_dim=64, mlp_dim=1024,
                 num_encoder_layers=8, num_decoder_layers=8),
   'base': dict(emb_dim=768, num_heads=12, head_dim=64, mlp_dim=2048,

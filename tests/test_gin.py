@@ -1,5 +1,6 @@
 """Every gin file: parsed, finalised, and its model's shapes worked out (no memory)."""
 
+import functools
 import itertools
 import pathlib
 import subprocess
@@ -13,7 +14,7 @@ import t5.data.mixtures  # noqa: F401
 from t5x import partitioning, utils
 
 import gin
-from gqa_t5x import models, network
+from gqa_t5x import calibrate, models, network
 from gqa_t5x.conversion import checkpoint
 
 TRAIN = {'MODEL_DIR': 'gs://bucket/out'}
@@ -22,22 +23,30 @@ TASK = {'MIXTURE_OR_TASK_NAME': 'c4_v220_span_corruption'}
 LENGTHS = {'TASK_FEATURE_LENGTHS': {'inputs': 512, 'targets': 114}}
 STEPS = {'TRAIN_STEPS': 1_100_000}
 CHECKPOINT = {'CHECKPOINT_PATH': 'gs://bucket/checkpoint_1000000'}
+OUTPUT = {'OUTPUT': 'gs://bucket/out'}
 
-# File -> what must be given, and the model's number of parameters. T5.1.1 as published
+# File -> function, what must be given, number of parameters. T5.1.1 as published
 # has 11,135,332,352; fewer K/V heads leave out 2 kernels of 4096 x 64 a head in 2
 # attention layers of 24 decoder layers: 25,165,824 a head.
 RUNNABLE = {
-  'gin/uptrain_gqa8.gin': (TRAIN | START, 11_135_332_352 - 56 * 25_165_824),
-  'gin/uptrain_mqa.gin': (TRAIN | START, 11_135_332_352 - 63 * 25_165_824),
+  'gin/uptrain_gqa8.gin': ('train', TRAIN | START, 11_135_332_352 - 56 * 25_165_824),
+  'gin/uptrain_mqa.gin': ('train', TRAIN | START, 11_135_332_352 - 63 * 25_165_824),
+  'gin/calibrate.gin': ('calibrate', CHECKPOINT | OUTPUT, 11_135_332_352),
   # A head here: 2 kernels of 128 x 16 in 2 attention layers of 4 decoder layers.
-  'gin/local/pretrain_mha.gin': ({}, 2_296_576),
-  'gin/local/uptrain_mha.gin': ({}, 2_296_576),
-  'gin/local/uptrain_gqa2.gin': ({}, 2_296_576 - 6 * 32_768),
-  'gin/local/uptrain_mqa.gin': ({}, 2_296_576 - 7 * 32_768),
+  'gin/local/pretrain_mha.gin': ('train', {}, 2_296_576),
+  'gin/local/uptrain_mha.gin': ('train', {}, 2_296_576),
+  'gin/local/uptrain_gqa2.gin': ('train', {}, 2_296_576 - 6 * 32_768),
+  'gin/local/uptrain_mqa.gin': ('train', {}, 2_296_576 - 7 * 32_768),
+  'gin/local/calibrate.gin': ('calibrate', CHECKPOINT | OUTPUT, 2_296_576),
+  'gin/local/study_pretrain.gin': ('train', {}, 2_296_576),
+  'gin/local/study_uptrain.gin': ('train', {}, 2_296_576),
+  'gin/local/study_mini_pretrain.gin': ('train', {}, 31_470_080),
+  'gin/local/study_mini_uptrain.gin': ('train', {}, 31_470_080),
 }
 # gin/models/t5_1_1_SIZE.gin, followed by each of gin/runs. Published numbers.
 SIZES = {
   'tiny': 9_472_768,
+  'mini': 26_941_952,
   'small': 76_961_152,
   'base': 247_577_856,
   'large': 783_150_080,
@@ -54,12 +63,10 @@ RUNS = {
     'infer',
     TASK | LENGTHS | CHECKPOINT | {'INFER_OUTPUT_DIR': 'gs://bucket/out'},
   ),
+  'calibrate': ('calibrate', TASK | LENGTHS | CHECKPOINT | OUTPUT),
 }
 # Name -> files, function, required values, number of parameters.
-CASES = {
-  file: ([file], 'train', required, count)
-  for file, (required, count) in RUNNABLE.items()
-}
+CASES = {file: ([file], *row) for file, row in RUNNABLE.items()}
 for _size, _run in itertools.product(SIZES, RUNS):
   CASES[f'{_size}-{_run}'] = (
     [f'gin/models/t5_1_1_{_size}.gin', f'gin/runs/{_run}.gin'],
@@ -69,12 +76,24 @@ for _size, _run in itertools.product(SIZES, RUNS):
 
 
 @pytest.fixture(autouse=True)
+def calibrate_recorded():
+  """Has `commands.gin_config` pass on what gin gives to gqa_t5x.calibrate, too."""
+
+  @functools.wraps(calibrate.calibrate)
+  def record(**kwargs):
+    return kwargs
+
+  commands.recorders().setdefault('calibrate', record)
+
+
+@pytest.fixture(autouse=True)
 def checked(monkeypatch):
   """No checkpoint is there to be checked; records which ones would have been."""
   found = []
   monkeypatch.setattr(checkpoint, 'list_checkpoints', lambda folder: [])
   monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda path: path)
   monkeypatch.setattr(checkpoint, 'open_checkpoint', lambda path: {})
+  monkeypatch.setattr(checkpoint, 'step_is_known', lambda path: True)
   monkeypatch.setattr(
     models, 'check_params', lambda model, params, source: found.append((model, source))
   )
@@ -158,7 +177,9 @@ def test_parses_finalises_and_has_the_right_shapes(case, checked):
     assert arguments.get('relative_steps') is None
   else:
     assert arguments['restore_checkpoint_cfg'].path == CHECKPOINT['CHECKPOINT_PATH']
-    assert arguments['output_dir'] == 'gs://bucket/out'
+    assert arguments['output' if name == 'calibrate' else 'output_dir'] == (
+      'gs://bucket/out'
+    )
   # What is restored goes through gqa_t5x.restore, with the run's own model.
   restored = arguments.get('restore_checkpoint_cfg')
   restored = restored or arguments['checkpoint_cfg'].restore
@@ -197,6 +218,24 @@ def test_task_and_model_agree_on_the_vocabulary(case, monkeypatch):
     assert gin.query_parameter('VOCAB_SIZE/macro.value') == (
       model.module.config.vocab_size
     )
+
+
+@pytest.mark.parametrize(
+  ('file', 'task', 'lengths'),
+  [
+    ('gin/calibrate.gin', 'c4_v220', {'inputs': 512, 'targets': 114}),
+    ('gin/local/calibrate.gin', 'pydocs', {'inputs': 128, 'targets': 29}),
+  ],
+)
+def test_calibration_is_on_packed_training_data(file, task, lengths):
+  with commands.gin_config([file], bindings(CHECKPOINT | OUTPUT)) as arguments_of:
+    arguments = arguments_of('calibrate')
+  data = arguments['dataset_cfg']
+  assert data.mixture_or_task_name == f'{task}_span_corruption'
+  assert data.task_feature_lengths == lengths
+  assert (data.split, data.pack, data.shuffle) == ('train', True, False)
+  assert (arguments['num_sequences'], arguments['include_encoder']) == (512, False)
+  utils.verify_matching_vocabs(data, arguments['model'])
 
 
 # --- The paper's run ----------------------------------------------------------

@@ -207,6 +207,7 @@ def test_converting_to_all_heads_changes_nothing():
 # released T5.1.1), for MQA, and for one K between.
 COUNTS = {
   'tiny': ((32128, 128, 256, 8, 16, 2, 4), 9_472_768, {1: 9_243_392, 2: 9_276_160}),
+  'mini': ((32128, 256, 512, 8, 64, 2, 6), 26_941_952, {1: 24_189_440, 4: 25_369_088}),
   'small': (
     (32128, 512, 1024, 6, 64, 8, 8),
     76_961_152,
@@ -278,7 +279,7 @@ def test_t5_1_1_config():
   [
     (
       lambda: network.t5_1_1_config('huge'),
-      "size='huge' is unknown; choose one of tiny, small, base, large, xl, xxl.",
+      "size='huge' is unknown; choose one of tiny, mini, small, base, large, xl, xxl.",
     ),
     (
       lambda: oracle.config(remat_policy='some'),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 
 from gqa_t5x import network
 from gqa_t5x.conversion import architecture
-from gqa_t5x.reproduce import evaluate, report, uptrain
+from gqa_t5x.reproduce import evaluate, report, stages, uptrain
 from gqa_t5x.reproduce.gin_macros import macro
 
 
@@ -25,74 +24,68 @@ def test_macro_reads_literals_and_drops_comments():
     macro('gin/uptrain_gqa8.gin', 'NO_SUCH')
 
 
+def test_macro_follows_includes_and_takes_the_last(tmp_path):
+  base, other, top = (tmp_path / name for name in ('base', 'other', 'top'))
+  base.write_text('A = 1\nB = 1\nC = 1\n')
+  other.write_text(f"include '{base}'\nB = 2\nC = 2\n")
+  top.write_text(f"include '{base}'\ninclude '{other}'\nC = 3\nC = 4\n")
+  assert [macro(str(top), name) for name in 'ABC'] == [1, 2, 4]
+
+
 def test_plan_and_gin_files_name_the_same_checkpoints(tmp_path):
   paths = uptrain.Paths(tmp_path / 'runs' / 'local')
   for num_kv_heads, name in uptrain.UPTRAIN.items():
     file = f'gin/local/{name}.gin'
     source = paths.converted('mean', num_kv_heads).relative_to(tmp_path)
     assert macro(file, 'INITIAL_CHECKPOINT_PATH') == str(source)
-    target = paths.uptrained(num_kv_heads).parent.relative_to(tmp_path)
+    target = paths.uptrained('mean', num_kv_heads).parent.relative_to(tmp_path)
     assert macro(file, 'MODEL_DIR') == str(target)
-  results = [stage.result for stage in uptrain.plan(paths.folder)]
-  assert len(results) == len(set(results)) == 12
+  plan = uptrain.plan(paths.folder)
+  stages.check_plan(plan)
+  results = [stage.result for stage in plan]
+  assert len(results) == 1 + 1 + 4 * 2 + 1 + 2 * 2 + 2
   assert results[0] == paths.mha
   assert results[-1] == paths.folder / 'report.md'
+  # Nothing is left to run beside the timing of decoding.
+  assert set(plan[-2].needs) == set(results[:-2])
+  assert plan[-1].needs == (results[-2],)
   # The paper's alpha.
   share = (paths.last_step - paths.pretrain_steps) / paths.pretrain_steps
   assert share == pytest.approx(0.05)
 
 
-def _stages(folder, calls, fail_at=None, error=None):
-  def make(name):
-    def run(log):
-      calls.append(name)
-      if name == fail_at:
-        raise error
-      (folder / name).write_text(name)
-
-    return uptrain.Stage(name, folder / name, run)
-
-  return [make(name) for name in ('a', 'b', 'report.md')]
-
-
-@pytest.mark.parametrize(
-  ('error', 'code', 'message'),
-  [
-    (uptrain.StageFailed('b failed, see b.log'), 1, 'b failed, see b.log'),
-    (KeyboardInterrupt(), 130, 'Run the same command again'),
-  ],
-)
-def test_a_stopped_run_goes_on_where_it_was(
-  tmp_path, monkeypatch, capsys, error, code, message
-):
-  calls = []
-  monkeypatch.setattr(uptrain, 'plan', lambda f: _stages(f, calls, 'b', error))
-  assert uptrain.run(str(tmp_path)) == code
-  assert calls == ['a', 'b']
-  assert message in capsys.readouterr().err
-  monkeypatch.setattr(uptrain, 'plan', lambda f: _stages(f, calls))
-  assert uptrain.run(str(tmp_path)) == 0
-  assert calls == ['a', 'b', 'b', 'report.md']
-  assert '[1/3] a: done' in capsys.readouterr().out
-
-
-def test_command_shows_progress_and_logs_the_rest(tmp_path, monkeypatch, capsys):
-  script = tmp_path / 'a_script.py'
-  script.write_text(
-    'import sys\n'
-    'print("to stdout", sys.argv[1:])\n'
-    'sys.stderr.write("train: 50%|##\\rtrain: 100%|####\\nnoise\\n")\n'
-    'sys.exit(int(sys.argv[1] == "fail"))\n'
+def test_commands_of_the_plan(tmp_path):
+  plan = {stage.title: stage for stage in uptrain.plan(tmp_path)}
+  mha = tmp_path / 'mha' / 'checkpoint_1200'
+  svd = plan['convert to 2 K/V heads by svd']
+  assert svd.command == (
+    '-m',
+    'gqa_t5x.convert',
+    f'--input={mha}',
+    f'--output={tmp_path}/converted/svd_2',
+    '--num_kv_heads=2',
+    '--method=svd',
+    f'--statistics={mha}.statistics.npz',
   )
-  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
-  log = tmp_path / 'log'
-  uptrain._command('a_script', log, 'word', flag=3)
-  assert '100%|####' in capsys.readouterr().err
-  lines = log.read_text().splitlines()
-  assert lines[0] == f'{sys.executable} -m a_script word --flag=3'
-  assert set(lines[1:]) == {"to stdout ['word', '--flag=3']", 'noise'}
-  with pytest.raises(uptrain.StageFailed, match=rf'noise(.|\n)*code 1(.|\n)*{log}'):
-    uptrain._command('a_script', log, 'fail')
+  assert svd.needs == (mha, mha.with_name('checkpoint_1200.statistics.npz'))
+  mean = plan['convert to 1 K/V heads by mean']
+  assert '--method=mean' in mean.command
+  assert not any('statistics' in word for word in mean.command)
+  assert mean.needs == (mha,)
+  trained = plan['uptrain with 1 K/V heads by svd, 60 steps']
+  assert trained.command[:3] == (
+    '-m',
+    't5x.train',
+    '--gin_file=gin/local/uptrain_mqa.gin',
+  )
+  assert f"--gin.MODEL_DIR='{tmp_path}/uptrain_mqa_svd'" in trained.command
+  assert trained.result == tmp_path / 'uptrain_mqa_svd' / 'checkpoint_1260'
+  source = tmp_path / 'converted' / 'svd_1' / 'checkpoint_1200'
+  assert f"--gin.INITIAL_CHECKPOINT_PATH='{source}'" in trained.command
+  assert trained.needs == (source,)
+  assert str(plan['report']) == (
+    f'python -m gqa_t5x.reproduce report uptrain --output_dir={tmp_path}'
+  )
 
 
 def _rows():
@@ -110,6 +103,8 @@ def _rows():
     ('mean', 2, 0, 2.5),
     ('mean', 2, 2, 2.1),
     ('random', 2, 0, 3.5),
+    ('svd', 2, 0, 2.2),
+    ('svd', 2, 2, 2.05),
   ]
   names = ('method', 'num_kv_heads', 'uptrain_steps', 'validation_loss')
   rows = [
@@ -135,6 +130,7 @@ def test_report(tmp_path):
     '| MHA | - | 1,000 | 64 | 2.000, 0.250 | 1.900, 0.250 | 2.000 |',
     '| GQA-2 | mean | 1,000 | 64 | 2.500, 0.250 | 2.100, 0.250 | 0.500 |',
     '| GQA-2 | random | 1,000 | 64 | 3.500, 0.250 | not run | 0.500 |',
+    '| GQA-2 | svd | 1,000 | 64 | 2.200, 0.250 | 2.050, 0.250 | 0.500 |',
   ]
   assert (tmp_path / 'report.png').read_bytes()[:4] == b'\x89PNG'
   assert {p.name for p in tmp_path.iterdir()} == {

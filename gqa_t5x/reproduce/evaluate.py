@@ -43,7 +43,7 @@ def write_rows(
     path: the file, written under a temporary name first.
   """
   lengths, batch_size = macro(DATA, 'TASK_FEATURE_LENGTHS'), macro(DATA, 'BATCH_SIZE')
-  batches = list(validation_batches(lengths, batch_size))
+  batches = list(validation_batches(lengths, batch_size, EVAL_BATCHES))
   rows, parameters = [], {}
   for (method, num_kv_heads, steps), source in tqdm.tqdm(
     arms.items(), desc='evaluate', unit='model', mininterval=0
@@ -93,13 +93,14 @@ def environment() -> dict[str, Any]:
 
 
 def validation_batches(
-  lengths: Mapping[str, int], batch_size: int
+  lengths: Mapping[str, int], batch_size: int, num_batches: int
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields the packed validation batches that T5X's training evaluation begins with.
 
   Args:
     lengths: tokens of inputs and targets.
     batch_size: examples a batch.
+    num_batches: at most so many.
   """
   import seqio
 
@@ -113,7 +114,7 @@ def validation_batches(
     seed=42,
     feature_converter=seqio.EncDecFeatureConverter(pack=True),
   )
-  batched = dataset.batch(batch_size, drop_remainder=True).take(EVAL_BATCHES)
+  batched = dataset.batch(batch_size, drop_remainder=True).take(num_batches)
   yield from batched.as_numpy_iterator()
 
 

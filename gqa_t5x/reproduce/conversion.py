@@ -1,0 +1,270 @@
+"""The study of conversion methods: which of them loses least, measured.
+
+Pre-train (MHA), calibrate, convert by every method to every number of key/value heads,
+uptrain each for 10% of the pre-training steps (mini: 5%) with evaluations on the way,
+and report. MHA itself is trained on as long: what uptraining is held to. All numbers of
+the runs are in the gin files.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+from gqa_t5x import network
+from gqa_t5x.reproduce import (
+  commands,
+  conversion_report,
+  conversion_rows,
+  events,
+  stages,
+)
+from gqa_t5x.reproduce.arms import MAIN_METHODS, METHODS, SEEDED, Arm
+from gqa_t5x.reproduce.gin_macros import macro
+from gqa_t5x.reproduce.stages import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """One size of the study.
+
+  Attributes:
+    pretrain: gin file of pre-training.
+    uptrain: gin file of uptraining.
+    seeds: K -> seeds, of the data's order in uptraining and of the method random.
+    methods: as arms.METHODS.
+  """
+
+  pretrain: str
+  uptrain: str
+  seeds: dict[int, tuple[int, ...]]
+  methods: tuple[tuple[str, str, str], ...]
+
+
+STUDIES = {
+  'tiny': Study(
+    'gin/local/study_pretrain.gin',
+    'gin/local/study_uptrain.gin',
+    {4: (1,), 2: (1, 2, 3), 1: (1,)},
+    METHODS,
+  ),
+  'mini': Study(
+    'gin/local/study_mini_pretrain.gin',
+    'gin/local/study_mini_uptrain.gin',
+    {4: (1,), 2: (1,), 1: (1,)},
+    MAIN_METHODS,
+  ),
+}
+SCALES = ('local', 'paper')
+
+
+def arms(size: str) -> list[Arm]:
+  """Lists the models that are uptrained, MHA first."""
+  num_heads = network.SIZES[size]['num_heads']
+  study = STUDIES[size]
+  result = [Arm('none', 'none', 'contiguous', num_heads, 1)]
+  for num_kv_heads, seeds in study.seeds.items():
+    for method, statistics, grouping in study.methods:
+      if grouping == 'similarity' and num_kv_heads == 1:
+        continue
+      for seed in seeds:
+        result.append(Arm(method, statistics, grouping, num_kv_heads, seed))
+  return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+  """Where the results of the study are.
+
+  Attributes:
+    folder: all of them are below it.
+    size: a key of STUDIES.
+  """
+
+  folder: pathlib.Path
+  size: str
+
+  @property
+  def pretrain_steps(self) -> int:
+    return macro(STUDIES[self.size].pretrain, 'TRAIN_STEPS')
+
+  @property
+  def last_step(self) -> int:
+    return macro(STUDIES[self.size].uptrain, 'TRAIN_STEPS')
+
+  @property
+  def evaluated_steps(self) -> list[int]:
+    """Steps with an evaluation, from that right after conversion on."""
+    period = macro(STUDIES[self.size].uptrain, 'EVAL_PERIOD')
+    return [*range(self.pretrain_steps, self.last_step, period), self.last_step]
+
+  @property
+  def mha(self) -> pathlib.Path:
+    return self.folder / 'mha' / f'checkpoint_{self.pretrain_steps}'
+
+  @property
+  def statistics(self) -> pathlib.Path:
+    return self.folder / 'statistics.npz'
+
+  @property
+  def rows(self) -> pathlib.Path:
+    return self.folder / 'rows.json'
+
+  def converted(self, arm: Arm) -> pathlib.Path:
+    """The checkpoint right after conversion; for MHA, the one pre-trained."""
+    if arm.method == 'none':
+      return self.mha
+    return self.folder / 'converted' / arm.conversion / self.mha.name
+
+  def uptrained(self, arm: Arm) -> pathlib.Path:
+    return self.folder / 'uptrained' / arm.name / f'checkpoint_{self.last_step}'
+
+
+def plan(output_dir: pathlib.Path, size: str) -> list[Stage]:
+  """Lists the stages of the study.
+
+  Args:
+    output_dir: folder; results go below its subfolder of the size's name.
+    size: a key of STUDIES.
+  """
+  paths, all_arms = Paths(output_dir / size, size), arms(size)
+  result = [
+    Stage(
+      f'pre-train MHA, {paths.pretrain_steps} steps',
+      paths.mha,
+      commands.train(STUDIES[size].pretrain, MODEL_DIR=paths.mha.parent),
+      work=paths.pretrain_steps,
+    ),
+    Stage(
+      'collect statistics',
+      paths.statistics,
+      commands.calibrate(paths.mha, paths.statistics, MODEL_SIZE=size),
+      needs=(paths.mha,),
+    ),
+  ]
+  # Seeds may share a converted checkpoint.
+  converted = {paths.converted(arm): arm for arm in all_arms if arm.method != 'none'}
+  result += [_convert_stage(paths, arm) for arm in converted.values()]
+  uptrained = [_uptrain_stage(paths, arm) for arm in all_arms]
+  result += uptrained
+  result.append(
+    Stage(
+      'gather rows, compute spectra',
+      paths.rows,
+      commands.reproduce('evaluate', 'conversion', output_dir=output_dir, size=size),
+      needs=(paths.statistics, *(stage.result for stage in uptrained)),
+    )
+  )
+  result.append(
+    Stage(
+      'report',
+      paths.folder / 'conversion.md',
+      commands.reproduce('report', 'conversion', output_dir=output_dir, size=size),
+      needs=(paths.rows,),
+    )
+  )
+  return result
+
+
+def _convert_stage(paths: Paths, arm: Arm) -> Stage:
+  result = paths.converted(arm)
+  calibrated = arm.statistics == 'calibrated'
+  return Stage(
+    f'convert to {arm.num_kv_heads} K/V heads by {arm.title}',
+    result,
+    commands.convert(
+      paths.mha,
+      result,
+      arm.num_kv_heads,
+      method=arm.method,
+      statistics=paths.statistics if calibrated else None,
+      grouping=arm.grouping if arm.grouping != 'contiguous' else None,
+      seed=arm.seed if arm.method in SEEDED else None,
+    ),
+    needs=(paths.mha, paths.statistics) if calibrated else (paths.mha,),
+  )
+
+
+def _uptrain_stage(paths: Paths, arm: Arm) -> Stage:
+  source, result = paths.converted(arm), paths.uptrained(arm)
+  return Stage(
+    f'uptrain with {arm.num_kv_heads} K/V heads, {arm.title}, seed {arm.seed}',
+    result,
+    commands.train(
+      STUDIES[paths.size].uptrain,
+      MODEL_DIR=result.parent,
+      INITIAL_CHECKPOINT_PATH=source,
+      NUM_KV_HEADS=arm.num_kv_heads,
+      RANDOM_SEED=arm.seed,
+    ),
+    needs=(source,),
+    # It has no checkpoint to go on from, and its evaluations would stand twice.
+    leftover=result.parent,
+    work=paths.last_step - paths.pretrain_steps,
+  )
+
+
+def run(output_dir: str, jobs: int | None, size: str, scale: str) -> int:
+  """Runs what is not done yet, and prints the report.
+
+  Args:
+    output_dir: folder; results go below its subfolder of the size's name.
+    jobs: how many stages run at once; None: one a core.
+    size: a key of STUDIES.
+    scale: one of SCALES.
+
+  Returns:
+    The exit code: 0, 1 after an error, 130 after Ctrl-C.
+  """
+  if scale != 'local':
+    print(f'--scale={scale} is not there yet; use --scale=local.', file=sys.stderr)
+    return 1
+  paths = Paths(pathlib.Path(output_dir) / size, size)
+  code = stages.run(plan(pathlib.Path(output_dir), size), paths.folder, jobs)
+  if not code:
+    print((paths.folder / 'conversion.md').read_text())
+    print(f'Report: {paths.folder}/conversion.md')
+  return code
+
+
+def evaluate(output_dir: str, size: str) -> int:
+  """Writes `rows.json` from what the runs left; returns the exit code.
+
+  Args:
+    output_dir: as given to `run`.
+    size: a key of STUDIES.
+  """
+  paths = Paths(pathlib.Path(output_dir) / size, size)
+  uptrain = STUDIES[size].uptrain
+  evaluation = conversion_rows.Evaluation(
+    size=size,
+    task=macro(uptrain, 'MIXTURE_OR_TASK_NAME'),
+    lengths=macro(uptrain, 'TASK_FEATURE_LENGTHS'),
+    batch_size=macro(uptrain, 'BATCH_SIZE'),
+    num_batches=macro(uptrain, 'EVAL_STEPS'),
+    steps=paths.evaluated_steps,
+  )
+  try:
+    rows = conversion_rows.loss_rows(
+      {arm: paths.uptrained(arm).parent for arm in arms(size)}, evaluation
+    )
+  except events.BadEvents as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  rows.append(conversion_rows.unigram_row(evaluation))
+  rows += conversion_rows.spectrum_rows(
+    paths.mha, paths.statistics, tuple(STUDIES[size].seeds), evaluation
+  )
+  conversion_rows.write(rows, paths.rows)
+  return 0
+
+
+def report(output_dir: str, size: str) -> int:
+  """Writes `conversion.md` and its figures from `rows.json`; returns the exit code.
+
+  Args:
+    output_dir: as given to `run`.
+    size: a key of STUDIES.
+  """
+  paths = Paths(pathlib.Path(output_dir) / size, size)
+  conversion_report.write(paths.rows, paths.folder)
+  return 0

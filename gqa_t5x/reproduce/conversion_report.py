@@ -1,0 +1,229 @@
+"""Rows of the conversion study to tables, checked targets and figures."""
+
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gqa_t5x.reproduce import conversion_figures
+from gqa_t5x.reproduce.arms import METHODS, title
+
+Row = dict[str, Any]
+Label = tuple[str, str, str]
+
+# Shares of the pre-training steps that tables show.
+ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1)
+NOT_RUN = 'not run'
+MHA: Label = ('none', 'none', 'contiguous')
+MEAN, FIRST, RANDOM = METHODS[:3]
+SVD: Label = ('svd', 'calibrated', 'contiguous')
+
+
+class Losses:
+  """Excess losses by model, key/value heads and alpha, over all seeds."""
+
+  def __init__(self, rows: Iterable[Row]):
+    """Sorts rows of kind 'conversion'; other kinds are passed over."""
+    self._values: dict[tuple[Label, int, int], list[float]] = {}
+    self.rows = [row for row in rows if row['kind'] == 'conversion']
+    for row in self.rows:
+      self._values.setdefault(self._key(row), []).append(row['excess_loss'])
+    self.pretrain_steps = self.rows[0]['pretrain_steps']
+    mha = [row for row in self.rows if label_of(row) == MHA]
+    self.num_heads = mha[0]['num_kv_heads']
+    self.base = min(mha, key=lambda row: row['uptrain_steps'])['validation_loss']
+    heads = {row['num_kv_heads'] for row in self.rows} - {self.num_heads}
+    self.num_kv_heads = sorted(heads, reverse=True)
+
+  @staticmethod
+  def _key(row: Row) -> tuple[Label, int, int]:
+    return label_of(row), row['num_kv_heads'], row['uptrain_steps']
+
+  def of(self, label: Label, num_kv_heads: int, alpha: float) -> list[float]:
+    """The excess losses of all seeds, nats per token; none if it was not run."""
+    steps = round(alpha * self.pretrain_steps)
+    return self._values.get((label, num_kv_heads, steps), [])
+
+  def mean(self, label: Label, num_kv_heads: int, alpha: float) -> float | None:
+    """Their mean, or None."""
+    values = self.of(label, num_kv_heads, alpha)
+    return statistics.fmean(values) if values else None
+
+  def curve(self, label: Label, num_kv_heads: int) -> list[tuple[float, float]]:
+    """(alpha, mean excess loss) of every evaluation, in order."""
+    wanted = (label, num_kv_heads)
+    steps = sorted(key[2] for key in self._values if key[:2] == wanted)
+    alphas = [step / self.pretrain_steps for step in steps]
+    return [(alpha, self.mean(label, num_kv_heads, alpha)) for alpha in alphas]
+
+
+def label_of(row: Row) -> Label:
+  """Returns what tells the methods apart: method, statistics, grouping."""
+  return row['method'], row['statistics'], row['grouping']
+
+
+def write(rows_file: pathlib.Path, folder: pathlib.Path) -> None:
+  """Writes `conversion.md`, `conversion.png` and `spectra.png`.
+
+  Args:
+    rows_file: JSON list of rows (conversion_rows.py).
+    folder: where the report goes.
+  """
+  rows = json.loads(rows_file.read_text())
+  losses = Losses(rows)
+  conversion_figures.draw_losses(losses, folder / 'conversion.png')
+  spectra = [row for row in rows if row['kind'] == 'spectrum']
+  if spectra:
+    conversion_figures.draw_spectra(spectra, folder / 'spectra.png')
+  temporary = folder / 'conversion.tmp'
+  temporary.write_text(markdown(rows))
+  os.replace(temporary, folder / 'conversion.md')
+
+
+def markdown(rows: list[Row]) -> str:
+  """Returns the whole report."""
+  losses = Losses(rows)
+  unigram = next((row for row in rows if row['kind'] == 'unigram'), None)
+  parts = [
+    f'# Conversion of a T5.1.1 ({losses.rows[0]["size"]}): which method loses least',
+    _conditions(losses, unigram),
+    '## Targets',
+    *_check_table(losses),
+  ]
+  for num_kv_heads in losses.num_kv_heads:
+    parts += [f'## {losses.num_heads} to {num_kv_heads} key/value heads']
+    parts += [_loss_table(losses, num_kv_heads)]
+  parts += [
+    f'±: standard deviation over the seeds of uptraining data. {NOT_RUN}: no row.',
+    '![Excess loss by method, and against uptraining](conversion.png)',
+    'Axes are linear in the shaded part and logarithmic beyond. Lower row: the loss'
+    ' over that of MHA after as many steps.',
+  ]
+  if any(row['kind'] == 'spectrum' for row in rows):
+    parts += [
+      '## What does not fit into a shared head',
+      'Each group of heads shares one key and one value head. Of the spectrum behind'
+      ' `svd` (logits for keys, outputs for values), the figure shows the share that'
+      ' does not fit, layer by layer: the mean over the groups, and their range.'
+      ' Measured with the same command; the ranks are in the rows.',
+      '![Dropped share of the spectrum by layer](spectra.png)',
+    ]
+  return '\n\n'.join(parts) + '\n'
+
+
+def _conditions(losses: Losses, unigram: Row | None) -> str:
+  row = losses.rows[0]
+  versions = ', '.join(f'{name} {value}' for name, value in row['versions'].items())
+  trained_on = max(
+    (r for r in losses.rows if label_of(r) == MHA), key=lambda r: r['uptrain_steps']
+  )
+  guess = f'{unigram["validation_loss"]:.3f}' if unigram else NOT_RUN
+  return (
+    f'All numbers measured: `{row["command"]}`, on {row["device"]}, {row["dtype"]},'
+    f' {versions}. Losses are cross-entropies in nats per target token, all on the same'
+    f' {row["validation_batches"]} batches of {row["batch_size"]} packed rows of the'
+    f' validation split ({row["input_length"]} + {row["output_length"]} tokens). The'
+    f' MHA model was pre-trained for {losses.pretrain_steps:,} steps to'
+    f' {losses.base:.3f}; the best unigram model, fitted to the validation targets'
+    f' themselves, has {guess}. Excess loss is what a model loses over those'
+    f' {losses.base:.3f}; negative: it is better by then. MHA trained on for'
+    f' {trained_on["uptrain_steps"]:,} steps more reaches'
+    f' {trained_on["validation_loss"]:.3f}.'
+  )
+
+
+def _loss_table(losses: Losses, num_kv_heads: int) -> str:
+  heads = ' | '.join(f'after {alpha:.0%}' if alpha else 'step 0' for alpha in ALPHAS)
+  lines = [
+    f'| excess loss of | seeds | {heads} |',
+    '|---|---:|' + '---:|' * len(ALPHAS),
+  ]
+  ran = [(MHA, losses.num_heads)]
+  ran += [(label, num_kv_heads) for label in METHODS]
+  for label, heads in ran:
+    if num_kv_heads == 1 and label[2] == 'similarity':
+      continue  # One group holds all heads.
+    seeds = len(losses.of(label, heads, 0.0))
+    cells = ' | '.join(_cell(losses.of(label, heads, alpha)) for alpha in ALPHAS)
+    name = 'MHA, trained on' if label == MHA else title(*label)
+    lines.append(f'| {name} | {seeds} | {cells} |')
+  return '\n'.join(lines)
+
+
+def _cell(values: list[float]) -> str:
+  if not values:
+    return NOT_RUN
+  spread = f' ± {statistics.stdev(values):.3f}' if len(set(values)) > 1 else ''
+  return f'{_number(statistics.fmean(values))}{spread}'
+
+
+def _check_table(losses: Losses) -> list[str]:
+  lines = ['| target | K | reached | numbers |', '|---|---:|---|---|']
+  for name, check in CHECKS.items():
+    for num_kv_heads in losses.num_kv_heads:
+      reached, numbers = check(losses, num_kv_heads)
+      answer = NOT_RUN if reached is None else 'yes' if reached else '**no**'
+      lines.append(f'| {name} | {num_kv_heads} | {answer} | {numbers} |')
+  note = (
+    'svd is the calibrated one. Where a target compares after uptraining, the excess'
+    ' loss over MHA trained on for as many steps is given, too: pre-training was not at'
+    ' its end, and every model gains from more steps.'
+  )
+  return ['\n'.join(lines), note]
+
+
+Verdict = tuple[bool | None, str]
+
+
+def check_order(losses: Losses, num_kv_heads: int) -> Verdict:
+  """Whether mean loses least of the paper's three at step 0, and random most."""
+  values = [losses.mean(label, num_kv_heads, 0.0) for label in (MEAN, FIRST, RANDOM)]
+  if None in values:
+    return None, NOT_RUN
+  return values[0] < values[1] < values[2], ' < '.join(map(_number, values))
+
+
+def ratio_check(
+  svd_alpha: float, mean_alpha: float, limit: float
+) -> Callable[[Losses, int], Verdict]:
+  """Makes a check that svd loses at most a share of what mean loses.
+
+  Args:
+    svd_alpha: when svd is looked at.
+    mean_alpha: when mean is.
+    limit: the share.
+  """
+
+  def check(losses: Losses, num_kv_heads: int) -> Verdict:
+    svd = losses.mean(SVD, num_kv_heads, svd_alpha)
+    mean = losses.mean(MEAN, num_kv_heads, mean_alpha)
+    if svd is None or mean is None:
+      return None, NOT_RUN
+    numbers = _ratio(svd, mean)
+    longer = losses.mean(MHA, losses.num_heads, mean_alpha)
+    if svd_alpha and longer is not None:
+      fair = losses.mean(MHA, losses.num_heads, svd_alpha)
+      numbers += f'; over MHA trained on: {_ratio(svd - fair, mean - longer)}'
+    return svd <= limit * mean, numbers
+
+  return check
+
+
+def _ratio(svd: float, mean: float) -> str:
+  share = f'= {svd / mean:.3f}' if mean > 0 and svd >= 0 else '(no ratio)'
+  return f'{_number(svd)} / {_number(mean)} {share}'
+
+
+def _number(value: float) -> str:
+  """Three digits, and no minus before a zero."""
+  return f'{round(value, 3) + 0.0:.3f}'
+
+
+CHECKS: dict[str, Callable[[Losses, int], Verdict]] = {
+  'at step 0, loss of mean < first < random': check_order,
+  'at step 0, svd loses at most 0.1 of what mean loses': ratio_check(0.0, 0.0, 0.1),
+  'svd at step 0 loses no more than mean after 5%': ratio_check(0.0, 0.05, 1.0),
+  'after 5%, svd loses at most 0.3 of what mean loses': ratio_check(0.05, 0.05, 0.3),
+}

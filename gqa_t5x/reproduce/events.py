@@ -1,0 +1,77 @@
+"""Reads the losses that T5X left in TensorBoard's event files."""
+
+import pathlib
+
+
+class BadEvents(Exception):
+  """Event files are missing, damaged or not whole; the message names them."""
+
+
+def scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
+  """Reads every scalar of a folder's event files.
+
+  Unlike TensorBoard's own reader, which stops at the damage and says nothing.
+
+  Args:
+    folder: holds event files.
+
+  Returns:
+    Tag -> step -> value; a later file counts before an earlier one.
+
+  Raises:
+    BadEvents: there is no file, or one is damaged or ends within a record.
+  """
+  import tensorflow as tf
+  from google.protobuf.message import DecodeError
+  from tensorboard.compat.proto import event_pb2
+
+  files = sorted(folder.glob('events.out.tfevents.*'))
+  if not files:
+    raise BadEvents(f'{folder} has no event file; delete its run and run again.')
+  result: dict[str, dict[int, float]] = {}
+  for file in files:
+    try:
+      for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+        event = event_pb2.Event.FromString(record)
+        for value in event.summary.value:
+          if (
+            value.HasField('tensor')
+            and value.tensor.dtype == tf.float32.as_datatype_enum
+          ):
+            number = float(tf.make_ndarray(value.tensor))
+            result.setdefault(value.tag, {})[event.step] = number
+    except (tf.errors.OpError, DecodeError, ValueError) as error:
+      raise BadEvents(
+        f'{file} is damaged or incomplete ({type(error).__name__}); delete its run and'
+        ' run again.'
+      ) from error
+  return result
+
+
+def validation_losses(
+  model_dir: pathlib.Path, task: str, steps: list[int]
+) -> dict[int, float]:
+  """Reads a run's validation losses.
+
+  Args:
+    model_dir: of the run.
+    task: name of the seqio task.
+    steps: those that were evaluated.
+
+  Returns:
+    Step -> cross-entropy, nats per target token; without T5X's z-loss.
+
+  Raises:
+    BadEvents: a file is damaged, or a step is missing.
+  """
+  folder = model_dir / 'training_eval' / task
+  found = scalars(folder)
+  losses = found.get('cross_ent_loss_per_all_target_tokens', {})
+  real = found.get('non_padding_fraction/loss_weights', {})
+  missing = [str(s) for s in steps if s not in losses or not real.get(s)]
+  if missing:
+    raise BadEvents(
+      f'{folder} has no validation loss of step {", ".join(missing)}; delete'
+      f' {model_dir} and run again.'
+    )
+  return {step: losses[step] / real[step] for step in steps}
