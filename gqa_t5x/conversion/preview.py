@@ -4,7 +4,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from gqa_t5x.conversion.params import TARGET, Plan
+from gqa_t5x.conversion.params import Plan
+from gqa_t5x.conversion.recipe import PARAM_STATES, TARGET
 from gqa_t5x.conversion.tensors import TensorSpec
 
 _LAYER = re.compile(r'layers_(\d+)')
@@ -25,22 +26,30 @@ def describe_plan(
     Lines of text.
   """
   outputs = {p: spec for unit in plan.units for p, spec in unit.outputs.items()}
-  changed, kept = {}, {}
-  for path in sorted(outputs):
-    if outputs[path] is tensors.get(path):
-      kept[path] = _shape(tensors[path])
-      continue
-    parameter = path.split('/', 2)[-1].rpartition('/')[0]
-    how = method if path.startswith(TARGET) else plan.log[parameter].split(', ')[-1]
-    changed[path] = f'{_shape(tensors[path])} -> {_shape(outputs[path])}  {how}'
-  for title, entries in (('Converted', changed), ('Kept', kept)):
-    yield f'{title}: {len(entries)} tensors, {_nbytes(outputs, entries):,} bytes'
-    yield from (f'  {line}' for line in group_layers(entries))
+  kept = [path for path in sorted(outputs) if outputs[path] is tensors.get(path)]
+  changed = sorted(outputs.keys() - set(kept))
+  yield f'Converted: {len(changed)} tensors, {_nbytes(outputs, changed):,} bytes'
+  yield from _lines(
+    {p: f'{_shape(tensors[p])} -> {_shape(outputs[p])}  {method}' for p in changed}
+  )
+  for line in group_layers(plan.log):
+    yield f'  moments of {line}'
+  yield f'Kept: {len(kept)} tensors, {_nbytes(outputs, kept):,} bytes'
+  yield from _lines({path: _shape(tensors[path]) for path in kept})
+  if moments := sum(path.startswith(PARAM_STATES) for path in kept):
+    yield f'  moments of these, {moments} tensors'
   yield f'Dropped: {", ".join(dropped) if dropped else "nothing"}'
   before, after = _nbytes(tensors, tensors), _nbytes(outputs, outputs)
   yield (
     f'Checkpoint: {before:,} -> {after:,} bytes uncompressed, {before - after:,} saved'
   )
+
+
+def _lines(entries: Mapping[str, str]) -> Iterator[str]:
+  """Lines of all but the moments."""
+  shown = {p: text for p, text in entries.items() if not p.startswith(PARAM_STATES)}
+  for line in group_layers(shown):
+    yield f'  {line}'
 
 
 def describe_sizes(plan: Plan) -> str:
