@@ -291,3 +291,21 @@ def test_root_mean_square_of_the_shared_kernels(S, K):
     )
   for name in ('query', 'out'):
     np.testing.assert_array_equal(got['procrustes_rms'][name], got['procrustes'][name])
+
+
+@pytest.mark.parametrize('G', [1, 2, 4])
+def test_svd_gives_both_sides_the_same_strength(G):
+  """Along each direction of the shared head, and in none between two of them."""
+  keys = RNG.standard_normal((40, G * H)) @ RNG.standard_normal((G * H, G * H))
+  queries = RNG.standard_normal((G, 30, H)) * RNG.uniform(0.1, 3, (G, 1, H))
+  S_GHGH = (keys.T @ keys).reshape(G, H, G, H)
+  M_GHH = np.stack([q.T @ q for q in queries])
+  got = shared_heads.svd(S_GHGH, M_GHH)
+  shared = keys @ np.concatenate(list(got.merge_GHH))
+  absorbed = np.concatenate([queries[g] @ got.absorb_GHH[g] for g in range(G)])
+  strength = shared.T @ shared
+  np.testing.assert_allclose(absorbed.T @ absorbed, strength, atol=1e-9)
+  np.testing.assert_allclose(strength, np.diag(np.diag(strength)), atol=1e-9)
+  # Their product is what a logit's square sums up to.
+  top = shared_heads.spectrum(S_GHGH, M_GHH)[0][:H]
+  np.testing.assert_allclose(np.diag(strength) ** 2, top, rtol=1e-9)

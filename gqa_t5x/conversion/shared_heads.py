@@ -74,21 +74,26 @@ def weigh(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> np.ndarray:
 def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   """The sharing with the least residual there is: a weighted low-rank approximation.
 
+  A basis of the shared head is free. Here, keys (values) and what meets them get the
+  square root of each direction's strength: of all bases, the product then changes
+  least when all kernels change by a small part of their norm, as a step of training
+  changes them.
+
   Args:
     S_GHGH: second moments of the keys (values) of the group.
     M_GHH: second moments of the queries (outputs) of each head.
 
   Returns:
-    The sharing; shared keys (values) are white, `residual` is the sum of the
-    eigenvalues after the H-th.
+    The sharing; `residual` is the sum of the eigenvalues after the H-th.
   """
   G, H, _ = M_GHH.shape
   values, vectors = spectrum(S_GHGH, M_GHH)
-  kept = values[:H] > _NEGLIGIBLE * max(values[0], np.finfo(float).tiny)
-  scale_H = np.where(kept, 1.0 / np.sqrt(np.where(kept, values[:H], 1.0)), 0.0)
-  top_GHH = vectors[:, :H].reshape(G, H, H) * scale_H
-  merge_GHH = _sqrt(M_GHH) @ top_GHH
-  return Sharing(merge_GHH, np.tensordot(S_GHGH, merge_GHH, 2))
+  kept_H = values[:H] > _NEGLIGIBLE * max(values[0], np.finfo(float).tiny)
+  strength_H = np.where(kept_H, np.sqrt(values[:H]), 1.0)
+  scale_H = np.where(kept_H, strength_H**-0.5, 0.0)
+  merge_GHH = _sqrt(M_GHH) @ (vectors[:, :H].reshape(G, H, H) * scale_H)
+  absorb_GHH = np.tensordot(S_GHGH, merge_GHH, ([2, 3], [0, 1])) / strength_H
+  return Sharing(merge_GHH, absorb_GHH)
 
 
 def refit(S_GHGH: np.ndarray, merge_GHH: np.ndarray) -> Sharing:
