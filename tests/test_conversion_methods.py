@@ -296,8 +296,9 @@ def test_root_mean_square_of_the_shared_kernels(S, K):
 @pytest.mark.parametrize('G', [1, 2, 4])
 def test_svd_gives_both_sides_the_same_strength(G):
   """Along each direction of the shared head, and in none between two of them."""
-  keys = RNG.standard_normal((40, G * H)) @ RNG.standard_normal((G * H, G * H))
-  queries = RNG.standard_normal((G, 30, H)) * RNG.uniform(0.1, 3, (G, 1, H))
+  rng = RNG(G)
+  keys = rng.standard_normal((40, G * H)) @ rng.standard_normal((G * H, G * H))
+  queries = rng.standard_normal((G, 30, H)) * rng.uniform(0.1, 3, (G, 1, H))
   S_GHGH = (keys.T @ keys).reshape(G, H, G, H)
   M_GHH = np.stack([q.T @ q for q in queries])
   got = shared_heads.svd(S_GHGH, M_GHH)
