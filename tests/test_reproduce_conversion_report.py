@@ -63,14 +63,16 @@ def checks(rows, K):
 @pytest.mark.parametrize(
   ('change', 'expected'),
   [
-    ({}, [True, True, True, True]),
-    ({(FIRST, 2, 1): (0.8,) * 5}, [False, True, True, True]),
-    ({(RANDOM, 2, 1): (0.85,) * 5}, [False, True, True, True]),
-    ({(SVD, 2, 1): (0.081, 0, 0, 0.01, 0)}, [True, False, False, True]),
-    ({(SVD, 2, 1): (0.061, 0, 0, 0.01, 0)}, [True, True, False, True]),
-    ({(SVD, 2, 1): (0.04, 0, 0, 0.019, 0)}, [True, True, True, False]),
-    ({(FIRST, 2, 1): None}, [None, True, True, True]),
-    ({(SVD, 2, 1): None}, [True, None, None, None]),
+    ({}, [True, True, True, True, True]),
+    ({(FIRST, 2, 1): (0.8,) * 5}, [False, False, True, True, True]),
+    ({(FIRST, 2, 1): (0.9, 0, 0, 0.06, 0)}, [True, False, True, True, True]),
+    ({(RANDOM, 2, 1): (0.85,) * 5}, [False, True, True, True, True]),
+    ({(RANDOM, 2, 1): (1.5, 0, 0, 0.1, 0)}, [True, False, True, True, True]),
+    ({(SVD, 2, 1): (0.081, 0, 0, 0.01, 0)}, [True, True, False, False, True]),
+    ({(SVD, 2, 1): (0.061, 0, 0, 0.01, 0)}, [True, True, True, False, True]),
+    ({(SVD, 2, 1): (0.04, 0, 0, 0.019, 0)}, [True, True, True, True, False]),
+    ({(FIRST, 2, 1): None}, [None, None, True, True, True]),
+    ({(SVD, 2, 1): None}, [True, True, None, None, None]),
   ],
 )
 def test_checks(change, expected):
@@ -83,8 +85,9 @@ def test_numbers_of_the_checks():
   texts = [check(losses, 2)[1] for check in conversion_report.CHECKS.values()]
   assert texts == [
     '0.800 < 0.900 < 1.500',
+    '0.060 < 0.100 < 0.200',
     '0.040 / 0.800 = 0.050',
-    '0.040 / 0.060 = 0.667',
+    '0.040 / 0.060 = 0.667; over MHA trained on: 0.040 / 0.110 = 0.364',
     '0.010 / 0.060 = 0.167; over MHA trained on: 0.060 / 0.110 = 0.545',
   ]
 
