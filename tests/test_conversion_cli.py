@@ -315,9 +315,11 @@ def test_imports_nothing_heavy():
 
 # Slows the writing down, so that a signal falls into the middle of it.
 SLOW = """
-import sys, time
+import signal, sys, time
 from gqa_t5x import convert
 from gqa_t5x.conversion import writer
+# What runs in the background of a shell ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 write = writer._TensorWriter.__call__
 def slow(*args):
   time.sleep(0.2)

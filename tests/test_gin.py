@@ -40,8 +40,8 @@ RUNNABLE = {
   'gin/local/calibrate.gin': ('calibrate', CHECKPOINT | OUTPUT, 2_296_576),
   'gin/local/study_pretrain.gin': ('train', {}, 2_296_576),
   'gin/local/study_uptrain.gin': ('train', {}, 2_296_576),
-  'gin/local/study_mini_pretrain.gin': ('train', {}, 31_470_080),
-  'gin/local/study_mini_uptrain.gin': ('train', {}, 31_470_080),
+  'gin/local/study_mini_pretrain.gin': ('train', {}, 12_589_568),
+  'gin/local/study_mini_uptrain.gin': ('train', {}, 12_589_568),
 }
 # gin/models/t5_1_1_SIZE.gin, followed by each of gin/runs. Published numbers.
 SIZES = {
