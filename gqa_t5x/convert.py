@@ -74,7 +74,7 @@ def define_flags() -> flags.FlagValues:
     None,
     'The checkpoint: a folder checkpoint_<step> of T5X, legacy or Orbax layout, or a'
     ' model_dir, whose latest checkpoint is taken; or a Hugging Face folder of'
-    ' T5 v1.1. Local or gs://.',
+    ' T5 v1.1 (local). Local or gs://.',
   )
   text(
     'output',
@@ -335,9 +335,8 @@ class _Terminated(BaseException):
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
   def stop(signum, frame):
-    signal.signal(
-      signal.SIGTERM, signal.SIG_IGN
-    )  # a second one would stop the cleaning
+    # A second one would stop the cleaning.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Terminated
 
   previous = signal.signal(signal.SIGTERM, stop)

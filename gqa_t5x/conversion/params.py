@@ -129,14 +129,7 @@ def plan_conversion(
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 2.2.
   """
   recipe = Recipe(method, grouping, statistics)
-  shapes = {
-    path.removeprefix(TARGET): tensor.shape
-    for path, tensor in tensors.items()
-    if path.startswith(TARGET)
-  }
-  source = read_architecture(shapes)
-  _check_dtypes(tensors)
-  _check_moments(tensors, source)
+  source = _read_source(tensors)
   new_heads = choose_num_kv_heads(source, num_kv_heads, **kinds)
   target = dataclasses.replace(source, num_kv_heads=new_heads)
   units, log, shapes = [], {}, target.shapes()
@@ -157,6 +150,19 @@ def plan_conversion(
   changed = {path for unit in units for path in unit.outputs}
   copied = [_copy_unit(p, t) for p, t in tensors.items() if p not in changed]
   return Plan(source, target, units + copied, log)
+
+
+def _read_source(tensors: Tensors) -> Architecture:
+  """Reads the sizes of the model, and checks that all of it can be converted."""
+  shapes = {
+    path.removeprefix(TARGET): tensor.shape
+    for path, tensor in tensors.items()
+    if path.startswith(TARGET)
+  }
+  source = read_architecture(shapes)
+  _check_dtypes(tensors)
+  _check_moments(tensors, source)
+  return source
 
 
 def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
