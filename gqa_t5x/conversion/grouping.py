@@ -15,7 +15,7 @@ from gqa_t5x.conversion.module import Kernels
 from gqa_t5x.conversion.statistics import InputMoments
 
 # Swaps whose residual is computed in one pass, best affinity first: each takes four
-# eigenproblems. More of them hardly lower the residual.
+# eigenproblems. With 16 heads of size 8, more of them hardly lowered the residual.
 _SWAPS = 16
 _PASSES = 4
 

@@ -31,7 +31,7 @@ class InputMoments:
   """Second moments of the inputs of one attention module, after the layer norm.
 
   Each is [D, D], or [D] where it is diagonal: without data, the squared scale of the
-  layer norm stands in for it (conversion.md, section 3).
+  layer norm stands in for it (docs/conversion.md).
 
   Attributes:
     query: E[x^T x] of the inputs of the queries, a row vector x.
