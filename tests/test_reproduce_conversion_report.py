@@ -28,7 +28,8 @@ COMMON = {
 def make_rows(table):
   """Rows from (label, K, seed) -> excess losses at the report's alphas."""
   table = {
-    (('none', 'none', 'contiguous'), 8, 1): (0, -0.01, -0.02, -0.05, -0.1)
+    (conversion_report.MHA, 8, 1): (0, -0.01, -0.02, -0.05, -0.1),
+    (conversion_report.MHA, 8, 2): (0, -0.03, -0.04, -0.07, -0.12),
   } | table
   return [
     {
@@ -87,13 +88,13 @@ def test_numbers_of_the_checks():
     '0.800 < 0.900 < 1.500',
     '0.060 < 0.100 < 0.200',
     '0.040 / 0.800 = 0.050',
-    '0.040 / 0.060 = 0.667; over MHA trained on: 0.040 / 0.110 = 0.364',
-    '0.010 / 0.060 = 0.167; over MHA trained on: 0.060 / 0.110 = 0.545',
+    '0.040 / 0.060 = 0.667; over MHA trained on: 0.040 / 0.120 = 0.333',
+    '0.010 / 0.060 = 0.167; over MHA trained on: 0.060 / 0.120 = 0.500',
   ]
 
 
 def test_report(tmp_path):
-  rows = make_rows(GOOD)
+  rows = make_rows(GOOD | {(MEAN, 4, 1): (0.3, 0.2, 0.1, 0.05, 0.01)})
   rows.append({'kind': 'unigram', 'validation_loss': 6.25})
   for layer in (0, 1):
     for side in ('key', 'value'):
@@ -106,14 +107,25 @@ def test_report(tmp_path):
   conversion_report.write(tmp_path / 'rows.json', tmp_path)
   text = (tmp_path / 'conversion.md').read_text()
   lines = text.splitlines()
-  assert '| MHA, trained on | 1 | 0.000 | -0.010 | -0.020 | -0.050 | -0.100 |' in lines
+  # MHA is shown with the seeds of the methods beside it.
+  of_two, of_four = (
+    next(line for line in lines[lines.index(heading) :] if 'MHA, trained on' in line)
+    for heading in ('## 8 to 2 key/value heads', '## 8 to 4 key/value heads')
+  )
+  assert of_four == (
+    '| MHA, trained on | 1 | 0.000 | -0.010 | -0.020 | -0.050 | -0.100 |'
+  )
+  assert of_two == (
+    '| MHA, trained on | 2 | 0.000 | -0.020 ± 0.014 | -0.030 ± 0.014'
+    ' | -0.060 ± 0.014 | -0.110 ± 0.014 |'
+  )
   assert (
     '| mean | 2 | 0.800 | 0.300 ± 0.141 | 0.100 | 0.060 ± 0.014 | 0.020 ± 0.014 |'
     in lines
   )
   assert '| svd (calibrated) | 1 | 0.040 | 0.030 | 0.020 | 0.010 | 0.000 |' in lines
   assert f'| svd (weights) | 0 |{" not run |" * 5}' in lines
-  for fact in ('measured', 'a cpu', 'jax 1', '1,000 steps', '3.500', '6.250', '3.400'):
+  for fact in ('measured', 'a cpu', 'jax 1', '1,000 steps', '3.500', '6.250', '3.390'):
     assert fact in text
   assert (
     '`python -m gqa_t5x.reproduce run conversion --scale=local --size=tiny`' in text

@@ -58,10 +58,11 @@ SCALES = ('local', 'paper')
 
 
 def arms(size: str) -> list[Arm]:
-  """Lists the models that are uptrained, MHA first."""
+  """Lists the models that are uptrained, MHA first, with every seed of the others."""
   num_heads = network.SIZES[size]['num_heads']
   study = STUDIES[size]
-  result = [Arm('none', 'none', 'contiguous', num_heads, 1)]
+  seeds = sorted(set().union(*study.seeds.values()))
+  result = [Arm('none', 'none', 'contiguous', num_heads, seed) for seed in seeds]
   for num_kv_heads, seeds in study.seeds.items():
     for method, statistics, grouping in study.methods:
       if grouping == 'similarity' and num_kv_heads == 1:

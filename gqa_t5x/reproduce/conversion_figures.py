@@ -87,16 +87,16 @@ def _draw_methods(axis: Any, losses: Any) -> None:
 
 def _draw_curves(axis: Any, losses: Any, num_kv_heads: int) -> None:
   """Loss against uptraining, one line a method, over MHA after as many steps."""
-  mha = dict(losses.curve(('none', 'none', 'contiguous'), losses.num_heads))
   for label, (color, marker) in CURVES.items():
-    curve = [(a, v - mha[a]) for a, v in losses.curve(label, num_kv_heads) if a in mha]
-    if curve:
-      alphas, values = zip(*curve, strict=True)
+    alphas = losses.alphas(label, num_kv_heads)
+    values = [losses.over_mha(label, num_kv_heads, alpha) for alpha in alphas]
+    if values and None not in values:
       percent = [100 * alpha for alpha in alphas]
       axis.plot(
         percent, values, color=color, marker=marker, ms=4, lw=1.4, label=title(*label)
       )
-  axis.plot([0, 100 * max(mha)], [0, 0], color='black', lw=1.2, label='MHA')
+  longest = max(losses.alphas(('none', 'none', 'contiguous'), losses.num_heads))
+  axis.plot([0, 100 * longest], [0, 0], color='black', lw=1.2, label='MHA')
   axis.set_yscale('symlog', linthresh=LINEAR)
   axis.grid(axis='y', lw=0.4, color='0.85')
   axis.set_axisbelow(True)

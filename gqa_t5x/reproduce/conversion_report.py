@@ -22,14 +22,14 @@ SVD: Label = ('svd', 'calibrated', 'contiguous')
 
 
 class Losses:
-  """Excess losses by model, key/value heads and alpha, over all seeds."""
+  """Excess losses by model, key/value heads, alpha and seed, nats per token."""
 
   def __init__(self, rows: Iterable[Row]):
     """Sorts rows of kind 'conversion'; other kinds are passed over."""
-    self._values: dict[tuple[Label, int, int], list[float]] = {}
+    self._values: dict[tuple[Label, int, int], dict[int, float]] = {}
     self.rows = [row for row in rows if row['kind'] == 'conversion']
     for row in self.rows:
-      self._values.setdefault(self._key(row), []).append(row['excess_loss'])
+      self._values.setdefault(self._key(row), {})[row['seed']] = row['excess_loss']
     self.pretrain_steps = self.rows[0]['pretrain_steps']
     mha = [row for row in self.rows if label_of(row) == MHA]
     self.num_heads = mha[0]['num_kv_heads']
@@ -41,22 +41,31 @@ class Losses:
   def _key(row: Row) -> tuple[Label, int, int]:
     return label_of(row), row['num_kv_heads'], row['uptrain_steps']
 
-  def of(self, label: Label, num_kv_heads: int, alpha: float) -> list[float]:
-    """The excess losses of all seeds, nats per token; none if it was not run."""
+  def of(self, label: Label, num_kv_heads: int, alpha: float) -> dict[int, float]:
+    """Seed -> excess loss; nothing if it was not run."""
     steps = round(alpha * self.pretrain_steps)
-    return self._values.get((label, num_kv_heads, steps), [])
+    return self._values.get((label, num_kv_heads, steps), {})
 
   def mean(self, label: Label, num_kv_heads: int, alpha: float) -> float | None:
     """Their mean, or None."""
-    values = self.of(label, num_kv_heads, alpha)
+    values = self.of(label, num_kv_heads, alpha).values()
     return statistics.fmean(values) if values else None
 
-  def curve(self, label: Label, num_kv_heads: int) -> list[tuple[float, float]]:
-    """(alpha, mean excess loss) of every evaluation, in order."""
+  def over_mha(self, label: Label, num_kv_heads: int, alpha: float) -> float | None:
+    """Mean loss over that of MHA trained as long on the same data, seed by seed."""
+    values, mha = self.of(label, num_kv_heads, alpha), self.of_mha(alpha)
+    pairs = [value - mha[seed] for seed, value in values.items() if seed in mha]
+    return statistics.fmean(pairs) if pairs else None
+
+  def of_mha(self, alpha: float) -> dict[int, float]:
+    """Seed -> excess loss of MHA trained on: below 0 if it gains."""
+    return self.of(MHA, self.num_heads, alpha)
+
+  def alphas(self, label: Label, num_kv_heads: int) -> list[float]:
+    """When it was evaluated, in order."""
     wanted = (label, num_kv_heads)
     steps = sorted(key[2] for key in self._values if key[:2] == wanted)
-    alphas = [step / self.pretrain_steps for step in steps]
-    return [(alpha, self.mean(label, num_kv_heads, alpha)) for alpha in alphas]
+    return [step / self.pretrain_steps for step in steps]
 
 
 def label_of(row: Row) -> Label:
@@ -99,7 +108,7 @@ def markdown(rows: list[Row]) -> str:
     f'±: standard deviation over the seeds of uptraining data. {NOT_RUN}: no row.',
     '![Excess loss by method, and against uptraining](conversion.png)',
     'Axes are linear in the shaded part and logarithmic beyond. Lower row: the loss'
-    ' over that of MHA after as many steps.',
+    ' over that of MHA after as many steps on the same data.',
   ]
   if any(row['kind'] == 'spectrum' for row in rows):
     parts += [
@@ -116,9 +125,8 @@ def markdown(rows: list[Row]) -> str:
 def _conditions(losses: Losses, unigram: Row | None) -> str:
   row = losses.rows[0]
   versions = ', '.join(f'{name} {value}' for name, value in row['versions'].items())
-  trained_on = max(
-    (r for r in losses.rows if label_of(r) == MHA), key=lambda r: r['uptrain_steps']
-  )
+  longest = max(losses.alphas(MHA, losses.num_heads))
+  trained_on = losses.base + losses.mean(MHA, losses.num_heads, longest)
   guess = f'{unigram["validation_loss"]:.3f}' if unigram else NOT_RUN
   return (
     f'All numbers measured: `{row["command"]}`, on {row["device"]}, {row["dtype"]},'
@@ -129,8 +137,7 @@ def _conditions(losses: Losses, unigram: Row | None) -> str:
     f' {losses.base:.3f}; the best unigram model, fitted to the validation targets'
     f' themselves, has {guess}. Excess loss is what a model loses over those'
     f' {losses.base:.3f}; negative: it is better by then. MHA trained on for'
-    f' {trained_on["uptrain_steps"]:,} steps more reaches'
-    f' {trained_on["validation_loss"]:.3f}.'
+    f' {round(longest * losses.pretrain_steps):,} steps more reaches {trained_on:.3f}.'
   )
 
 
@@ -140,15 +147,19 @@ def _loss_table(losses: Losses, num_kv_heads: int) -> str:
     f'| excess loss of | seeds | {heads} |',
     '|---|---:|' + '---:|' * len(ALPHAS),
   ]
-  ran = [(MHA, losses.num_heads)]
-  ran += [(label, num_kv_heads) for label in METHODS]
-  for label, heads in ran:
-    if num_kv_heads == 1 and label[2] == 'similarity':
-      continue  # One group holds all heads.
-    seeds = len(losses.of(label, heads, 0.0))
-    cells = ' | '.join(_cell(losses.of(label, heads, alpha)) for alpha in ALPHAS)
-    name = 'MHA, trained on' if label == MHA else title(*label)
-    lines.append(f'| {name} | {seeds} | {cells} |')
+  by_name = {
+    title(*label): [losses.of(label, num_kv_heads, alpha) for alpha in ALPHAS]
+    for label in METHODS
+    if num_kv_heads > 1 or label[2] != 'similarity'  # One group holds all heads.
+  }
+  seeds = set().union(*(found[0] for found in by_name.values()))
+  mha = [
+    {seed: loss for seed, loss in losses.of_mha(alpha).items() if seed in seeds}
+    for alpha in ALPHAS
+  ]
+  for name, found in {'MHA, trained on': mha, **by_name}.items():
+    cells = ' | '.join(_cell(list(by_seed.values())) for by_seed in found)
+    lines.append(f'| {name} | {len(found[0])} | {cells} |')
   return '\n'.join(lines)
 
 
@@ -210,10 +221,10 @@ def ratio_check(
     if svd is None or mean is None:
       return None, NOT_RUN
     numbers = _ratio(svd, mean)
-    longer = losses.mean(MHA, losses.num_heads, mean_alpha)
-    if mean_alpha and longer is not None:
-      fair = losses.mean(MHA, losses.num_heads, svd_alpha)
-      numbers += f'; over MHA trained on: {_ratio(svd - fair, mean - longer)}'
+    svd_over = losses.over_mha(SVD, num_kv_heads, svd_alpha)
+    mean_over = losses.over_mha(MEAN, num_kv_heads, mean_alpha)
+    if mean_alpha and None not in (svd_over, mean_over):
+      numbers += f'; over MHA trained on: {_ratio(svd_over, mean_over)}'
     return svd <= limit * mean, numbers
 
   return check

@@ -69,7 +69,7 @@ def loss_rows(runs: Mapping[Arm, pathlib.Path], evaluation: Evaluation) -> list[
     for arm, model_dir in runs.items()
   }
   start = evaluation.steps[0]
-  (base,) = (found[start] for arm, found in losses.items() if arm.method == 'none')
+  base = next(found[start] for arm, found in losses.items() if arm.method == 'none')
   common = evaluation.common()
   return [
     {
