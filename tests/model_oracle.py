@@ -186,7 +186,11 @@ def greedy(cfg, max_length=DECODE_LENGTH):
   module = network.Transformer(cfg)
 
   def run(params, inputs, eos_id):
-    return decoding.greedy(module, params, inputs, max_length, eos_id)
+    prompts = np.zeros((len(inputs), max_length), np.int32)
+    tokens, scores = decoding.generate(
+      module, params, inputs, prompts, decoding.greedy, eos_id=eos_id
+    )
+    return tokens[:, 0], scores[:, 0]
 
   return jit(run)
 
