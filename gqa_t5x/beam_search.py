@@ -49,6 +49,7 @@ def beam_search(
   alpha: float = 0.6,
   cache_offset: int = 0,
   decode_rng: Array | None = None,
+  max_decode_step: int | Array = -1,
 ) -> tuple[Array, Array]:
   """Beam search with T5X's results. Reordering beams moves no keys and values.
 
@@ -57,6 +58,7 @@ def beam_search(
     num_decodes: beams of every input.
     alpha: of the `brevity_penalty`.
     decode_rng: not used.
+    max_decode_step: most steps, those over forced tokens included; -1: as many as fit.
 
   Returns:
     (tokens int32 `[B, num_decodes, T]`; float32 scores `[B, num_decodes]`), by rising
@@ -71,12 +73,13 @@ def beam_search(
   B, T = inputs.shape
   n = num_decodes
   forced_BT = next_inputs(inputs)
+  limit = jnp.where(max_decode_step > 0, jnp.minimum(max_decode_step, T), T)
 
   def may_improve(state: _BeamState) -> Array:
     best_live_B1 = state.live_log_probs_Bn[:, -1:] / brevity_penalty(alpha, T + 1)
     worst_ended_B1 = jnp.min(state.ended_scores_Bn, axis=1, keepdims=True)
     worst_ended_Bn = jnp.where(state.ended_Bn, worst_ended_B1, NEG_INF)
-    return (state.step < T) & ~jnp.all(worst_ended_Bn > best_live_B1)
+    return (state.step < limit) & ~jnp.all(worst_ended_Bn > best_live_B1)
 
   def decode_one(state: _BeamState) -> _BeamState:
     token_Bn = lax.dynamic_index_in_dim(

@@ -45,11 +45,13 @@ def greedy(
   num_decodes: int = 1,
   cache_offset: int = 0,
   decode_rng: Array | None = None,
+  max_decode_steps: int | Array | None = None,
 ) -> tuple[Array, Array]:
   """Decodes the likeliest token at every step, until every row has ended.
 
   Args:
-    inputs, cache, tokens_to_logits, eos_id, cache_offset: as in `temperature_sample`.
+    inputs, cache, tokens_to_logits, eos_id, cache_offset, max_decode_steps: as in
+      `temperature_sample`.
     num_decodes: 1.
     decode_rng: not used.
 
@@ -73,6 +75,7 @@ def greedy(
     eos_id,
     temperature=0.0,
     cache_offset=cache_offset,
+    max_decode_steps=max_decode_steps,
     rescale_log_probs=False,
   )
 
@@ -100,6 +103,7 @@ def temperature_sample(
   topk: int = 1,
   topp: float = 0.0,
   cache_offset: int = 0,
+  max_decode_steps: int | Array | None = None,
   rescale_log_probs: bool = True,
 ) -> tuple[Array, Array]:
   """Draws tokens from the model's distribution; with one rng, those T5X draws.
@@ -115,6 +119,7 @@ def temperature_sample(
     topk: draw from so many of the likeliest tokens only; 0: from all.
     topp: draw from the smallest set of tokens with at least this probability; 0: all.
     cache_offset: 0: layers are not scanned.
+    max_decode_steps: most tokens after the forced ones; None: as many as fit.
     rescale_log_probs: scores are of the distribution drawn from (greedy: 0); False: of
       the model's own.
 
@@ -129,6 +134,9 @@ def temperature_sample(
   B, T = inputs.shape
   forced_RT = jnp.repeat(next_inputs(inputs), num_decodes, axis=0)
   rows = forced_RT.shape[0]
+  limit_R = jnp.full(rows, T)
+  if max_decode_steps is not None:
+    limit_R = jnp.minimum(T, jnp.sum(forced_RT != 0, axis=1) + max_decode_steps)
   if getattr(temperature, 'ndim', 0):
     temperature = jnp.repeat(temperature, num_decodes)
 
@@ -150,13 +158,15 @@ def temperature_sample(
         state.sequences_RT, token_R[:, None], state.step + 1, axis=1
       ),
       scores_R=state.scores_R + jnp.where(free_R & ~state.ended_R, log_prob_R, 0.0),
-      ended_R=state.ended_R | (free_R & (token_R == eos_id)),
+      ended_R=state.ended_R
+      | (free_R & (token_R == eos_id))
+      | (state.step + 1 >= limit_R),
       rng=next_rng,
       cache=cache,
     )
 
   final = lax.while_loop(
-    lambda state: (state.step < T) & ~jnp.all(state.ended_R),
+    lambda state: ~jnp.all(state.ended_R),
     decode_one,
     _SamplingState(
       step=jnp.zeros((), jnp.int32),
