@@ -186,6 +186,25 @@ def test_many_small_models():
   assert len(set(ended)) > 2
 
 
+@pytest.mark.parametrize(('ratio', 'steps'), [(1.62, 2), (1.70, 1)])
+def test_the_bound_on_what_live_beams_may_reach(ratio, steps):
+  """It has the penalty of 9 tokens, ((5 + 9) / 6)^0.6 = 1.66, where 8 fit; T5X's rule.
+
+  The first step ends a beam; the live one has `ratio` times its log-probability.
+  """
+  ends, goes_on, eos_id = 0.3, 0.3**ratio, 6
+  probabilities = np.full((7, 7), 0.098)
+  probabilities[:, [1, eos_id]] = 0.5, 0.01
+  probabilities[0] = (1 - ends - goes_on) / 5
+  probabilities[0, [1, eos_id]] = goes_on, ends
+  tokens, scores, taken = table_search(1)(
+    np.log([probabilities] * 2), table_prompts([(), ()], LENGTH), eos_id, alpha=0.6
+  )
+  assert taken == steps
+  np.testing.assert_array_equal(tokens[:, 0], [[eos_id, *[0] * (LENGTH - 1)]] * 2)
+  np.testing.assert_allclose(scores, np.log([[ends]] * 2), rtol=1e-5)
+
+
 @pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
 def test_no_beam_is_lost_among_enough(alpha):
   """With five tokens, 40 beams hold all sequences of three: 21 of them end."""

@@ -41,7 +41,7 @@ generate = oracle.jit(
 )
 sample_two = functools.partial(decoding.temperature_sample, topk=3)
 DECODE_FNS = {1: decoding.greedy, 2: sample_two, 3: decoding.beam_search}
-KEY = jax.random.PRNGKey(5)
+RNG = jax.random.PRNGKey(5)
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +93,9 @@ def test_predict_with_any_decode_function(num_decodes, default, asked, returned)
   )
   this = model(decode_fn=DECODE_FNS[num_decodes], default_decoder_params=decoder_params)
   tokens, aux = this.predict_batch_with_aux(
-    params(), oracle.batch(), rng=KEY, return_all_decodes=asked
+    params(), oracle.batch(), rng=RNG, return_all_decodes=asked
   )
-  expected = expected_decodes(num_decodes, decode_rng=KEY)
+  expected = expected_decodes(num_decodes, decode_rng=RNG)
   assert (expected[1] == expected[1].max(1, keepdims=True))[:, -1].all()
   every = slice(None) if returned else -1
   np.testing.assert_array_equal(tokens, expected[0][:, every])
@@ -105,9 +105,9 @@ def test_predict_with_any_decode_function(num_decodes, default, asked, returned)
 def test_a_call_says_how_many_decodes():
   """Over what the model's default is, 1 here."""
   tokens, _ = model(decode_fn=DECODE_FNS[3]).predict_batch_with_aux(
-    params(), oracle.batch(), return_all_decodes=True, num_decodes=3
+    params(), oracle.batch(), rng=RNG, return_all_decodes=True, num_decodes=3
   )
-  np.testing.assert_array_equal(tokens, expected_decodes(3)[0])
+  np.testing.assert_array_equal(tokens, expected_decodes(3, decode_rng=RNG)[0])
 
 
 def test_predict_ends_at_the_marker_of_the_vocabulary():
@@ -119,7 +119,7 @@ def test_predict_ends_at_the_marker_of_the_vocabulary():
 
 def test_decoder_params_reach_the_decode_function():
   """Another penalty and another end marker than the vocabulary's."""
-  eos_id = int(expected_decodes(3)[0][0, 2, 1])
+  eos_id = int(expected_decodes(3, decode_rng=RNG)[0][0, 2, 1])
   options = {'alpha': 2.0, 'eos_id': eos_id}
   tokens, aux = model(decode_fn=DECODE_FNS[3]).predict_batch_with_aux(
     params(), oracle.batch(), decoder_params=options, num_decodes=3
@@ -134,14 +134,14 @@ def test_decoder_params_reach_the_decode_function():
 
 def test_an_rng_draws_anew():
   this = model(decode_fn=sample_two)
-  for rng in (KEY, jax.random.PRNGKey(6)):
+  for rng in (RNG, jax.random.PRNGKey(6)):
     expected = expected_decodes(2, decode_rng=rng)[0]
     for arguments in ({'rng': rng}, {'decoder_params': {'decode_rng': rng}}):
       tokens, _ = this.predict_batch_with_aux(
         params(), oracle.batch(), return_all_decodes=True, num_decodes=2, **arguments
       )
       np.testing.assert_array_equal(tokens, expected)
-  assert (expected != expected_decodes(2, decode_rng=KEY)[0]).any()
+  assert (expected != expected_decodes(2, decode_rng=RNG)[0]).any()
 
 
 def test_targets_as_prompts():
@@ -173,7 +173,7 @@ def test_predict_in_bfloat16_keeps_float32_scores():
   [
     ({'num_decodes': 4}, 'num_decodes=4, but greedy decoding has one result an input'),
     (
-      {'rng': KEY, 'decoder_params': {'decode_rng': KEY}},
+      {'rng': RNG, 'decoder_params': {'decode_rng': RNG}},
       'rng and decoder_params["decode_rng"] were given; keep one.',
     ),
   ],
