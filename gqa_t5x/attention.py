@@ -127,6 +127,9 @@ class Dense(nn.Module):
       jnp.float32,
       axes=self.kernel_axes,
     )
+    if x.dtype == kernel.dtype and jnp.promote_types(x.dtype, self.dtype) == self.dtype:
+      # Of bfloat16 parameters a wider copy would be written and read at every step.
+      return jnp.dot(x, kernel, preferred_element_type=self.dtype)
     return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
