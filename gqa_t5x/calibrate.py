@@ -14,8 +14,8 @@ That is T5.1.1-XXL on C4; others by --gin.MODEL_SIZE=\\"base\\" and
 `make uptrain`, all is set but the checkpoint and the output:
 
   python -m gqa_t5x.calibrate --gin_file=gin/local/calibrate.gin \\
-    --gin.CHECKPOINT_PATH=\\"runs/local/mha/checkpoint_1200\\" \\
-    --gin.OUTPUT=\\"runs/local/mha/checkpoint_1200.statistics.npz\\"
+    --gin.CHECKPOINT_PATH=\\"runs/local/mha/checkpoint_1000\\" \\
+    --gin.OUTPUT=\\"runs/local/mha/checkpoint_1000.statistics.npz\\"
 
 Macros of the gin files: NUM_SEQUENCES (rows of TASK_FEATURE_LENGTHS tokens, each
 packed with as many examples as fit), SPLIT, BATCH_SIZE, and INCLUDE_ENCODER = True for

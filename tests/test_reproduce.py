@@ -56,7 +56,7 @@ def test_plan_and_gin_files_name_the_same_checkpoints(tmp_path):
 
 def test_commands_of_the_plan(tmp_path):
   plan = {stage.title: stage for stage in uptrain.plan(tmp_path)}
-  mha = tmp_path / 'mha' / 'checkpoint_1200'
+  mha = tmp_path / 'mha' / 'checkpoint_1000'
   svd = plan['convert to 2 K/V heads by svd']
   assert svd.command == (
     '-m',
@@ -67,7 +67,7 @@ def test_commands_of_the_plan(tmp_path):
     '--method=svd',
     f'--statistics={mha}.statistics.npz',
   )
-  assert svd.needs == (mha, mha.with_name('checkpoint_1200.statistics.npz'))
+  assert svd.needs == (mha, mha.with_name('checkpoint_1000.statistics.npz'))
   mean = plan['convert to 1 K/V heads by mean']
   assert '--method=mean' in mean.command
   assert not any('statistics' in word for word in mean.command)
@@ -79,8 +79,8 @@ def test_commands_of_the_plan(tmp_path):
     '--gin_file=gin/local/uptrain_mqa.gin',
   )
   assert f"--gin.MODEL_DIR='{tmp_path}/uptrain_mqa_svd'" in trained.command
-  assert trained.result == tmp_path / 'uptrain_mqa_svd' / 'checkpoint_1260'
-  source = tmp_path / 'converted' / 'svd_1' / 'checkpoint_1200'
+  assert trained.result == tmp_path / 'uptrain_mqa_svd' / 'checkpoint_1050'
+  source = tmp_path / 'converted' / 'svd_1' / 'checkpoint_1000'
   assert f"--gin.INITIAL_CHECKPOINT_PATH='{source}'" in trained.command
   assert trained.needs == (source,)
   assert str(plan['report']) == (

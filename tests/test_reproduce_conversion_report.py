@@ -4,7 +4,11 @@ import json
 
 import pytest
 
-from gqa_t5x.reproduce import conversion_figures, conversion_report
+from gqa_t5x.reproduce import (
+  conversion_figures,
+  conversion_report,
+  conversion_trend,
+)
 from gqa_t5x.reproduce.arms import METHODS, title
 
 MEAN, FIRST, RANDOM = METHODS[:3]
@@ -150,3 +154,62 @@ def test_labels_are_spread(places, expected):
 
 def test_titles_of_methods_differ():
   assert len({title(*label) for label in METHODS}) == len(METHODS)
+
+
+def rows_of_size(size, mha_loss, svd_loss, share):
+  """A study of 8 to 2 heads; the share of layer 1 is twice that of layer 0."""
+  mha = (conversion_report.MHA, 8, 1)
+  table = {
+    mha: (0,) * 5,
+    (MEAN, 2, 1): (0.5, 0.1, 0.1, 0.1, 0.1),
+    (SVD, 2, 1): (svd_loss, 0, 0, 0, 0),
+    (('svd', 'calibrated', 'similarity'), 2, 1): (9.0,) * 5,
+  }
+  rows = [
+    row | {'size': size, 'validation_loss': mha_loss + row['excess_loss']}
+    for row in make_rows(table)
+    if row['method'] != 'none' or row['seed'] == 1
+  ]
+  for layer in (0, 1):
+    for i, (module, side) in enumerate(conversion_trend.SIDES):
+      for statistics, factor in (('calibrated', 1), ('weights', 7)):
+        dropped = factor * share * (i + 1) * (layer + 1)
+        rows.append(
+          {
+            'kind': 'spectrum',
+            'layer': layer,
+            'module': module,
+            'side': side,
+            'statistics': statistics,
+            'num_kv_heads': 2,
+            'dropped_share': [0.5 * dropped, 1.5 * dropped],
+          }
+        )
+  return rows
+
+
+def test_trend(tmp_path):
+  for size, loss, svd, share in (('mini', 3.25, 0.02, 0.02), ('tiny', 3.5, 0.01, 0.01)):
+    (tmp_path / size).mkdir()
+    rows = rows_of_size(size, loss, svd, share)
+    (tmp_path / size / 'rows.json').write_text(json.dumps(rows))
+  conversion_report.write(tmp_path / 'mini' / 'rows.json', tmp_path / 'mini')
+  lines = (tmp_path / 'mini' / 'conversion.md').read_text().splitlines()
+  start = lines.index('## Against scale')
+  assert [line for line in lines[start:] if line.startswith('| ')] == [
+    '| size | D | layers | heads | MHA loss | to K | mean | svd | svd / mean'
+    ' | self key | self value | cross key | cross value |',
+    '| tiny | 128 | 2 + 4 | 8 x 16 | 3.500 | 2 | 0.500 | 0.0100 | 0.0200'
+    ' | 0.0150 | 0.0300 | 0.0450 | 0.0600 |',
+    '| mini | 256 | 2 + 6 | 8 x 64 | 3.250 | 2 | 0.500 | 0.0200 | 0.0400'
+    ' | 0.0300 | 0.0600 | 0.0900 | 0.1200 |',
+  ]
+  assert (tmp_path / 'mini' / 'trend.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_no_trend_of_one_size(tmp_path):
+  (tmp_path / 'tiny').mkdir()
+  rows = rows_of_size('tiny', 3.5, 0.01, 0.01)
+  (tmp_path / 'tiny' / 'rows.json').write_text(json.dumps(rows))
+  conversion_report.write(tmp_path / 'tiny' / 'rows.json', tmp_path / 'tiny')
+  assert 'Against scale' not in (tmp_path / 'tiny' / 'conversion.md').read_text()

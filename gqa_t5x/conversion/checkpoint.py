@@ -13,6 +13,7 @@ Paths are local or gs:// (Hugging Face: local).
 
 import ast
 import json
+import math
 import re
 from typing import Any
 
@@ -22,7 +23,7 @@ from etils import epath
 from gqa_t5x.conversion import huggingface, msgpack_index
 from gqa_t5x.conversion.errors import ConversionError
 from gqa_t5x.conversion.params import flatten
-from gqa_t5x.conversion.tensors import LazyTensor
+from gqa_t5x.conversion.tensors import LazyTensor, StoredTensor
 
 MSGPACK = 'checkpoint'
 _STATE = 'state'
@@ -286,7 +287,27 @@ def _lazy(path: str, folder: epath.Path, array: Any) -> LazyTensor:
         f'cannot read the tensor {path} of {folder}: {_one_line(error)}'
       ) from error
 
-  return LazyTensor(tuple(array.shape), np.dtype(array.dtype.numpy_dtype), read)
+  dtype = np.dtype(array.dtype.numpy_dtype)
+  return LazyTensor(tuple(array.shape), dtype, read, _stored(path, array, dtype))
+
+
+def _stored(path: str, array: Any, dtype: np.dtype) -> StoredTensor | None:
+  """Describes the files of a tensor that may be copied as they are, or None."""
+  spec = array.spec().to_json()
+  metadata = spec['metadata']
+  if spec['driver'] != 'zarr' or spec['kvstore']['driver'] != 'file':
+    return None
+  if metadata['compressor'] or metadata['filters'] or not array.shape:
+    return None
+  chunks = tuple(metadata['chunks'])
+  grid = [-(-n // chunk) for n, chunk in zip(array.shape, chunks, strict=True)]
+  return StoredTensor(
+    name=path,
+    folder=spec['kvstore']['path'],
+    chunks=chunks,
+    num_files=math.prod(grid),
+    file_bytes=math.prod(chunks) * dtype.itemsize,
+  )
 
 
 def _one_line(error: Exception) -> str:

@@ -48,7 +48,8 @@ def run_jobs(
     jobs: the work.
     on_done: called with the index of each job that is done, in the caller's thread.
     budget: bytes that may be held at a time.
-    num_threads: jobs at a time; None: one a processor, at most 8.
+    num_threads: jobs at a time; None: two a processor, so that one computes while
+      another waits for the disk, and at most 8.
 
   Returns:
     What the jobs returned, in their order.
@@ -58,7 +59,7 @@ def run_jobs(
       that run are waited for, the others never start.
   """
   cores = os.cpu_count() or 1
-  num_threads = num_threads or min(cores, _MAX_THREADS)
+  num_threads = num_threads or min(2 * cores, _MAX_THREADS)
   results: list[Any] = [None] * len(jobs)
   waiting = collections.deque(range(len(jobs)))
   running: dict[futures.Future, int] = {}

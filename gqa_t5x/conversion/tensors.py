@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+import os
+import shutil
 from collections.abc import Callable
 
 import numpy as np
+
+from gqa_t5x.conversion.errors import ConversionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +30,61 @@ class TensorSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """An uncompressed zarr array on a local disk: one file a chunk, all of one size.
+
+  Attributes:
+    name: of the tensor, for messages.
+    folder: where the files are.
+    chunks: shape of a chunk; those at the edges are filled up.
+    num_files: how many chunks there are.
+    file_bytes: bytes of each.
+  """
+
+  name: str
+  folder: str
+  chunks: tuple[int, ...]
+  num_files: int
+  file_bytes: int
+
+  def copy(self, folder: str) -> None:
+    """Copies the array into a new folder, without reading it into memory.
+
+    Args:
+      folder: the folder to make.
+
+    Raises:
+      ConversionError: a file is missing or cut.
+    """
+    os.mkdir(folder)
+    files = sorted(os.listdir(self.folder))
+    chunks = [name for name in files if not name.startswith('.')]
+    if len(chunks) != self.num_files:
+      raise self._damaged(f'{len(chunks)} of {self.num_files} chunks are there')
+    for name in files:
+      source = os.path.join(self.folder, name)
+      size = os.path.getsize(source)
+      if name in chunks and size != self.file_bytes:
+        raise self._damaged(f'{name} has {size:,} of {self.file_bytes:,} bytes')
+      shutil.copyfile(source, os.path.join(folder, name))
+
+  def _damaged(self, what: str) -> ConversionError:
+    return ConversionError(
+      f'cannot read the tensor {self.name} of {self.folder}: {what}'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class LazyTensor(TensorSpec):
   """A tensor that is read when asked for.
 
   Attributes:
     read: () -> the array, read anew at every call.
+    stored: its files, where they may be copied as they are.
   """
 
   read: Callable[[], np.ndarray]
+  stored: StoredTensor | None = None
 
   @classmethod
   def of(cls, array: np.ndarray) -> 'LazyTensor':

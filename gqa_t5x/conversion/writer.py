@@ -19,7 +19,7 @@ from gqa_t5x.conversion.errors import ConversionError
 from gqa_t5x.conversion.manifest import describe_tensor, write_manifest
 from gqa_t5x.conversion.params import TARGET, unflatten
 from gqa_t5x.conversion.pipeline import BUDGET, Job, run_jobs
-from gqa_t5x.conversion.tensors import TensorSpec, Unit
+from gqa_t5x.conversion.tensors import LazyTensor, TensorSpec, Unit
 
 # What T5X, by TensorStore, reads in tensors; gzip is what it writes itself.
 COMPRESSORS = {
@@ -78,16 +78,20 @@ def write_checkpoint(
 
 
 def _unit_job(
-  unit: Unit, source: Mapping[str, TensorSpec], write: Callable[[str, np.ndarray], Any]
+  unit: Unit, source: Mapping[str, TensorSpec], write: '_TensorWriter'
 ) -> Job:
   """The work on one unit, from reading to writing.
 
   Its memory, roughly: a copy holds the tensor, and again its chunks on their way in or
-  out. What is converted holds its input in float32 and float64, and its output.
+  out, but nothing if files are copied. What is converted holds its input in float32 and
+  float64, and its output.
   """
   changed = {p for p, spec in unit.outputs.items() if spec is not source.get(p)}
   read = sum(source[p].nbytes for p in unit.outputs if p in source)
   nbytes = 3 * read + 2 * unit.nbytes if changed else 2 * unit.nbytes
+
+  if not changed and all(write.can_copy(p, source[p]) for p in unit.outputs):
+    return Job(lambda: ({p: write.copy(p, source[p]) for p in unit.outputs}, {}), 0)
 
   def run() -> tuple[dict[str, Any], dict[str, Mapping]]:
     arrays = unit.compute()
@@ -238,16 +242,7 @@ class _TensorWriter:
       return np.asarray(array)
     import tensorstore as ts
 
-    key = name.replace('/', '.') + '/'
-    spec = {
-      'driver': 'zarr',
-      'dtype': array.dtype.name,
-      'metadata': {
-        'shape': list(array.shape),
-        'chunks': _chunks(array.shape, array.dtype.itemsize),
-        'compressor': self._compressor,
-      },
-    }
+    spec, key = self._spec(name, array, _chunks(array.shape, array.dtype.itemsize))
     place = {**self._store, 'path': self._store['path'] + key}
     opened = ts.open(
       {**spec, 'kvstore': place, 'store_data_equal_to_fill_value': True},
@@ -256,6 +251,38 @@ class _TensorWriter:
     ).result()
     # Nobody changes the array any more: without this, TensorStore copies it first.
     opened.write(array, can_reference_source_data_indefinitely=True).result()
+    return self._listed(spec, key)
+
+  def can_copy(self, name: str, tensor: TensorSpec) -> bool:
+    """Says whether the tensor's files may be copied as they are."""
+    stored = getattr(tensor, 'stored', None)
+    return (
+      stored is not None
+      and self._compressor is None
+      and self._store['driver'] == 'file'
+      and _in_tensorstore(name, tensor)
+    )
+
+  def copy(self, name: str, tensor: LazyTensor) -> Any:
+    """Copies a tensor's files; returns what the msgpack holds."""
+    spec, key = self._spec(name, tensor, tensor.stored.chunks)
+    tensor.stored.copy(os.path.join(self._store['path'], key))
+    return self._listed(spec, key)
+
+  def _spec(
+    self, name: str, tensor: Any, chunks: Sequence[int]
+  ) -> tuple[dict[str, Any], str]:
+    """TensorStore's specification of a tensor, and its folder in the checkpoint."""
+    metadata = {
+      'shape': list(tensor.shape),
+      'chunks': list(chunks),
+      'compressor': self._compressor,
+    }
+    spec = {'driver': 'zarr', 'dtype': tensor.dtype.name, 'metadata': metadata}
+    return spec, name.replace('/', '.') + '/'
+
+  def _listed(self, spec: dict[str, Any], key: str) -> dict[str, Any]:
+    """The specification as the msgpack holds it: with a relative path."""
     if self._store['driver'] == 'gcs':
       # T5X puts the bucket in when it restores, so that checkpoints can be moved.
       relative = {'driver': 'gcs', 'bucket': 't5x-dummy-bucket', 'path': key}

@@ -2,7 +2,7 @@
 
   python -m gqa_t5x.reproduce run uptrain
 
-runs the paper's recipe in miniature on this machine (10 to 12 minutes): pre-trains a
+runs the paper's recipe in miniature on this machine (about 10 minutes): pre-trains a
 tiny T5.1.1 with multi-head attention, converts it to 2 and to 1 key/value heads,
 uptrains, and reports mean (the paper) and svd side by side.
 

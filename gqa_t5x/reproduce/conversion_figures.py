@@ -64,7 +64,12 @@ def draw_losses(losses: Any, path: pathlib.Path) -> None:
 def _draw_methods(axis: Any, losses: Any) -> None:
   """A line a method, a mark for each number of key/value heads, at step 0."""
   axis.set_xscale('symlog', linthresh=SMALL)  # First, for the margins.
-  for y, label in enumerate(METHODS):
+  ran = [
+    label
+    for label in METHODS
+    if any(losses.of(label, num_kv_heads, 0.0) for num_kv_heads in losses.num_kv_heads)
+  ]
+  for y, label in enumerate(ran):
     for num_kv_heads in losses.num_kv_heads:
       value = losses.mean(label, num_kv_heads, 0.0)
       if value is None:
@@ -72,8 +77,8 @@ def _draw_methods(axis: Any, losses: Any) -> None:
       color, marker = HEADS.get(num_kv_heads, ('black', 'x'))
       name = f'{num_kv_heads} of {losses.num_heads} K/V heads' if y == 0 else None
       axis.plot(value, y, marker, ms=7, color=color, mec='black', mew=0.5, label=name)
-  axis.set_yticks(range(len(METHODS)), [title(*label) for label in METHODS])
-  axis.set_ylim(len(METHODS) - 0.5, -0.5)
+  axis.set_yticks(range(len(ran)), [title(*label) for label in ran])
+  axis.set_ylim(len(ran) - 0.5, -0.5)
   limits = axis.get_xlim()
   axis.axvspan(-SMALL, SMALL, color='0.95', lw=0)
   axis.set_xlim(limits)

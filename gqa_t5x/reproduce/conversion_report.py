@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gqa_t5x.reproduce import conversion_figures
+from gqa_t5x.reproduce import conversion_figures, conversion_trend
 from gqa_t5x.reproduce.arms import METHODS, title
 
 Row = dict[str, Any]
@@ -19,6 +19,16 @@ NOT_RUN = 'not run'
 MHA: Label = ('none', 'none', 'contiguous')
 MEAN, FIRST, RANDOM = METHODS[:3]
 SVD: Label = ('svd', 'calibrated', 'contiguous')
+TREND = """
+## Against scale
+
+Excess loss right after conversion, and the share of the calibrated spectra that does
+not fit, mean over layers and groups.
+
+{table}
+
+![Dropped share of the spectrum by size](trend.png)
+"""
 
 
 class Losses:
@@ -74,11 +84,11 @@ def label_of(row: Row) -> Label:
 
 
 def write(rows_file: pathlib.Path, folder: pathlib.Path) -> None:
-  """Writes `conversion.md`, `conversion.png` and `spectra.png`.
+  """Writes `conversion.md`, its figures, and `trend.png` if there are other sizes.
 
   Args:
     rows_file: JSON list of rows (conversion_rows.py).
-    folder: where the report goes.
+    folder: where the report goes; other sizes have their folders beside it.
   """
   rows = json.loads(rows_file.read_text())
   losses = Losses(rows)
@@ -86,8 +96,13 @@ def write(rows_file: pathlib.Path, folder: pathlib.Path) -> None:
   spectra = [row for row in rows if row['kind'] == 'spectrum']
   if spectra:
     conversion_figures.draw_spectra(spectra, folder / 'spectra.png')
+  text = markdown(rows)
+  sizes = conversion_trend.read(folder.parent)
+  if len(sizes) > 1:
+    conversion_trend.draw(sizes, folder / 'trend.png')
+    text += TREND.format(table=conversion_trend.markdown(sizes))
   temporary = folder / 'conversion.tmp'
-  temporary.write_text(markdown(rows))
+  temporary.write_text(text)
   os.replace(temporary, folder / 'conversion.md')
 
 

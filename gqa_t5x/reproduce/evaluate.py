@@ -23,7 +23,7 @@ from gqa_t5x.conversion.architecture import Architecture, read_architecture
 from gqa_t5x.reproduce.gin_macros import macro
 
 DATA = 'gin/local/span_corruption.gin'
-EVAL_BATCHES = 80
+EVAL_BATCHES = 40
 # Decoding: long inputs and a large batch, so that the cache is what a step reads.
 DECODE_BATCH, DECODE_INPUT = 32, 512
 DECODE_STEPS = (16, 64)
