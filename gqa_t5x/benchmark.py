@@ -157,6 +157,8 @@ def run(args: flags.FlagValues, argv: Sequence[str]) -> None:
       raise BadSetting(f'{path}: there is no such folder.')
   command = ' '.join(['python -m gqa_t5x.benchmark', *argv[1:]])
   chosen = settings(args)
+  for setting in chosen:
+    setting.check()
   with benchmark_report.progress(len(chosen)) as advance:
     rows = decode_benchmark.measure(chosen, args.repeats, command, advance)
   benchmark_report.print_table(rows)

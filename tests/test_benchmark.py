@@ -54,7 +54,7 @@ def test_all_combinations_with_t5x():
     (['decode', '--input_length=0'], 'input_length=0 must be at least 1.'),
     (['decode', '--num_beams=0'], 'num_beams=0 must be at least 1.'),
     (['decode', '--output_length=3'], 'output_length=3 must be at least 4'),
-    (['decode', '--batch_size=1000000'], 'needs 42626.9 GB, and '),
+    (['decode', '--batch_size=1000000'], 'needs 42596.8 GB, and '),
     (['decode', '--json=/no/such/rows.json'], '/no/such/rows.json: there is no such'),
     (['decode', '--repeats=3'], 'flag --repeats=3'),
     (['decode', '--compare=torch'], 'flag --compare=torch'),

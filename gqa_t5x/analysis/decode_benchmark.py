@@ -191,19 +191,14 @@ def measure(
   """Measures settings; those that fit into memory together take turns.
 
   Args:
-    settings: what is decoded.
+    settings: what is decoded; `check` them first.
     repeats: times of which the median counts.
     command: what a user types to get these rows.
     on_row: called with each row.
 
   Returns:
     Rows of kind 'decode_benchmark', in the order of the settings.
-
-  Raises:
-    BadSetting: before anything is run.
   """
-  for setting in settings:
-    setting.check()
   stream = timing.stream_gb_per_s()
   rows = []
   for together in _fitting(settings):
