@@ -72,7 +72,7 @@ def test_commands_of_the_plan(tmp_path):
   assert '--method=mean' in mean.command
   assert not any('statistics' in word for word in mean.command)
   assert mean.needs == (mha,)
-  trained = plan['uptrain with 1 K/V heads by svd, 60 steps']
+  trained = plan['uptrain with 1 K/V heads by svd, 50 steps']
   assert trained.command[:3] == (
     '-m',
     't5x.train',
