@@ -68,7 +68,7 @@ def grouped_attention(
     k_BKSH: keys.
     v_BKSH: values.
     mask: bool, broadcastable to `[B, 1, T, S]`; True where a query may look.
-    bias: broadcastable to `[B, N, T, S]`, added to the logits.
+    bias: `[B or 1, N, T or 1, S]`, added to the logits.
     float32_logits: accumulate logits and softmax in float32 whatever the dtype.
     dropout: applied to the probabilities `[B, K, G, T, S]`.
 
@@ -81,7 +81,7 @@ def grouped_attention(
   Source: GQA, section 2.2.
   """
   B, T, N, H = q_BTNH.shape
-  K, S = k_BKSH.shape[1:3]
+  K = k_BKSH.shape[1]
   check_heads(N, K)
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   logits_BKGTS = jnp.einsum(
@@ -91,7 +91,8 @@ def grouped_attention(
     preferred_element_type=jnp.float32 if float32_logits else None,
   )
   if bias is not None:
-    logits_BKGTS += bias.astype(logits_BKGTS.dtype).reshape(-1, K, N // K, T, S)
+    bias_BKGTS = bias.reshape(-1, K, N // K, *bias.shape[2:])
+    logits_BKGTS += bias_BKGTS.astype(logits_BKGTS.dtype)
   if mask is not None:
     logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, MASKED_LOGIT)
   probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS).astype(q_BTNH.dtype))
@@ -126,6 +127,9 @@ class Dense(nn.Module):
       jnp.float32,
       axes=self.kernel_axes,
     )
+    if x.dtype == kernel.dtype and jnp.promote_types(x.dtype, self.dtype) == self.dtype:
+      # Of bfloat16 parameters a wider copy would be written and read at every step.
+      return jnp.dot(x, kernel, preferred_element_type=self.dtype)
     return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
@@ -166,12 +170,16 @@ class GroupedQueryAttention(nn.Module):
     `cache`. Cross-attention keeps its own, for all later calls, in the collection
     `encoded_kv` if a caller makes that mutable, and computes them anew if not.
 
+    Rows may share keys and values: where those have fewer rows, as beams and samples
+    of one input do, the queries of neighbouring rows stand side by side as if they
+    were positions of one row. Nothing is repeated.
+
     Args:
       inputs_q: `[B, T, D]`.
       inputs_kv: `[B, S, D]`, the same as `inputs_q` in self-attention; ignored once
         `encoded_kv` holds K and V.
-      mask: bool `[B or 1, 1, T, S]`.
-      bias: `[B or 1, N, T, S]`.
+      mask: bool `[B or 1, 1, T or 1, S]`, B and T as after sharing.
+      bias: `[B or 1, N, T or 1, S]`, the same.
       cache_index: self-attention while decoding: how many positions are cached
         (see kv_cache.py); S is then the cache's length. Without a cache in the
         variables, a zero one of length T is made, and not written.
@@ -191,7 +199,7 @@ class GroupedQueryAttention(nn.Module):
     else:
       k_BKSH, v_BKSH = self._append_to_cache(inputs_kv, cache_index, mask)
     out_BTNH = grouped_attention(
-      q_BTNH,
+      q_BTNH.reshape(k_BKSH.shape[0], -1, *q_BTNH.shape[2:]),
       k_BKSH,
       v_BKSH,
       mask=mask,
@@ -251,9 +259,13 @@ class GroupedQueryAttention(nn.Module):
     self, inputs_kv: Array, cache_index: Array, mask: Array
   ) -> tuple[Array, Array]:
     """Writes K and V of new tokens into the cache and returns the whole of it."""
+    exists = self.has_variable('cache', 'cached_key')
+    if exists:  # Beams of one input share its row.
+      B = self.get_variable('cache', 'cached_key').shape[0]
+      num_beams = inputs_kv.shape[0] // B
+      inputs_kv = inputs_kv.reshape(B, -1, inputs_kv.shape[-1])
     k_BKTH = self._project_kv(inputs_kv, 'key')
     v_BKTH = self._project_kv(inputs_kv, 'value')
-    exists = self.has_variable('cache', 'cached_key')
     cached_key = self.variable('cache', 'cached_key', jnp.zeros_like, k_BKTH)
     cached_value = self.variable('cache', 'cached_value', jnp.zeros_like, v_BKTH)
     if not exists:  # T5X's first call, on tokens that are all ones: only shapes count.
@@ -264,8 +276,9 @@ class GroupedQueryAttention(nn.Module):
         f'The cache was made for {cache_length} positions, but this call is for'
         f' {mask.shape[-1]}; pass max_decode_length={cache_length}.'
       )
-    cached_key.value = kv_cache.write(cached_key.value, k_BKTH, cache_index)
-    cached_value.value = kv_cache.write(cached_value.value, v_BKTH, cache_index)
+    start = cache_index * num_beams
+    cached_key.value = kv_cache.write(cached_key.value, k_BKTH, start)
+    cached_value.value = kv_cache.write(cached_value.value, v_BKTH, start)
     return cached_key.value, cached_value.value
 
   def _dropout(self, deterministic: bool) -> Callable[[Array], Array]:

@@ -1,42 +1,73 @@
 """Decoding on the device: cross-attention K and V are computed once per input.
 
-T5X's own decode functions leave that to every step (t5x#1261). Here the encoder
-runs once, cross K and V are kept at K heads, and a step reads them, the parameters
-and the self-attention cache, which the loop updates in place.
+T5X's own loop leaves that to every step (t5x#1261). Here the encoder runs once, cross
+K and V are kept at K heads and shared by all beams and samples of an input, and a step
+reads them, the parameters and the self-attention cache, which is updated in place.
+
+`greedy`, `temperature_sample` and `beam_search` are decode functions as T5X has them:
+names, arguments and results are T5X's, and T5X's own can take their place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
-from jax import lax
+
+from gqa_t5x.beam_search import beam_search
+from gqa_t5x.sampling import DecodingState, greedy, temperature_sample
+
+__all__ = ['beam_search', 'generate', 'greedy', 'prepare', 'step', 'temperature_sample']
 
 Array = jax.Array
 Params = Mapping[str, Any]
 
 
-@struct.dataclass
-class GreedyState:
-  """What the decode loop carries from step to step.
+def generate(
+  module: nn.Module,
+  params: Params,
+  encoder_input_tokens: Array,
+  prompts: Array,
+  decode_fn: Callable[..., tuple[Array, Array]],
+  **decoder_params,
+) -> tuple[Array, Array]:
+  """Encodes the inputs and decodes from them.
 
-  Attributes:
-    step: number of tokens decoded, int32 `()`.
-    tokens_BT: the output so far, 0 where not yet decoded, int32.
-    token_B: the newest token, int32.
-    scores_B: log-probability of the output so far, float32.
-    ended_B: which rows have ended, bool.
-    cache: the self-attention cache.
+  Args:
+    module: a `network.Transformer`.
+    params: its parameters.
+    encoder_input_tokens: int `[B, S]`, 0 is padding.
+    prompts: int32 `[B, T]`, T tokens are decoded at most. Its first column is the start
+      token; tokens after it that are not 0 are forced.
+    decode_fn: `greedy`, `temperature_sample`, `beam_search`, or one of t5x.decoding.
+    **decoder_params: for `decode_fn`: eos_id, num_decodes, ...
+
+  Returns:
+    (tokens int32 `[B, num_decodes, T]`, 0 after the end marker; float32 scores
+    `[B, num_decodes]`), the best decode last.
+
+  Raises:
+    ValueError: if T is 0.
   """
+  if prompts.shape[1] < 1:
+    raise ValueError(f'prompts of shape {prompts.shape} leave no token to decode.')
+  cache, encoded_kv = prepare(module, params, encoder_input_tokens, prompts.shape[1])
 
-  step: Array
-  tokens_BT: Array
-  token_B: Array
-  scores_B: Array
-  ended_B: Array
-  cache: Any
+  def tokens_to_logits(state: DecodingState) -> tuple[Array, Any]:
+    return step(
+      module,
+      params,
+      encoded_kv,
+      state.cache,
+      encoder_input_tokens,
+      state.cur_token[:, 0],
+      prompts.shape[1],
+    )
+
+  return decode_fn(
+    inputs=prompts, cache=cache, tokens_to_logits=tokens_to_logits, **decoder_params
+  )
 
 
 def prepare(
@@ -77,7 +108,7 @@ def step(
   encoded_kv: Any,
   cache: Any,
   encoder_input_tokens: Array,
-  token_B: Array,
+  token_R: Array,
   max_length: int,
 ) -> tuple[Array, Any]:
   """Decodes one position.
@@ -85,96 +116,22 @@ def step(
   Args:
     module, params, encoder_input_tokens, max_length: as in `prepare`.
     encoded_kv, cache: from `prepare` or an earlier step.
-    token_B: the newest token of every row, int32.
+    token_R: the newest token of every row, int32; an input may have several rows.
 
   Returns:
-    (float32 logits `[B, V]` of the next token, the new cache).
+    (float32 logits `[R, V]` of the next token, the new cache).
   """
-  token_B1 = token_B[:, None]
-  logits_B1V, variables = module.apply(
+  token_R1 = token_R[:, None]
+  logits_R1V, variables = module.apply(
     {'params': params, 'cache': cache, 'encoded_kv': encoded_kv},
     None,  # Not needed: K and V of the encoded inputs are kept.
     encoder_input_tokens,
-    token_B1,
-    token_B1,
+    token_R1,
+    token_R1,
     enable_dropout=False,
     decode=True,
     max_decode_length=max_length,
     mutable=['cache'],
     method=module.decode,
   )
-  return logits_B1V[:, 0], variables['cache']
-
-
-def greedy(
-  module: nn.Module,
-  params: Params,
-  encoder_input_tokens: Array,
-  max_length: int,
-  eos_id: int = 1,
-) -> tuple[Array, Array]:
-  """Decodes the likeliest token at every step, until every row has ended.
-
-  Args:
-    module: a `network.Transformer`.
-    params: its parameters.
-    encoder_input_tokens: int `[B, S]`, 0 is padding.
-    max_length: T, most tokens to decode, the end marker included.
-    eos_id: the token that ends a row.
-
-  Returns:
-    (tokens int32 `[B, T]`, 0 after the end marker; float32 `[B]`, the
-    log-probability of each row up to and with its end marker).
-
-  Raises:
-    ValueError: if `max_length` is not positive.
-  """
-  if max_length < 1:
-    raise ValueError(f'max_length={max_length} must be at least 1.')
-  B = encoder_input_tokens.shape[0]
-  cache, encoded_kv = prepare(module, params, encoder_input_tokens, max_length)
-
-  def decode_one(state: GreedyState) -> GreedyState:
-    logits_BV, cache = step(
-      module,
-      params,
-      encoded_kv,
-      state.cache,
-      encoder_input_tokens,
-      state.token_B,
-      max_length,
-    )
-    logits_BV = logits_BV.astype(jnp.float32)
-    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    best_logit_B = jnp.max(logits_BV, axis=-1)
-    log_prob_B = best_logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    token_B = jnp.where(state.ended_B, 0, best_B)
-    return GreedyState(
-      step=state.step + 1,
-      tokens_BT=lax.dynamic_update_slice_in_dim(
-        state.tokens_BT, token_B[:, None], state.step, axis=1
-      ),
-      token_B=token_B,
-      scores_B=state.scores_B + jnp.where(state.ended_B, 0.0, log_prob_B),
-      ended_B=state.ended_B | (token_B == eos_id),
-      cache=cache,
-    )
-
-  final = lax.while_loop(
-    lambda state: (state.step < max_length) & ~jnp.all(state.ended_B),
-    decode_one,
-    _start(B, max_length, cache),
-  )
-  return final.tokens_BT, final.scores_B
-
-
-def _start(B: int, max_length: int, cache: Any) -> GreedyState:
-  """Returns the state before the first step: token 0 starts every row."""
-  return GreedyState(
-    step=jnp.zeros((), jnp.int32),
-    tokens_BT=jnp.zeros((B, max_length), jnp.int32),
-    token_B=jnp.zeros((B,), jnp.int32),
-    scores_B=jnp.zeros((B,), jnp.float32),
-    ended_B=jnp.zeros((B,), bool),
-    cache=cache,
-  )
+  return logits_R1V[:, 0], variables['cache']

@@ -3,7 +3,16 @@
 Keys and values are kept at K heads as `[B, K, S, H]`: batch first, as T5X's beam
 search needs it, and each head's positions contiguous, so that a decode step is a
 plain batched matrix product over them. A write touches the new positions only.
+
+The beams of an input share its cache: position s has one slot a beam, s * beams + beam,
+and `slots` says in whose slot each beam finds its past. When beams are reordered only
+that small table changes, never keys and values:
+
+  slots[b, i, s]   the beam whose slot at position s holds the past of beam i of input b
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,3 +67,75 @@ def write(cache_BKSH: Array, new_BKTH: Array, index: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(cache_KSH, new_KTH, i, axis=1)
 
   return jax.vmap(write_row)(cache_BKSH, new_BKTH, jnp.reshape(index, -1))
+
+
+def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:
+  """Returns an empty cache with a row of its own for each decode of an input.
+
+  Args:
+    cache: the empty `cache` collection of a `network.Transformer`.
+    repeats: decodes of each input; they will be neighbours.
+  """
+  return jax.tree.map(
+    lambda x: jnp.repeat(x, repeats, axis=0) if x.ndim == 4 else x, dict(cache)
+  )
+
+
+def with_beams(cache: Mapping[str, Any], num_beams: int) -> dict[str, Any]:
+  """Returns an empty cache with a slot for every beam at every position.
+
+  Args:
+    cache: the empty `cache` collection of a `network.Transformer`.
+    num_beams: beams of each input.
+
+  Returns:
+    The collection: keys and values `[B, K, S * beams, H]`, and `decoder/slots`.
+  """
+
+  def widen(leaf):
+    if leaf.ndim < 4:
+      return leaf
+    B, K, S, H = leaf.shape
+    return jnp.zeros((B, K, S * num_beams, H), leaf.dtype)
+
+  B, _, S, _ = next(x.shape for x in jax.tree.leaves(cache) if x.ndim == 4)
+  decoder = jax.tree.map(widen, dict(cache['decoder']))
+  return {**cache, 'decoder': {**decoder, 'slots': _own_slots(B, num_beams, S)}}
+
+
+def _own_slots(B: int, num_beams: int, length: int) -> Array:
+  own = jnp.arange(num_beams, dtype=jnp.int32)[:, None]
+  return jnp.broadcast_to(own, (B, num_beams, length))
+
+
+def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
+  """Returns the cache after each beam goes on from the past of another.
+
+  Args:
+    cache: from `with_beams`, or a later step.
+    origin_Bn: the beam whose past each beam takes over, int32 `[B, beams]`.
+
+  Returns:
+    The cache; keys and values are the same arrays.
+  """
+  decoder = cache['decoder']
+  slots = jnp.take_along_axis(decoder['slots'], origin_Bn[:, :, None], axis=1)
+  written = jnp.arange(slots.shape[2]) < decoder['cache_index']
+  slots = jnp.where(written, slots, _own_slots(*slots.shape))
+  return {**cache, 'decoder': {**decoder, 'slots': slots}}
+
+
+def beam_mask(slots_BnS: Array, index: Array) -> Array:
+  """Returns which slots each beam may see: those of its own past, and its new one.
+
+  Args:
+    slots_BnS: the table of slots.
+    index: position of the new token, int32 `()`.
+
+  Returns:
+    bool `[B, 1, beams, S * beams]`.
+  """
+  B, num_beams, S = slots_BnS.shape
+  own = slots_BnS[..., None] == jnp.arange(num_beams)
+  mask = own & (jnp.arange(S) <= index)[:, None]
+  return mask.reshape(B, 1, num_beams, S * num_beams)

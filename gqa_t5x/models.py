@@ -21,8 +21,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
   """T5X's encoder-decoder model; decodes with cross-attention K and V kept.
 
   Args are T5X's, but for:
-    decode_fn: None for `gqa_t5x.decoding` (greedy); a function of
-      `t5x.decoding` to decode T5X's way.
+    decode_fn: one of `gqa_t5x.decoding`, or of `t5x.decoding`; greedy by default.
   """
 
   def __init__(
@@ -31,7 +30,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     input_vocabulary: seqio.Vocabulary,
     output_vocabulary: seqio.Vocabulary,
     optimizer_def: Any,
-    decode_fn: Callable[..., Any] | None = None,
+    decode_fn: Callable[..., Any] = decoding.greedy,
     **kwargs,
   ):
     super().__init__(
@@ -43,7 +42,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     params: Mapping[str, Any],
     batch: Mapping[str, Array],
     rng: Array | None = None,
-    decoder_params: dict[str, Any] | None = None,
+    decoder_params: Mapping[str, Any] | None = None,
     return_all_decodes: bool | None = None,
     num_decodes: int | None = None,
     prompt_with_targets: bool = False,
@@ -51,41 +50,34 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     """Decodes a batch; see T5X's method for arguments and result.
 
     Raises:
-      ValueError: for parameters that do not fit the model, and for more than one
-        decode or a prompt without a `decode_fn` of T5X.
+      ValueError: for parameters that do not fit the model, what the decode function
+        refuses, and two rngs.
     """
     check_params(self, params)
-    if self.decode_fn is not None:
-      return super().predict_batch_with_aux(
-        params,
-        batch,
-        rng,
-        decoder_params,
-        return_all_decodes,
-        num_decodes,
-        prompt_with_targets,
-      )
     defaults = self._default_decoder_params
-    num_decodes = num_decodes or defaults.num_decodes
-    if num_decodes != 1 or prompt_with_targets or decoder_params:
-      raise ValueError(
-        f'num_decodes={num_decodes}, prompt_with_targets={prompt_with_targets} and'
-        f' decoder_params={decoder_params} need a decode function of T5X; bind'
-        ' models.EncoderDecoderModel.decode_fn to @decoding.beam_search or'
-        ' @decoding.temperature_sample of t5x.decoding.'
-      )
-    tokens_BT, scores_B = decoding.greedy(
+    if return_all_decodes is None:
+      return_all_decodes = defaults.return_all_decodes
+    decoder_params = dict(decoder_params or {})
+    eos_id = decoder_params.setdefault('eos_id', self.output_vocabulary.eos_id or 1)
+    if rng is not None:
+      if decoder_params.get('decode_rng') is not None:
+        raise ValueError('rng and decoder_params["decode_rng"] were given; keep one.')
+      decoder_params['decode_rng'] = rng
+    prompts = batch['decoder_input_tokens']
+    # An end marker among the targets must not end the decode.
+    forced = (prompts != eos_id) & prompt_with_targets
+    decodes, scores = decoding.generate(
       self.module,
       params,
       batch['encoder_input_tokens'],
-      max_length=batch['decoder_input_tokens'].shape[1],
-      eos_id=self.output_vocabulary.eos_id or 1,
+      jnp.where(forced, prompts, 0),
+      self.decode_fn,
+      num_decodes=defaults.num_decodes if num_decodes is None else num_decodes,
+      **decoder_params,
     )
-    if return_all_decodes or (
-      return_all_decodes is None and defaults.return_all_decodes
-    ):
-      return tokens_BT[:, None], {'scores': scores_B[:, None]}
-    return tokens_BT, {'scores': scores_B}
+    if not return_all_decodes:  # The best is last.
+      decodes, scores = decodes[:, -1], scores[:, -1]
+    return decodes, {'scores': scores}
 
   def score_batch(self, params, batch, return_intermediates: bool = False):
     """Returns the log-likelihood of the targets; see T5X's method.

@@ -170,7 +170,7 @@ class Decoder(nn.Module):
     self,
     encoded_BSD: Array,
     tokens_BT: Array,
-    self_mask: Array,
+    self_mask: Array | None,
     cross_mask: Array,
     *,
     deterministic: bool,
@@ -191,6 +191,10 @@ class Decoder(nn.Module):
     bias = layers.RelativePositionBiases(
       cfg.num_heads, bidirectional=False, dtype=cfg.dtype, name='relpos_bias'
     )(positions_BT, key_length)
+    if decode and self.has_variable('cache', 'slots'):
+      slots_BnS = self.get_variable('cache', 'slots')
+      self_mask = kv_cache.beam_mask(slots_BnS, cache_index)
+      bias = jnp.repeat(bias, slots_BnS.shape[1], axis=-1)
 
     x_BTD = layers.dropout(cfg, self.shared_embedding(tokens_BT), deterministic)
     layer = _remat(layers.DecoderLayer, cfg, static_argnums=(6,))
@@ -294,14 +298,15 @@ class Transformer(nn.Module):
         'encoder_segment_ids were given while decoding: packed examples cannot be'
         ' decoded; set pack = False for this dataset.'
       )
-    # While decoding every token counts, and the decoder masks by position.
-    valid = (decoder_target_tokens > 0) | decode
-    cross_mask = _pair_mask(valid, encoder_input_tokens > 0)
-    T = decoder_input_tokens.shape[1]
-    self_mask = _pair_mask(valid, valid) & jnp.tri(T, dtype=bool)
-    if decoder_segment_ids is not None and not decode:
-      self_mask &= _pair_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
-      cross_mask &= _pair_mask(decoder_segment_ids, encoder_segment_ids, jnp.equal)
+    if decode:  # Every token counts, and the decoder masks by position.
+      self_mask, cross_mask = None, (encoder_input_tokens > 0)[:, None, None, :]
+    else:
+      valid = decoder_target_tokens > 0
+      cross_mask = _pair_mask(valid, encoder_input_tokens > 0)
+      self_mask = _pair_mask(valid, valid) & jnp.tri(valid.shape[1], dtype=bool)
+      if decoder_segment_ids is not None:
+        self_mask &= _pair_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
+        cross_mask &= _pair_mask(decoder_segment_ids, encoder_segment_ids, jnp.equal)
     return self.decoder(
       encoded,
       decoder_input_tokens,

@@ -180,15 +180,39 @@ def forward(cfg, module_class=network.Transformer):
   )
 
 
+def prompt_batch(prompts=(), length=DECODE_LENGTH):
+  """Returns int32 `[B, length]`: the start token, then the prompts, one a row."""
+  tokens = np.zeros((B, length), np.int32)
+  for b, prompt in enumerate(prompts):
+    tokens[b, 1 : 1 + len(prompt)] = prompt
+  return tokens
+
+
 @functools.cache
-def greedy(cfg, max_length=DECODE_LENGTH):
-  """Returns the compiled `(params, inputs, eos_id) -> (tokens, scores)`."""
+def decode(cfg, name='greedy', num_decodes=1, **options):
+  """Returns one of our decode functions, compiled around the network.
+
+  Args:
+    cfg: the network's.
+    name: of the decode function.
+    num_decodes, **options: what it takes that must be static.
+
+  Returns:
+    `(params, prompts, eos_id, **options) -> (tokens [B, num_decodes, T], scores)`.
+  """
   module = network.Transformer(cfg)
+  decode_fn = functools.partial(
+    getattr(decoding, name), num_decodes=num_decodes, **options
+  )
 
-  def run(params, inputs, eos_id):
-    return decoding.greedy(module, params, inputs, max_length, eos_id)
+  @jit
+  def run(params, prompts, eos_id, **traced):
+    inputs = batch()['encoder_input_tokens']
+    return decoding.generate(
+      module, params, inputs, prompts, decode_fn, eos_id=eos_id, **traced
+    )
 
-  return jit(run)
+  return run
 
 
 # The oracle.
@@ -285,6 +309,14 @@ def oracle_logits(tree, inputs, decoder_inputs):
     x = x + attention_layer(y, encoded, layer['encoder_decoder_attention'])
     x = x + mlp(layer_norm(x, layer['pre_mlp_layer_norm']), layer['mlp'])
   return layer_norm(x, decoder['decoder_norm']) @ decoder['logits_dense']['kernel']
+
+
+@functools.cache
+def next_log_probs(cfg, b, prefix):
+  """Returns the log-probabilities `[V]` of what follows example b's tokens so far."""
+  decoder_inputs = np.array([0, *prefix])
+  logits = oracle_logits(params(cfg), examples()[b][0], decoder_inputs)
+  return np.log(softmax(logits[-1]))
 
 
 @functools.cache

@@ -70,6 +70,17 @@ def test_equals_oracles(K, bias_batch, masked, expected):
   np.testing.assert_allclose(got, expected(q, k, v, **options), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('K', KV_HEADS)
+@pytest.mark.parametrize('batch', [1, B])
+def test_bias_and_mask_of_all_queries_alike(K, batch):
+  """They have a query length of 1."""
+  q, k, v, bias, mask = inputs(K)
+  bias, mask = bias[:batch, :, 1:2], mask[:batch, :, 1:2]
+  got = grouped_attention(q, k, v, bias=bias, mask=mask)
+  expected = loop(q, k, v, bias, mask)
+  np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_query_heads_of_a_group_are_contiguous():
   """Value head k holds the number k, so the output says which head was read."""
   q, k, _, _, _ = inputs(2)
@@ -217,6 +228,70 @@ def test_module_equals_oracle(K):
     bias_NTS = np.where(mask[b], bias[b], -np.inf)
     expected = oracle.attention_layer(x[b], y[b], params, bias_NTS)
     np.testing.assert_allclose(got[b], expected, atol=1e-5, rtol=1e-5)
+
+
+def kept(y_BSD, params, K):
+  """Returns keys and values `[B, K, S, H]` of the inputs, in NumPy."""
+  return {
+    name: (y_BSD @ params[name]['kernel'])
+    .reshape(*y_BSD.shape[:2], K, H)
+    .swapaxes(1, 2)
+    for name in ('key', 'value')
+  }
+
+
+@pytest.mark.parametrize('K', KV_HEADS)
+def test_rows_share_the_keys_and_values_of_their_input(K):
+  """Two rows an input, one query each, as in a step of two beams."""
+  params, x, y, mask, bias = module_inputs(K)
+  x_R1D = x[:, :2].reshape(2 * B, 1, D)
+  mask, bias = mask[:, :, :1], bias[:, :, :1]
+  got = oracle.jit(module(K).apply)(
+    {'params': params, 'encoded_kv': kept(y, params, K)}, x_R1D, None, mask, bias
+  )
+  assert got.shape == (2 * B, 1, D)
+  for row in range(2 * B):
+    b = row // 2
+    bias_N1S = np.where(mask[b], bias[b], -np.inf)
+    expected = oracle.attention_layer(x_R1D[row], y[b], params, bias_N1S)
+    np.testing.assert_allclose(got[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('K', KV_HEADS)
+def test_rows_share_a_cache(K):
+  """Two beams an input; of 3 positions the first is filled, the second gets its two
+  slots, and each beam looks at slots of its own choice."""
+  params, x, y, _, bias = module_inputs(K)
+  x_R1D = x[:, :2].reshape(2 * B, 1, D)
+  before = {
+    f'cached_{name}': np.concatenate(
+      [value[:, :, :2], np.full((B, K, 4, H), np.float32(99))], axis=2
+    )
+    for name, value in kept(y, params, K).items()
+  }
+  seen = np.array([[[0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0]]], bool)[:, None]
+  got, variables = oracle.jit(
+    lambda x: module(K).apply(
+      {'params': params, 'cache': before},
+      x,
+      x,
+      seen,
+      bias[:1, :, :1, :6],
+      cache_index=jnp.asarray(1),
+      mutable=['cache'],
+    )
+  )(x_R1D)
+  for name, value in kept(x[:, :2], params, K).items():
+    expected = before[f'cached_{name}'].copy()
+    expected[:, :, 2:4] = value
+    after = variables['cache'][f'cached_{name}']
+    np.testing.assert_allclose(after, expected, atol=1e-5, rtol=1e-5)
+  for row in range(2 * B):
+    b, beam = divmod(row, 2)
+    past_2D = np.stack([y[b, 1], x[b, beam]])  # The second slot, then its own.
+    bias_N12 = bias[0, :, :1, :6][..., seen[0, 0, beam]]
+    expected = oracle.attention_layer(x_R1D[row], past_2D, params, bias_N12)
+    np.testing.assert_allclose(got[row], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('K', KV_HEADS)

@@ -280,19 +280,15 @@ LENGTH = oracle.DECODE_LENGTH
 
 @functools.cache
 def greedy_loop(cfg, eos_id=-1):
-  """The oracle: the whole forward pass anew for every token; `[B, T]` and scores."""
-  tokens, scores = np.zeros((B, LENGTH), int), np.zeros(B)
-  for b, (inputs, _) in enumerate(oracle.examples()):
-    decoder_inputs = [0]
+  """The oracle: the whole forward pass anew for every token; `[B, 1, T]` and scores."""
+  tokens, scores = np.zeros((B, 1, LENGTH), int), np.zeros((B, 1))
+  for b in range(B):
+    prefix = ()
     for t in range(LENGTH):
-      logits = oracle.oracle_logits(
-        oracle.params(cfg), inputs, np.array(decoder_inputs)
-      )
-      probabilities = oracle.softmax(logits[-1])
-      best = int(np.argmax(probabilities))
-      tokens[b, t] = best
-      scores[b] += np.log(probabilities[best])
-      decoder_inputs.append(best)
+      log_probs = oracle.next_log_probs(cfg, b, prefix)
+      tokens[b, 0, t] = best = int(np.argmax(log_probs))
+      scores[b] += log_probs[best]
+      prefix += (best,)
       if best == eos_id:
         break
   return tokens, scores
@@ -301,10 +297,8 @@ def greedy_loop(cfg, eos_id=-1):
 @pytest.mark.parametrize('K', oracle.KV_HEADS)
 def test_greedy_equals_a_loop_over_the_forward_pass(K):
   cfg = oracle.config(K)
-  tokens, scores = oracle.greedy(cfg)(
-    oracle.params(cfg), oracle.batch()['encoder_input_tokens'], -1
-  )
   expected_tokens, expected_scores = greedy_loop(cfg)
+  tokens, scores = oracle.decode(cfg)(oracle.params(cfg), oracle.prompt_batch(), -1)
   assert len(np.unique(expected_tokens)) > 4  # The model does not repeat itself only.
   assert (tokens.dtype, scores.dtype) == (jnp.int32, jnp.float32)
   np.testing.assert_array_equal(tokens, expected_tokens)
@@ -315,12 +309,10 @@ def test_greedy_equals_a_loop_over_the_forward_pass(K):
 def test_greedy_stops_rows_at_the_end_marker(K):
   """The marker is a token that some row emits early; zeros follow it."""
   cfg = oracle.config(K)
-  eos_id = int(greedy_loop(cfg)[0][0, 1])
+  eos_id = int(greedy_loop(cfg)[0][0, 0, 1])
   expected_tokens, expected_scores = greedy_loop(cfg, eos_id)
-  tokens, scores = oracle.greedy(cfg)(
-    oracle.params(cfg), oracle.batch()['encoder_input_tokens'], eos_id
-  )
-  assert (expected_tokens[0, 2:] == 0).all()
+  tokens, scores = oracle.decode(cfg)(oracle.params(cfg), oracle.prompt_batch(), eos_id)
+  assert (expected_tokens[0, 0, 2:] == 0).all()
   np.testing.assert_array_equal(tokens, expected_tokens)
   np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
 
@@ -329,7 +321,7 @@ def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
   """Four equal rows end together; no step is taken after that."""
   cfg = oracle.config(2)
   inputs = np.tile(oracle.batch()['encoder_input_tokens'][:1], (B, 1))
-  row = greedy_loop(cfg)[0][0]
+  row = greedy_loop(cfg)[0][0, 0]
   eos_id = int(row[3])
   last = list(row).index(eos_id)
   taken, step = [], decoding.step
@@ -340,17 +332,22 @@ def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
 
   monkeypatch.setattr(decoding, 'step', counted)
   module = network.Transformer(cfg)
+  prompts = oracle.prompt_batch()
   tokens, _ = oracle.jit(
-    lambda params: decoding.greedy(module, params, inputs, LENGTH, eos_id)
+    lambda params: decoding.generate(
+      module, params, inputs, prompts, decoding.greedy, eos_id=eos_id
+    )
   )(oracle.params(cfg))
   expected = np.where(np.arange(LENGTH) <= last, row, 0)
-  np.testing.assert_array_equal(tokens, np.tile(expected, (B, 1)))
+  np.testing.assert_array_equal(tokens, np.tile(expected, (B, 1, 1)))
   jax.effects_barrier()
-  assert len(taken) == last + 1
+  assert len(taken) == last + 1 < LENGTH
 
 
-@pytest.mark.parametrize('max_length', [0, -3])
-def test_greedy_with_a_bad_length(max_length):
-  cfg = oracle.config(2)
-  with pytest.raises(ValueError, match=f'^max_length={max_length} must be at least 1'):
-    oracle.greedy(cfg, max_length)(oracle.params(cfg), np.ones((1, 2), np.int32), 1)
+def test_no_room_for_a_token():
+  module = network.Transformer(oracle.config(2))
+  message = r'^prompts of shape \(1, 0\) leave no token to decode\.$'
+  with pytest.raises(ValueError, match=message):
+    decoding.generate(
+      module, {}, np.ones((1, 2)), np.zeros((1, 0)), decoding.greedy, eos_id=1
+    )

@@ -107,3 +107,126 @@ def test_write_keeps_the_dtype_of_the_cache():
   got = write(cache, jnp.full((1, 1, 1, 1), 1.001, jnp.float32), jnp.asarray(1))
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got.astype(np.float32), [[[[0], [1]]]])
+
+
+# Rows for samples, slots for beams.
+
+
+def a_cache(B, S, index=0):
+  """Returns a cache of one head of size 2; its keys and values are all distinct."""
+  key = np.arange(B * S * 2, dtype=np.float32).reshape(B, 1, S, 2)
+  layer = {'self_attention': {'cached_key': key, 'cached_value': key + 1000}}
+  return {'decoder': {'cache_index': np.int32(index), 'layers_0': layer}}
+
+
+def test_repeat_rows():
+  """The decodes of an input are neighbours."""
+  got = kv_cache.repeat_rows(a_cache(2, 2), 3)['decoder']
+  first, second = [[0, 1], [2, 3]], [[4, 5], [6, 7]]
+  expected = np.array([first] * 3 + [second] * 3)[:, None]
+  layer = got['layers_0']['self_attention']
+  np.testing.assert_array_equal(layer['cached_key'], expected)
+  np.testing.assert_array_equal(layer['cached_value'], expected + 1000)
+  assert got['cache_index'].shape == ()
+
+
+def test_with_beams():
+  """A slot for every beam at every position; each beam begins with its own."""
+  cache = jax.tree.map(jnp.zeros_like, a_cache(2, 4))
+  layer = cache['decoder']['layers_0']['self_attention']
+  layer['cached_key'] = layer['cached_key'].astype(jnp.bfloat16)
+  got = kv_cache.with_beams(cache, 3)['decoder']
+  layer = got['layers_0']['self_attention']
+  assert layer['cached_key'].dtype == jnp.bfloat16
+  assert layer['cached_value'].dtype == jnp.float32
+  for leaf in layer.values():
+    np.testing.assert_array_equal(leaf, np.zeros((2, 1, 4 * 3, 2)))
+  own = [[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2]]
+  assert got['slots'].dtype == jnp.int32
+  np.testing.assert_array_equal(got['slots'], [own, own])
+  assert (got['cache_index'].shape, int(got['cache_index'])) == ((), 0)
+
+
+# Two inputs, three beams, four positions; two positions are written.
+SLOTS = np.array(
+  [
+    [[0, 1, 0, 0], [1, 1, 1, 1], [2, 0, 2, 2]],
+    [[0, 0, 0, 0], [0, 2, 1, 1], [2, 2, 2, 2]],
+  ],
+  np.int32,
+)
+
+
+@pytest.mark.parametrize(
+  ('origin', 'expected'),
+  [
+    ([[0, 1, 2], [0, 1, 2]], SLOTS),
+    (
+      [[2, 0, 0], [1, 1, 2]],
+      [
+        [[2, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 2]],
+        [[0, 2, 0, 0], [0, 2, 1, 1], [2, 2, 2, 2]],
+      ],
+    ),
+    (
+      [[1, 2, 0], [2, 2, 2]],
+      [
+        [[1, 1, 0, 0], [2, 0, 1, 1], [0, 1, 2, 2]],
+        [[2, 2, 0, 0], [2, 2, 1, 1], [2, 2, 2, 2]],
+      ],
+    ),
+  ],
+)
+def test_reorder(origin, expected):
+  """Pasts move; what is to come is written in each beam's own slot."""
+  cache = a_cache(2, 4 * 3, index=2)
+  cache['decoder']['slots'] = SLOTS
+  got = kv_cache.reorder(cache, jnp.asarray(origin))['decoder']
+  np.testing.assert_array_equal(got['slots'], expected)
+  assert got['cache_index'] == 2
+  for name in ('cached_key', 'cached_value'):  # The same arrays: nothing is copied.
+    before = cache['decoder']['layers_0']['self_attention'][name]
+    assert got['layers_0']['self_attention'][name] is before
+
+
+@pytest.mark.parametrize(
+  ('index', 'expected'),
+  [
+    (0, [[0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]),
+    (1, [[0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]),
+    (2, [[0, 1, 1, 0, 1, 0], [1, 0, 0, 1, 0, 1]]),
+  ],
+)
+def test_beam_mask(index, expected):
+  slots = jnp.asarray([[[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [1, 1, 1]]])
+  got = kv_cache.beam_mask(slots, jnp.asarray(index))
+  assert (got.shape, got.dtype) == ((2, 1, 2, 6), bool)
+  np.testing.assert_array_equal(got[0, 0], np.array(expected, bool))
+  straight = [[1, 0] * (index + 1), [0, 1] * (index + 1)]
+  np.testing.assert_array_equal(got[1, 0][:, : 2 * (index + 1)], straight)
+  assert not got[1, 0][:, 2 * (index + 1) :].any()
+
+
+def test_every_beam_finds_its_own_past():
+  """Random reorderings against lists that are copied for every beam."""
+  B, n, S = 3, 4, 9
+  rng = np.random.default_rng(7)
+  pasts = [[[] for _ in range(n)] for _ in range(B)]
+  cache = {'decoder': {'cache_index': jnp.zeros((), jnp.int32)}}
+  cache['decoder']['layer'] = {'cached_key': jnp.zeros((B, 1, S, 1))}
+  cache = kv_cache.with_beams(cache, n)['decoder']
+  for s in range(S):
+    new = rng.standard_normal((B, 1, n, 1)).astype(np.float32)
+    cache['layer'] = {
+      'cached_key': write(cache['layer']['cached_key'], new, jnp.asarray(s * n))
+    }
+    seen = np.asarray(kv_cache.beam_mask(cache['slots'], jnp.asarray(s)))
+    stored = np.asarray(cache['layer']['cached_key'])
+    for b in range(B):
+      for i in range(n):
+        pasts[b][i].append(new[b, 0, i, 0])
+        np.testing.assert_array_equal(stored[b, 0, seen[b, 0, i], 0], pasts[b][i])
+    origin = rng.integers(0, n, (B, n))
+    pasts = [[list(pasts[b][j]) for j in origin[b]] for b in range(B)]
+    cache['cache_index'] = jnp.asarray(s + 1)
+    cache = kv_cache.reorder({'decoder': cache}, jnp.asarray(origin))['decoder']

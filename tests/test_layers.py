@@ -8,7 +8,7 @@ import model_oracle as oracle
 import numpy as np
 import pytest
 
-from gqa_t5x import layers
+from gqa_t5x import attention, layers
 
 B, T, D, F, V = 2, 3, 5, 7, 11
 
@@ -193,3 +193,27 @@ def test_bias_in_bfloat16_is_the_rounded_table():
   got = biases(True, np.arange(5)[None], 4, jnp.bfloat16)
   expected = oracle.position_bias(TABLE['rel_embedding'], 5, 4, True)
   np.testing.assert_array_equal(got[0], expected.astype(jnp.bfloat16))
+
+
+def test_low_precision_parameters_are_not_widened():
+  """float32 out of bfloat16 factors: products are exact, sums are in float32."""
+  rng = np.random.default_rng(0)
+  x, kernel = (
+    jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    for shape in ((3, 40), (40, 5))
+  )
+  dense = attention.Dense(5, ('embed', 'vocab'), jnp.float32)
+
+  def apply(x):
+    return dense.apply({'params': {'kernel': kernel}}, x)
+
+  exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+  got = apply(x)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5)
+  eqns = jax.make_jaxpr(apply)(x).eqns
+  assert [e.primitive.name for e in eqns] == ['dot_general']
+  # A float32 input is not rounded to the parameters' precision.
+  fine = np.asarray(rng.standard_normal((3, 40)), np.float32)
+  exact = fine.astype(np.float64) @ np.asarray(kernel, np.float64)
+  np.testing.assert_allclose(apply(fine), exact, rtol=1e-5, atol=1e-5)

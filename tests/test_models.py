@@ -20,10 +20,10 @@ K = 2
 KEY = 'decoder/layers_1/self_attention/key/kernel'
 
 
-def model(num_kv_heads=K, eos_id=1, **kwargs):
+def model(num_kv_heads=K, eos_id=1, dtype=jnp.float32, **kwargs):
   vocabulary = seqio.PassThroughVocabulary(size=oracle.V, eos_id=eos_id)
   return models.EncoderDecoderModel(
-    network.Transformer(oracle.config(num_kv_heads)),
+    network.Transformer(oracle.config(num_kv_heads, dtype=dtype)),
     vocabulary,
     vocabulary,
     adafactor.Adafactor(decay_rate=0.8, step_offset=0),
@@ -35,36 +35,48 @@ def params(num_kv_heads=K):
   return oracle.params(oracle.config(num_kv_heads))
 
 
-plain_greedy = decoding.greedy
-greedy = oracle.jit(plain_greedy, static_argnames=('module', 'max_length'))
+plain_generate = decoding.generate
+generate = oracle.jit(
+  plain_generate, static_argnames=('module', 'decode_fn', 'num_decodes')
+)
+sample_two = functools.partial(decoding.temperature_sample, topk=3)
+DECODE_FNS = {1: decoding.greedy, 2: sample_two, 3: decoding.beam_search}
+RNG = jax.random.PRNGKey(5)
 
 
 @pytest.fixture(autouse=True)
-def compiled_greedy(monkeypatch):
-  """Compiles greedy decoding once for all tests."""
-  monkeypatch.setattr(decoding, 'greedy', greedy)
+def compiled_generate(monkeypatch):
+  """Compiles each decode function once for all tests."""
+  monkeypatch.setattr(decoding, 'generate', generate)
 
 
-@functools.cache
-def expected_decodes(eos_id):
-  """What gqa_t5x.decoding gives, which tests/test_decoding.py proves."""
-  inputs = oracle.batch()['encoder_input_tokens']
-  tokens, scores = greedy(
-    model().module, params(), inputs, max_length=oracle.T, eos_id=eos_id
+def expected_decodes(num_decodes=1, eos_id=1, prompts=None, **options):
+  """What gqa_t5x.decoding gives, which its own tests prove."""
+  tokens, scores = generate(
+    model().module,
+    params(),
+    oracle.batch()['encoder_input_tokens'],
+    np.zeros((oracle.B, oracle.T), np.int32) if prompts is None else prompts,
+    DECODE_FNS[num_decodes],
+    num_decodes=num_decodes,
+    eos_id=eos_id,
+    **options,
   )
   return np.asarray(tokens), np.asarray(scores)
 
 
 def test_predict(monkeypatch):
-  monkeypatch.setattr(decoding, 'greedy', plain_greedy)  # To be compiled as a part.
+  """Greedy by default; targets say how long, nothing else."""
+  monkeypatch.setattr(decoding, 'generate', plain_generate)  # Compiled as a part.
   tokens, aux = oracle.jit(model().predict_batch_with_aux)(params(), oracle.batch())
-  expected_tokens, expected_scores = expected_decodes(1)
+  expected_tokens, expected_scores = expected_decodes()
   assert aux.keys() == {'scores'}
-  np.testing.assert_array_equal(tokens, expected_tokens)
-  np.testing.assert_allclose(aux['scores'], expected_scores, atol=1e-5)
+  np.testing.assert_array_equal(tokens, expected_tokens[:, 0])
+  np.testing.assert_allclose(aux['scores'], expected_scores[:, 0], atol=1e-5)
   assert (np.exp(expected_scores) < 1).all()
 
 
+@pytest.mark.parametrize('num_decodes', DECODE_FNS)
 @pytest.mark.parametrize(
   ('default', 'asked', 'returned'),
   [
@@ -74,53 +86,101 @@ def test_predict(monkeypatch):
     (True, False, False),
   ],
 )
-def test_predict_returns_all_decodes_when_asked(default, asked, returned):
-  """All is one decode a row, in T5X's dimension for decodes."""
-  decoder_params = t5x_models.DecoderParams(return_all_decodes=default)
-  tokens, aux = model(default_decoder_params=decoder_params).predict_batch_with_aux(
-    params(), oracle.batch(), return_all_decodes=asked
+def test_predict_with_any_decode_function(num_decodes, default, asked, returned):
+  """The best decode is the last; all are returned when asked for."""
+  decoder_params = t5x_models.DecoderParams(
+    return_all_decodes=default, num_decodes=num_decodes
   )
-  expected_tokens, expected_scores = expected_decodes(1)
-  if returned:
-    expected_tokens, expected_scores = (
-      expected_tokens[:, None],
-      expected_scores[:, None],
-    )
-  np.testing.assert_array_equal(tokens, expected_tokens)
-  np.testing.assert_array_equal(aux['scores'], expected_scores)
+  this = model(decode_fn=DECODE_FNS[num_decodes], default_decoder_params=decoder_params)
+  tokens, aux = this.predict_batch_with_aux(
+    params(), oracle.batch(), rng=RNG, return_all_decodes=asked
+  )
+  expected = expected_decodes(num_decodes, decode_rng=RNG)
+  assert (expected[1] == expected[1].max(1, keepdims=True))[:, -1].all()
+  every = slice(None) if returned else -1
+  np.testing.assert_array_equal(tokens, expected[0][:, every])
+  np.testing.assert_array_equal(aux['scores'], expected[1][:, every])
+
+
+def test_a_call_says_how_many_decodes():
+  """Over what the model's default is, 1 here."""
+  tokens, _ = model(decode_fn=DECODE_FNS[3]).predict_batch_with_aux(
+    params(), oracle.batch(), rng=RNG, return_all_decodes=True, num_decodes=3
+  )
+  np.testing.assert_array_equal(tokens, expected_decodes(3, decode_rng=RNG)[0])
 
 
 def test_predict_ends_at_the_marker_of_the_vocabulary():
-  eos_id = int(expected_decodes(1)[0][0, 1])
+  eos_id = int(expected_decodes()[0][0, 0, 1])
   tokens = model(eos_id=eos_id).predict_batch(params(), oracle.batch())
-  np.testing.assert_array_equal(tokens, expected_decodes(eos_id)[0])
+  np.testing.assert_array_equal(tokens, expected_decodes(eos_id=eos_id)[0][:, 0])
   assert (np.asarray(tokens)[0, 2:] == 0).all()
 
 
-def test_predict_in_bfloat16_keeps_float32_scores():
-  vocabulary = seqio.PassThroughVocabulary(size=oracle.V, eos_id=1)
-  cfg = oracle.config(K, dtype=jnp.bfloat16)
-  bfloat16 = models.EncoderDecoderModel(
-    network.Transformer(cfg), vocabulary, vocabulary, adafactor.Adafactor()
+def test_decoder_params_reach_the_decode_function():
+  """Another penalty and another end marker than the vocabulary's."""
+  eos_id = int(expected_decodes(3, decode_rng=RNG)[0][0, 2, 1])
+  options = {'alpha': 2.0, 'eos_id': eos_id}
+  tokens, aux = model(decode_fn=DECODE_FNS[3]).predict_batch_with_aux(
+    params(), oracle.batch(), decoder_params=options, num_decodes=3
   )
+  expected_tokens, expected_scores = expected_decodes(3, **options)
+  np.testing.assert_array_equal(tokens, expected_tokens[:, -1])
+  np.testing.assert_array_equal(aux['scores'], expected_scores[:, -1])
+  others = expected_decodes(3, eos_id=eos_id, alpha=0.6)[1]
+  assert (aux['scores'] != others[:, -1]).any()
+  assert options == {'alpha': 2.0, 'eos_id': eos_id}  # Not changed.
+
+
+def test_an_rng_draws_anew():
+  this = model(decode_fn=sample_two)
+  for rng in (RNG, jax.random.PRNGKey(6)):
+    expected = expected_decodes(2, decode_rng=rng)[0]
+    for arguments in ({'rng': rng}, {'decoder_params': {'decode_rng': rng}}):
+      tokens, _ = this.predict_batch_with_aux(
+        params(), oracle.batch(), return_all_decodes=True, num_decodes=2, **arguments
+      )
+      np.testing.assert_array_equal(tokens, expected)
+  assert (expected != expected_decodes(2, decode_rng=RNG)[0]).any()
+
+
+def test_targets_as_prompts():
+  """Without their end marker, and only if asked."""
+  batch = oracle.batch()
+  batch['decoder_input_tokens'] = np.zeros((oracle.B, oracle.T), np.int32)
+  batch['decoder_input_tokens'][:3, 1:4] = [[7, 8, 1], [9, 1, 0], [4, 5, 6]]
+  prompts = np.zeros((oracle.B, oracle.T), np.int32)
+  prompts[:3, 1:4] = [[7, 8, 0], [9, 0, 0], [4, 5, 6]]
+  predict = functools.partial(model().predict_batch_with_aux, params(), batch)
+  tokens, aux = predict(prompt_with_targets=True)
+  expected_tokens, expected_scores = expected_decodes(prompts=prompts)
+  np.testing.assert_array_equal(tokens, expected_tokens[:, 0])
+  np.testing.assert_array_equal(aux['scores'], expected_scores[:, 0])
+  np.testing.assert_array_equal(tokens[:3, :2], [[7, 8], [9, tokens[1, 1]], [4, 5]])
+  np.testing.assert_array_equal(predict()[0], expected_decodes()[0][:, 0])
+
+
+def test_predict_in_bfloat16_keeps_float32_scores():
+  bfloat16 = model(dtype=jnp.bfloat16)
   _, aux = bfloat16.predict_batch_with_aux(params(), oracle.batch())
   assert aux['scores'].dtype == jnp.float32
-  exact = expected_decodes(1)[1]
+  exact = expected_decodes()[1][:, 0]
   assert 0 < np.abs(aux['scores'] - exact).max() < 0.1 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(
   ('arguments', 'said'),
   [
-    ({'num_decodes': 4}, 'num_decodes=4'),
-    ({'prompt_with_targets': True}, 'prompt_with_targets=True'),
-    ({'decoder_params': {'alpha': 0.6}}, "decoder_params={'alpha': 0.6}"),
+    ({'num_decodes': 4}, 'num_decodes=4, but greedy decoding has one result an input'),
+    (
+      {'rng': RNG, 'decoder_params': {'decode_rng': RNG}},
+      'rng and decoder_params["decode_rng"] were given; keep one.',
+    ),
   ],
 )
-def test_what_needs_a_decode_function_of_t5x(arguments, said):
-  with pytest.raises(ValueError, match=re.escape(said)) as error:
+def test_bad_input(arguments, said):
+  with pytest.raises(ValueError, match=f'^{re.escape(said)}'):
     model().predict_batch_with_aux(params(), oracle.batch(), **arguments)
-  assert 'bind models.EncoderDecoderModel.decode_fn to' in str(error.value)
 
 
 def test_loss_and_scores():

@@ -6,7 +6,7 @@ the model or the batches in tests/model_oracle.py:
     PYTHONPATH=. python tests/golden/make_golden.py
 
 The file holds names, shapes, dtypes and axes of the parameters, the tokens of the
-batches, logits, and greedy decodes with their scores. Parameters are not stored:
+batches, logits, and decodes with their scores (DECODES). Parameters are not stored:
 `model_oracle.random_value` makes them from their names. T5X has no K/V heads, so the
 results for K < N are those of its multi-head network with every K/V head repeated.
 """
@@ -24,6 +24,35 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import model_oracle as oracle
 
+# Name: T5X's decode function, decodes an input, what else the function takes.
+DECODES = {
+  'greedy': (
+    'temperature_sample',
+    1,
+    {'temperature': 0.0, 'topk': 0, 'rescale_log_probs': False},
+  ),
+  'topk': ('temperature_sample', 2, {'temperature': 0.8, 'topk': 5}),
+  'topp': (
+    'temperature_sample',
+    1,
+    {'topk': 0, 'topp': 0.7, 'rescale_log_probs': False},
+  ),
+  'beam1': ('beam_search', 1, {}),
+  'beam3': ('beam_search', 3, {}),
+}
+# All with K = 2 heads, drawing and several beams with any.
+DECODES_AND_HEADS = [
+  (name, K)
+  for name in DECODES
+  for K in oracle.KV_HEADS
+  if K == 2 or name in ('topk', 'beam3')
+]
+# Prompts of each row, and an end marker.
+PROMPTS = {
+  'plain': ((), 1),
+  'prompted': (((7, 3, 9), (), (5, 2, 8, 3, 3), (6,)), 26),
+}
+RNG = np.array([0, 3], np.uint32)
 PATH = pathlib.Path(__file__).with_name('t5x.npz')
 
 
@@ -50,50 +79,47 @@ def describe(variables):
   }
 
 
-def decode_batch(length=oracle.DECODE_LENGTH, prompts=()):
-  """Returns a batch to decode: inputs, and prompts after the start token."""
-  inputs = oracle.batch()['encoder_input_tokens']
-  tokens = np.zeros((oracle.B, length), np.int32)
-  for b, prompt in enumerate(prompts):
-    tokens[b, 1 : 1 + len(prompt)] = prompt
-  return {'encoder_input_tokens': inputs, 'decoder_input_tokens': tokens}
-
-
 @functools.cache
-def t5x_decode(module, how, num_decodes=1, prompted=False):
+def t5x_decode(module, name, prefill=False, model_class=None):
   """Compiles T5X's model class and decoding around a network.
 
   Args:
     module: T5X's network or ours.
-    how: 'greedy' or 'beam'.
-    num_decodes: decodes a row.
-    prompted: whether the batch holds prompts.
+    name: a key of DECODES.
+    prefill: whether prompts are filled into the cache in one pass, T5X's default, not
+      forced token by token.
+    model_class: T5X's; a subclass of it may stand in.
 
   Returns:
-    `(params, batch) -> (tokens [B, num_decodes, T], scores [B, num_decodes])`.
+    `(params, prompts, eos_id) -> (tokens [B, num_decodes, T], scores)`.
   """
   from t5x import adafactor, decoding, models
 
-  greedy = functools.partial(
-    decoding.temperature_sample, temperature=0.0, topk=0, rescale_log_probs=False
-  )
+  function, num_decodes, options = DECODES[name]
+  decode_fn = functools.partial(getattr(decoding, function), **options)
+
+  def step_by_step(inputs, cache, tokens_to_logits, **kwargs):
+    return decode_fn(inputs, cache, tokens_to_logits, **kwargs)
+
   vocabulary = seqio.PassThroughVocabulary(size=oracle.V, eos_id=1)
-  model = models.EncoderDecoderModel(
+  model = (model_class or models.EncoderDecoderModel)(
     module,
     vocabulary,
     vocabulary,
     adafactor.Adafactor(),
-    decode_fn=greedy if how == 'greedy' else decoding.beam_search,
+    # T5X fills prompts in if the decode function has an argument for where to begin.
+    decode_fn=decode_fn if prefill else step_by_step,
   )
 
   @oracle.jit
-  def run(params, batch):
+  def run(params, prompts, eos_id):
     tokens, aux = model.predict_batch_with_aux(
       params,
-      batch,
+      oracle.batch() | {'decoder_input_tokens': prompts},
+      decoder_params={'eos_id': eos_id, 'decode_rng': RNG},
       return_all_decodes=True,
       num_decodes=num_decodes,
-      prompt_with_targets=prompted,
+      prompt_with_targets=True,
     )
     return tokens, aux['scores']
 
@@ -115,10 +141,13 @@ def make():
     arrays |= {f'{kind}/{name}': value for name, value in batch.items()}
     for K in oracle.KV_HEADS:
       arrays[f'{kind}/logits/{K}'] = np.asarray(apply(t5x_params(K), batch))
-  for K in oracle.KV_HEADS:
-    tokens, scores = t5x_decode(module, 'greedy')(t5x_params(K), decode_batch())
-    arrays[f'greedy/tokens/{K}'] = np.asarray(tokens[:, 0])
-    arrays[f'greedy/scores/{K}'] = np.asarray(scores[:, 0])
+  for kind, (prompts, eos_id) in PROMPTS.items():
+    for name, K in DECODES_AND_HEADS:
+      tokens, scores = t5x_decode(module, name)(
+        t5x_params(K), oracle.prompt_batch(prompts), eos_id
+      )
+      arrays[f'{name}/{kind}/tokens/{K}'] = np.asarray(tokens)
+      arrays[f'{name}/{kind}/scores/{K}'] = np.asarray(scores)
   return arrays
 
 

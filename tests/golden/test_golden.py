@@ -59,12 +59,33 @@ def test_packed_logits(K):
   np.testing.assert_allclose(logits[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_greedy(K):
-  """Our decoding equals T5X's temperature sampling at temperature 0."""
+def test_stored_decodes_are_worth_comparing():
+  """They are of all functions and heads; some end and some do not."""
+  eos_id = make_golden.PROMPTS['prompted'][1]
+  ended = []
+  for name, K in make_golden.DECODES_AND_HEADS:
+    tokens = golden()[f'{name}/prompted/tokens/{K}']
+    num_decodes = make_golden.DECODES[name][1]
+    assert tokens.shape == (oracle.B, num_decodes, oracle.DECODE_LENGTH)
+    ended.extend((tokens == eos_id).any(-1).ravel())
+  assert len(ended) / 4 < sum(ended) < len(ended)
+  names, heads = zip(*make_golden.DECODES_AND_HEADS, strict=True)
+  assert (set(names), set(heads)) == (set(make_golden.DECODES), set(oracle.KV_HEADS))
+
+
+@pytest.mark.parametrize(('name', 'K'), make_golden.DECODES_AND_HEADS)
+def test_decodes(name, K):
+  """Ours equals T5X's; drawn with the same key."""
   cfg = oracle.config(K)
-  tokens, scores = oracle.greedy(cfg)(
-    oracle.params(cfg), oracle.batch()['encoder_input_tokens'], 1
-  )
-  np.testing.assert_array_equal(tokens, golden()[f'greedy/tokens/{K}'])
-  np.testing.assert_allclose(scores, golden()[f'greedy/scores/{K}'], atol=1e-4)
+  function, num_decodes, options = make_golden.DECODES[name]
+  run = oracle.decode(cfg, function, num_decodes, **options)
+  for kind, (prompts, eos_id) in make_golden.PROMPTS.items():
+    tokens, scores = run(
+      oracle.params(cfg),
+      oracle.prompt_batch(prompts),
+      eos_id,
+      decode_rng=make_golden.RNG,
+    )
+    np.testing.assert_array_equal(tokens, golden()[f'{name}/{kind}/tokens/{K}'])
+    expected = golden()[f'{name}/{kind}/scores/{K}']
+    np.testing.assert_allclose(scores, expected, atol=1e-4)

@@ -1,16 +1,14 @@
-"""T5X's own decoding with our network; runs where T5X is installed.
+"""T5X's own decoding with our network and model; runs where T5X is installed.
 
 For fewer K/V heads the reference is T5X's network with every K/V head repeated.
 """
-
-import functools
 
 import make_golden
 import model_oracle as oracle
 import numpy as np
 import pytest
 
-from gqa_t5x import network
+from gqa_t5x import models, network
 
 pytest.importorskip('t5x.examples.t5.network')
 
@@ -21,70 +19,60 @@ def assert_decodes(got, expected):
   np.testing.assert_allclose(got[1], expected[1], atol=1e-4, rtol=1e-4)
 
 
-def decode_both(K, *args, batch=None, **kwargs):
-  """Returns (ours, T5X's): tokens and scores of each."""
-  batch = batch or make_golden.decode_batch()
+def t5x_decodes(K, name, prompts, eos_id, **options):
+  """Returns what T5X's network, model class and decode function give."""
+  run = make_golden.t5x_decode(make_golden.t5x_module(), name, **options)
+  return run(make_golden.t5x_params(K), oracle.prompt_batch(prompts), eos_id)
+
+
+def our_decodes(K, name, prompts, eos_id, **options):
+  """Returns what T5X's decode function gives around our network."""
   cfg = oracle.config(K)
-  ours = make_golden.t5x_decode(network.Transformer(cfg), *args, **kwargs)
-  t5x = make_golden.t5x_decode(make_golden.t5x_module(), *args, **kwargs)
-  return ours(oracle.params(cfg), batch), t5x(make_golden.t5x_params(K), batch)
+  run = make_golden.t5x_decode(network.Transformer(cfg), name, **options)
+  return run(oracle.params(cfg), oracle.prompt_batch(prompts), eos_id)
+
+
+@pytest.mark.parametrize(('name', 'K'), make_golden.DECODES_AND_HEADS)
+@pytest.mark.parametrize('ours', ['network', 'network and model class'])
+def test_decode_functions_of_t5x(name, K, ours):
+  """They give what T5X alone gives; so do ours, by the golden file."""
+  model_class = None if ours == 'network' else models.EncoderDecoderModel
+  for prompts, eos_id in make_golden.PROMPTS.values():
+    got = our_decodes(K, name, prompts, eos_id, model_class=model_class)
+    assert_decodes(got, t5x_decodes(K, name, prompts, eos_id))
+
+
+PROMPTS, EOS_ID = make_golden.PROMPTS['prompted']
+# Where lengths differ, T5X's beam search goes on with the rows of longer prompts beyond
+# the end of the cache.
+SAME_LENGTH = ((7, 3), (2, 9), (5, 4), (6, 6))
+
+
+@pytest.mark.parametrize(
+  ('name', 'prompts'), [('greedy', PROMPTS), ('beam3', SAME_LENGTH)]
+)
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_prompts_filled_in_one_pass(name, prompts, K):
+  """T5X does so with our network; its own forces them token by token."""
+  tokens, scores = our_decodes(K, name, prompts, EOS_ID, prefill=True)
+  expected_tokens, expected_scores = t5x_decodes(K, name, prompts, EOS_ID)
+  np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+  there = np.asarray(scores) > -1e6  # Of fewer ended beams than beams, not all are.
+  assert there[:, -1].all()
+  np.testing.assert_array_equal(tokens[there], expected_tokens[there])
 
 
 @pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_greedy_sampling(K):
-  """T5X's temperature_sample gives the same with both networks, and so does ours."""
-  ours, t5x = decode_both(K, 'greedy')
-  assert_decodes(ours, t5x)
-  cfg = oracle.config(K)
-  inputs = make_golden.decode_batch()['encoder_input_tokens']
-  tokens, scores = oracle.greedy(cfg)(oracle.params(cfg), inputs, 1)
-  assert_decodes((tokens[:, None], scores[:, None]), t5x)
-
-
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_beam_search(K):
-  """Three beams a row, reordered from step to step."""
-  (tokens, scores), t5x = decode_both(K, 'beam', num_decodes=3)
-  assert tokens.shape == (oracle.B, 3, oracle.DECODE_LENGTH)
-  assert (np.diff(scores) > 0).all()
-  assert all(len(np.unique(row, axis=0)) == 3 for row in np.asarray(tokens))
-  assert_decodes((tokens, scores), t5x)
-
-
-@functools.cache
-def prompts():
-  rng = np.random.default_rng(6)
-  return [rng.integers(2, oracle.V, length) for length in (3, 0, 5, 1)]
-
-
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_prompt(K):
-  """Filled in one pass, it gives what T5X gives by forcing it token by token, and
-  what the full forward pass gives."""
-  batch = make_golden.decode_batch(prompts=prompts())
-  (tokens, scores), t5x = decode_both(K, 'greedy', prompted=True, batch=batch)
-  assert_decodes((tokens, scores), t5x)
-  params = oracle.params(oracle.config(K))
-  for b, ((inputs, _), prompt) in enumerate(
-    zip(oracle.examples(), prompts(), strict=True)
-  ):
-    row = np.asarray(tokens)[b, 0]
-    row = row[: np.argmax(row == 1) + 1] if 1 in row else row
-    logits = oracle.oracle_logits(params, inputs, oracle.shift_right(row))
+def test_a_prompt_filled_in_is_one_of_the_full_forward_pass(K):
+  tokens, scores = our_decodes(K, 'greedy', PROMPTS, EOS_ID, prefill=True)
+  for b, prompt in enumerate(PROMPTS):
+    row = [int(token) for token in tokens[b, 0]]
+    row = row[: row.index(EOS_ID) + 1] if EOS_ID in row else row
     n = len(prompt)
-    np.testing.assert_array_equal(row[:n], prompt)
-    np.testing.assert_array_equal(row[n:], logits.argmax(-1)[n:])
-    log_probs = np.log(oracle.softmax(logits))[np.arange(len(row)), row][n:]
-    assert float(scores[b, 0]) == pytest.approx(log_probs.sum(), abs=1e-4)
-
-
-def test_many_samples_after_a_prompt():
-  """Greedy samples of a row are all alike: the cache index is repeated for each."""
-  batch = make_golden.decode_batch(prompts=prompts())
-  cfg = oracle.config(2)
-  module, params = network.Transformer(cfg), oracle.params(cfg)
-  one, _ = make_golden.t5x_decode(module, 'greedy', prompted=True)(params, batch)
-  three, _ = make_golden.t5x_decode(module, 'greedy', num_decodes=3, prompted=True)(
-    params, batch
-  )
-  np.testing.assert_array_equal(three, np.repeat(one, 3, axis=1))
+    assert tuple(row[:n]) == prompt
+    total = 0.0
+    for t in range(n, len(row)):
+      log_probs = oracle.next_log_probs(oracle.config(K), b, tuple(row[:t]))
+      assert row[t] == np.argmax(log_probs)
+      total += log_probs[row[t]]
+    assert float(scores[b, 0]) == pytest.approx(total, abs=1e-4)

@@ -1,0 +1,107 @@
+"""Times compiled functions, and what the machine itself can do in the same process.
+
+Everything is warmed up first; a number is the median over repeats, and things that are
+compared take turns.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Far larger than any cache of a processor, small beside the memory of a device.
+STREAM_BYTES = {'cpu': 2**29, 'gpu': 2**32, 'tpu': 2**31}
+
+
+def seconds(run: Callable[[], Any]) -> float:
+  """Returns the seconds of one call, until its result is there."""
+  tick = time.perf_counter()
+  jax.block_until_ready(run())
+  return time.perf_counter() - tick
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+  """Returns the median seconds of a call after one to warm up."""
+  jax.block_until_ready(run())
+  return statistics.median(seconds(run) for _ in range(repeats))
+
+
+def slopes(
+  runs: Sequence[Callable[[int], Any]], counts: tuple[int, int], repeats: int
+) -> list[float]:
+  """Times one more step of each function, which take turns.
+
+  Args:
+    runs: each does a given number of steps.
+    counts: few steps, and many.
+    repeats: how often.
+
+  Returns:
+    For each function the median over repeats of (seconds of many - seconds of few) /
+    (many - few): what does not grow with the steps drops out.
+  """
+  few, many = counts
+  for run in runs:
+    jax.block_until_ready(run(few))
+  found = [[] for _ in runs]
+  for _ in range(repeats):
+    for run, times in zip(runs, found, strict=True):
+      short, long = seconds(lambda r=run: r(few)), seconds(lambda r=run: r(many))
+      times.append((long - short) / (many - few))
+  return [statistics.median(times) for times in found]
+
+
+def stream_gb_per_s(repeats: int = 5) -> float:
+  """Returns the rate of a streaming read, GB/s (1e9 bytes): a sum of a long array."""
+  size = STREAM_BYTES[jax.default_backend()] // 4
+  array = jnp.ones(size, jnp.float32)
+  total = jax.jit(jnp.sum)
+  return 4e-9 * size / median_seconds(lambda: total(array), repeats)
+
+
+def matmul_gflop_per_s(
+  rows: int, shape: tuple[int, int], dtype: Any, repeats: int = 5
+) -> float:
+  """Returns the rate of products `[rows, D] x [D, F]`, GFLOP/s, 2 a multiply-add.
+
+  There are more kernels than fit into a cache, as in a decode step.
+
+  Args:
+    rows: of the left factor.
+    shape: (D, F) of the kernels.
+    dtype: of both factors.
+    repeats: how often.
+  """
+  nbytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+  number = max(1, STREAM_BYTES[jax.default_backend()] // 2 // nbytes)
+  kernels = [jnp.full(shape, i, dtype) for i in range(number)]
+  x = jnp.ones((rows, shape[0]), dtype)
+  products = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels])
+  flops = 2 * rows * math.prod(shape) * number
+  return 1e-9 * flops / median_seconds(lambda: products(x, kernels), repeats)
+
+
+def free_bytes() -> int | None:
+  """Returns the bytes of memory that are free on the device; None if unknown."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats['bytes_in_use']
+  try:
+    with open('/proc/meminfo') as file:
+      lines = dict(line.split(':') for line in file)
+    return int(lines['MemAvailable'].split()[0]) * 1024
+  except (OSError, KeyError):
+    return None
+
+
+def device_name() -> str:
+  """Returns what the device is, with the cores of a CPU."""
+  name = jax.devices()[0].device_kind
+  if jax.default_backend() == 'cpu':
+    return f'{name}, {os.cpu_count()} cores'
+  return name
