@@ -281,7 +281,6 @@ class Transformer(nn.Module):
       encoder_segment_ids: int `[B, S]` if packed.
       decoder_segment_ids: int `[B, T]` if packed.
       decoder_positions: not used: T5 knows relative positions only.
-      enable_dropout: whether to drop.
       decode: use the `cache` collection. The first call makes it (zeros) for T
         positions, each later one appends its tokens.
       max_decode_length: length of the cache; needed for all calls but the first.
