@@ -97,26 +97,32 @@ def beam_search(
     forced_B = lax.dynamic_index_in_dim(forced_BT, state.step, axis=1, keepdims=False)
     return _extend(state, cache, log_probs_BnV, forced_B[:, None], eos_id, alpha)
 
+  start = _start(B, n, T, kv_cache.with_beams(cache, n))
+  return _result(lax.while_loop(may_improve, decode_one, start))
+
+
+def _start(B: int, n: int, T: int, cache: Any) -> _BeamState:
+  """Returns the state before the first step: of equal beams, one is alive."""
   tokens_BnT = jnp.zeros((B, n, T + 1), jnp.int32)
-  only_one = jnp.where(jnp.arange(n) == 0, 0.0, NEG_INF)  # The others would equal it.
-  final = lax.while_loop(
-    may_improve,
-    decode_one,
-    _BeamState(
-      step=jnp.zeros((), jnp.int32),
-      live_tokens_BnT=tokens_BnT,
-      live_log_probs_Bn=jnp.broadcast_to(only_one, (B, n)),
-      ended_tokens_BnT=tokens_BnT,
-      ended_scores_Bn=jnp.full((B, n), NEG_INF),
-      ended_Bn=jnp.zeros((B, n), bool),
-      cache=kv_cache.with_beams(cache, n),
-    ),
+  only_one = jnp.where(jnp.arange(n) == 0, 0.0, NEG_INF)
+  return _BeamState(
+    step=jnp.zeros((), jnp.int32),
+    live_tokens_BnT=tokens_BnT,
+    live_log_probs_Bn=jnp.broadcast_to(only_one, (B, n)),
+    ended_tokens_BnT=tokens_BnT,
+    ended_scores_Bn=jnp.full((B, n), NEG_INF),
+    ended_Bn=jnp.zeros((B, n), bool),
+    cache=cache,
   )
-  any_B1 = jnp.any(final.ended_Bn, axis=1, keepdims=True)
+
+
+def _result(state: _BeamState) -> tuple[Array, Array]:
+  """Returns the beams that have ended, or the live ones of an input without any."""
+  any_B1 = jnp.any(state.ended_Bn, axis=1, keepdims=True)
   tokens_BnT = jnp.where(
-    any_B1[:, :, None], final.ended_tokens_BnT, final.live_tokens_BnT
+    any_B1[:, :, None], state.ended_tokens_BnT, state.live_tokens_BnT
   )
-  scores_Bn = jnp.where(any_B1, final.ended_scores_Bn, final.live_log_probs_Bn)
+  scores_Bn = jnp.where(any_B1, state.ended_scores_Bn, state.live_log_probs_Bn)
   return tokens_BnT[:, :, 1:], scores_Bn
 
 

@@ -133,8 +133,7 @@ def temperature_sample(
   _check_sampling(num_decodes, topk, topp, cache_offset)
   B, T = inputs.shape
   forced_RT = jnp.repeat(next_inputs(inputs), num_decodes, axis=0)
-  rows = forced_RT.shape[0]
-  limit_R = jnp.full(rows, T)
+  limit_R = jnp.full(B * num_decodes, T)
   if max_decode_steps is not None:
     limit_R = jnp.minimum(T, jnp.sum(forced_RT != 0, axis=1) + max_decode_steps)
   if getattr(temperature, 'ndim', 0):
@@ -142,44 +141,63 @@ def temperature_sample(
 
   def decode_one(state: _SamplingState) -> _SamplingState:
     rng, next_rng = jax.random.split(state.rng)
-    token_R1 = lax.dynamic_slice_in_dim(state.sequences_RT, state.step, 1, axis=1)
-    logits_RV, cache = tokens_to_logits(
-      DecodingState(state.step, state.sequences_RT, token_R1, state.cache)
-    )
-    token_R, log_prob_R = _draw(
-      logits_RV.astype(jnp.float32), rng, temperature, topk, topp, rescale_log_probs
-    )
-    forced_R = lax.dynamic_index_in_dim(forced_RT, state.step, axis=1, keepdims=False)
-    free_R = forced_R == 0
-    token_R = jnp.where(state.ended_R, 0, jnp.where(free_R, token_R, forced_R))
-    return _SamplingState(
-      step=state.step + 1,
-      sequences_RT=lax.dynamic_update_slice_in_dim(
-        state.sequences_RT, token_R[:, None], state.step + 1, axis=1
-      ),
-      scores_R=state.scores_R + jnp.where(free_R & ~state.ended_R, log_prob_R, 0.0),
-      ended_R=state.ended_R
-      | (free_R & (token_R == eos_id))
-      | (state.step + 1 >= limit_R),
-      rng=next_rng,
-      cache=cache,
-    )
+    logits_RV, cache = tokens_to_logits(_decoding_state(state))
+    drawn = _draw(logits_RV, rng, temperature, topk, topp, rescale_log_probs)
+    state = state.replace(rng=next_rng, cache=cache)
+    return _append(state, *drawn, forced_RT[:, state.step], limit_R, eos_id)
 
-  final = lax.while_loop(
-    lambda state: ~jnp.all(state.ended_R),
-    decode_one,
-    _SamplingState(
-      step=jnp.zeros((), jnp.int32),
-      sequences_RT=jnp.zeros((rows, T + 1), jnp.int32),
-      scores_R=jnp.zeros(rows, jnp.float32),
-      ended_R=jnp.zeros(rows, bool),
-      rng=jax.random.PRNGKey(0) if decode_rng is None else decode_rng,
-      cache=kv_cache.repeat_rows(cache, num_decodes),
-    ),
+  start = _start(B * num_decodes, T, kv_cache.repeat_rows(cache, num_decodes))
+  if decode_rng is not None:
+    start = start.replace(rng=decode_rng)
+  final = lax.while_loop(lambda state: ~jnp.all(state.ended_R), decode_one, start)
+  return _by_score(final, B)
+
+
+def _start(rows: int, T: int, cache: Any) -> _SamplingState:
+  """Returns the state before the first step: token 0 starts every row."""
+  return _SamplingState(
+    step=jnp.zeros((), jnp.int32),
+    sequences_RT=jnp.zeros((rows, T + 1), jnp.int32),
+    scores_R=jnp.zeros(rows, jnp.float32),
+    ended_R=jnp.zeros(rows, bool),
+    rng=jax.random.PRNGKey(0),
+    cache=cache,
   )
-  scores_Bn = final.scores_R.reshape(B, num_decodes)
+
+
+def _decoding_state(state: _SamplingState) -> DecodingState:
+  """Returns what the model is told of the loop."""
+  token_R1 = lax.dynamic_slice_in_dim(state.sequences_RT, state.step, 1, axis=1)
+  return DecodingState(state.step, state.sequences_RT, token_R1, state.cache)
+
+
+def _append(
+  state: _SamplingState,
+  drawn_R: Array,
+  log_prob_R: Array,
+  forced_R: Array,
+  limit_R: Array,
+  eos_id: int,
+) -> _SamplingState:
+  """Makes each row that has not ended one token longer; a forced token scores 0."""
+  free_R = forced_R == 0
+  token_R = jnp.where(state.ended_R, 0, jnp.where(free_R, drawn_R, forced_R))
+  step = state.step + 1
+  return state.replace(
+    step=step,
+    sequences_RT=lax.dynamic_update_slice_in_dim(
+      state.sequences_RT, token_R[:, None], step, axis=1
+    ),
+    scores_R=state.scores_R + jnp.where(free_R & ~state.ended_R, log_prob_R, 0.0),
+    ended_R=state.ended_R | (free_R & (token_R == eos_id)) | (step >= limit_R),
+  )
+
+
+def _by_score(state: _SamplingState, B: int) -> tuple[Array, Array]:
+  """Returns tokens `[B, num_decodes, T]` and scores, by rising score."""
+  scores_Bn = state.scores_R.reshape(B, -1)
+  tokens_BnT = state.sequences_RT[:, 1:].reshape(*scores_Bn.shape, -1)
   order_Bn = jnp.argsort(scores_Bn, axis=1)
-  tokens_BnT = final.sequences_RT[:, 1:].reshape(B, num_decodes, T)
   return (
     jnp.take_along_axis(tokens_BnT, order_Bn[:, :, None], axis=1),
     jnp.take_along_axis(scores_Bn, order_Bn, axis=1),
@@ -218,6 +236,7 @@ def _draw(
   rescale_log_probs: bool,
 ) -> tuple[Array, Array]:
   """Draws a token for each row; returns it and its log-probability."""
+  logits_RV = logits_RV.astype(jnp.float32)
   best_R = jnp.argmax(logits_RV, axis=-1)
   is_number = isinstance(temperature, int | float)
   if topk == 1 or (is_number and temperature <= MIN_TEMPERATURE):
