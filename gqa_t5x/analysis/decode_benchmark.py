@@ -120,6 +120,13 @@ def random_params(cfg: network.T5Config, seed: int = 0) -> dict[str, Any]:
   return jax.tree.unflatten(treedef, values)
 
 
+def random_inputs(setting: Setting) -> jax.Array:
+  """Returns int32 tokens `[B, S]`, none of them padding or an end marker."""
+  shape = setting.batch_size, setting.input_length
+  tokens = np.random.default_rng(0).integers(2, setting.config.vocab_size, shape)
+  return jnp.asarray(tokens, jnp.int32)
+
+
 class Runner:
   """A model ready to be timed: its inputs are encoded, its cache is empty."""
 
@@ -133,9 +140,7 @@ class Runner:
     cfg = setting.config
     self._module = network.Transformer(cfg)
     self._params = random_params(cfg)
-    shape = setting.batch_size, setting.input_length
-    rng = np.random.default_rng(0)
-    self._inputs = jnp.asarray(rng.integers(2, cfg.vocab_size, shape), jnp.int32)
+    self._inputs = random_inputs(setting)
     self._prepare = jax.jit(decoding.prepare, static_argnums=(0, 3))
     self._cache, self._encoded_kv = self.prepare()
 

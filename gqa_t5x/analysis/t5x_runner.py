@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gqa_t5x import network
 from gqa_t5x.analysis import decode_benchmark
@@ -40,9 +39,7 @@ class Runner:
     }
     self._module = t5x_network.Transformer(t5x_network.T5Config(**shared))
     self._params = decode_benchmark.random_params(cfg)
-    shape = setting.batch_size, setting.input_length
-    tokens = np.random.default_rng(0).integers(2, cfg.vocab_size, shape)
-    self._inputs = jnp.asarray(tokens, jnp.int32)
+    self._inputs = decode_benchmark.random_inputs(setting)
     self._encode = jax.jit(
       functools.partial(
         self._module.apply, method=self._module.encode, enable_dropout=False
