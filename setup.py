@@ -39,7 +39,6 @@ setuptools.setup(
       'matplotlib',
       'optax',
       'orbax-checkpoint',
-      'safetensors',
       'seqio',
       'tensorboard',
       'tensorflow',
@@ -62,6 +61,6 @@ setuptools.setup(
     't5x': ['cached_property', 'chex', 'fiddle', 'grain', 'jaxtyping'],
     # To convert Hugging Face folders that have pytorch_model.bin alone.
     'torch': ['torch'],
-    'test': ['pytest', 'ruff'],
+    'test': ['pytest', 'ruff', 'safetensors'],
   },
 )

@@ -74,7 +74,7 @@ def define_flags() -> flags.FlagValues:
     None,
     'The checkpoint: a folder checkpoint_<step> of T5X, legacy or Orbax layout, or a'
     ' model_dir, whose latest checkpoint is taken; or a Hugging Face folder of'
-    ' T5 v1.1 (local). Local or gs://.',
+    ' T5 v1.1. Local or gs://.',
   )
   text(
     'output',

@@ -1,5 +1,7 @@
 """Hugging Face's T5 v1.1 folders: every tensor finds T5X's place."""
 
+import builtins
+import contextlib
 import json
 import sys
 import types
@@ -234,6 +236,36 @@ def test_opening_reads_nothing(tmp_path, monkeypatch):
     tensors['target/token_embedder/embedding'].read()
   file = tmp_path / 't5' / 'model.safetensors'
   assert f'cannot read the tensor shared.weight of {file}: ' in str(error.value)
+
+
+class Bucket(type(epath.backend.os_backend)):
+  """A local folder as gs://bucket, with handles as TensorFlow gives them for it."""
+
+  def __init__(self, folder):
+    self.folder = folder
+
+  def __getattribute__(self, name):
+    method = super().__getattribute__(name)
+    if name not in ('exists', 'isdir', 'listdir', 'stat'):
+      return method
+    return lambda path: method(self._local(path))
+
+  def _local(self, path):
+    return str(path).replace('gs://bucket', str(self.folder))
+
+  @contextlib.contextmanager
+  def open(self, path, mode):
+    with builtins.open(self._local(path), mode) as handle:
+      yield types.SimpleNamespace(read=handle.read, seek=handle.seek)
+
+
+@pytest.mark.parametrize('sharded', [False, True])
+def test_folder_in_a_bucket(sharded, tmp_path, monkeypatch):
+  monkeypatch.setattr(epath.backend, 'tf_backend', Bucket(tmp_path))
+  folder = write(tmp_path / 't5')
+  if sharded:
+    shard(folder, weights())
+  assert_equals(opened('gs://bucket/t5'), weights())
 
 
 # --- PyTorch ---------------------------------------------------------------------

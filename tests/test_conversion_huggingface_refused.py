@@ -122,10 +122,47 @@ def test_formats_that_are_not_read(name, tmp_path):
   )
 
 
-def test_folder_in_a_bucket():
-  file = epath.Path('gs://bucket/t5/model.safetensors')
-  with pytest.raises(ConversionError, match=r'gs://bucket/t5 .*copy it to a'):
-    huggingface.open_folder(file)
+def test_torch_in_a_bucket():
+  file = epath.Path('gs://bucket/t5/pytorch_model.bin')
+  with pytest.raises(ConversionError, match=r'gs://bucket/t5/.* on a local disk'):
+    huggingface._open_torch(file)
+
+
+def write_header(file, header, nbytes=0):
+  """A safetensors file built by hand after the format's text."""
+  text = json.dumps(header).encode()
+  file.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(nbytes))
+
+
+@pytest.mark.parametrize(
+  ('header', 'message'),
+  [
+    ([1], 'its header is no JSON object'),
+    ({'a': 3}, 'not subscriptable'),
+    ({'a': {'dtype': 'F32', 'shape': [2]}}, 'data_offsets'),
+    ({'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 12]}}, 'has 12 bytes'),
+    ({'a': {'dtype': 'F32', 'shape': [-1], 'data_offsets': [0, 8]}}, 'has shape [-1]'),
+    ({'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [4, 12]}}, 'begins at 4'),
+    (
+      {
+        'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]},
+        'b': {'dtype': 'F32', 'shape': [1], 'data_offsets': [4, 8]},
+      },
+      'b begins at 4 of the data, expected 8',
+    ),
+    (
+      {'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}},
+      'its tensors have 8 bytes, 12 are there',
+    ),
+  ],
+)
+def test_damaged_header(header, message, tmp_path):
+  folder = write(tmp_path / 't5')
+  file = folder / 'model.safetensors'
+  write_header(file, header, 12)
+  start = f'{file} is truncated or damaged ({file.stat().st_size} bytes): '
+  assert refused(folder).startswith(start)
+  assert message in refused(folder)
 
 
 # --- Two layouts in one folder -----------------------------------------------

@@ -8,7 +8,7 @@
   Hugging Face   any_name/config.json          with safetensors or PyTorch files
 
 Either way the result is path -> LazyTensor: nothing is read but names and shapes.
-Paths are local or gs:// (Hugging Face: local).
+Paths are local or gs:// (pytorch_model.bin: local).
 """
 
 import ast

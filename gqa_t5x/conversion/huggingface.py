@@ -12,15 +12,16 @@ Source: T5ForConditionalGeneration of the library transformers.
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x.conversion.safetensors_index import DTYPES, read_index
 from gqa_t5x.conversion.tensors import LazyTensor
 
 CONFIG = 'config.json'
@@ -31,11 +32,11 @@ WEIGHTS = (
 )
 _OTHER_WEIGHTS = ('flax_model.msgpack', 'tf_model.h5')
 _SAVE = 'save the model as safetensors: model.save_pretrained(FOLDER)'
-_DTYPES = {
-  'F16': np.dtype(np.float16),
-  'BF16': np.dtype(ml_dtypes.bfloat16),
-  'F32': np.dtype(np.float32),
-  'F64': np.dtype(np.float64),
+_TORCH_DTYPES = {
+  'float16': DTYPES['F16'],
+  'bfloat16': DTYPES['BF16'],
+  'float32': DTYPES['F32'],
+  'float64': DTYPES['F64'],
 }
 _EMBEDDING = 'shared.weight'
 # Copies of the embedding; and a bias that old checkpoints keep, but no model uses.
@@ -114,12 +115,7 @@ def open_folder(file: epath.Path) -> dict[str, LazyTensor]:
   Raises:
     ConversionError: it is another model, or a part is missing or damaged.
   """
-  folder = file.parent
-  if str(folder).startswith('gs://'):
-    raise ConversionError(
-      f'{folder} is a Hugging Face folder in a bucket: copy it to a local disk first'
-    )
-  sizes = _read_config(folder / CONFIG)
+  sizes = _read_config(file.parent / CONFIG)
   tensors = _open_weights(file)
   for copy in _EMBEDDING_COPIES:
     if copy in tensors:
@@ -235,7 +231,7 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
 
 def _open_weights(file: epath.Path) -> dict[str, LazyTensor]:
   """Opens one file, or an index and all files that it names."""
-  opener = _open_torch if file.name.startswith('pytorch') else _open_safetensors
+  opener = _open_torch if file.name.startswith('pytorch') else read_index
   if file.suffix != '.json':
     return opener(file)
   shard_of = _read_json(file).get('weight_map')
@@ -257,29 +253,11 @@ def _open_weights(file: epath.Path) -> dict[str, LazyTensor]:
   return tensors
 
 
-def _open_safetensors(file: epath.Path) -> dict[str, LazyTensor]:
-  import safetensors
-
-  def read(name: str) -> np.ndarray:
-    # pread: the pages of a memory map would count as resident memory.
-    with safetensors.safe_open(str(file), framework='np', backend='pread') as opened:
-      return opened.get_tensor(name)
-
-  tensors = {}
-  try:
-    with safetensors.safe_open(str(file), framework='np') as opened:
-      for name in opened.keys():  # noqa: SIM118  (it is no mapping)
-        header = opened.get_slice(name)
-        dtype = _dtype(file, name, header.get_dtype())
-        tensors[name] = _tensor(file, name, tuple(header.get_shape()), dtype, read)
-  except (safetensors.SafetensorError, OSError) as error:
-    raise ConversionError(
-      f'{file} is truncated or damaged ({file.stat().length} bytes): {error}'
-    ) from error
-  return tensors
-
-
 def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
+  if str(file).startswith('gs://'):
+    raise ConversionError(
+      f'{file} must be on a local disk, as PyTorch reads it; {_SAVE}'
+    )
   try:
     import torch
   except ImportError as error:
@@ -291,46 +269,30 @@ def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
     state = torch.load(str(file), map_location='cpu', mmap=True, weights_only=True)
   except Exception as error:  # of many types, for many kinds of damage
     raise ConversionError(f'cannot read {file}: {_one_line(error)}; {_SAVE}') from error
-  names = {'float16': 'F16', 'bfloat16': 'BF16', 'float32': 'F32', 'float64': 'F64'}
 
-  def read(name: str) -> np.ndarray:
-    tensor = state[name].contiguous()
-    # NumPy has no bfloat16: the bits go over as integers.
-    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    return np.array(bits.numpy()).view(tensors[name].dtype)
-
-  tensors = {}
-  for name, tensor in state.items():
-    kind = str(tensor.dtype).removeprefix('torch.')
-    dtype = _dtype(file, name, names.get(kind, kind))
-    tensors[name] = _tensor(file, name, tuple(tensor.shape), dtype, read)
-  return tensors
-
-
-def _dtype(file: epath.Path, name: str, kind: str) -> np.dtype:
-  if kind not in _DTYPES:
-    raise ConversionError(
-      f'{file}: {name} is {kind}; parameters must be floating point, of 16 bits or more'
-    )
-  return _DTYPES[kind]
-
-
-def _tensor(
-  file: epath.Path,
-  name: str,
-  shape: tuple[int, ...],
-  dtype: np.dtype,
-  read: Callable[[str], np.ndarray],
-) -> LazyTensor:
-  def checked() -> np.ndarray:
+  def read(name: str, dtype: np.dtype) -> np.ndarray:
     try:
-      return read(name)
-    except Exception as error:  # the file changed: each library has its own error
+      tensor = state[name].contiguous()
+      # NumPy has no bfloat16: the bits go over as integers.
+      bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+      return np.array(bits.numpy()).view(dtype)
+    except Exception as error:  # the file changed, or is damaged inside
       raise ConversionError(
         f'cannot read the tensor {name} of {file}: {_one_line(error)}'
       ) from error
 
-  return LazyTensor(shape, dtype, checked)
+  tensors = {}
+  for name, tensor in state.items():
+    kind = str(tensor.dtype).removeprefix('torch.')
+    dtype = _TORCH_DTYPES.get(kind)
+    if dtype is None:
+      raise ConversionError(
+        f'{file}: {name} is {kind}; parameters must be floating point, of 16 bits or'
+        ' more'
+      )
+    read_it = functools.partial(read, name, dtype)
+    tensors[name] = LazyTensor(tuple(tensor.shape), dtype, read_it)
+  return tensors
 
 
 def _one_line(error: Exception) -> str:

@@ -294,29 +294,4 @@ def _lazy(node: Any, file: epath.Path, path: str) -> Any:
     return {key: _lazy(child, file, f'{path}/{key}') for key, child in node.items()}
   if not isinstance(node, _Stored):
     return node
-  return LazyTensor(node.shape, node.dtype, lambda: _read(file, path[1:], node))
-
-
-def _read(file: epath.Path, path: str, stored: _Stored) -> np.ndarray:
-  array = np.empty(stored.shape, stored.dtype)
-  target = memoryview(array.reshape(-1).view(np.uint8))
-  with file.open('rb') as handle:
-    for offset, nbytes in stored.spans:
-      handle.seek(offset)
-      found = _fill(handle, target[:nbytes])
-      if found < nbytes:
-        raise ConversionError(
-          f'cannot read the tensor {path} of {file}: {nbytes} bytes are expected at'
-          f' {offset}, {found} are there; the file changed after it was opened'
-        )
-      target = target[nbytes:]
-  return array
-
-
-def _fill(handle: BinaryIO, target: memoryview) -> int:
-  """Reads until `target` is full or the file ends; returns how many bytes."""
-  if hasattr(handle, 'readinto'):
-    return handle.readinto(target)
-  data = handle.read(len(target))  # a file in a bucket
-  target[: len(data)] = data
-  return len(data)
+  return LazyTensor.in_file(file, path[1:], node.shape, node.dtype, node.spans)
