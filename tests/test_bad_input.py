@@ -7,6 +7,7 @@ import gc
 import pathlib
 import re
 import shutil
+import time
 
 import commands
 import numpy as np
@@ -33,6 +34,7 @@ def root(tmp_path_factory):
   commands.write_gin(folder)
   for name, num_kv_heads in (('mha', None), ('gqa', 2)):
     train(folder, f'made/{name}', 'pretrain', NUM_KV_HEADS=num_kv_heads, TRAIN_STEPS=0)
+    wait_for(folder / 'made' / name / 'checkpoint_0')
   made = folder / 'made'
   flags = [f'--input={made / "mha"}', f'--output={made / "old"}', '--num_kv_heads=8']
   assert convert.main(['convert', *flags]) == 0
@@ -53,6 +55,14 @@ def train(folder, model_dir: str, run_file: str = 'uptrain', **macros) -> None:
   macros = {'MODEL_DIR': str(folder / model_dir), **macros}
   with parse(folder, run_file, **macros) as arguments_of:
     train_lib.train(**arguments_of('train'))
+
+
+def wait_for(checkpoint: pathlib.Path, seconds: float = 60) -> None:
+  """Waits for a checkpoint: without a step to train, T5X returns while it saves."""
+  end = time.monotonic() + seconds
+  while not checkpoint.exists():
+    assert time.monotonic() < end, f'{checkpoint} is not there after {seconds} s'
+    time.sleep(0.1)
 
 
 def left_behind(folder) -> list[str]:
