@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning as nn_partitioning
+from jax import lax
 
 from gqa_t5x import axes, kv_cache
 
@@ -50,7 +51,7 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 def grouped_attention(
   q_BTNH: Array,
-  k_BKSH: Array,
+  k_BKHS: Array,
   v_BKSH: Array,
   *,
   mask: Array | None = None,
@@ -65,7 +66,7 @@ def grouped_attention(
 
   Args:
     q_BTNH: queries.
-    k_BKSH: keys.
+    k_BKHS: keys, each head transposed: so both products read rows.
     v_BKSH: values.
     mask: bool, broadcastable to `[B, 1, T, S]`; True where a query may look.
     bias: `[B or 1, N, T or 1, S]`, added to the logits.
@@ -81,13 +82,13 @@ def grouped_attention(
   Source: GQA, section 2.2.
   """
   B, T, N, H = q_BTNH.shape
-  K = k_BKSH.shape[1]
+  K = k_BKHS.shape[1]
   check_heads(N, K)
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
   logits_BKGTS = jnp.einsum(
-    'BTKGH,BKSH->BKGTS',
-    q_BTKGH,
-    k_BKSH,
+    'BKGTH,BKHS->BKGTS',
+    q_BKGTH,
+    k_BKHS,
     preferred_element_type=jnp.float32 if float32_logits else None,
   )
   if bias is not None:
@@ -96,8 +97,8 @@ def grouped_attention(
   if mask is not None:
     logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, MASKED_LOGIT)
   probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS).astype(q_BTNH.dtype))
-  out_BTKGH = jnp.einsum('BKGTS,BKSH->BTKGH', probs_BKGTS, v_BKSH)
-  return out_BTKGH.reshape(B, T, N, H)
+  out_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', probs_BKGTS, v_BKSH)
+  return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
 
 
 class Dense(nn.Module):
@@ -119,7 +120,17 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """Maps `[..., in]` to `[..., features]`."""
+    """Maps `[..., in]` to `[..., features]`.
+
+    A transposed kernel in the collection `transposed` takes the place of the parameter
+    (see decoding.py).
+    """
+    if self.has_variable('transposed', 'kernel'):
+      y_FR = self._dot(
+        self.get_variable('transposed', 'kernel'), x.reshape(-1, x.shape[-1]).T
+      )
+      # Without the barrier the compiler turns the product round again.
+      return lax.optimization_barrier(y_FR).T.reshape(*x.shape[:-1], self.features)
     kernel = param_with_axes(
       'kernel',
       self.kernel_init,
@@ -127,10 +138,13 @@ class Dense(nn.Module):
       jnp.float32,
       axes=self.kernel_axes,
     )
-    if x.dtype == kernel.dtype and jnp.promote_types(x.dtype, self.dtype) == self.dtype:
+    return self._dot(x, kernel)
+
+  def _dot(self, x: Array, y: Array) -> Array:
+    if x.dtype == y.dtype and jnp.promote_types(x.dtype, self.dtype) == self.dtype:
       # Of bfloat16 parameters a wider copy would be written and read at every step.
-      return jnp.dot(x, kernel, preferred_element_type=self.dtype)
-    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+      return jnp.dot(x, y, preferred_element_type=self.dtype)
+    return jnp.dot(x.astype(self.dtype), y.astype(self.dtype))
 
 
 class GroupedQueryAttention(nn.Module):
@@ -142,7 +156,7 @@ class GroupedQueryAttention(nn.Module):
     head_dim: H.
     dtype: activation dtype.
     dropout_rate: dropout on the probabilities, broadcast over query length.
-    float32_logits: see `grouped_attention`.
+    float32_logits: see `grouped_attention`; decoding does so in any case.
   """
 
   num_heads: int
@@ -194,17 +208,18 @@ class GroupedQueryAttention(nn.Module):
     check_heads(self.num_heads, self.num_kv_heads)
     B, T, D = inputs_q.shape
     q_BTNH = self._project_q(inputs_q)
+    decoding = cache_index is not None or self.has_variable('encoded_kv', 'key')
     if cache_index is None:
-      k_BKSH, v_BKSH = self._kept_keys_and_values(inputs_kv)
+      k_BKHS, v_BKSH = self._kept_keys_and_values(inputs_kv)
     else:
-      k_BKSH, v_BKSH = self._append_to_cache(inputs_kv, cache_index, mask)
+      k_BKHS, v_BKSH = self._append_to_cache(inputs_kv, cache_index, mask)
     out_BTNH = grouped_attention(
-      q_BTNH.reshape(k_BKSH.shape[0], -1, *q_BTNH.shape[2:]),
-      k_BKSH,
+      q_BTNH.reshape(k_BKHS.shape[0], -1, *q_BTNH.shape[2:]),
+      k_BKHS,
       v_BKSH,
       mask=mask,
       bias=bias,
-      float32_logits=self.float32_logits,
+      float32_logits=self.float32_logits or decoding,
       dropout=self._dropout(deterministic),
     )
     return Dense(
@@ -234,26 +249,35 @@ class GroupedQueryAttention(nn.Module):
     if self.has_variable('encoded_kv', 'key'):
       get = self.get_variable
       return get('encoded_kv', 'key'), get('encoded_kv', 'value')
-    k_BKSH = self._project_kv(inputs_kv, 'key')
-    v_BKSH = self._project_kv(inputs_kv, 'value')
+    k_BKHS, v_BKSH = self._project_kv(inputs_kv)
     if self.is_mutable_collection('encoded_kv') and not self.is_initializing():
-      self.put_variable('encoded_kv', 'key', k_BKSH)
+      self.put_variable('encoded_kv', 'key', k_BKHS)
       self.put_variable('encoded_kv', 'value', v_BKSH)
-    return k_BKSH, v_BKSH
+    return k_BKHS, v_BKSH
 
-  def _project_kv(self, inputs_kv: Array, name: str) -> Array:
-    """Projects `[B, S, D]` to `[B, K, S, H]`."""
+  def _project_kv(self, inputs_kv: Array) -> tuple[Array, Array]:
+    """Projects `[B, S, D]` to keys `[B, K, H, S]` and values `[B, K, S, H]`."""
     kv_heads, joined_kv_heads = axes.kv_axes(self.num_heads, self.num_kv_heads)
-    x_BSKH = Dense(
-      self.num_kv_heads * self.head_dim,
-      (axes.EMBED, joined_kv_heads),
-      self.dtype,
-      self.kernel_init,
-      name=name,
-    )(inputs_kv).reshape(*inputs_kv.shape[:2], self.num_kv_heads, self.head_dim)
-    return with_sharding_constraint(
-      jnp.swapaxes(x_BSKH, 1, 2), (axes.BATCH, kv_heads, axes.LENGTH, axes.HEAD_DIM)
+
+    def project(name):
+      x_BSD = Dense(
+        self.num_kv_heads * self.head_dim,
+        (axes.EMBED, joined_kv_heads),
+        self.dtype,
+        self.kernel_init,
+        name=name,
+      )(inputs_kv)
+      return x_BSD.reshape(*x_BSD.shape[:2], self.num_kv_heads, self.head_dim)
+
+    k_BKHS = with_sharding_constraint(
+      jnp.einsum('BSKH->BKHS', project('key')),
+      (axes.BATCH, kv_heads, axes.HEAD_DIM, axes.LENGTH),
     )
+    v_BKSH = with_sharding_constraint(
+      jnp.einsum('BSKH->BKSH', project('value')),
+      (axes.BATCH, kv_heads, axes.LENGTH, axes.HEAD_DIM),
+    )
+    return k_BKHS, v_BKSH
 
   def _append_to_cache(
     self, inputs_kv: Array, cache_index: Array, mask: Array
@@ -264,21 +288,20 @@ class GroupedQueryAttention(nn.Module):
       B = self.get_variable('cache', 'cached_key').shape[0]
       num_beams = inputs_kv.shape[0] // B
       inputs_kv = inputs_kv.reshape(B, -1, inputs_kv.shape[-1])
-    k_BKTH = self._project_kv(inputs_kv, 'key')
-    v_BKTH = self._project_kv(inputs_kv, 'value')
-    cached_key = self.variable('cache', 'cached_key', jnp.zeros_like, k_BKTH)
+    k_BKHT, v_BKTH = self._project_kv(inputs_kv)
+    cached_key = self.variable('cache', 'cached_key', jnp.zeros_like, k_BKHT)
     cached_value = self.variable('cache', 'cached_value', jnp.zeros_like, v_BKTH)
     if not exists:  # T5X's first call, on tokens that are all ones: only shapes count.
-      return k_BKTH, v_BKTH
-    cache_length = cached_key.value.shape[2]
+      return k_BKHT, v_BKTH
+    cache_length = cached_value.value.shape[2]
     if mask.shape[-1] != cache_length:
       raise ValueError(
         f'The cache was made for {cache_length} positions, but this call is for'
         f' {mask.shape[-1]}; pass max_decode_length={cache_length}.'
       )
     start = cache_index * num_beams
-    cached_key.value = kv_cache.write(cached_key.value, k_BKTH, start)
-    cached_value.value = kv_cache.write(cached_value.value, v_BKTH, start)
+    cached_key.value = kv_cache.write(cached_key.value, k_BKHT, start, axis=3)
+    cached_value.value = kv_cache.write(cached_value.value, v_BKTH, start, axis=2)
     return cached_key.value, cached_value.value
 
   def _dropout(self, deterministic: bool) -> Callable[[Array], Array]:

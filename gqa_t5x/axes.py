@@ -1,7 +1,7 @@
 """One notation for every array, and how each of its dimensions is sharded.
 
 The letters name dimensions in variables, signatures and einsum strings of the
-whole project (`q_BTNH`, `'BTKGH,BKSH->BKGTS'`):
+whole project (`q_BTNH`, `'BKGTH,BKHS->BKGTS'`):
 
 | letter | meaning           | logical axis             | T5X's rule for it      |
 |--------|-------------------|--------------------------|------------------------|

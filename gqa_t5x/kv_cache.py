@@ -20,6 +20,9 @@ from jax import lax
 
 Array = jax.Array
 
+# The axis of S in what `cache` and `encoded_kv` hold.
+LENGTH_AXIS = {'cached_key': 3, 'cached_value': 2}
+
 
 def query_positions(index: Array, length: int) -> Array:
   """Returns the positions of `length` new tokens.
@@ -48,25 +51,26 @@ def causal_mask(positions_BT: Array, cache_length: int) -> Array:
   return positions_BT[:, None, :, None] >= jnp.arange(cache_length)
 
 
-def write(cache_BKSH: Array, new_BKTH: Array, index: Array) -> Array:
+def write(cache: Array, new: Array, index: Array, axis: int) -> Array:
   """Returns the cache with new positions written at `index`, in place under jit.
 
   Args:
-    cache_BKSH: keys or values so far.
-    new_BKTH: keys or values of the new tokens.
+    cache: keys or values so far, `[B, K, H, S]` or `[B, K, S, H]`.
+    new: keys or values of the new tokens, T instead of S.
     index: where they go, as in `query_positions`.
+    axis: that of S.
 
   Returns:
-    `[B, K, S, H]`.
+    The cache, of the same shape.
   """
-  new_BKTH = new_BKTH.astype(cache_BKSH.dtype)
+  new = new.astype(cache.dtype)
   if index.ndim == 0:
-    return lax.dynamic_update_slice_in_dim(cache_BKSH, new_BKTH, index, axis=2)
+    return lax.dynamic_update_slice_in_dim(cache, new, index, axis)
 
-  def write_row(cache_KSH, new_KTH, i):
-    return lax.dynamic_update_slice_in_dim(cache_KSH, new_KTH, i, axis=1)
+  def write_row(cache, new, i):
+    return lax.dynamic_update_slice_in_dim(cache, new, i, axis - 1)
 
-  return jax.vmap(write_row)(cache_BKSH, new_BKTH, jnp.reshape(index, -1))
+  return jax.vmap(write_row)(cache, new, jnp.reshape(index, -1))
 
 
 def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:
@@ -89,17 +93,21 @@ def with_beams(cache: Mapping[str, Any], num_beams: int) -> dict[str, Any]:
     num_beams: beams of each input.
 
   Returns:
-    The collection: keys and values `[B, K, S * beams, H]`, and `decoder/slots`.
+    The collection: keys `[B, K, H, S * beams]`, values `[B, K, S * beams, H]`, and
+    `decoder/slots`.
   """
 
-  def widen(leaf):
+  def widen(path, leaf):
     if leaf.ndim < 4:
       return leaf
-    B, K, S, H = leaf.shape
-    return jnp.zeros((B, K, S * num_beams, H), leaf.dtype)
+    shape = list(leaf.shape)
+    shape[LENGTH_AXIS[path[-1].key]] *= num_beams
+    return jnp.zeros(shape, leaf.dtype)
 
-  B, _, S, _ = next(x.shape for x in jax.tree.leaves(cache) if x.ndim == 4)
-  decoder = jax.tree.map(widen, dict(cache['decoder']))
+  leaves = jax.tree_util.tree_leaves_with_path(cache['decoder'])
+  path, leaf = next((path, leaf) for path, leaf in leaves if leaf.ndim == 4)
+  B, S = leaf.shape[0], leaf.shape[LENGTH_AXIS[path[-1].key]]
+  decoder = jax.tree_util.tree_map_with_path(widen, dict(cache['decoder']))
   return {**cache, 'decoder': {**decoder, 'slots': _own_slots(B, num_beams, S)}}
 
 

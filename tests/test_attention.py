@@ -50,8 +50,14 @@ def jax_attention(q_BTNH, k_BKSH, v_BKSH, bias=None, mask=None):
   )
 
 
+def traced_attention(q_BTNH, k_BKSH, v_BKSH, **options):
+  """What is tested, with keys as the oracles have them."""
+  k_BKHS = jnp.swapaxes(k_BKSH, 2, 3)
+  return attention.grouped_attention(q_BTNH, k_BKHS, v_BKSH, **options)
+
+
 grouped_attention = oracle.jit(
-  attention.grouped_attention, static_argnames=('float32_logits', 'dropout')
+  traced_attention, static_argnames=('float32_logits', 'dropout')
 )
 
 
@@ -166,7 +172,7 @@ def test_gradients_equal_those_of_a_loop(K):
     return out
 
   def ours(q, k, v, bias):
-    return jnp.sum(attention.grouped_attention(q, k, v, bias=bias, mask=mask) * weights)
+    return jnp.sum(traced_attention(q, k, v, bias=bias, mask=mask) * weights)
 
   @oracle.jit
   def gradients(*args):
@@ -191,7 +197,7 @@ def test_gradients_equal_finite_differences(K):
   slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
 
   def ours(q, k, v, bias):
-    return jnp.sum(attention.grouped_attention(q, k, v, bias=bias, mask=mask) * weights)
+    return jnp.sum(traced_attention(q, k, v, bias=bias, mask=mask) * weights)
 
   tangents = tuple(d.astype(np.float32) for d in direction)
   _, got = oracle.jit(functools.partial(jax.jvp, ours))((q, k, v, bias), tangents)
@@ -231,13 +237,12 @@ def test_module_equals_oracle(K):
 
 
 def kept(y_BSD, params, K):
-  """Returns keys and values `[B, K, S, H]` of the inputs, in NumPy."""
-  return {
-    name: (y_BSD @ params[name]['kernel'])
-    .reshape(*y_BSD.shape[:2], K, H)
-    .swapaxes(1, 2)
+  """Returns keys `[B, K, H, S]` and values `[B, K, S, H]` of the inputs, in NumPy."""
+  k_BSKH, v_BSKH = (
+    (y_BSD @ params[name]['kernel']).reshape(*y_BSD.shape[:2], K, H)
     for name in ('key', 'value')
-  }
+  )
+  return {'key': k_BSKH.transpose(0, 2, 3, 1), 'value': v_BSKH.transpose(0, 2, 1, 3)}
 
 
 @pytest.mark.parametrize('K', KV_HEADS)
@@ -263,11 +268,11 @@ def test_rows_share_a_cache(K):
   slots, and each beam looks at slots of its own choice."""
   params, x, y, _, bias = module_inputs(K)
   x_R1D = x[:, :2].reshape(2 * B, 1, D)
+  old, new = kept(y, params, K), kept(x[:, :2], params, K)
+  far = np.full((B, K, 4, H), np.float32(99))
   before = {
-    f'cached_{name}': np.concatenate(
-      [value[:, :, :2], np.full((B, K, 4, H), np.float32(99))], axis=2
-    )
-    for name, value in kept(y, params, K).items()
+    'cached_key': np.concatenate([old['key'][..., :2], far.swapaxes(2, 3)], axis=3),
+    'cached_value': np.concatenate([old['value'][:, :, :2], far], axis=2),
   }
   seen = np.array([[[0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0]]], bool)[:, None]
   got, variables = oracle.jit(
@@ -281,11 +286,11 @@ def test_rows_share_a_cache(K):
       mutable=['cache'],
     )
   )(x_R1D)
-  for name, value in kept(x[:, :2], params, K).items():
-    expected = before[f'cached_{name}'].copy()
-    expected[:, :, 2:4] = value
-    after = variables['cache'][f'cached_{name}']
-    np.testing.assert_allclose(after, expected, atol=1e-5, rtol=1e-5)
+  expected = {name: value.copy() for name, value in before.items()}
+  expected['cached_key'][..., 2:4] = new['key']
+  expected['cached_value'][:, :, 2:4] = new['value']
+  for name, after in variables['cache'].items():
+    np.testing.assert_allclose(after, expected[name], atol=1e-5, rtol=1e-5)
   for row in range(2 * B):
     b, beam = divmod(row, 2)
     past_2D = np.stack([y[b, 1], x[b, beam]])  # The second slot, then its own.
@@ -385,7 +390,7 @@ def test_bad_heads_are_found_by_function_and_module():
   k3, v3 = (np.repeat(x, 3, axis=1) for x in (k, v))
   message = 'num_heads=4 is not divisible by num_kv_heads=3; choose one of 1, 2, 4.'
   with pytest.raises(ValueError, match=re.escape(message)):
-    attention.grouped_attention(q, k3, v3)
+    grouped_attention(q, k3, v3)
   with pytest.raises(ValueError, match=re.escape(message)):
     module(3).init(jax.random.PRNGKey(0), np.zeros((1, 1, D)), np.zeros((1, 1, D)))
   with pytest.raises(ValueError, match=r'^num_heads=0 must be at least 1\.$'):

@@ -138,7 +138,10 @@ def table_search(n):
       # Some rows' logits are moved: only differences count.
       return logits + (jnp.arange(len(rows)) % 2)[:, None], state.cache
 
-    cache = {'cache_index': jnp.zeros((), jnp.int32), 'key': jnp.zeros((2, 1, 1, 1))}
+    cache = {
+      'cache_index': jnp.zeros((), jnp.int32),
+      'cached_value': jnp.zeros((2, 1, 1, 1)),
+    }
     return beam_search.beam_search(
       prompts, {'decoder': cache}, tokens_to_logits, eos_id, n, **options
     )
@@ -334,11 +337,12 @@ def test_keys_and_values_are_neither_repeated_nor_moved(K):
   layer = 'decoder/layers_1/self_attention'
   assert seen['rows'] == (B * BEAMS, 1)
   assert seen['decoder/slots'] == (B, BEAMS, LENGTH)
-  assert seen[f'{layer}/cached_key'] == (B, K, LENGTH * BEAMS, BIG)
+  assert seen[f'{layer}/cached_key'] == (B, K, BIG, LENGTH * BEAMS)
+  assert seen[f'{layer}/cached_value'] == (B, K, LENGTH * BEAMS, BIG)
   shapes = [x.aval.shape for x in step.invars]
-  kept = (B, K, INPUT_LENGTH, BIG)
-  assert shapes.count(kept) == 2 * oracle.DECODER_LAYERS
-  assert largest(step) < BEAMS * np.prod(kept)  # What T5X's beams read.
+  key, value = (B, K, BIG, INPUT_LENGTH), (B, K, INPUT_LENGTH, BIG)
+  assert shapes.count(key) == shapes.count(value) == oracle.DECODER_LAYERS
+  assert largest(step) < BEAMS * np.prod(value)  # What T5X's beams read.
   assert operations_on_caches(step, K) == {'dynamic_update_slice'}
 
 

@@ -54,7 +54,7 @@ def test_all_combinations_with_t5x():
     (['decode', '--input_length=0'], 'input_length=0 must be at least 1.'),
     (['decode', '--num_beams=0'], 'num_beams=0 must be at least 1.'),
     (['decode', '--output_length=3'], 'output_length=3 must be at least 4'),
-    (['decode', '--batch_size=1000000'], 'needs 42596.8 GB, and '),
+    (['decode', '--batch_size=1000000'], 'needs 42597.3 GB, and '),
     (['decode', '--json=/no/such/rows.json'], '/no/such/rows.json: there is no such'),
     (['decode', '--repeats=3'], 'flag --repeats=3'),
     (['decode', '--compare=torch'], 'flag --compare=torch'),
@@ -82,7 +82,7 @@ def test_a_missing_extra(monkeypatch, capsys):
 def test_memory_is_that_of_the_arrays():
   setting = Setting('tiny', 2, 3, 10, 8, 'float32', 2)
   runner = decode_benchmark.Runner(setting)
-  leaves = jax.tree.leaves((runner._params, runner._encoded_kv))
+  leaves = jax.tree.leaves((runner._params, runner._kept))
   cross_and_params = sum(leaf.nbytes for leaf in leaves)
   self_cache = 2 * sum(x.nbytes for x in jax.tree.leaves(runner._cache) if x.ndim == 4)
   logits = 4 * 3 * 2 * network.VOCAB_SIZE

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import model_oracle as oracle
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from gqa_t5x import decoding, network
+from gqa_t5x.analysis import costs
 
 B, T = oracle.B, oracle.T
 PROMPT_LENGTHS = np.array([3, 0, 4, 1])
@@ -184,7 +186,7 @@ def test_what_is_kept(K):
   cfg = oracle.config(K)
   params, batch = oracle.params(cfg), oracle.batch()
   _, cache, kept = kept_steps(cfg)(params, batch)
-  kept = oracle.flat(kept)
+  kept = oracle.flat(kept['encoded_kv'])
   module = network.Transformer(cfg)
   inputs = batch['encoder_input_tokens']
   encoded = np.asarray(
@@ -194,7 +196,8 @@ def test_what_is_kept(K):
   for name in ('key', 'value'):
     path = f'decoder/layers_1/encoder_decoder_attention/{name}'
     expected = encoded @ oracle.flat(params)[f'{path}/kernel']
-    expected = expected.reshape(B, oracle.S, K, oracle.H).swapaxes(1, 2)
+    expected = expected.reshape(B, oracle.S, K, oracle.H)
+    expected = np.einsum('BSKH->BKHS' if name == 'key' else 'BSKH->BKSH', expected)
     np.testing.assert_allclose(kept[path], expected, atol=1e-5, rtol=1e-5)
   assert_empty(cache, K)
 
@@ -202,9 +205,13 @@ def test_what_is_kept(K):
 def assert_empty(cache, K):
   leaves = oracle.flat(cache)
   assert len(leaves) == 1 + 2 * oracle.DECODER_LAYERS
+  shapes = {
+    'cache_index': (),
+    'cached_key': (B, K, oracle.H, T),
+    'cached_value': (B, K, T, oracle.H),
+  }
   for name, leaf in leaves.items():
-    is_index = name.endswith('cache_index')
-    assert leaf.shape == (() if is_index else (B, K, T, oracle.H)), name
+    assert leaf.shape == shapes[name.rpartition('/')[2]], name
     np.testing.assert_array_equal(leaf, np.zeros_like(leaf), err_msg=name)
 
 
@@ -217,13 +224,45 @@ def test_the_cache_made_on_ones_holds_no_trace_of_them(K):
   assert_empty(make(oracle.params(cfg), inputs=inputs), K)
 
 
+@pytest.mark.parametrize('logits_via_embedding', [False, True])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_transposed_kernels_change_nothing(dtype, logits_via_embedding):
+  """The CPU has them, an accelerator does not: one step with and without."""
+  cfg = oracle.config(2, dtype=dtype, logits_via_embedding=logits_via_embedding)
+  params = jax.tree.map(lambda x: x.astype(dtype), oracle.params(cfg))
+  inputs = jnp.asarray(oracle.batch()['encoder_input_tokens'])
+  module, token = network.Transformer(cfg), jnp.arange(2, 2 + B)
+  cache, kept = decoding.prepare(module, params, inputs, T)
+  kernels = oracle.flat(kept.pop('transposed'))
+  step_kernels = sum(kernel.size for kernel in kernels.values())
+  assert step_kernels == costs.step_kernels(cfg)
+  for path, kernel in kernels.items():
+    np.testing.assert_array_equal(kernel.T, oracle.flat(params)[path])
+  args = cache, inputs, token, T
+  plain, _ = decoding.step(module, params, kept, *args)
+  wrong = {path: jnp.zeros_like(kernel) for path, kernel in kernels.items()}
+  outcomes = {}
+  for name, flat in {'right': kernels, 'wrong': wrong}.items():
+    tree = traverse_util.unflatten_dict(flat, sep='/')
+    outcomes[name], _ = decoding.step(
+      module, params, {**kept, 'transposed': tree}, *args
+    )
+  tolerance = 1e-5 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
+  scale = float(jnp.abs(plain).max())
+  np.testing.assert_allclose(outcomes['right'], plain, atol=tolerance * scale)
+  assert float(jnp.abs(outcomes['wrong'] - plain).max()) > 0.1 * scale
+
+
 def test_bfloat16_steps_equal_bfloat16_forward():
   """Both round alike, but for the order of sums: sqrt(40) roundings, as for the
   whole model against float32 (test_network.py)."""
-  cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=True)
+  cfg = oracle.config(2, dtype=jnp.bfloat16)
+  float32_logits = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=True)
   params, batch = oracle.params(oracle.config(2)), oracle.batch()
   steps, cache, _ = kept_steps(cfg)(params, batch)
-  full = np.asarray(oracle.forward(cfg)(params, batch))
+  same, _, _ = kept_steps(float32_logits)(params, batch)
+  np.testing.assert_array_equal(steps, same)  # Decoding always has them.
+  full = np.asarray(oracle.forward(float32_logits)(params, batch))
   assert oracle.flat(cache)['decoder/layers_0/self_attention/cached_key'].dtype == (
     jnp.bfloat16
   )

@@ -7,7 +7,7 @@ import pytest
 
 from gqa_t5x import kv_cache
 
-write = jax.jit(kv_cache.write)
+write = jax.jit(kv_cache.write, static_argnames='axis')
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,9 @@ TWO = np.array([[-1, -2], [-3, -4], [-5, -6], [-7, -8]], np.float32)
   ],
 )
 def test_write(new, index, expected):
-  got = write(CACHE[:, None, :, None], new[:, None, :, None], jnp.asarray(index))
+  got = write(
+    CACHE[:, None, :, None], new[:, None, :, None], jnp.asarray(index), axis=2
+  )
   np.testing.assert_array_equal(got, np.array(expected)[:, None, :, None])
 
 
@@ -99,12 +101,16 @@ def test_write_keeps_heads_and_units_apart(K, index):
   for b, start in enumerate(np.broadcast_to(np.reshape(index, -1), 3)):
     for k in range(K):
       expected[b, k, start : start + 2] = new[b, k]
-  np.testing.assert_array_equal(write(cache, new, jnp.asarray(index)), expected)
+  got = write(cache, new, jnp.asarray(index), axis=2)
+  np.testing.assert_array_equal(got, expected)
+  cache, new = cache.swapaxes(2, 3), new.swapaxes(2, 3)  # as keys are kept
+  got = write(cache, new, jnp.asarray(index), axis=3)
+  np.testing.assert_array_equal(got, expected.swapaxes(2, 3))
 
 
 def test_write_keeps_the_dtype_of_the_cache():
   cache = jnp.zeros((1, 1, 2, 1), jnp.bfloat16)
-  got = write(cache, jnp.full((1, 1, 1, 1), 1.001, jnp.float32), jnp.asarray(1))
+  got = write(cache, jnp.full((1, 1, 1, 1), 1.001, jnp.float32), jnp.asarray(1), axis=2)
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got.astype(np.float32), [[[[0], [1]]]])
 
@@ -114,8 +120,9 @@ def test_write_keeps_the_dtype_of_the_cache():
 
 def a_cache(B, S, index=0):
   """Returns a cache of one head of size 2; its keys and values are all distinct."""
-  key = np.arange(B * S * 2, dtype=np.float32).reshape(B, 1, S, 2)
-  layer = {'self_attention': {'cached_key': key, 'cached_value': key + 1000}}
+  value = np.arange(B * S * 2, dtype=np.float32).reshape(B, 1, S, 2)
+  key = 1000 + value.swapaxes(2, 3)
+  layer = {'self_attention': {'cached_key': key, 'cached_value': value}}
   return {'decoder': {'cache_index': np.int32(index), 'layers_0': layer}}
 
 
@@ -125,8 +132,8 @@ def test_repeat_rows():
   first, second = [[0, 1], [2, 3]], [[4, 5], [6, 7]]
   expected = np.array([first] * 3 + [second] * 3)[:, None]
   layer = got['layers_0']['self_attention']
-  np.testing.assert_array_equal(layer['cached_key'], expected)
-  np.testing.assert_array_equal(layer['cached_value'], expected + 1000)
+  np.testing.assert_array_equal(layer['cached_key'], 1000 + expected.swapaxes(2, 3))
+  np.testing.assert_array_equal(layer['cached_value'], expected)
   assert got['cache_index'].shape == ()
 
 
@@ -139,8 +146,8 @@ def test_with_beams():
   layer = got['layers_0']['self_attention']
   assert layer['cached_key'].dtype == jnp.bfloat16
   assert layer['cached_value'].dtype == jnp.float32
-  for leaf in layer.values():
-    np.testing.assert_array_equal(leaf, np.zeros((2, 1, 4 * 3, 2)))
+  np.testing.assert_array_equal(layer['cached_key'], np.zeros((2, 1, 2, 4 * 3)))
+  np.testing.assert_array_equal(layer['cached_value'], np.zeros((2, 1, 4 * 3, 2)))
   own = [[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2]]
   assert got['slots'].dtype == jnp.int32
   np.testing.assert_array_equal(got['slots'], [own, own])
@@ -213,15 +220,15 @@ def test_every_beam_finds_its_own_past():
   rng = np.random.default_rng(7)
   pasts = [[[] for _ in range(n)] for _ in range(B)]
   cache = {'decoder': {'cache_index': jnp.zeros((), jnp.int32)}}
-  cache['decoder']['layer'] = {'cached_key': jnp.zeros((B, 1, S, 1))}
+  cache['decoder']['layer'] = {'cached_value': jnp.zeros((B, 1, S, 1))}
   cache = kv_cache.with_beams(cache, n)['decoder']
   for s in range(S):
     new = rng.standard_normal((B, 1, n, 1)).astype(np.float32)
-    cache['layer'] = {
-      'cached_key': write(cache['layer']['cached_key'], new, jnp.asarray(s * n))
-    }
+    value = cache['layer']['cached_value']
+    value = write(value, new, jnp.asarray(s * n), axis=2)
+    cache['layer'] = {'cached_value': value}
     seen = np.asarray(kv_cache.beam_mask(cache['slots'], jnp.asarray(s)))
-    stored = np.asarray(cache['layer']['cached_key'])
+    stored = np.asarray(value)
     for b in range(B):
       for i in range(n):
         pasts[b][i].append(new[b, 0, i, 0])

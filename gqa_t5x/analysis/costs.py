@@ -57,6 +57,21 @@ def parameters(cfg: T5Config) -> dict[str, int]:
   }
 
 
+def step_kernels(cfg: T5Config) -> int:
+  """Counts the parameters in the kernels that one decode step multiplies with.
+
+  Args:
+    cfg: the configuration.
+
+  Returns:
+    Number of parameters: the decoder's kernels but those of cross-attention K and V.
+  """
+  parts = parameters(cfg)
+  kernels = ('self_attention', 'cross_attention', 'decoder_mlp', 'logits_dense')
+  cross_kv = cfg.num_decoder_layers * _key_and_value_kernels(cfg, cfg.cross_kv)
+  return sum(parts[part] for part in kernels) - cross_kv
+
+
 def decoder_step_parameters(cfg: T5Config, rows: int) -> int:
   """Counts the parameters that one decode step reads.
 
@@ -78,9 +93,7 @@ def decoder_step_parameters(cfg: T5Config, rows: int) -> int:
   """
   _check_positive(rows=rows)
   parts = parameters(cfg)
-  decoder = ('self_attention', 'cross_attention', 'decoder_mlp', 'decoder_norms')
-  read = sum(parts[part] for part in (*decoder, 'decoder_relpos_bias', 'logits_dense'))
-  read -= cfg.num_decoder_layers * _key_and_value_kernels(cfg, cfg.cross_kv)
+  read = step_kernels(cfg) + parts['decoder_norms'] + parts['decoder_relpos_bias']
   embedding = parts['embedding'] if cfg.logits_via_embedding else rows * cfg.emb_dim
   return read + embedding
 

@@ -60,8 +60,10 @@ class Setting:
     """Memory that it needs, in bytes: parameters, keys, values and logits."""
     cfg, rows = self.config, self.batch_size * self.num_beams
     itemsize = jnp.dtype(cfg.dtype).itemsize
+    twice = self.system == 'gqa_t5x' and jax.default_backend() == 'cpu'  # decoding.py
     return (
       sum(costs.parameters(cfg).values()) * itemsize
+      + twice * costs.step_kernels(cfg) * itemsize
       + costs.cross_kv_bytes(cfg, self.batch_size, self.input_length)
       + costs.self_cache_bytes(cfg, rows, self.output_length)
       + 4 * rows * cfg.vocab_size
@@ -142,7 +144,7 @@ class Runner:
     self._params = random_params(cfg)
     self._inputs = random_inputs(setting)
     self._prepare = jax.jit(decoding.prepare, static_argnums=(0, 3))
-    self._cache, self._encoded_kv = self.prepare()
+    self._cache, self._kept = self.prepare()
 
   def prepare(self) -> Any:
     """Encodes the inputs and computes cross K and V."""
@@ -157,7 +159,7 @@ class Runner:
       self.setting.num_beams,
       self.setting.output_length,
       self._params,
-      self._encoded_kv,
+      self._kept,
       self._cache,
       self._inputs,
       steps,
@@ -165,12 +167,10 @@ class Runner:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(module, num_beams, length, params, encoded_kv, cache, inputs, steps):
+def _decode(module, num_beams, length, params, kept, cache, inputs, steps):
   def tokens_to_logits(state):
     token_R = state.cur_token[:, 0]
-    return decoding.step(
-      module, params, encoded_kv, state.cache, inputs, token_R, length
-    )
+    return decoding.step(module, params, kept, state.cache, inputs, token_R, length)
 
   prompts = jnp.zeros((inputs.shape[0], length), jnp.int32)
   if num_beams == 1:
@@ -244,9 +244,8 @@ def _fitting(settings: Sequence[Setting]) -> list[list[Setting]]:
 @functools.cache
 def _matmul_rate(rows: int, size: str, dtype: str) -> float:
   dims = network.SIZES[size]
-  return timing.matmul_gflop_per_s(
-    rows, (dims['emb_dim'], dims['mlp_dim']), DTYPES[dtype]
-  )
+  D, F = dims['emb_dim'], dims['mlp_dim']
+  return timing.matmul_gflop_per_s(rows, ((D, F), (F, D)), DTYPES[dtype])
 
 
 def _row(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 # Far larger than any cache of a processor, small beside the memory of a device.
 STREAM_BYTES = {'cpu': 2**29, 'gpu': 2**32, 'tpu': 2**31}
@@ -65,25 +66,40 @@ def stream_gb_per_s(repeats: int = 5) -> float:
 
 
 def matmul_gflop_per_s(
-  rows: int, shape: tuple[int, int], dtype: Any, repeats: int = 5
+  rows: int, shapes: Sequence[tuple[int, int]], dtype: Any, repeats: int = 5
 ) -> float:
-  """Returns the rate of products `[rows, D] x [D, F]`, GFLOP/s, 2 a multiply-add.
+  """Returns the rate of products of few rows, GFLOP/s, 2 a multiply-add.
 
-  There are more kernels than fit into a cache, as in a decode step.
+  There are more kernels than fit into a cache, as in a decode step, and none waits for
+  another. They are multiplied as `[rows, D] x [D, F]` and as `[F, D] x [D, rows]`; the
+  faster counts.
 
   Args:
-    rows: of the left factor.
-    shape: (D, F) of the kernels.
-    dtype: of both factors.
+    rows: of the first factor.
+    shapes: (D, F) of the kernels; as many of one as of another.
+    dtype: of all factors.
     repeats: how often.
   """
-  nbytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+  nbytes = sum(map(math.prod, shapes)) * jnp.dtype(dtype).itemsize
   number = max(1, STREAM_BYTES[jax.default_backend()] // 2 // nbytes)
-  kernels = [jnp.full(shape, i, dtype) for i in range(number)]
-  x = jnp.ones((rows, shape[0]), dtype)
-  products = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels])
-  flops = 2 * rows * math.prod(shape) * number
-  return 1e-9 * flops / median_seconds(lambda: products(x, kernels), repeats)
+  inputs = [jnp.ones((rows, D), dtype) for D, _ in shapes]
+  flops = 2 * rows * sum(map(math.prod, shapes)) * number
+
+  def rate(product, kernel_shapes):
+    kernels = [
+      [jnp.full(shape, i, dtype) for shape in kernel_shapes] for i in range(number)
+    ]
+    run = jax.jit(
+      lambda inputs, kernels: [
+        product(x, w) for pair in kernels for x, w in zip(inputs, pair, strict=True)
+      ]
+    )
+    return 1e-9 * flops / median_seconds(lambda: run(inputs, kernels), repeats)
+
+  return max(
+    rate(lambda x, w: x @ w, shapes),
+    rate(lambda x, w: lax.optimization_barrier(w @ x.T).T, [s[::-1] for s in shapes]),
+  )
 
 
 def free_bytes() -> int | None:

@@ -193,10 +193,10 @@ def decode_rows(
   for num_kv_heads, (values, architecture) in parameters.items():
     tokens = rng.integers(3, architecture.vocab_size, (DECODE_BATCH, DECODE_INPUT))
     module = _module_of(architecture)
-    cache, encoded_kv = jax.jit(decoding.prepare, static_argnums=(0, 3))(
+    cache, kept = jax.jit(decoding.prepare, static_argnums=(0, 3))(
       module, values, tokens, max(DECODE_STEPS)
     )
-    arguments = (module, values, encoded_kv, cache, tokens)
+    arguments = (module, values, kept, cache, tokens)
     for steps in DECODE_STEPS:
       jax.block_until_ready(_decode(*arguments, steps))
     runs[num_kv_heads] = arguments
@@ -223,13 +223,13 @@ def decode_rows(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _decode(module, values, encoded_kv, cache, tokens, steps):
+def _decode(module, values, kept, cache, tokens, steps):
   """Decodes a number of steps greedily, without stopping at the end marker."""
 
   def decode_one(_, state):
     token_B, cache = state
     logits_BV, cache = decoding.step(
-      module, values, encoded_kv, cache, tokens, token_B, max(DECODE_STEPS)
+      module, values, kept, cache, tokens, token_B, max(DECODE_STEPS)
     )
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
 
