@@ -256,13 +256,10 @@ def test_transposed_kernels_change_nothing(dtype, logits_via_embedding):
 def test_bfloat16_steps_equal_bfloat16_forward():
   """Both round alike, but for the order of sums: sqrt(40) roundings, as for the
   whole model against float32 (test_network.py)."""
-  cfg = oracle.config(2, dtype=jnp.bfloat16)
-  float32_logits = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=True)
+  cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=True)
   params, batch = oracle.params(oracle.config(2)), oracle.batch()
   steps, cache, _ = kept_steps(cfg)(params, batch)
-  same, _, _ = kept_steps(float32_logits)(params, batch)
-  np.testing.assert_array_equal(steps, same)  # Decoding always has them.
-  full = np.asarray(oracle.forward(float32_logits)(params, batch))
+  full = np.asarray(oracle.forward(cfg)(params, batch))
   assert oracle.flat(cache)['decoder/layers_0/self_attention/cached_key'].dtype == (
     jnp.bfloat16
   )
@@ -270,6 +267,20 @@ def test_bfloat16_steps_equal_bfloat16_forward():
   difference = (np.swapaxes(steps, 0, 1) - full)[real]
   relative = np.sqrt(np.mean(difference**2) / np.mean(full[real] ** 2))
   assert relative < np.sqrt(40) * float(jnp.finfo(jnp.bfloat16).eps) / 2
+
+
+def test_decoding_has_float32_attention_logits_in_any_case():
+  params = oracle.params(oracle.config(2))
+  inputs = jnp.asarray(oracle.batch()['encoder_input_tokens'])
+  logits = []
+  for asked_for in (False, True):
+    cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=asked_for)
+    module = network.Transformer(cfg)
+    if not logits:  # The encoder does as it is told, so both decode from the same.
+      cache, kept = decoding.prepare(module, params, inputs, T)
+    token = jnp.arange(2, 2 + B)
+    logits += [decoding.step(module, params, kept, cache, inputs, token, T)[0]]
+  np.testing.assert_array_equal(*logits)
 
 
 def decode_once(**overrides):
