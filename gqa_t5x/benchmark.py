@@ -14,22 +14,42 @@ measured, and those that fit into memory together take turns:
 
   python -m gqa_t5x.benchmark decode --size=base --input_length=512,2048 --compare=t5x
 
-A row of --json holds, beside its setting:
+Two more things can be measured; the last one needs what conversion needs:
+
+  python -m gqa_t5x.benchmark train --size=base --num_kv_heads=12,4
+  python -m gqa_t5x.benchmark convert --size=large --work_dir=/path/on/that/disk
+
+--json writes one row a setting. Beside the setting it holds, for `decode`:
 
   ms_per_step            one more token of every row: slope between two lengths
-  encode_ms              the encoder, and cross-attention K and V, once an input
+  encode_ms              the encoder, and all that is made once an input
   seconds_per_sample     (encode + output_length steps) / batch_size
   tokens_per_s           batch_size / step
   param_bytes_per_step   parameters that a step reads, by formula
   cache_bytes_per_step   keys and values that a step reads, by formula
-  gb_per_s               both / ms_per_step (1e9 bytes)
+  flops_per_step         by formula
+  gb_per_s               both bytes / ms_per_step (1e9 bytes)
   stream_gb_per_s        what a plain sum reads on this machine, in this process
   roofline_fraction      gb_per_s / stream_gb_per_s
   matmul_gflop_per_s     products of as many rows as the step has, in this process
   roofline_ms            max(bytes / stream_gb_per_s, FLOPs / matmul_gflop_per_s)
   roofline_time_fraction roofline_ms / ms_per_step
+
+for `train` (forward and backward pass, no optimizer):
+
+  ms_per_step, tokens_per_s (of inputs and targets), flops_per_step (by formula),
+  gflop_per_s, matmul_gflop_per_s (products of as many rows), matmul_fraction
+
+for `convert`:
+
+  seconds                of the conversion, until the result is on the disk
+  cp_seconds             `cp -r` of the source and `sync`, in turn with it
+  cp_fraction            cp_seconds / seconds
+  input_bytes, output_bytes, gb_per_s (of the input), peak_mb (resident, 1e6 bytes)
 """
 
+import functools
+import importlib
 import itertools
 import json
 import os
@@ -41,40 +61,61 @@ from typing import Any
 from absl import flags
 
 from gqa_t5x import network
-from gqa_t5x.analysis import benchmark_report, decode_benchmark
-from gqa_t5x.analysis.decode_benchmark import BadSetting, Setting
+from gqa_t5x.analysis import benchmark_report
+from gqa_t5x.analysis.settings import DTYPES, BadSetting
 
-# Flags of a setting: each takes a comma list.
-LISTS = {
-  'size': ('base', 'Model sizes: ' + ', '.join(network.SIZES) + '.'),
-  'num_kv_heads': (None, 'Key/value heads; by default every divisor of the heads.'),
-  'batch_size': ('8', 'Inputs decoded together.'),
-  'input_length': ('512', 'Tokens of each input.'),
-  'output_length': ('64', 'Tokens decoded; positions of the self-attention cache.'),
-  'dtype': ('float32', 'Of parameters, activations and cache: float32 or bfloat16.'),
-  'num_beams': ('1', 'Beams of each input; 1 is greedy.'),
-}
-WORDS = ('size', 'dtype')
+BENCHMARKS = ('decode', 'train', 'convert')
+WORDS = {'size': network.SIZES, 'dtype': DTYPES, 'method': (), 'compression': ()}
 
 
-def define_flags() -> flags.FlagValues:
-  """The command's flags, apart from absl's global ones."""
+def module_of(name: str) -> Any:
+  """Returns the module of a benchmark: its LISTS, COLUMNS, Setting and measure.
+
+  Args:
+    name: one of BENCHMARKS.
+
+  Raises:
+    BadSetting: what it needs is not installed.
+  """
+  try:
+    return importlib.import_module(f'gqa_t5x.analysis.{name}_benchmark')
+  except ImportError as error:
+    raise BadSetting(
+      f'{name} needs {error.name}, which is not installed;'
+      " pip install 'gqa_t5x[train]'."
+    ) from error
+
+
+def define_flags(name: str) -> flags.FlagValues:
+  """The flags of a benchmark, apart from absl's global ones.
+
+  Args:
+    name: one of BENCHMARKS.
+  """
   values = flags.FlagValues()
   define = {'flag_values': values, 'module_name': 'gqa_t5x.benchmark'}
-  for name, (default, text) in LISTS.items():
-    flags.DEFINE_list(name, default, text, **define)
-  flags.DEFINE_integer('repeats', 7, 'Times, of which the median counts.', 5, **define)
-  flags.DEFINE_enum('compare', None, ['t5x'], 'Measure T5X itself as well.', **define)
+  for flag, (default, text) in module_of(name).LISTS.items():
+    flags.DEFINE_list(flag, default, text, **define)
+  few, least = (3, 1) if name == 'convert' else (7, 5)
+  flags.DEFINE_integer(
+    'repeats', few, 'Times, of which the median counts.', least, **define
+  )
   flags.DEFINE_string('json', None, 'Write the rows to this file.', **define)
-  flags.DEFINE_string('png', None, 'Draw seconds per sample to this file.', **define)
+  if name == 'convert':
+    flags.DEFINE_string('work_dir', '.', 'A folder on the disk to measure.', **define)
+  else:
+    flags.DEFINE_enum('compare', None, ['t5x'], 'Measure T5X itself as well.', **define)
+  if name == 'decode':
+    flags.DEFINE_string('png', None, 'Draw seconds per sample to this file.', **define)
   flags.DEFINE_bool('help', False, 'Show this text.', short_name='h', **define)
   return values
 
 
-def settings(args: flags.FlagValues) -> list[Setting]:
+def settings(name: str, args: flags.FlagValues) -> list[Any]:
   """Returns every combination of what the flags list.
 
   Args:
+    name: one of BENCHMARKS.
     args: parsed flags.
 
   Returns:
@@ -83,111 +124,125 @@ def settings(args: flags.FlagValues) -> list[Setting]:
   Raises:
     BadSetting: for what is not a number, or an unknown size or dtype.
   """
-  lists = {name: _values(name, args[name].value) for name in LISTS}
+  module = module_of(name)
+  lists = {flag: _values(flag, args[flag].value) for flag in module.LISTS}
   ours = []
   for size in lists['size']:
-    if size not in network.SIZES:
-      raise BadSetting(f'size={size}; choose from {", ".join(network.SIZES)}.')
-    num_heads = network.SIZES[size]['num_heads']
-    divisors = [k for k in range(num_heads, 0, -1) if num_heads % k == 0]
+    heads = lists['num_kv_heads'] or _default_heads(name, size)
     # Heads come last: those that differ in nothing else take turns.
-    names = [n for n in LISTS if n not in ('size', 'num_kv_heads')]
-    for values in itertools.product(*(lists[name] for name in names)):
-      for num_kv_heads in lists['num_kv_heads'] or divisors:
-        ours.append(
-          Setting(
-            size=size,
-            num_kv_heads=num_kv_heads,
-            **dict(zip(names, values, strict=True)),
-          )
-        )
-  return with_t5x(ours) if args.compare else ours
+    others = [flag for flag in lists if flag not in ('size', 'num_kv_heads')]
+    for values in itertools.product(*(lists[flag] for flag in others)):
+      for num_kv_heads in heads:
+        fields = dict(zip(others, values, strict=True))
+        ours.append(module.Setting(size=size, num_kv_heads=num_kv_heads, **fields))
+  return with_t5x(ours) if 'compare' in args and args.compare else ours
 
 
-def with_t5x(ours: Sequence[Setting]) -> list[Setting]:
+def _default_heads(name: str, size: str) -> list[int]:
+  num_heads = network.SIZES[size]['num_heads']
+  if name == 'convert':
+    return [max(1, num_heads // 4)]
+  return [k for k in range(num_heads, 0, -1) if num_heads % k == 0]
+
+
+def with_t5x(ours: Sequence[Any]) -> list[Any]:
   """Returns settings, each list of heads followed by T5X's own network once."""
-  result = []
+  result = list(ours)
   for setting in ours:
-    result.append(setting)
-  for setting in ours:
-    theirs = Setting(
-      **(vars(setting) | {'num_kv_heads': setting.config.num_heads, 'system': 't5x'})
-    )
+    changes = {'num_kv_heads': setting.config.num_heads, 'system': 't5x'}
+    theirs = type(setting)(**(vars(setting) | changes))
     if theirs not in result:
       result.append(theirs)
   return sorted(result, key=_turn)
 
 
-def _turn(setting: Setting) -> tuple[Any, ...]:
+def _turn(setting: Any) -> tuple[Any, ...]:
   """Settings that differ in heads and network only are neighbours."""
   values = vars(setting) | {'num_kv_heads': 0, 'system': ''}
   sizes = list(network.SIZES)
   return sizes.index(setting.size), *(v for n, v in values.items() if n != 'size')
 
 
-def _values(name: str, words: Sequence[str] | None) -> list[Any]:
+def _values(flag: str, words: Sequence[str] | None) -> list[Any]:
   if not words:
     return []
-  if name in WORDS:
-    known = {'size': network.SIZES, 'dtype': decode_benchmark.DTYPES}[name]
-    unknown = [word for word in words if word not in known]
+  if flag in WORDS:
+    known = WORDS[flag]
+    unknown = [word for word in words if known and word not in known]
     if unknown:
-      raise BadSetting(f'{name}={unknown[0]}; choose from {", ".join(known)}.')
+      raise BadSetting(f'{flag}={unknown[0]}; choose from {", ".join(known)}.')
     return list(words)
   try:
     return [int(word) for word in words]
   except ValueError as error:
-    raise BadSetting(f'{name}={",".join(words)} must be whole numbers.') from error
+    raise BadSetting(f'{flag}={",".join(words)} must be whole numbers.') from error
 
 
-def run(args: flags.FlagValues, argv: Sequence[str]) -> None:
+def run(name: str, args: flags.FlagValues, argv: Sequence[str]) -> None:
   """Measures, prints a table and writes files.
 
   Args:
+    name: one of BENCHMARKS.
     args: parsed flags.
     argv: what the user typed, for the rows.
 
   Raises:
     BadSetting: for what cannot be measured or written, before anything is run.
   """
-  if args.png:
+  png = args.png if 'png' in args else None
+  if png:
     benchmark_report.check_matplotlib()
-  for path in filter(None, (args.json, args.png)):
+  for path in filter(None, (args.json, png)):
     if not pathlib.Path(path).absolute().parent.is_dir():
       raise BadSetting(f'{path}: there is no such folder.')
-  command = ' '.join(['python -m gqa_t5x.benchmark', *argv[1:]])
-  chosen = settings(args)
+  module, command = (
+    module_of(name),
+    ' '.join(['python -m gqa_t5x.benchmark', *argv[1:]]),
+  )
+  measure = module.measure
+  if name == 'convert':
+    if not pathlib.Path(args.work_dir).is_dir():
+      raise BadSetting(f'work_dir={args.work_dir}: there is no such folder.')
+    measure = functools.partial(measure, work_dir=args.work_dir)
+  chosen = settings(name, args)
   for setting in chosen:
     setting.check()
   with benchmark_report.progress(len(chosen)) as advance:
-    rows = decode_benchmark.measure(chosen, args.repeats, command, advance)
-  benchmark_report.print_table(rows)
+    rows = measure(chosen, args.repeats, command, advance)
+  benchmark_report.print_table(rows, module.COLUMNS)
   if args.json:
     temporary = pathlib.Path(args.json + '.tmp')
     temporary.write_text(json.dumps(rows, indent=1))
     os.replace(temporary, args.json)
-  if args.png:
-    benchmark_report.draw(rows, pathlib.Path(args.png))
+  if png:
+    benchmark_report.draw(rows, pathlib.Path(png))
 
 
 def main(argv: Sequence[str]) -> int:
   """The command.
 
   Args:
-    argv: program name, 'decode', and flags.
+    argv: program name, one of BENCHMARKS, and flags.
 
   Returns:
     Exit code: 0, 1 for bad input.
   """
-  args = define_flags()
+  words = [word for word in argv[1:] if not word.startswith('-')]
+  name = words[0] if words else None
+  wants_help = {'--help', '-h', '-help'} & set(argv)
   try:
-    words = args(list(argv))[1:]
+    if name not in BENCHMARKS and not wants_help:
+      raise BadSetting(f'say what to measure: {", ".join(BENCHMARKS)}; not {name!r}.')
+    name = name if name in BENCHMARKS else 'decode'
+    args = define_flags(name)
+    rest = args(list(argv))[1:]
     if args.help:
-      print(__doc__ + '\nFlags:' + args.module_help('gqa_t5x.benchmark'))
+      text = args.module_help('gqa_t5x.benchmark')
+      print(f'{__doc__}\nFlags of {name}:{text}')
       return 0
-    if words != ['decode']:
-      raise BadSetting(f'say what to measure: decode, not {" ".join(words)!r}.')
-    run(args, argv)
+    if rest != [name]:
+      raise BadSetting(f'unexpected argument {rest[1]!r}; see --help.')
+    run(name, args, argv)
     return 0
   except (BadSetting, flags.Error) as error:
     print(f'error: {error}', file=sys.stderr)

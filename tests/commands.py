@@ -71,10 +71,10 @@ def engine_args(module: str, files, search_path=ROOT, **macros) -> list[str]:
   ]
 
 
-def engine(folder, module: str, run_file: str, **macros) -> str:
+def engine(folder, module: str, run_file: str, more_files=(), **macros) -> str:
   """Runs an engine's command on the tiny model and task; returns what it printed."""
   write_gin(folder)
-  files = ['tiny.gin', f'gin/runs/{run_file}.gin', 'task.gin']
+  files = ['tiny.gin', f'gin/runs/{run_file}.gin', 'task.gin', *more_files]
   if module == 't5x.train':
     files.append('train.gin')
   done = run(folder, *engine_args(module, files, **macros))

@@ -5,22 +5,30 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from gqa_t5x import benchmark, network
-from gqa_t5x.analysis import benchmark_report, costs, decode_benchmark, timing
-from gqa_t5x.analysis.decode_benchmark import BadSetting, Setting
+from gqa_t5x.analysis import (
+  benchmark_report,
+  costs,
+  decode_benchmark,
+  timing,
+  train_benchmark,
+)
+from gqa_t5x.analysis.decode_benchmark import Setting
+from gqa_t5x.analysis.settings import BadSetting
 
 
-def parse(*words):
-  args = benchmark.define_flags()
-  args(['benchmark', 'decode', *words])
-  return args
+def chosen(name, *words):
+  args = benchmark.define_flags(name)
+  args(['benchmark', name, *words])
+  return benchmark.settings(name, args)
 
 
 def test_default_settings():
   """Every divisor of the heads."""
-  found = benchmark.settings(parse())
+  found = chosen('decode')
   assert [s.num_kv_heads for s in found] == [12, 6, 4, 3, 2, 1]
   assert {
     (s.size, s.batch_size, s.input_length, s.dtype, s.num_beams, s.system)
@@ -30,9 +38,7 @@ def test_default_settings():
 
 def test_all_combinations_with_t5x():
   """Settings that differ in heads and system only are neighbours."""
-  found = benchmark.settings(
-    parse('--num_kv_heads=4,1', '--batch_size=1,8', '--compare=t5x')
-  )
+  found = chosen('decode', '--num_kv_heads=4,1', '--batch_size=1,8', '--compare=t5x')
   assert [(s.batch_size, s.num_kv_heads, s.system) for s in found] == [
     (1, 4, 'gqa_t5x'),
     (1, 1, 'gqa_t5x'),
@@ -58,8 +64,16 @@ def test_all_combinations_with_t5x():
     (['decode', '--json=/no/such/rows.json'], '/no/such/rows.json: there is no such'),
     (['decode', '--repeats=3'], 'flag --repeats=3'),
     (['decode', '--compare=torch'], 'flag --compare=torch'),
-    (['dance'], "say what to measure: decode, not 'dance'."),
-    ([], "say what to measure: decode, not ''."),
+    (['dance'], "say what to measure: decode, train, convert; not 'dance'."),
+    ([], 'say what to measure: decode, train, convert; not None.'),
+    (['decode', 'fast'], "unexpected argument 'fast'; see --help."),
+    (['train', '--num_beams=2'], "Unknown command line flag 'num_beams'"),
+    (['train', '--target_length=0'], 'target_length=0 must be at least 1.'),
+    (['train', '--batch_size=1000000'], 'target 128, float32 needs '),
+    (['convert', '--num_kv_heads=5'], 'num_heads=12 is not divisible by'),
+    (['convert', '--method=median'], 'method=median; choose from mean, first, random'),
+    (['convert', '--compression=rar'], 'compression=rar; choose from none, zstd, gzip'),
+    (['convert', '--work_dir=/no/such'], 'work_dir=/no/such: there is no such folder.'),
   ],
 )
 def test_what_cannot_be_measured(words, said, capsys):
@@ -71,12 +85,18 @@ def test_what_cannot_be_measured(words, said, capsys):
   assert err.count('\n') == 1
 
 
-def test_a_missing_extra(monkeypatch, capsys):
+def test_missing_extras(monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
   assert benchmark.main(['benchmark', 'decode', '--png=x.png']) == 1
   assert capsys.readouterr().err == (
     'error: --png needs matplotlib, which is not installed; pip install matplotlib.\n'
   )
+
+  monkeypatch.setitem(sys.modules, 'gqa_t5x.analysis.convert_benchmark', None)
+  assert benchmark.main(['benchmark', 'convert']) == 1
+  err = capsys.readouterr().err
+  assert err.startswith('error: convert needs ')
+  assert err.endswith("which is not installed; pip install 'gqa_t5x[train]'.\n")
 
 
 def test_memory_is_that_of_the_arrays():
@@ -164,10 +184,75 @@ def test_rows(rows):
 
 def test_table(rows, capsys):
   slow = {**rows[0], 'ms_per_step': 40.0, 'system': 't5x'}
-  benchmark_report.print_table([{**rows[0], 'ms_per_step': 10.0}, slow])
+  fast = {**rows[0], 'ms_per_step': 10.0}
+  benchmark_report.print_table([fast, slow], decode_benchmark.COLUMNS)
   lines = capsys.readouterr().out.splitlines()
   assert lines[1].split()[:7] == ['tiny', '8', '2', '8', '1', '10', '█' * 6]
   assert lines[2].split()[:8] == ['tiny', '(T5X)', '8', '2', '8', '1', '40', '█' * 24]
+
+
+def write_rows(name, folder, *words):
+  assert benchmark.main(['benchmark', name, *words, f'--json={folder}/rows.json']) == 0
+  return json.loads((folder / 'rows.json').read_text())
+
+
+def test_training_rows(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(train_benchmark, '_matmul_rate', lambda *_: 0.5)
+  words = ['--size=tiny', '--num_kv_heads=8,1', '--batch_size=2', '--input_length=8']
+  rows = write_rows('train', tmp_path, *words, '--target_length=4', '--repeats=5')
+  assert [row['num_kv_heads'] for row in rows] == [8, 1]
+  for row in rows:
+    cfg = network.t5_1_1_config('tiny', num_kv_heads=row['num_kv_heads'])
+    flops, seconds = costs.training_step(cfg, 2, 8, 4).flops, row['ms_per_step'] / 1e3
+    expected = {
+      'flops_per_step': flops,
+      'tokens_per_s': 2 * (8 + 4) / seconds,
+      'gflop_per_s': flops / seconds / 1e9,
+      'matmul_fraction': flops / seconds / 1e9 / 0.5,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert (row['kind'], row['source']) == ('train_benchmark', 'measured')
+  assert capsys.readouterr().out.splitlines()[1].split()[:5] == (
+    ['tiny', '8', '2', '8', '4']
+  )
+
+
+def test_a_training_step_is_loss_and_gradients():
+  """A step along the gradient lowers the loss by as much as its length says."""
+  runner = train_benchmark.Runner(
+    train_benchmark.Setting('tiny', 2, 2, 8, 4, 'float32')
+  )
+  loss, gradients = runner.step()
+  squares = sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(gradients))
+  rate = 1e-3 / squares
+  runner._params = jax.tree.map(lambda p, g: p - rate * g, runner._params, gradients)
+  lower, _ = runner.step()
+  assert float(loss - lower) == pytest.approx(1e-3, rel=0.1)
+
+
+def test_conversion_rows(tmp_path, capsys):
+  words = ['--size=tiny', '--num_kv_heads=2', '--repeats=1', f'--work_dir={tmp_path}']
+  rows = write_rows('convert', tmp_path, *words)
+  assert {path.name for path in tmp_path.iterdir()} == {'rows.json'}
+  assert [row['compression'] for row in rows] == ['none', 'zstd']
+  before = 4 * sum(costs.parameters(network.t5_1_1_config('tiny')).values())
+  after = 4 * sum(
+    costs.parameters(network.t5_1_1_config('tiny', num_kv_heads=2)).values()
+  )
+  for row in rows:
+    # A message, a manifest and chunks that are filled up come on top.
+    assert before < row['input_bytes'] < 1.1 * before
+    expected = {
+      'cp_fraction': row['cp_seconds'] / row['seconds'],
+      'gb_per_s': row['input_bytes'] / row['seconds'] / 1e9,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert 50 < row['peak_mb'] < 1000
+  assert after < rows[0]['output_bytes'] < 1.1 * after
+  assert rows[1]['output_bytes'] < rows[0]['output_bytes']
+  assert capsys.readouterr().out.splitlines()[1].split()[:4] == (
+    ['tiny', '2', 'mean', 'none']
+  )
 
 
 BARE = """

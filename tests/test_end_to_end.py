@@ -140,17 +140,20 @@ def test_evaluates_with_the_metrics_of_a_task(gqa):
   assert 0 <= metrics['exact_match'] <= 1
 
 
-def test_infers_one_line_for_each_example(gqa):
+@pytest.mark.parametrize('decoding', [None, 'beam_search', 'sample'])
+def test_infers_one_line_for_each_example(decoding, gqa):
   folder, _ = gqa
+  output = f'infer_{decoding}'
   commands.engine(
     folder,
     't5x.infer',
     'infer',
+    [f'gin/decoding/{decoding}.gin'] if decoding else [],
     CHECKPOINT_PATH='gqa2/checkpoint_6',
-    INFER_OUTPUT_DIR='infer',
+    INFER_OUTPUT_DIR=output,
     NUM_KV_HEADS=2,
   )
-  (path,) = (folder / 'infer').glob(f'{TASK}-predict.jsonl*-00000-of-00001')
+  (path,) = (folder / output).glob(f'{TASK}-predict.jsonl*-00000-of-00001')
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   assert len(lines) == 8
   for line in lines:

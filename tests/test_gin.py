@@ -73,6 +73,13 @@ for _size, _run in itertools.product(SIZES, RUNS):
     *RUNS[_run],
     SIZES[_size],
   )
+# A way to decode comes after the run.
+for _decoding in ('beam_search', 'sample'):
+  CASES[f'tiny-infer-{_decoding}'] = (
+    [*CASES['tiny-infer'][0], f'gin/decoding/{_decoding}.gin'],
+    *RUNS['infer'],
+    SIZES['tiny'],
+  )
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,18 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
 import rich.progress
 import rich.table
 
-from gqa_t5x.analysis.decode_benchmark import BadSetting
+from gqa_t5x.analysis.settings import BadSetting
 
 Row = dict[str, Any]
 BAR = 24  # characters of the slowest row
+TIMES = ('ms_per_step', 'seconds')
 
 
 @contextlib.contextmanager
@@ -38,35 +39,49 @@ def progress(total: int) -> Iterator[Callable[[Row], None]]:
     yield lambda row: bar.advance(task)
 
 
-def print_table(rows: Sequence[Row]) -> None:
-  """Prints rows with bars for the milliseconds of a step."""
+def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+  """Prints rows with bars for the time of each.
+
+  Args:
+    rows: of one kind of benchmark.
+    columns: key -> head of the column. The first key that is a time gets the bars.
+  """
+  time = next(key for key in columns if key in TIMES)
+  slowest = max(row[time] for row in rows)
   table = rich.table.Table(box=None, pad_edge=False)
-  for name in ('model', 'K', 'batch', 'input', 'beams'):
-    table.add_column(name, justify='left' if name == 'model' else 'right')
-  for name in ('ms/step', '', 'GB/s', 'of stream', 'of roofline', 's/sample'):
-    table.add_column(name, justify='left' if not name else 'right', no_wrap=True)
-  slowest = max(row['ms_per_step'] for row in rows)
+  for key, head in columns.items():
+    left = key in ('model', 'size', 'method', 'compression')
+    table.add_column(head, justify='left' if left else 'right', no_wrap=True)
+    if key == time:
+      table.add_column('', no_wrap=True)
   for row in rows:
-    name = row['size'] if row['system'] == 'gqa_t5x' else f'{row["size"]} (T5X)'
-    table.add_row(
-      name,
-      *(str(row[n]) for n in ('num_kv_heads', 'batch_size', 'input_length')),
-      str(row['num_beams']),
-      f'{row["ms_per_step"]:.3g}',
-      '█' * max(1, round(BAR * row['ms_per_step'] / slowest)),
-      f'{row["gb_per_s"]:.3g}',
-      f'{row["roofline_fraction"]:.0%}',
-      f'{row["roofline_time_fraction"]:.0%}',
-      f'{row["seconds_per_sample"]:.3g}',
-    )
+    cells = []
+    for key in columns:
+      cells.append(_cell(row, key))
+      if key == time:
+        cells.append('█' * max(1, round(BAR * row[time] / slowest)))
+    table.add_row(*cells)
   width = None if os.isatty(1) else 120
   console = rich.console.Console(width=width, highlight=False)
   console.print(table)
-  row = rows[0]
-  console.print(
-    f'measured on {row["device"]}, {row["dtype"]}; a plain sum reads'
-    f' {row["stream_gb_per_s"]:.3g} GB/s'
-  )
+  first = rows[0]
+  said = f'measured on {first["device"]}'
+  if 'dtype' in first:
+    said += f', {first["dtype"]}'
+  if 'stream_gb_per_s' in first:
+    said += f'; a plain sum reads {first["stream_gb_per_s"]:.3g} GB/s'
+  console.print(said)
+
+
+def _cell(row: Row, key: str) -> str:
+  if key == 'model':
+    return row['size'] + (' (T5X)' if row['system'] == 't5x' else '')
+  value = row[key]
+  if not isinstance(value, float):
+    return str(value)
+  if key.endswith('fraction'):
+    return f'{value:.0%}'
+  return f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'
 
 
 def check_matplotlib() -> None:

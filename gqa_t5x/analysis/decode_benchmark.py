@@ -2,24 +2,39 @@
 
 import dataclasses
 import functools
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gqa_t5x import beam_search, decoding, network, sampling
-from gqa_t5x.analysis import costs, timing
+from gqa_t5x.analysis import costs, random_model, settings, timing
+from gqa_t5x.analysis.settings import BadSetting
 
 NEVER = -1  # No token ends a row.
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-
-
-class BadSetting(ValueError):
-  """What cannot be measured; the message says why, in one line."""
+LISTS = {
+  'size': settings.SIZE,
+  'num_kv_heads': settings.NUM_KV_HEADS,
+  'batch_size': ('8', 'Inputs decoded together.'),
+  'input_length': ('512', 'Tokens of each input.'),
+  'output_length': ('64', 'Tokens decoded; positions of the self-attention cache.'),
+  'dtype': ('float32', 'Of parameters, activations and cache: float32 or bfloat16.'),
+  'num_beams': ('1', 'Beams of each input; 1 is greedy.'),
+}
+COLUMNS = {
+  'model': 'model',
+  'num_kv_heads': 'K',
+  'batch_size': 'batch',
+  'input_length': 'input',
+  'num_beams': 'beams',
+  'ms_per_step': 'ms/step',
+  'gb_per_s': 'GB/s',
+  'roofline_fraction': 'of stream',
+  'roofline_time_fraction': 'of roofline',
+  'seconds_per_sample': 's/sample',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Setting:
     batch_size: B, inputs.
     input_length: S, tokens.
     output_length: T, tokens; positions of the self-attention cache.
-    dtype: of parameters, activations and cache: a key of DTYPES.
+    dtype: of parameters, activations and cache: a key of settings.DTYPES.
     num_beams: 1 decodes greedily.
     system: 'gqa_t5x', or 't5x': T5X's own network and decoding.
   """
@@ -49,12 +64,7 @@ class Setting:
   @property
   def config(self) -> network.T5Config:
     """The model's configuration; its errors are BadSetting."""
-    try:
-      return network.t5_1_1_config(
-        self.size, num_kv_heads=self.num_kv_heads, dtype=DTYPES[self.dtype]
-      )
-    except ValueError as error:
-      raise BadSetting(f'size={self.size}: {error}') from error
+    return settings.config(self.size, self.num_kv_heads, self.dtype)
 
   def nbytes(self) -> int:
     """Memory that it needs, in bytes: parameters, keys, values and logits."""
@@ -71,20 +81,13 @@ class Setting:
 
   def check(self) -> None:
     """Raises BadSetting for what cannot be, or does not fit into memory."""
-    for name in ('batch_size', 'input_length', 'num_beams'):
-      if getattr(self, name) < 1:
-        raise BadSetting(f'{name}={getattr(self, name)} must be at least 1.')
+    settings.check_positive(self, 'batch_size', 'input_length', 'num_beams')
     if self.output_length < 4:
       raise BadSetting(
         f'output_length={self.output_length} must be at least 4: a step is timed by the'
         ' slope between two lengths.'
       )
-    needed, free = self.nbytes(), timing.free_bytes()
-    if free is not None and needed > free:
-      raise BadSetting(
-        f'{self.describe()} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are'
-        ' free; choose a smaller batch_size, input_length or size.'
-      )
+    settings.check_memory(self)
 
   def describe(self) -> str:
     """Returns what a reader tells settings apart by."""
@@ -92,34 +95,6 @@ class Setting:
       f'{self.size} with {self.num_kv_heads} K/V heads, batch {self.batch_size}, input'
       f' {self.input_length}, output {self.output_length}, {self.dtype}'
     )
-
-
-def random_params(cfg: network.T5Config, seed: int = 0) -> dict[str, Any]:
-  """Returns parameters of a model's shapes in its dtype, made on the device.
-
-  Uniform numbers of the initialisers' size: values play no part in what a step costs.
-
-  Args:
-    cfg: the configuration.
-    seed: of the numbers.
-  """
-  tokens = jnp.ones((1, 1), jnp.int32)
-  module = network.Transformer(cfg)
-  shapes = jax.eval_shape(
-    lambda: module.init(
-      jax.random.PRNGKey(0), tokens, tokens, tokens, enable_dropout=False
-    )['params']
-  )
-  leaves, treedef = jax.tree.flatten(shapes)
-
-  @functools.partial(jax.jit, static_argnums=1)
-  def make(key, shape):
-    scale = (3 / shape[0]) ** 0.5
-    return jax.random.uniform(key, shape, cfg.dtype, -scale, scale)
-
-  keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
-  values = [make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-  return jax.tree.unflatten(treedef, values)
 
 
 def random_inputs(setting: Setting) -> jax.Array:
@@ -140,8 +115,8 @@ class Runner:
     """
     self.setting = setting
     cfg = setting.config
-    self._module = network.Transformer(cfg)
-    self._params = random_params(cfg)
+    self._module = random_model.module(setting)
+    self._params = random_model.params(cfg, cfg.dtype)
     self._inputs = random_inputs(setting)
     self._prepare = jax.jit(decoding.prepare, static_argnums=(0, 3))
     self._cache, self._kept = self.prepare()
@@ -188,7 +163,7 @@ def _decode(module, num_beams, length, params, kept, cache, inputs, steps):
 
 
 def measure(
-  settings: Sequence[Setting],
+  chosen: Sequence[Setting],
   repeats: int,
   command: str,
   on_row: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -196,7 +171,7 @@ def measure(
   """Measures settings; those that fit into memory together take turns.
 
   Args:
-    settings: what is decoded; `check` them first.
+    chosen: what is decoded; `check` them first.
     repeats: times of which the median counts.
     command: what a user types to get these rows.
     on_row: called with each row.
@@ -206,13 +181,13 @@ def measure(
   """
   stream = timing.stream_gb_per_s()
   rows = []
-  for together in _fitting(settings):
+  for together in timing.fitting(chosen):
     runners = [_runner(setting) for setting in together]
     T = min(setting.output_length for setting in together)
     counts = max(T // 4, 1), T
     steps = timing.slopes([runner.decode for runner in runners], counts, repeats)
     for runner, seconds in zip(runners, steps, strict=True):
-      encode = timing.median_seconds(runner.prepare, min(repeats, 5))
+      encode = timing.median_seconds(runner.prepare, repeats)
       rows.append(_row(runner.setting, seconds, encode, stream, command))
       on_row(rows[-1])
     del runners
@@ -227,31 +202,17 @@ def _runner(setting: Setting) -> Any:
   return Runner(setting)
 
 
-def _fitting(settings: Sequence[Setting]) -> list[list[Setting]]:
-  """Cuts a list into neighbours that use at most half of the free memory together."""
-  room = (timing.free_bytes() or 0) // 2
-  groups: list[list[Setting]] = []
-  used = 0
-  for setting in settings:
-    used += setting.nbytes()
-    if not groups or used > room:
-      groups.append([])
-      used = setting.nbytes()
-    groups[-1].append(setting)
-  return groups
-
-
 @functools.cache
 def _matmul_rate(rows: int, size: str, dtype: str) -> float:
   dims = network.SIZES[size]
   D, F = dims['emb_dim'], dims['mlp_dim']
-  return timing.matmul_gflop_per_s(rows, ((D, F), (F, D)), DTYPES[dtype])
+  return timing.matmul_gflop_per_s(rows, ((D, F), (F, D)), settings.DTYPES[dtype])
 
 
 def _row(
   setting: Setting, seconds: float, encode_seconds: float, stream: float, command: str
 ) -> dict[str, Any]:
-  """Returns a row; see docs/performance.md for its keys."""
+  """Returns a row; `python -m gqa_t5x.benchmark decode --help` explains its keys."""
   cfg = setting.config
   rows = setting.batch_size * setting.num_beams
   step = costs.decode_step(
@@ -265,11 +226,7 @@ def _row(
   rate = _matmul_rate(rows, setting.size, setting.dtype)
   floor = max(step.bytes / (1e9 * stream), step.flops / (1e9 * rate))
   total = encode_seconds + setting.output_length * seconds
-  return {
-    'kind': 'decode_benchmark',
-    'source': 'measured',
-    'command': command,
-    **dataclasses.asdict(setting),
+  return settings.row('decode_benchmark', command, setting) | {
     'ms_per_step': 1e3 * seconds,
     'encode_ms': 1e3 * encode_seconds,
     'seconds_per_sample': total / setting.batch_size,
@@ -283,10 +240,4 @@ def _row(
     'matmul_gflop_per_s': rate,
     'roofline_ms': 1e3 * floor,
     'roofline_time_fraction': floor / seconds,
-    'device': timing.device_name(),
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'flax': flax.__version__,
-    },
   }

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gqa_t5x import network
-from gqa_t5x.analysis import decode_benchmark
+from gqa_t5x.analysis import decode_benchmark, random_model
 
 
 class Runner:
@@ -22,23 +21,10 @@ class Runner:
     Raises:
       BadSetting: T5X's example network is not installed.
     """
-    try:
-      from t5x.examples.t5 import network as t5x_network
-    except ImportError as error:
-      raise decode_benchmark.BadSetting(
-        "--compare=t5x needs T5X's own example network (t5x.examples.t5), which is not"
-        ' installed; run make setup ENGINE=t5x.'
-      ) from error
     self.setting = setting
     cfg = setting.config
-    shared = network.SIZES[setting.size] | {
-      'vocab_size': cfg.vocab_size,
-      'mlp_activations': cfg.mlp_activations,
-      'dropout_rate': 0.0,
-      'dtype': cfg.dtype,
-    }
-    self._module = t5x_network.Transformer(t5x_network.T5Config(**shared))
-    self._params = decode_benchmark.random_params(cfg)
+    self._module = random_model.module(setting)
+    self._params = random_model.params(cfg, cfg.dtype)
     self._inputs = decode_benchmark.random_inputs(setting)
     self._encode = jax.jit(
       functools.partial(

@@ -17,6 +17,8 @@ from jax import lax
 
 # Far larger than any cache of a processor, small beside the memory of a device.
 STREAM_BYTES = {'cpu': 2**29, 'gpu': 2**32, 'tpu': 2**31}
+# Enough arithmetic to time: about a second of a CPU, some ten milliseconds of others.
+PRODUCT_FLOPS = {'cpu': 1e11, 'gpu': 1e13, 'tpu': 1e13}
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -26,10 +28,19 @@ def seconds(run: Callable[[], Any]) -> float:
   return time.perf_counter() - tick
 
 
-def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-  """Returns the median seconds of a call after one to warm up."""
+def median_seconds(run: Callable[[], Any], repeats: int, enough: float = 10.0) -> float:
+  """Returns the median seconds of a call after one to warm up.
+
+  Args:
+    run: the call.
+    repeats: how often, at most.
+    enough: seconds after which no further call is made.
+  """
   jax.block_until_ready(run())
-  return statistics.median(seconds(run) for _ in range(repeats))
+  times = []
+  while len(times) < repeats and sum(times) < enough:
+    times.append(seconds(run))
+  return statistics.median(times)
 
 
 def slopes(
@@ -57,6 +68,19 @@ def slopes(
   return [statistics.median(times) for times in found]
 
 
+def medians(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+  """Returns the median seconds of each function; they are warmed up and take turns.
+
+  Args:
+    runs: the functions.
+    repeats: how often.
+  """
+  for run in runs:
+    jax.block_until_ready(run())
+  rounds = [[seconds(run) for run in runs] for _ in range(repeats)]
+  return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
 def stream_gb_per_s(repeats: int = 5) -> float:
   """Returns the rate of a streaming read, GB/s (1e9 bytes): a sum of a long array."""
   size = STREAM_BYTES[jax.default_backend()] // 4
@@ -81,9 +105,13 @@ def matmul_gflop_per_s(
     repeats: how often.
   """
   nbytes = sum(map(math.prod, shapes)) * jnp.dtype(dtype).itemsize
-  number = max(1, STREAM_BYTES[jax.default_backend()] // 2 // nbytes)
+  backend = jax.default_backend()
+  flops = 2 * rows * sum(map(math.prod, shapes))
+  number = min(
+    STREAM_BYTES[backend] // 2 // nbytes, int(PRODUCT_FLOPS[backend] // flops)
+  )
+  number = max(1, number)
   inputs = [jnp.ones((rows, D), dtype) for D, _ in shapes]
-  flops = 2 * rows * sum(map(math.prod, shapes)) * number
 
   def rate(product, kernel_shapes):
     kernels = [
@@ -94,12 +122,30 @@ def matmul_gflop_per_s(
         product(x, w) for pair in kernels for x, w in zip(inputs, pair, strict=True)
       ]
     )
-    return 1e-9 * flops / median_seconds(lambda: run(inputs, kernels), repeats)
+    return 1e-9 * number * flops / median_seconds(lambda: run(inputs, kernels), repeats)
 
   return max(
     rate(lambda x, w: x @ w, shapes),
     rate(lambda x, w: lax.optimization_barrier(w @ x.T).T, [s[::-1] for s in shapes]),
   )
+
+
+def fitting(settings: Sequence[Any]) -> list[list[Any]]:
+  """Cuts a list into neighbours that use at most half of the free memory together.
+
+  Args:
+    settings: each has `nbytes()`.
+  """
+  room = (free_bytes() or 0) // 2
+  groups: list[list[Any]] = []
+  used = 0
+  for setting in settings:
+    used += setting.nbytes()
+    if not groups or used > room:
+      groups.append([])
+      used = setting.nbytes()
+    groups[-1].append(setting)
+  return groups
 
 
 def free_bytes() -> int | None:

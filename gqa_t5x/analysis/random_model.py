@@ -1,0 +1,74 @@
+"""Models of any size with random parameters: what a step costs does not depend on them.
+
+Ours, or T5X's own example network, which has the same parameters where K = N.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gqa_t5x import network
+from gqa_t5x.analysis import settings
+
+
+def module(setting: Any) -> nn.Module:
+  """Returns the network of a setting.
+
+  Args:
+    setting: has `size`, `config` and `system`: 'gqa_t5x' or 't5x'.
+
+  Raises:
+    BadSetting: T5X's example network is asked for and not installed.
+  """
+  cfg = setting.config
+  if setting.system == 'gqa_t5x':
+    return network.Transformer(cfg)
+  try:
+    from t5x.examples.t5 import network as t5x_network
+  except ImportError as error:
+    raise settings.BadSetting(
+      "--compare=t5x needs T5X's own example network (t5x.examples.t5), which is not"
+      ' installed; run make setup ENGINE=t5x.'
+    ) from error
+  shared = network.SIZES[setting.size] | {
+    'vocab_size': cfg.vocab_size,
+    'mlp_activations': cfg.mlp_activations,
+    'dropout_rate': 0.0,
+    'dtype': cfg.dtype,
+  }
+  return t5x_network.Transformer(t5x_network.T5Config(**shared))
+
+
+def params(cfg: network.T5Config, dtype: Any, seed: int = 0) -> dict[str, Any]:
+  """Returns parameters of a model's shapes, made on the device.
+
+  They are uniform numbers of the initialisers' size.
+
+  Args:
+    cfg: the configuration.
+    dtype: of the parameters.
+    seed: of the numbers.
+  """
+  leaves, treedef = jax.tree.flatten(shapes(cfg))
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def make(key, shape):
+    scale = (3 / shape[0]) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -scale, scale)
+
+  keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
+  values = [make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+  return jax.tree.unflatten(treedef, values)
+
+
+def shapes(cfg: network.T5Config) -> dict[str, Any]:
+  """Returns the tree of a model's parameters as shapes."""
+  tokens = jnp.ones((1, 1), jnp.int32)
+  return jax.eval_shape(
+    lambda: network.Transformer(cfg).init(
+      jax.random.PRNGKey(0), tokens, tokens, tokens, enable_dropout=False
+    )['params']
+  )
