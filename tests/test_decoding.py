@@ -242,8 +242,7 @@ def test_transposed_kernels_change_nothing(dtype, logits_via_embedding):
     args = {**kept, **more}, cache, inputs, jnp.arange(2, 2 + B), T
     return decoding.step(module, params, *args)[0]
 
-  plain = logits()
-  scale = float(jnp.abs(plain).max())
+  plain, scale = logits(), float(jnp.abs(logits()).max())
   tolerance = 1e-5 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
   got = logits(transposed=transposed)
   np.testing.assert_allclose(got, plain, atol=tolerance * scale)
@@ -270,13 +269,12 @@ def test_bfloat16_steps_equal_bfloat16_forward():
 def test_decoding_has_float32_attention_logits_in_any_case():
   params = oracle.params(oracle.config(2))
   inputs = jnp.asarray(oracle.batch()['encoder_input_tokens'])
-  logits = []
+  logits, token = [], jnp.arange(2, 2 + B)
   for asked_for in (False, True):
     cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=asked_for)
     module = network.Transformer(cfg)
     if not logits:  # The encoder does as it is told, so both decode from the same.
       cache, kept = decoding.prepare(module, params, inputs, T)
-    token = jnp.arange(2, 2 + B)
     logits += [decoding.step(module, params, kept, cache, inputs, token, T)[0]]
   np.testing.assert_array_equal(*logits)
 
