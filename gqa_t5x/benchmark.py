@@ -65,6 +65,7 @@ from gqa_t5x.analysis import benchmark_report
 from gqa_t5x.analysis.settings import DTYPES, BadSetting
 
 BENCHMARKS = ('decode', 'train', 'convert')
+FILL = 'fill'  # --batch_size of as many as fit
 WORDS = {'size': network.SIZES, 'dtype': DTYPES, 'method': (), 'compression': ()}
 
 
@@ -125,7 +126,7 @@ def settings(name: str, args: flags.FlagValues) -> list[Any]:
     BadSetting: for what is not a number, or an unknown size or dtype.
   """
   module = module_of(name)
-  lists = {flag: _values(flag, args[flag].value) for flag in module.LISTS}
+  lists = {flag: _values(name, flag, args[flag].value) for flag in module.LISTS}
   ours = []
   for size in lists['size']:
     heads = lists['num_kv_heads'] or _default_heads(name, size)
@@ -134,7 +135,9 @@ def settings(name: str, args: flags.FlagValues) -> list[Any]:
     for values in itertools.product(*(lists[flag] for flag in others)):
       for num_kv_heads in heads:
         fields = dict(zip(others, values, strict=True))
-        ours.append(module.Setting(size=size, num_kv_heads=num_kv_heads, **fields))
+        setting = module.Setting(size=size, num_kv_heads=num_kv_heads, **fields)
+        fill = fields.get('batch_size') == FILL
+        ours.append(setting.filled() if fill else setting)
   return with_t5x(ours) if 'compare' in args and args.compare else ours
 
 
@@ -163,7 +166,7 @@ def _turn(setting: Any) -> tuple[Any, ...]:
   return sizes.index(setting.size), *(v for n, v in values.items() if n != 'size')
 
 
-def _values(flag: str, words: Sequence[str] | None) -> list[Any]:
+def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
   if not words:
     return []
   if flag in WORDS:
@@ -172,8 +175,9 @@ def _values(flag: str, words: Sequence[str] | None) -> list[Any]:
     if unknown:
       raise BadSetting(f'{flag}={unknown[0]}; choose from {", ".join(known)}.')
     return list(words)
+  can_fill = name == 'decode' and flag == 'batch_size'
   try:
-    return [int(word) for word in words]
+    return [FILL if word == FILL and can_fill else int(word) for word in words]
   except ValueError as error:
     raise BadSetting(f'{flag}={",".join(words)} must be whole numbers.') from error
 

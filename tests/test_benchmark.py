@@ -1,11 +1,13 @@
 """The benchmark command: its settings, rows, files and refusals."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gqa_t5x import benchmark, network
@@ -55,12 +57,13 @@ def test_all_combinations_with_t5x():
     (['decode', '--size=huge'], 'size=huge; choose from tiny, mini, small'),
     (['decode', '--dtype=int8'], 'dtype=int8; choose from float32, bfloat16.'),
     (['decode', '--num_kv_heads=5'], 'num_heads=12 is not divisible by num_kv_heads=5'),
+    (['train', '--batch_size=fill'], 'batch_size=fill must be whole numbers.'),
     (['decode', '--batch_size=two'], 'batch_size=two must be whole numbers.'),
     (['decode', '--batch_size=0'], 'batch_size=0 must be at least 1.'),
     (['decode', '--input_length=0'], 'input_length=0 must be at least 1.'),
     (['decode', '--num_beams=0'], 'num_beams=0 must be at least 1.'),
     (['decode', '--output_length=3'], 'output_length=3 must be at least 4'),
-    (['decode', '--batch_size=1000000'], 'needs 42597.3 GB, and '),
+    (['decode', '--batch_size=1000000'], 'needs 42598.1 GB, and '),
     (['decode', '--json=/no/such/rows.json'], '/no/such/rows.json: there is no such'),
     (['decode', '--repeats=3'], 'flag --repeats=3'),
     (['decode', '--compare=torch'], 'flag --compare=torch'),
@@ -106,7 +109,44 @@ def test_memory_is_that_of_the_arrays():
   cross_and_params = sum(leaf.nbytes for leaf in leaves)
   self_cache = 2 * sum(x.nbytes for x in jax.tree.leaves(runner._cache) if x.ndim == 4)
   logits = 4 * 3 * 2 * network.VOCAB_SIZE
-  assert setting.nbytes() == cross_and_params + self_cache + logits
+  encoder = 3 * 8 * 10 * 10 * (4 + 4)
+  assert setting.nbytes() == cross_and_params + self_cache + logits + encoder
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'input_length', 'expected'),
+  [(8, 512, 8), (64, 2048, 8), (60, 2048, 6), (7, 4096, 1), (4, 2**15, 1)],
+)
+def test_inputs_encoded_together(batch_size, input_length, expected):
+  setting = Setting('tiny', 2, batch_size, input_length, 8, 'float32', 1)
+  assert setting.encoded_together == expected
+
+
+def test_encoding_in_parts_changes_nothing(monkeypatch):
+  setting = Setting('tiny', 2, 6, 10, 8, 'float32', 1)
+  whole = decode_benchmark.Runner(setting)
+  monkeypatch.setattr(decode_benchmark, 'ENCODED_TOGETHER', 20)
+  parts = decode_benchmark.Runner(setting)
+  assert (whole.setting.encoded_together, setting.encoded_together) == (2, 2)
+  for a, b in zip(*map(jax.tree.leaves, (whole._kept, parts._kept)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_that_fills_the_memory(monkeypatch):
+  monkeypatch.setattr(timing, 'free_bytes', lambda: 2e9)
+  for K in (8, 1):
+    (found,) = chosen(
+      'decode', '--size=tiny', f'--num_kv_heads={K}', '--batch_size=fill'
+    )
+    assert found.batch_size % 8 == 0
+    more = dataclasses.replace(found, batch_size=found.batch_size + 8)
+    assert found.nbytes() <= 0.9 * 2e9 < more.nbytes()
+  monkeypatch.setattr(timing, 'free_bytes', lambda: 1e6)
+  (found,) = chosen('decode', '--size=tiny', '--num_kv_heads=1', '--batch_size=fill')
+  with pytest.raises(
+    BadSetting, match=r'batch 8, .* needs .* GB, and 0\.0 GB are free'
+  ):
+    found.check()
 
 
 def test_slopes(monkeypatch):

@@ -8,16 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gqa_t5x import beam_search, decoding, network, sampling
 from gqa_t5x.analysis import costs, random_model, settings, timing
 from gqa_t5x.analysis.settings import BadSetting
 
 NEVER = -1  # No token ends a row.
+# Tokens that are encoded together: attention among them would fill the memory before
+# the keys and values do that decoding is about.
+ENCODED_TOGETHER = 2**14
+FILL = 0.9  # of the free memory, by --batch_size=fill
 LISTS = {
   'size': settings.SIZE,
   'num_kv_heads': settings.NUM_KV_HEADS,
-  'batch_size': ('8', 'Inputs decoded together.'),
+  'batch_size': ('8', 'Inputs decoded together; fill: as many as fit, by eights.'),
   'input_length': ('512', 'Tokens of each input.'),
   'output_length': ('64', 'Tokens decoded; positions of the self-attention cache.'),
   'dtype': ('float32', 'Of parameters, activations and cache: float32 or bfloat16.'),
@@ -67,7 +72,10 @@ class Setting:
     return settings.config(self.size, self.num_kv_heads, self.dtype)
 
   def nbytes(self) -> int:
-    """Memory that it needs, in bytes: parameters, keys, values and logits."""
+    """Memory that it needs, in bytes: parameters, keys, values and logits.
+
+    The encoder's attention counts with logits in float32 and probabilities.
+    """
     cfg, rows = self.config, self.batch_size * self.num_beams
     itemsize = jnp.dtype(cfg.dtype).itemsize
     twice = self.system == 'gqa_t5x' and jax.default_backend() == 'cpu'  # decoding.py
@@ -77,7 +85,24 @@ class Setting:
       + costs.cross_kv_bytes(cfg, self.batch_size, self.input_length)
       + costs.self_cache_bytes(cfg, rows, self.output_length)
       + 4 * rows * cfg.vocab_size
+      + self.encoded_together * cfg.num_heads * self.input_length**2 * (4 + itemsize)
     )
+
+  @property
+  def encoded_together(self) -> int:
+    """How many inputs are encoded at a time; it divides the batch."""
+    B = self.batch_size
+    if self.system == 't5x':
+      return B
+    most = min(B, max(1, ENCODED_TOGETHER // self.input_length))
+    return max(n for n in range(1, most + 1) if B % n == 0)
+
+  def filled(self) -> 'Setting':
+    """Returns the setting with the largest batch that fits, a multiple of 8."""
+    eight, sixteen = (dataclasses.replace(self, batch_size=n).nbytes() for n in (8, 16))
+    room = FILL * (timing.free_bytes() or 0) - eight
+    more = max(0, int(room // (sixteen - eight)))
+    return dataclasses.replace(self, batch_size=8 * (1 + more))
 
   def check(self) -> None:
     """Raises BadSetting for what cannot be, or does not fit into memory."""
@@ -118,13 +143,16 @@ class Runner:
     self._module = random_model.module(setting)
     self._params = random_model.params(cfg, cfg.dtype)
     self._inputs = random_inputs(setting)
-    self._prepare = jax.jit(decoding.prepare, static_argnums=(0, 3))
     self._cache, self._kept = self.prepare()
 
   def prepare(self) -> Any:
     """Encodes the inputs and computes cross K and V."""
-    return self._prepare(
-      self._module, self._params, self._inputs, self.setting.output_length
+    return _prepare(
+      self._module,
+      self._params,
+      self._inputs,
+      self.setting.output_length,
+      self.setting.encoded_together,
     )
 
   def decode(self, steps: int) -> Any:
@@ -139,6 +167,21 @@ class Runner:
       self._inputs,
       steps,
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _prepare(module, params, inputs_BS, length, encoded_together):
+  """As decoding.prepare, but encodes a few inputs at a time."""
+  B, S = inputs_BS.shape
+
+  def encode(inputs):
+    return decoding.prepare(module, params, inputs, length)[1]['encoded_kv']
+
+  parts = lax.map(encode, inputs_BS.reshape(-1, encoded_together, S))
+  encoded_kv = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), parts)
+  # What else is made does not depend on the inputs: nothing is encoded here.
+  cache, kept = decoding.prepare(module, params, inputs_BS, length)
+  return cache, {**kept, 'encoded_kv': encoded_kv}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
