@@ -99,10 +99,18 @@ class Setting:
 
   def filled(self) -> 'Setting':
     """Returns the setting with the largest batch that fits, a multiple of 8."""
-    eight, sixteen = (dataclasses.replace(self, batch_size=n).nbytes() for n in (8, 16))
-    room = FILL * (timing.free_bytes() or 0) - eight
-    more = max(0, int(room // (sixteen - eight)))
-    return dataclasses.replace(self, batch_size=8 * (1 + more))
+    room = FILL * (timing.free_bytes() or 0)
+
+    def eights(n):
+      return dataclasses.replace(self, batch_size=8 * n)
+
+    most = 1
+    while eights(2 * most).nbytes() <= room:
+      most *= 2
+    for step in (2**i for i in reversed(range(most.bit_length()))):
+      if eights(most + step).nbytes() <= room:
+        most += step
+    return eights(most)
 
   def check(self) -> None:
     """Raises BadSetting for what cannot be, or does not fit into memory."""
