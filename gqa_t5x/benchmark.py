@@ -199,10 +199,8 @@ def run(name: str, args: flags.FlagValues, argv: Sequence[str]) -> None:
   for path in filter(None, (args.json, png)):
     if not pathlib.Path(path).absolute().parent.is_dir():
       raise BadSetting(f'{path}: there is no such folder.')
-  module, command = (
-    module_of(name),
-    ' '.join(['python -m gqa_t5x.benchmark', *argv[1:]]),
-  )
+  module = module_of(name)
+  command = ' '.join(['python -m gqa_t5x.benchmark', *argv[1:]])
   measure = module.measure
   if name == 'convert':
     if not pathlib.Path(args.work_dir).is_dir():
@@ -211,15 +209,25 @@ def run(name: str, args: flags.FlagValues, argv: Sequence[str]) -> None:
   chosen = settings(name, args)
   for setting in chosen:
     setting.check()
+  found = []
   with benchmark_report.progress(len(chosen)) as advance:
-    rows = measure(chosen, args.repeats, command, advance)
+
+    def keep(row):
+      found.append(row)
+      advance(row)
+      if args.json:  # What was measured is not lost if the rest is stopped.
+        _write(found, args.json)
+
+    rows = measure(chosen, args.repeats, command, keep)
   benchmark_report.print_table(rows, module.COLUMNS)
-  if args.json:
-    temporary = pathlib.Path(args.json + '.tmp')
-    temporary.write_text(json.dumps(rows, indent=1))
-    os.replace(temporary, args.json)
   if png:
     benchmark_report.draw(rows, pathlib.Path(png))
+
+
+def _write(rows: Sequence[dict[str, Any]], path: str) -> None:
+  temporary = pathlib.Path(path + '.tmp')
+  temporary.write_text(json.dumps(rows, indent=1))
+  os.replace(temporary, path)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -229,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
     argv: program name, one of BENCHMARKS, and flags.
 
   Returns:
-    Exit code: 0, 1 for bad input.
+    Exit code: 0, 1 for bad input, 130 when interrupted.
   """
   words = [word for word in argv[1:] if not word.startswith('-')]
   name = words[0] if words else None
@@ -251,6 +259,9 @@ def main(argv: Sequence[str]) -> int:
   except (BadSetting, flags.Error) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print('stopped; --json has the rows measured until then', file=sys.stderr)
+    return 130
 
 
 if __name__ == '__main__':

@@ -222,6 +222,17 @@ def test_rows(rows):
     assert row['versions']['jax'] == jax.__version__
 
 
+def test_rows_of_a_run_that_is_stopped_are_kept(tmp_path, monkeypatch):
+  def stopped(settings, repeats, command, on_row):
+    on_row({'ms_per_step': 1.5})
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(train_benchmark, 'measure', stopped)
+  words = ['--size=tiny', f'--json={tmp_path}/rows.json']
+  assert benchmark.main(['benchmark', 'train', *words]) == 130
+  assert json.loads((tmp_path / 'rows.json').read_text()) == [{'ms_per_step': 1.5}]
+
+
 def test_table(rows, capsys):
   slow = {**rows[0], 'ms_per_step': 40.0, 'system': 't5x'}
   fast = {**rows[0], 'ms_per_step': 10.0}

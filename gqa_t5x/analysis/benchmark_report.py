@@ -122,10 +122,14 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
   axis.set_xscale('log', base=2)
   axis.set_xticks(heads, [str(k) for k in heads])
   axis.minorticks_off()
-  axis.set_ylim(bottom=0)
+  axis.set_ylim(0, 1.08 * max(row['seconds_per_sample'] for row in rows))
   axis.set_xlabel('key/value heads')
   axis.set_ylabel('time per sample (s)')
-  axis.set_title(f'measured on {rows[0]["device"]}', fontsize=9)
+  same = [
+    f'{n.replace("_", " ")} {rows[0][n]}' for n in names[1:-1] if n not in differing
+  ]
+  title = [f'measured on {rows[0]["device"]}, {rows[0]["dtype"]}', ', '.join(same)]
+  axis.set_title('\n'.join(filter(None, title)), fontsize=9)
   axis.grid(axis='y', lw=0.4, color='0.85')
   axis.spines[['top', 'right']].set_visible(False)
   axis.legend(fontsize=8, frameon=False)
