@@ -156,7 +156,7 @@ class GroupedQueryAttention(nn.Module):
     head_dim: H.
     dtype: activation dtype.
     dropout_rate: dropout on the probabilities, broadcast over query length.
-    float32_logits: see `grouped_attention`; decoding does so in any case.
+    float32_logits: see `grouped_attention`; steps of decoding.py do so in any case.
   """
 
   num_heads: int

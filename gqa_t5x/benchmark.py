@@ -182,13 +182,16 @@ def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
     raise BadSetting(f'{flag}={",".join(words)} must be whole numbers.') from error
 
 
-def run(name: str, args: flags.FlagValues, argv: Sequence[str]) -> None:
+def run(name: str, args: flags.FlagValues) -> None:
   """Measures, prints a table and writes files.
+
+  A benchmark's `measure(chosen, repeats, command)` yields rows in the order of the
+  settings; those that fit into memory together take turns, and the median of so many
+  repeats counts.
 
   Args:
     name: one of BENCHMARKS.
     args: parsed flags.
-    argv: what the user typed, for the rows.
 
   Raises:
     BadSetting: for what cannot be measured or written, before anything is run.
@@ -200,7 +203,7 @@ def run(name: str, args: flags.FlagValues, argv: Sequence[str]) -> None:
     if not pathlib.Path(path).absolute().parent.is_dir():
       raise BadSetting(f'{path}: there is no such folder.')
   module = module_of(name)
-  command = ' '.join(['python -m gqa_t5x.benchmark', *argv[1:]])
+  command = _command(name, args)
   measure = module.measure
   if name == 'convert':
     if not pathlib.Path(args.work_dir).is_dir():
@@ -209,19 +212,26 @@ def run(name: str, args: flags.FlagValues, argv: Sequence[str]) -> None:
   chosen = settings(name, args)
   for setting in chosen:
     setting.check()
-  found = []
+  rows = []
   with benchmark_report.progress(len(chosen)) as advance:
-
-    def keep(row):
-      found.append(row)
+    for row in measure(chosen, args.repeats, command):
+      rows.append(row)
       advance(row)
       if args.json:  # What was measured is not lost if the rest is stopped.
-        _write(found, args.json)
-
-    rows = measure(chosen, args.repeats, command, keep)
+        _write(rows, args.json)
   benchmark_report.print_table(rows, module.COLUMNS)
   if png:
     benchmark_report.draw(rows, pathlib.Path(png))
+
+
+def _command(name: str, args: flags.FlagValues) -> str:
+  """Returns what to type for the same rows, wherever they are written."""
+  given = [
+    args[flag].serialize()
+    for flag in (*module_of(name).LISTS, 'repeats', 'compare')
+    if flag in args and args[flag].present
+  ]
+  return ' '.join(['python -m gqa_t5x.benchmark', name, *given])
 
 
 def _write(rows: Sequence[dict[str, Any]], path: str) -> None:
@@ -254,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
       return 0
     if rest != [name]:
       raise BadSetting(f'unexpected argument {rest[1]!r}; see --help.')
-    run(name, args, argv)
+    run(name, args)
     return 0
   except (BadSetting, flags.Error) as error:
     print(f'error: {error}', file=sys.stderr)

@@ -1,8 +1,8 @@
 """The decode cache of one attention layer, as pure functions.
 
-Keys and values are kept at K heads as `[B, K, S, H]`: batch first, as T5X's beam
-search needs it, and each head's positions contiguous, so that a decode step is a
-plain batched matrix product over them. A write touches the new positions only.
+Keys are kept at K heads as `[B, K, H, S]` and values as `[B, K, S, H]`: batch first, as
+T5X's beam search needs it, and so that both products of a decode step read rows. A
+write touches the new positions only.
 
 The beams of an input share its cache: position s has one slot a beam, s * beams + beam,
 and `slots` says in whose slot each beam finds its past. When beams are reordered only

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,28 +80,17 @@ class Setting:
 
 
 def measure(
-  chosen: Sequence[Setting],
-  repeats: int,
-  command: str,
-  on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-  work_dir: str = '.',
-) -> list[dict[str, Any]]:
-  """Measures settings, in turn with `cp`; the source is in the page cache.
+  chosen: Sequence[Setting], repeats: int, command: str, work_dir: str = '.'
+) -> Iterator[dict[str, Any]]:
+  """Yields rows of kind 'convert_benchmark'; the source is in the page cache.
 
   Args:
-    chosen: what is converted; `check` them first.
-    repeats: times of which the median counts.
-    command: what a user types to get these rows.
-    on_row: called with each row.
+    chosen, repeats, command: as in `benchmark.run`.
     work_dir: a folder on the disk to measure; what is written there is removed.
-
-  Returns:
-    Rows of kind 'convert_benchmark', in the order of the settings.
 
   Raises:
     settings.BadSetting: there is no space.
   """
-  rows = []
   root = pathlib.Path(work_dir).absolute() / 'gqa_t5x_benchmark.tmp'
   try:
     for setting in chosen:
@@ -110,13 +99,11 @@ def measure(
         shutil.rmtree(root, ignore_errors=True)
         _write_random(setting.size, source)
       rounds = [_round(setting, source, root) for _ in range(repeats)]
-      rows.append(_row(setting, source, rounds, command))
-      on_row(rows[-1])
+      yield _row(setting, source, rounds, command)
   except ConversionError as error:
     raise settings.BadSetting(str(error)) from error
   finally:
     shutil.rmtree(root, ignore_errors=True)
-  return rows
 
 
 def _write_random(size: str, path: pathlib.Path) -> None:

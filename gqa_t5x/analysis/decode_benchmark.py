@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -214,35 +214,18 @@ def _decode(module, num_beams, length, params, kept, cache, inputs, steps):
 
 
 def measure(
-  chosen: Sequence[Setting],
-  repeats: int,
-  command: str,
-  on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> list[dict[str, Any]]:
-  """Measures settings; those that fit into memory together take turns.
-
-  Args:
-    chosen: what is decoded; `check` them first.
-    repeats: times of which the median counts.
-    command: what a user types to get these rows.
-    on_row: called with each row.
-
-  Returns:
-    Rows of kind 'decode_benchmark', in the order of the settings.
-  """
+  chosen: Sequence[Setting], repeats: int, command: str
+) -> Iterator[dict[str, Any]]:
+  """Yields rows of kind 'decode_benchmark'; the arguments are `benchmark.run`'s."""
   stream = timing.stream_gb_per_s()
-  rows = []
-  for together in timing.fitting(chosen):
-    runners = [_runner(setting) for setting in together]
-    T = min(setting.output_length for setting in together)
+  for runners in timing.in_groups(chosen, _runner):
+    measured = [runner.setting for runner in runners]
+    T = min(setting.output_length for setting in measured)
     counts = max(T // 4, 1), T
     steps = timing.slopes([runner.decode for runner in runners], counts, repeats)
-    for runner, seconds in zip(runners, steps, strict=True):
-      encode = timing.median_seconds(runner.prepare, repeats)
-      rows.append(_row(runner.setting, seconds, encode, stream, command))
-      on_row(rows[-1])
-    del runners
-  return rows
+    encodes = [timing.median_seconds(runner.prepare, repeats) for runner in runners]
+    for setting, step, encode in zip(measured, steps, encodes, strict=True):
+      yield _row(setting, step, encode, stream, command)
 
 
 def _runner(setting: Setting) -> Any:

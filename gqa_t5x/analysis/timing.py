@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -130,12 +130,26 @@ def matmul_gflop_per_s(
   )
 
 
-def fitting(settings: Sequence[Any]) -> list[list[Any]]:
-  """Cuts a list into neighbours that use at most half of the free memory together.
+def in_groups(
+  settings: Sequence[Any], make: Callable[[Any], Any]
+) -> Iterator[list[Any]]:
+  """Makes what is timed, as much at a time as fits into memory together.
 
   Args:
     settings: each has `nbytes()`.
+    make: setting -> what is timed.
+
+  Yields:
+    What was made of neighbours; the list is emptied before the next is made.
   """
+  for together in _fitting(settings):
+    made = [make(setting) for setting in together]
+    yield made
+    made.clear()
+
+
+def _fitting(settings: Sequence[Any]) -> list[list[Any]]:
+  """Cuts a list into neighbours that use at most half of the free memory together."""
   room = (free_bytes() or 0) // 2
   groups: list[list[Any]] = []
   used = 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -127,31 +127,14 @@ def _loss_and_gradients(module, params, inputs_BS, targets_BT):
 
 
 def measure(
-  chosen: Sequence[Setting],
-  repeats: int,
-  command: str,
-  on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> list[dict[str, Any]]:
-  """Measures settings; those that fit into memory together take turns.
-
-  Args:
-    chosen: what is trained; `check` them first.
-    repeats: times of which the median counts.
-    command: what a user types to get these rows.
-    on_row: called with each row.
-
-  Returns:
-    Rows of kind 'train_benchmark', in the order of the settings.
-  """
-  rows = []
-  for together in timing.fitting(chosen):
-    runners = [Runner(setting) for setting in together]
+  chosen: Sequence[Setting], repeats: int, command: str
+) -> Iterator[dict[str, Any]]:
+  """Yields rows of kind 'train_benchmark'; the arguments are `benchmark.run`'s."""
+  for runners in timing.in_groups(chosen, Runner):
+    measured = [runner.setting for runner in runners]
     medians = timing.medians([runner.step for runner in runners], repeats)
-    for setting, seconds in zip(together, medians, strict=True):
-      rows.append(_row(setting, seconds, command))
-      on_row(rows[-1])
-    del runners
-  return rows
+    for setting, seconds in zip(measured, medians, strict=True):
+      yield _row(setting, seconds, command)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from gqa_t5x.conversion.errors import ConversionError
-from gqa_t5x.conversion.safetensors_index import DTYPES, read_index
+from gqa_t5x.conversion.safetensors_index import dtype_of, read_index
 from gqa_t5x.conversion.tensors import LazyTensor
 
 CONFIG = 'config.json'
@@ -32,12 +32,8 @@ WEIGHTS = (
 )
 _OTHER_WEIGHTS = ('flax_model.msgpack', 'tf_model.h5')
 _SAVE = 'save the model as safetensors: model.save_pretrained(FOLDER)'
-_TORCH_DTYPES = {
-  'float16': DTYPES['F16'],
-  'bfloat16': DTYPES['BF16'],
-  'float32': DTYPES['F32'],
-  'float64': DTYPES['F64'],
-}
+# PyTorch's names of dtypes -> those of safetensors.
+_KINDS = {'float16': 'F16', 'bfloat16': 'BF16', 'float32': 'F32', 'float64': 'F64'}
 _EMBEDDING = 'shared.weight'
 # Copies of the embedding; and a bias that old checkpoints keep, but no model uses.
 _EMBEDDING_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
@@ -284,12 +280,7 @@ def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
   tensors = {}
   for name, tensor in state.items():
     kind = str(tensor.dtype).removeprefix('torch.')
-    dtype = _TORCH_DTYPES.get(kind)
-    if dtype is None:
-      raise ConversionError(
-        f'{file}: {name} is {kind}; parameters must be floating point, of 16 bits or'
-        ' more'
-      )
+    dtype = dtype_of(file, name, _KINDS.get(kind, kind))
     read_it = functools.partial(read, name, dtype)
     tensors[name] = LazyTensor(tuple(tensor.shape), dtype, read_it)
   return tensors

@@ -24,7 +24,7 @@ from etils import epath
 from gqa_t5x.conversion.errors import ConversionError
 from gqa_t5x.conversion.tensors import LazyTensor
 
-DTYPES = {
+_DTYPES = {
   'F16': np.dtype(np.float16),
   'BF16': np.dtype(ml_dtypes.bfloat16),
   'F32': np.dtype(np.float32),
@@ -59,16 +59,31 @@ def read_index(file: epath.Path) -> dict[str, LazyTensor]:
     ) from error
   tensors = {}
   for name, entry in header.items():
-    kind, (begin, end) = entry['dtype'], entry['data_offsets']
-    if kind not in DTYPES:
-      raise ConversionError(
-        f'{file}: {name} is {kind}; parameters must be floating point, of 16 bits or'
-        ' more'
-      )
+    begin, end = entry['data_offsets']
+    dtype = dtype_of(file, name, entry['dtype'])
     span = (start + begin, end - begin)
-    shape = tuple(entry['shape'])
-    tensors[name] = LazyTensor.in_file(file, name, shape, DTYPES[kind], (span,))
+    tensors[name] = LazyTensor.in_file(
+      file, name, tuple(entry['shape']), dtype, (span,)
+    )
   return tensors
+
+
+def dtype_of(file: epath.Path, name: str, kind: str) -> np.dtype:
+  """Returns the NumPy dtype of a parameter.
+
+  Args:
+    file: where it is, for the message.
+    name: of the parameter, for the message.
+    kind: its dtype as safetensors names it.
+
+  Raises:
+    ConversionError: it is not of floating point.
+  """
+  if kind not in _DTYPES:
+    raise ConversionError(
+      f'{file}: {name} is {kind}; parameters must be floating point, of 16 bits or more'
+    )
+  return _DTYPES[kind]
 
 
 def _read_header(file: epath.Path, size: int) -> tuple[dict[str, Any], int]:
@@ -93,7 +108,7 @@ def _check_spans(header: dict[str, Any], nbytes: int) -> None:
     shape, (begin, end) = entry['shape'], entry['data_offsets']
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
       raise ValueError(f'{name} has shape {shape} at {begin} to {end}')
-    dtype = DTYPES.get(entry['dtype'])
+    dtype = _DTYPES.get(entry['dtype'])
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
       raise ValueError(
         f'{name}, {entry["dtype"]} of shape {tuple(shape)}, has {end - begin} bytes'
