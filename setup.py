@@ -35,13 +35,17 @@ setuptools.setup(
     'train': [
       'absl-py',
       'clu',
+      'etils',
       'gin-config',
+      'importlib-resources',  # tensorflow-datasets imports it, and does not say so.
+      'markdown',
       'matplotlib',
       'optax',
       'orbax-checkpoint',
       'seqio',
       'tensorboard',
       'tensorflow',
+      'tensorflow-datasets',
       'tensorflow-text',
       'tensorstore',
       'threadpoolctl',

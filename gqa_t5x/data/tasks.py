@@ -4,6 +4,8 @@
 |---|---|
 | `pydocs_span_corruption` | docstrings of the standard library and of dependencies |
 | `pydocs_stdlib_span_corruption` | those of the standard library alone: small, quick |
+| `pydocs_summarize` | from the body of a docstring to its first line; 24,700 pairs |
+| `pydocs_stdlib_summarize` | 1,800 pairs of the standard library alone |
 
 Each goes with the vocabulary of the same corpus, `vocabulary.pydocs_vocabulary`. The
 corpus is built by the first dataset or the first token, whichever comes first. C4 is
@@ -16,8 +18,13 @@ import seqio
 import tensorflow as tf
 from t5.data import preprocessors
 
+from gqa_t5x.data import metrics
 from gqa_t5x.data.corpus import CORPORA, LINE_BREAK, SHARDS, Corpus
 from gqa_t5x.data.vocabulary import CorpusVocabulary
+
+# Shorter ones are a name or a remark: no summary, or nothing to sum up.
+MIN_SUMMARY_BYTES = 20
+MIN_BODY_BYTES = 80
 
 
 class CorpusSource(seqio.TextLineDataSource):
@@ -78,5 +85,72 @@ def add_span_corruption(name: str, corpus: Corpus) -> seqio.Task:
   )
 
 
+def split_summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """Turns docstrings into pairs of body and summary, and drops those that have none.
+
+  By convention (PEP 257) a docstring begins with a summary of one line, which ends in
+  a period and is followed by an empty line.
+
+  Args:
+    dataset: of `{"text": docstring}`.
+
+  Returns:
+    A dataset of `{"article": what follows the empty line, "summary": the line}`.
+  """
+
+  def split(example):
+    parts = tf.strings.split(example['text'], '\n\n', maxsplit=1)
+    parts = tf.strings.strip(tf.concat([parts, ['', '']], axis=0))
+    return {'summary': parts[0], 'article': parts[1]}
+
+  def is_pair(pair):
+    summary, article = pair['summary'], pair['article']
+    return (
+      tf.strings.regex_full_match(summary, r'[^\n]*\.')
+      & (tf.strings.length(summary) >= MIN_SUMMARY_BYTES)
+      & (tf.strings.length(article) >= MIN_BODY_BYTES)
+    )
+
+  return dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE).filter(is_pair)
+
+
+def add_summarize(name: str, corpus: Corpus) -> seqio.Task:
+  """Registers summarization on a corpus: the body of a docstring to its first line.
+
+  Args:
+    name: the task's name.
+    corpus: where the docstrings come from; its vocabulary is the task's.
+
+  Returns:
+    The task, with splits train, validation and test, features inputs ("summarize: "
+    and the body, cut at its end) and targets, and ROUGE as its metric. The splits are
+    those of span corruption: what a model is tested on, it was not pre-trained on.
+
+  Raises:
+    ValueError: a task of that name is registered already.
+  """
+  vocabulary = CorpusVocabulary(corpus)
+  return seqio.TaskRegistry.add(
+    name,
+    source=CorpusSource(vocabulary),
+    preprocessors=[
+      line_to_text,
+      split_summary,
+      functools.partial(
+        preprocessors.summarize, article_key='article', summary_key='summary'
+      ),
+      seqio.preprocessors.tokenize,
+      seqio.CacheDatasetPlaceholder(),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={
+      feature: seqio.Feature(vocabulary, add_eos=True)
+      for feature in ('inputs', 'targets')
+    },
+    metric_fns=[metrics.rouge],
+  )
+
+
 for _corpus in CORPORA.values():
   add_span_corruption(f'{_corpus.name}_span_corruption', _corpus)
+  add_summarize(f'{_corpus.name}_summarize', _corpus)

@@ -1,0 +1,69 @@
+"""Downloads the data of benchmarks into a folder of TFDS, once for all runs.
+
+  python -m gqa_t5x.data.prepare cnn_dailymail arxiv --data_dir=FOLDER
+
+FOLDER may be gs://...; without --data_dir it is TFDS's default, ~/tensorflow_datasets.
+The names are those of the tasks: cnn_dailymail, arxiv, pubmed, mediasum, multi_news,
+wmt14_en_de, trivia_qa. For mediasum the two files that its authors publish must lie in
+FOLDER before (see `gqa_t5x.data.mediasum`). Data that is there already is left alone;
+what stopped half-way begins anew. Sizes are in docs/data.md.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import tensorflow_datasets as tfds
+from absl import app, flags
+
+from gqa_t5x import paths
+from gqa_t5x.data import benchmarks
+
+
+def prepare(names: Sequence[str], data_dir: str | None) -> None:
+  """Downloads and converts data sets.
+
+  Args:
+    names: keys of `benchmarks.BENCHMARKS`.
+    data_dir: TFDS's folder; None for its default.
+
+  Raises:
+    ValueError: a name is unknown, or files that are published by hand are missing.
+    OSError: the folder cannot be written, or a download fails.
+  """
+  unknown = [name for name in names if name not in benchmarks.BENCHMARKS]
+  if unknown or not names:
+    raise ValueError(
+      f'no benchmark is named {", ".join(unknown) or "on the command line"}; choose '
+      f'from {", ".join(benchmarks.BENCHMARKS)}'
+    )
+  folder = None if data_dir is None else paths.absolute(data_dir)
+  for task in names:
+    builder = tfds.builder(benchmarks.BENCHMARKS[task].tfds_name, data_dir=folder)
+    builder.download_and_prepare()
+    splits = builder.info.splits.items()
+    sizes = [f'{name} {split.num_examples:,}' for name, split in splits]
+    print(f'{task}: {", ".join(sizes)} examples in {builder.data_dir}')
+
+
+def main(argv: Sequence[str]) -> int:
+  """The command.
+
+  Args:
+    argv: program name, and the names of the benchmarks.
+
+  Returns:
+    Exit code: 0, or 1 for bad input.
+  """
+  try:
+    prepare(argv[1:], flags.FLAGS.data_dir)
+    return 0
+  except (ValueError, OSError) as error:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return 1
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string(
+    'data_dir', None, 'Folder of TensorFlow Datasets, local or gs://.'
+  )
+  app.run(main)
