@@ -10,7 +10,7 @@ import pytest
 
 from gqa_t5x import network
 from gqa_t5x.conversion import architecture
-from gqa_t5x.reproduce import evaluate, report, stages, uptrain
+from gqa_t5x.reproduce import evaluate, stages, uptrain, uptrain_report
 from gqa_t5x.reproduce.gin_macros import macro
 
 
@@ -120,7 +120,7 @@ def _rows():
 def test_report(tmp_path):
   rows_file = tmp_path / 'rows.json'
   rows_file.write_text(json.dumps(_rows()))
-  report.write(rows_file, tmp_path)
+  uptrain_report.write(rows_file, tmp_path)
   table = [
     line
     for line in (tmp_path / 'report.md').read_text().splitlines()
@@ -142,7 +142,7 @@ def test_report(tmp_path):
 
 def test_validation_loss_of_uniform_predictions():
   vocab_size = 32
-  module = network.Transformer(network.t5_1_1_config('tiny', vocab_size=vocab_size))
+  module = network.Transformer(network.config('tiny', vocab_size=vocab_size))
   tokens = jnp.ones((2, 3), jnp.int32)
   params = jax.jit(lambda key: module.init(key, tokens, tokens, tokens)['params'])(
     jax.random.PRNGKey(0)

@@ -23,7 +23,7 @@ from gqa_t5x.reproduce import (
   spectra,
   stages,
 )
-from gqa_t5x.reproduce.__main__ import COMMANDS
+from gqa_t5x.reproduce.__main__ import PARTS
 from gqa_t5x.reproduce.arms import Arm
 from gqa_t5x.reproduce.gin_macros import macro
 
@@ -33,43 +33,57 @@ TASK = 'a_task'
 # --- Plan ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('size', 'models'), [('tiny', 3 + 9 + 27 + 8), ('mini', 16)])
-def test_plan(tmp_path, size, models):
-  plan = conversion.plan(tmp_path, size)
-  stages.check_plan(plan)
-  kinds = [stage.command[1] for stage in plan]
+# Of the studies, as they are meant to be.
+SIZES = {'quick': 'tiny', 'tiny': 'tiny', 'mini': 'mini'}
+LONGEST = {'quick': 0.1, 'tiny': 0.1, 'mini': 0.05}
+
+
+@pytest.mark.parametrize(
+  ('study', 'models', 'converted'),
   # Seeds share a converted checkpoint, but for random.
-  converted = {'tiny': 9 + 9 + 2 + 8, 'mini': 15}[size]
+  [
+    ('quick', 1 + 5 + 5, 5 + 5),
+    ('tiny', 3 + 9 + 27 + 8, 9 + 9 + 2 + 8),
+    ('mini', 16, 15),
+  ],
+)
+def test_plan(tmp_path, study, models, converted):
+  plan = conversion.plan(tmp_path, study)
+  stages.check_plan(plan)
+  folder = tmp_path / 'local' / 'conversion' / study
+  kinds = [stage.command[1] for stage in plan]
   assert kinds.count('gqa_t5x.convert') == converted
   assert kinds.count('t5x.train') == 1 + models
   assert kinds.count('gqa_t5x.calibrate') == 1
   assert kinds.count('gqa_t5x.reproduce') == 2
   assert len(plan) == 1 + 1 + converted + models + 2
   trained = {s.result for s in plan if 'uptrained' in s.result.parts}
-  assert set(plan[-2].needs) == trained | {tmp_path / size / 'statistics.npz'}
+  assert set(plan[-2].needs) == trained | {folder / 'statistics.npz'}
   for stage in plan:
-    assert stage.result.is_relative_to(tmp_path / size)
+    assert stage.result.is_relative_to(folder)
     if stage.leftover is not None:
       assert stage.leftover == stage.result.parent
 
 
-@pytest.mark.parametrize('size', conversion.STUDIES)
-def test_numbers_of_the_gin_files(size):
-  study = conversion.STUDIES[size]
-  paths = conversion.Paths(pathlib.Path('runs/conversion') / size, size)
+@pytest.mark.parametrize('name', conversion.STUDIES)
+def test_numbers_of_the_gin_files(name):
+  study = conversion.STUDIES[name]
+  paths = conversion.Paths(pathlib.Path('runs/reproduce'), name)
   pretrain, last = paths.pretrain_steps, paths.last_step
-  assert last - pretrain == pytest.approx({'tiny': 0.1, 'mini': 0.05}[size] * pretrain)
+  assert last - pretrain == pytest.approx(LONGEST[name] * pretrain)
   assert macro(study.uptrain, 'EVAL_PERIOD') == pytest.approx(0.01 * pretrain)
   assert macro(study.uptrain, 'CHECKPOINT_PERIOD') == last - pretrain
   assert macro(study.uptrain, 'KEEP_CHECKPOINTS') == 1
   steps = [step - pretrain for step in paths.evaluated_steps]
   alphas = conversion_report.ALPHAS
   shares = [alpha for alpha in alphas if alpha * pretrain <= steps[-1]]
-  assert shares[-1] == {'tiny': 0.1, 'mini': 0.05}[size]
+  assert shares[-1] == LONGEST[name]
   assert {round(alpha * pretrain) for alpha in shares} <= set(steps)
+  if name == 'quick':
+    return  # Its gin files are those of tiny, and name its folders.
   assert macro(study.uptrain, 'INITIAL_CHECKPOINT_PATH') == str(paths.mha)
   assert macro(study.pretrain, 'MODEL_DIR') == str(paths.mha.parent)
-  mha = conversion.arms(size)[0]
+  mha = conversion.arms(name)[0]
   assert macro(study.uptrain, 'MODEL_DIR') == str(paths.uptrained(mha).parent)
 
 
@@ -85,18 +99,18 @@ def split_gin(command):
   return files, [f'{name} = {value}' for name, _, value in pairs]
 
 
-@pytest.mark.parametrize('size', conversion.STUDIES)
-def test_training_commands(tmp_path, monkeypatch, size):
+@pytest.mark.parametrize('study', conversion.STUDIES)
+def test_training_commands(tmp_path, monkeypatch, study):
   # No checkpoint is there to be checked.
   monkeypatch.setattr(checkpoint, 'list_checkpoints', lambda folder: [])
   monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda path: path)
   monkeypatch.setattr(checkpoint, 'open_checkpoint', lambda path: {})
   monkeypatch.setattr(models, 'check_params', lambda model, params, source: None)
-  plan = conversion.plan(tmp_path, size)
-  folder = tmp_path / size
-  step = macro(conversion.STUDIES[size].pretrain, 'TRAIN_STEPS')
+  plan = conversion.plan(tmp_path, study)
+  folder = tmp_path / 'local' / 'conversion' / study
+  step = macro(conversion.STUDIES[study].pretrain, 'TRAIN_STEPS')
   cases = {
-    f'pre-train MHA, {step} steps': (8, None, 0, folder / 'mha'),
+    f'pre-train MHA, {step:,} steps': (8, None, 0, folder / 'mha'),
     'uptrain with 8 K/V heads, MHA, seed 1': (
       8,
       folder / 'mha' / f'checkpoint_{step}',
@@ -116,7 +130,7 @@ def test_training_commands(tmp_path, monkeypatch, size):
     with commands.gin_config(files, bindings) as arguments_of:
       arguments = arguments_of('train')
       config = arguments['model'].module.config
-      assert config.emb_dim == {'tiny': 128, 'mini': 256}[size]
+      assert config.emb_dim == {'tiny': 128, 'mini': 256}[SIZES[study]]
       assert config.self_kv == config.cross_kv == num_kv_heads
       assert gin.query_parameter('RANDOM_SEED/macro.value') == seed
       if source:
@@ -133,10 +147,10 @@ def test_training_commands(tmp_path, monkeypatch, size):
     )
 
 
-@pytest.mark.parametrize('size', conversion.STUDIES)
-def test_calibration_command(tmp_path, monkeypatch, size):
+@pytest.mark.parametrize('study', conversion.STUDIES)
+def test_calibration_command(tmp_path, monkeypatch, study):
   monkeypatch.setattr(__main__, 'calibrate', calibrate.calibrate, raising=False)
-  stage = stage_of(conversion.plan(tmp_path, size), 'collect statistics')
+  stage = stage_of(conversion.plan(tmp_path, study), 'collect statistics')
   files, bindings = split_gin(stage.command)
   with commands.gin_config(files, bindings):
     values = {
@@ -146,7 +160,7 @@ def test_calibration_command(tmp_path, monkeypatch, size):
   assert values == {
     'CHECKPOINT_PATH': str(stage.needs[0]),
     'OUTPUT': str(stage.result),
-    'MODEL_SIZE': size,
+    'MODEL_SIZE': SIZES[study],
   }
 
 
@@ -157,14 +171,15 @@ def test_conversion_commands(tmp_path):
     for stage in conversion.plan(tmp_path, 'tiny')
     if stage.command[1] == 'gqa_t5x.convert'
   ]
+  folder = tmp_path / 'local' / 'conversion' / 'tiny'
   seen = set()
   for stage in plan:
     args = convert.define_flags()
     assert args(stage.command[1:]) == ['gqa_t5x.convert']
-    assert args.input == str(tmp_path / 'tiny' / 'mha' / 'checkpoint_2400')
+    assert args.input == str(folder / 'mha' / 'checkpoint_2400')
     assert stage.result == pathlib.Path(args.output) / 'checkpoint_2400'
     Recipe(args.method, args.grouping, None)  # Or it raises.
-    expected = (tmp_path / 'tiny' / 'statistics.npz') if args.statistics else None
+    expected = (folder / 'statistics.npz') if args.statistics else None
     assert args.statistics == (str(expected) if expected else None)
     assert (expected in stage.needs) == (args.statistics is not None)
     statistics = 'calibrated' if args.statistics else 'not'
@@ -180,15 +195,8 @@ def test_conversion_commands(tmp_path):
 def test_reproduce_commands_are_there(tmp_path):
   for stage in conversion.plan(tmp_path, 'mini')[-2:]:
     _, _, verb, experiment, *flags = stage.command
-    assert (verb, experiment) in COMMANDS
-    assert flags == [f'--output_dir={tmp_path}', '--size=mini']
-
-
-def test_other_scales_are_refused(capsys):
-  assert conversion.run('nowhere', None, 'tiny', 'paper') == 1
-  assert capsys.readouterr().err == (
-    '--scale=paper is not there yet; use --scale=local.\n'
-  )
+    assert (verb, experiment) in PARTS
+    assert flags == [f'--output_dir={tmp_path}', '--study=mini']
 
 
 @pytest.mark.parametrize(
@@ -236,6 +244,7 @@ def write_events(model_dir, losses, share=0.5):
 
 def evaluation(steps=(100, 101, 102)):
   return conversion_rows.Evaluation(
+    study='quick',
     size='tiny',
     task=TASK,
     lengths={'inputs': 128, 'targets': 29},
@@ -256,7 +265,7 @@ def test_loss_rows(tmp_path):
   expected = {
     'kind': 'conversion',
     'source': 'measured',
-    'command': 'python -m gqa_t5x.reproduce run conversion --scale=local --size=tiny',
+    'command': 'python -m gqa_t5x.reproduce run conversion --scale=local --study=quick',
     'size': 'tiny',
     'num_kv_heads': 2,
     'method': 'mean',

@@ -1,85 +1,105 @@
-"""The command that runs experiments and reports them.
+"""The command that plans, runs and reports the papers' experiments.
+
+  python -m gqa_t5x.reproduce plan table1
+  python -m gqa_t5x.reproduce plan all --scale=local
+
+prints the commands of a table or figure, in order, with what each reads and writes, an
+estimate of its chip-hours, and whether it is done. Targets: {targets}, all.
+--scale=paper (default of plan) is the papers' own: T5.1.1-Large and -XXL, seven data
+sets, on TPU pods; --scale=local a tiny model on the docstrings that every Python has.
+
+  python -m gqa_t5x.reproduce run all --scale=local
+
+runs the plan on this machine, {minutes} minutes on two cores, and writes the report.
+Stop it with Ctrl-C and start it again: finished stages are not repeated. What a stage
+prints is in OUTPUT_DIR/local/logs.
+
+  python -m gqa_t5x.reproduce report --results=runs/reproduce
+
+writes report.md and report.html, one page with everything in it: each number of the
+papers beside the measured one, or "not run" and the command that runs it. It may be
+called at any time, and reads both scales.
 
   python -m gqa_t5x.reproduce run uptrain
 
-runs the paper's recipe in miniature on this machine (about 10 minutes): pre-trains a
-tiny T5.1.1 with multi-head attention, converts it to 2 and to 1 key/value heads,
-uptrains, and reports mean (the paper) and svd side by side.
+is the paper's recipe in miniature (10 minutes): pre-train, convert by mean and svd,
+uptrain. And the study of conversion methods with all of them, or with a larger model,
+takes an hour or more:
 
-  python -m gqa_t5x.reproduce run conversion --scale=local
-
-compares all conversion methods: for 4, 2 and 1 of 8 key/value heads, the loss right
-after conversion and while uptraining goes on to 10% of the pre-training steps. An hour
-or more; --size=mini does the same with a larger model, in many hours.
-
-Stop a run with Ctrl-C and start it again: finished stages are not repeated. What a
-stage prints is in OUTPUT_DIR/logs (of conversion: OUTPUT_DIR/SIZE/logs). A checkpoint
-that is already where a run would put its own counts as made: so a model pre-trained
-elsewhere can be studied.
-
-A run starts these by itself; they also work alone, on a finished run:
-
-  python -m gqa_t5x.reproduce evaluate uptrain|conversion    checkpoints -> rows.json
-  python -m gqa_t5x.reproduce report uptrain|conversion      rows.json -> the report
+  python -m gqa_t5x.reproduce run conversion --scale=local --study=tiny
 """
 
 import sys
-from typing import Any
 
 from absl import app, flags
 
-from gqa_t5x.reproduce import conversion, uptrain
+from gqa_t5x.reproduce import conversion, intensity, plan, report, run, uptrain
+from gqa_t5x.reproduce.scales import SCALES
+from gqa_t5x.reproduce.targets import TARGETS
 
-# (verb, experiment) -> the function, and which flags it takes besides --output_dir.
-COMMANDS: dict[tuple[str, ...], Any] = {
-  ('run', 'uptrain'): (uptrain.run, ('jobs',)),
-  ('evaluate', 'uptrain'): (uptrain.evaluate_models, ()),
-  ('report', 'uptrain'): (uptrain.write_report, ()),
-  ('run', 'conversion'): (conversion.run, ('jobs', 'size', 'scale')),
-  ('evaluate', 'conversion'): (conversion.evaluate, ('size',)),
-  ('report', 'conversion'): (conversion.report, ('size',)),
+EXPERIMENTS = (*TARGETS, plan.ALL)
+# What stages run by themselves: (verb, experiment) -> function of output_dir and study.
+PARTS = {
+  ('evaluate', 'uptrain'): lambda folder, study: uptrain.evaluate_models(folder),
+  ('report', 'uptrain'): lambda folder, study: uptrain.write_report(folder),
+  ('evaluate', 'conversion'): conversion.evaluate,
+  ('report', 'conversion'): conversion.report,
+  ('evaluate', 'intensity'): lambda folder, study: intensity.write(folder),
 }
-FOLDERS = {'uptrain': 'runs/local', 'conversion': 'runs/conversion'}
+FOLDER = 'runs/reproduce'
+UPTRAIN_FOLDER = 'runs/local'
+LOCAL_MINUTES = 60  # at most; tests/test_reproduce_plan.py has the estimate
 
-_OUTPUT_DIR = flags.DEFINE_string(
+flags.DEFINE_string(
   'output_dir',
   None,
-  'Folder of checkpoints, logs, rows and the report; by default runs/local for uptrain,'
-  ' runs/conversion for conversion.',
+  f'Folder of all results, local or gs://; by default {FOLDER}, and of uptrain'
+  f' {UPTRAIN_FOLDER}.',
+)
+flags.DEFINE_string('results', None, 'Of report: the folder of results, as output_dir.')
+flags.DEFINE_enum(
+  'scale', None, list(SCALES), 'plan: paper unless given. run: local alone.'
+)
+flags.DEFINE_enum(
+  'study', 'quick', list(conversion.STUDIES), 'Which study of conversion methods.'
 )
 flags.DEFINE_integer(
   'jobs',
   None,
   'How many stages run at once, each on cores of its own; by default one a core.',
 )
-flags.DEFINE_enum(
-  'size',
-  'tiny',
-  list(conversion.STUDIES),
-  'The model of the conversion study; see gqa_t5x/network.py.',
+flags.DEFINE_string(
+  'tfds_data_dir', None, 'Of plan: folder of TensorFlow Datasets, for the commands.'
 )
-flags.DEFINE_enum(
-  'scale',
-  'local',
-  conversion.SCALES,
-  'local: on this machine. paper: not there yet.',
-)
+flags.DEFINE_bool('json', False, 'Of plan: print JSON.')
+USAGE = """\
+Usage: python -m gqa_t5x.reproduce plan|run TARGET [--scale=paper|local]
+       python -m gqa_t5x.reproduce report [--results=FOLDER]
+TARGET: {}. See --help."""
 
 
 def main(argv: list[str]) -> int:
   """Runs a command; returns the exit code."""
+  given = flags.FLAGS
   words = tuple(argv[1:])
-  if words not in COMMANDS:
-    print(
-      'Usage: python -m gqa_t5x.reproduce run uptrain|conversion [--output_dir=...];'
-      ' see --help.',
-      file=sys.stderr,
-    )
-    return 2
-  function, names = COMMANDS[words]
-  values = {name: flags.FLAGS[name].value for name in names}
-  return function(_OUTPUT_DIR.value or FOLDERS[words[1]], **values)
+  default = UPTRAIN_FOLDER if 'uptrain' in words else FOLDER
+  folder = given.output_dir or default
+  if words in PARTS:
+    return PARTS[words](folder, given.study)
+  if words == ('report',):
+    return report.write(given.results or folder)
+  if words == ('run', 'uptrain'):
+    return uptrain.run(folder, given.jobs)
+  if len(words) == 2 and words[1] in EXPERIMENTS:
+    if words[0] == 'plan':
+      scale, data = given.scale or 'paper', given.tfds_data_dir
+      return plan.print_plan(words[1], scale, folder, data, given.json)
+    if words[0] == 'run':
+      return run.run(words[1], given.scale or 'local', folder, given.jobs, given.study)
+  print(USAGE.format(', '.join(('uptrain (run only)', *EXPERIMENTS))), file=sys.stderr)
+  return 2
 
 
 if __name__ == '__main__':
+  __doc__ = __doc__.format(targets=', '.join(TARGETS), minutes=LOCAL_MINUTES)
   app.run(lambda argv: sys.exit(main(argv)))

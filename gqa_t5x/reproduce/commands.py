@@ -1,6 +1,8 @@
 """The commands of an experiment's stages, as a user types them."""
 
+import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import gqa_t5x
@@ -8,14 +10,45 @@ import gqa_t5x
 CALIBRATE = 'gin/local/calibrate.gin'
 
 
+# Warnings alone: the trainer shows its progress, and log lines would tear its bar.
+QUIET = '--verbosity=-1'
+
+
+def engine(
+  module: str, gin_files: Sequence[str], flags: Sequence[str] = (), **macros: Any
+) -> tuple[str, ...]:
+  """Arguments of Python for a command of the engine.
+
+  Args:
+    module: 't5x.train', 't5x.eval', 't5x.infer' or 'gqa_t5x.calibrate'.
+    gin_files: paths below the gin search path.
+    flags: further flags.
+    **macros: values for the files' macros; a path stands for its text.
+  """
+  search_path = gqa_t5x.gin_search_path()
+  in_checkout = pathlib.Path(search_path) == pathlib.Path.cwd()
+  values = {
+    name: os.fspath(value) if isinstance(value, os.PathLike) else value
+    for name, value in macros.items()
+  }
+  return (
+    '-m',
+    module,
+    *(f'--gin_file={file}' for file in gin_files),
+    *(() if in_checkout else (f'--gin_search_paths={search_path}',)),
+    *flags,
+    *(f'--gin.{name}={value!r}' for name, value in values.items()),
+  )
+
+
 def train(gin_file: str, **macros: Any) -> tuple[str, ...]:
-  """Arguments of Python for a training run.
+  """Arguments of Python for a training run on this machine.
 
   Args:
     gin_file: path below the gin search path.
     **macros: values for the file's macros; a path stands for its text.
   """
-  return _engine('t5x.train', gin_file, macros)
+  return engine('t5x.train', [gin_file], [QUIET], **macros)
 
 
 def calibrate(
@@ -29,7 +62,7 @@ def calibrate(
     **macros: values for other macros of gin/local/calibrate.gin.
   """
   macros = {'CHECKPOINT_PATH': checkpoint, 'OUTPUT': output, **macros}
-  return _engine('gqa_t5x.calibrate', CALIBRATE, macros)
+  return engine('gqa_t5x.calibrate', [CALIBRATE], [QUIET], **macros)
 
 
 def convert(
@@ -57,18 +90,3 @@ def reproduce(*words: str, **flags: Any) -> tuple[str, ...]:
   """Arguments of Python for `gqa_t5x.reproduce`: words, then flags."""
   given = (f'--{name}={value}' for name, value in flags.items())
   return ('-m', 'gqa_t5x.reproduce', *words, *given)
-
-
-def _engine(module: str, gin_file: str, macros: dict[str, Any]) -> tuple[str, ...]:
-  values = {
-    name: str(value) if isinstance(value, pathlib.Path) else value
-    for name, value in macros.items()
-  }
-  return (
-    '-m',
-    module,
-    f'--gin_file={gin_file}',
-    f'--gin_search_paths={gqa_t5x.gin_search_path()}',
-    '--verbosity=-1',  # Warnings; the trainer shows its progress.
-    *(f'--gin.{name}={value!r}' for name, value in values.items()),
-  )

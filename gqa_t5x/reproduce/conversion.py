@@ -3,7 +3,8 @@
 Pre-train (MHA), calibrate, convert by every method to every number of key/value heads,
 uptrain each for 10% of the pre-training steps (mini: 5%) with evaluations on the way,
 and report. MHA itself is trained on as long: what uptraining is held to. All numbers of
-the runs are in the gin files.
+the runs are in the gin files. The study `quick` is one of the local experiments; `tiny`
+has all methods and more seeds, `mini` a larger model.
 """
 
 import dataclasses
@@ -11,13 +12,7 @@ import pathlib
 import sys
 
 from gqa_t5x import network
-from gqa_t5x.reproduce import (
-  commands,
-  conversion_report,
-  conversion_rows,
-  events,
-  stages,
-)
+from gqa_t5x.reproduce import commands, conversion_report, conversion_rows, events
 from gqa_t5x.reproduce.arms import MAIN_METHODS, METHODS, SEEDED, Arm
 from gqa_t5x.reproduce.gin_macros import macro
 from gqa_t5x.reproduce.stages import Stage
@@ -25,15 +20,17 @@ from gqa_t5x.reproduce.stages import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """One size of the study.
+  """One study.
 
   Attributes:
+    size: of its models, a key of network.SIZES.
     pretrain: gin file of pre-training.
     uptrain: gin file of uptraining.
     seeds: K -> seeds, of the data's order in uptraining and of the method random.
     methods: as arms.METHODS.
   """
 
+  size: str
   pretrain: str
   uptrain: str
   seeds: dict[int, tuple[int, ...]]
@@ -41,26 +38,34 @@ class Study:
 
 
 STUDIES = {
+  'quick': Study(
+    'tiny',
+    'gin/local/study_pretrain.gin',
+    'gin/local/study_uptrain.gin',
+    {2: (1,), 1: (1,)},
+    MAIN_METHODS,
+  ),
   'tiny': Study(
+    'tiny',
     'gin/local/study_pretrain.gin',
     'gin/local/study_uptrain.gin',
     {4: (1,), 2: (1, 2, 3), 1: (1,)},
     METHODS,
   ),
   'mini': Study(
+    'mini',
     'gin/local/study_mini_pretrain.gin',
     'gin/local/study_mini_uptrain.gin',
     {4: (1,), 2: (1,), 1: (1,)},
     MAIN_METHODS,
   ),
 }
-SCALES = ('local', 'paper')
 
 
-def arms(size: str) -> list[Arm]:
+def arms(name: str) -> list[Arm]:
   """Lists the models that are uptrained, MHA first, with every seed of the others."""
-  num_heads = network.SIZES[size]['num_heads']
-  study = STUDIES[size]
+  study = STUDIES[name]
+  num_heads = network.SIZES[study.size]['num_heads']
   seeds = sorted(set().union(*study.seeds.values()))
   result = [Arm('none', 'none', 'contiguous', num_heads, seed) for seed in seeds]
   for num_kv_heads, seeds in study.seeds.items():
@@ -77,25 +82,34 @@ class Paths:
   """Where the results of the study are.
 
   Attributes:
-    folder: all of them are below it.
-    size: a key of STUDIES.
+    output_dir: of all experiments.
+    name: a key of STUDIES.
   """
 
-  folder: pathlib.Path
-  size: str
+  output_dir: pathlib.Path
+  name: str
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """All results of the study are below it."""
+    return self.output_dir / 'local' / 'conversion' / self.name
+
+  @property
+  def study(self) -> Study:
+    return STUDIES[self.name]
 
   @property
   def pretrain_steps(self) -> int:
-    return macro(STUDIES[self.size].pretrain, 'TRAIN_STEPS')
+    return macro(self.study.pretrain, 'TRAIN_STEPS')
 
   @property
   def last_step(self) -> int:
-    return macro(STUDIES[self.size].uptrain, 'TRAIN_STEPS')
+    return macro(self.study.uptrain, 'TRAIN_STEPS')
 
   @property
   def evaluated_steps(self) -> list[int]:
     """Steps with an evaluation, from that right after conversion on."""
-    period = macro(STUDIES[self.size].uptrain, 'EVAL_PERIOD')
+    period = macro(self.study.uptrain, 'EVAL_PERIOD')
     return [*range(self.pretrain_steps, self.last_step, period), self.last_step]
 
   @property
@@ -120,25 +134,30 @@ class Paths:
     return self.folder / 'uptrained' / arm.name / f'checkpoint_{self.last_step}'
 
 
-def plan(output_dir: pathlib.Path, size: str) -> list[Stage]:
-  """Lists the stages of the study.
+def pretrain_stage(paths: Paths) -> Stage:
+  """The stage that all others begin from, those of other experiments, too."""
+  return Stage(
+    f'pre-train MHA, {paths.pretrain_steps:,} steps',
+    paths.mha,
+    commands.train(paths.study.pretrain, MODEL_DIR=paths.mha.parent),
+    work=paths.pretrain_steps,
+  )
+
+
+def plan(output_dir: pathlib.Path, name: str) -> list[Stage]:
+  """Lists the stages of a study.
 
   Args:
-    output_dir: folder; results go below its subfolder of the size's name.
-    size: a key of STUDIES.
+    output_dir: of all experiments.
+    name: a key of STUDIES.
   """
-  paths, all_arms = Paths(output_dir / size, size), arms(size)
+  paths, all_arms = Paths(output_dir, name), arms(name)
   result = [
-    Stage(
-      f'pre-train MHA, {paths.pretrain_steps} steps',
-      paths.mha,
-      commands.train(STUDIES[size].pretrain, MODEL_DIR=paths.mha.parent),
-      work=paths.pretrain_steps,
-    ),
+    pretrain_stage(paths),
     Stage(
       'collect statistics',
       paths.statistics,
-      commands.calibrate(paths.mha, paths.statistics, MODEL_SIZE=size),
+      commands.calibrate(paths.mha, paths.statistics, MODEL_SIZE=paths.study.size),
       needs=(paths.mha,),
     ),
   ]
@@ -147,19 +166,20 @@ def plan(output_dir: pathlib.Path, size: str) -> list[Stage]:
   result += [_convert_stage(paths, arm) for arm in converted.values()]
   uptrained = [_uptrain_stage(paths, arm) for arm in all_arms]
   result += uptrained
+  command = {'output_dir': output_dir, 'study': name}
   result.append(
     Stage(
       'gather rows, compute spectra',
       paths.rows,
-      commands.reproduce('evaluate', 'conversion', output_dir=output_dir, size=size),
+      commands.reproduce('evaluate', 'conversion', **command),
       needs=(paths.statistics, *(stage.result for stage in uptrained)),
     )
   )
   result.append(
     Stage(
-      'report',
+      'report on conversion',
       paths.folder / 'conversion.md',
-      commands.reproduce('report', 'conversion', output_dir=output_dir, size=size),
+      commands.reproduce('report', 'conversion', **command),
       needs=(paths.rows,),
     )
   )
@@ -191,7 +211,7 @@ def _uptrain_stage(paths: Paths, arm: Arm) -> Stage:
     f'uptrain with {arm.num_kv_heads} K/V heads, {arm.title}, seed {arm.seed}',
     result,
     commands.train(
-      STUDIES[paths.size].uptrain,
+      paths.study.uptrain,
       MODEL_DIR=result.parent,
       INITIAL_CHECKPOINT_PATH=source,
       NUM_KV_HEADS=arm.num_kv_heads,
@@ -204,40 +224,18 @@ def _uptrain_stage(paths: Paths, arm: Arm) -> Stage:
   )
 
 
-def run(output_dir: str, jobs: int | None, size: str, scale: str) -> int:
-  """Runs what is not done yet, and prints the report.
-
-  Args:
-    output_dir: folder; results go below its subfolder of the size's name.
-    jobs: how many stages run at once; None: one a core.
-    size: a key of STUDIES.
-    scale: one of SCALES.
-
-  Returns:
-    The exit code: 0, 1 after an error, 130 after Ctrl-C.
-  """
-  if scale != 'local':
-    print(f'--scale={scale} is not there yet; use --scale=local.', file=sys.stderr)
-    return 1
-  paths = Paths(pathlib.Path(output_dir) / size, size)
-  code = stages.run(plan(pathlib.Path(output_dir), size), paths.folder, jobs)
-  if not code:
-    print((paths.folder / 'conversion.md').read_text())
-    print(f'Report: {paths.folder}/conversion.md')
-  return code
-
-
-def evaluate(output_dir: str, size: str) -> int:
+def evaluate(output_dir: str, study: str) -> int:
   """Writes `rows.json` from what the runs left; returns the exit code.
 
   Args:
-    output_dir: as given to `run`.
-    size: a key of STUDIES.
+    output_dir: of all experiments.
+    study: a key of STUDIES.
   """
-  paths = Paths(pathlib.Path(output_dir) / size, size)
-  uptrain = STUDIES[size].uptrain
+  paths = Paths(pathlib.Path(output_dir), study)
+  uptrain = paths.study.uptrain
   evaluation = conversion_rows.Evaluation(
-    size=size,
+    study=study,
+    size=paths.study.size,
     task=macro(uptrain, 'MIXTURE_OR_TASK_NAME'),
     lengths=macro(uptrain, 'TASK_FEATURE_LENGTHS'),
     batch_size=macro(uptrain, 'BATCH_SIZE'),
@@ -246,26 +244,26 @@ def evaluate(output_dir: str, size: str) -> int:
   )
   try:
     rows = conversion_rows.loss_rows(
-      {arm: paths.uptrained(arm).parent for arm in arms(size)}, evaluation
+      {arm: paths.uptrained(arm).parent for arm in arms(study)}, evaluation
     )
   except events.BadEvents as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   rows.append(conversion_rows.unigram_row(evaluation))
   rows += conversion_rows.spectrum_rows(
-    paths.mha, paths.statistics, tuple(STUDIES[size].seeds), evaluation
+    paths.mha, paths.statistics, tuple(paths.study.seeds), evaluation
   )
   conversion_rows.write(rows, paths.rows)
   return 0
 
 
-def report(output_dir: str, size: str) -> int:
+def report(output_dir: str, study: str) -> int:
   """Writes `conversion.md` and its figures from `rows.json`; returns the exit code.
 
   Args:
-    output_dir: as given to `run`.
-    size: a key of STUDIES.
+    output_dir: of all experiments.
+    study: a key of STUDIES.
   """
-  paths = Paths(pathlib.Path(output_dir) / size, size)
+  paths = Paths(pathlib.Path(output_dir), study)
   conversion_report.write(paths.rows, paths.folder)
   return 0

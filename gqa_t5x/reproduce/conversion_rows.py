@@ -20,6 +20,7 @@ class Evaluation:
   """What all models of a study are evaluated on, and when.
 
   Attributes:
+    study: a key of conversion.STUDIES.
     size: a key of network.SIZES.
     task: seqio task; its validation split is used.
     lengths: tokens of inputs and targets.
@@ -28,6 +29,7 @@ class Evaluation:
     steps: the first is the end of pre-training, the last that of uptraining.
   """
 
+  study: str
   size: str
   task: str
   lengths: Mapping[str, int]
@@ -40,7 +42,7 @@ class Evaluation:
     return {
       'source': 'measured',
       'command': 'python -m gqa_t5x.reproduce run conversion --scale=local'
-      f' --size={self.size}',
+      f' --study={self.study}',
       'size': self.size,
       'pretrain_steps': self.steps[0],
       'batch_size': self.batch_size,

@@ -51,7 +51,7 @@ def markdown(by_size: Mapping[str, Sequence[Row]]) -> str:
     '|---|---:|---:|---:|---:|---:|---:|---:|---:|' + '---:|' * len(SIDES),
   ]
   for size, rows in by_size.items():
-    config = network.t5_1_1_config(size)
+    config = network.config(size)
     for num_kv_heads in _heads(rows):
       mean, svd = (_loss(rows, method, num_kv_heads) for method in ('mean', 'svd'))
       dropped = ' | '.join(

@@ -140,9 +140,7 @@ def load_params(path: pathlib.Path) -> tuple[dict[str, Any], Architecture]:
 
 @functools.lru_cache
 def _module(num_kv_heads: int, vocab_size: int) -> network.Transformer:
-  config = network.t5_1_1_config(
-    'tiny', num_kv_heads=num_kv_heads, vocab_size=vocab_size
-  )
+  config = network.config('tiny', num_kv_heads=num_kv_heads, vocab_size=vocab_size)
   return network.Transformer(config)
 
 

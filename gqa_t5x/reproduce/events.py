@@ -2,6 +2,9 @@
 
 import pathlib
 
+# What the trainer writes (gqa_t5x/trainer.py).
+SPIKES, DIVERGENCES = 'stability/spikes', 'stability/divergences'
+
 
 class BadEvents(Exception):
   """Event files are missing, damaged or not whole; the message names them."""
@@ -75,3 +78,16 @@ def validation_losses(
       f' {model_dir} and run again.'
     )
   return {step: losses[step] / real[step] for step in steps}
+
+
+def stability(model_dir: pathlib.Path) -> dict[str, float]:
+  """Returns how many spikes and divergences a run's trainer has found in its loss.
+
+  Args:
+    model_dir: of the run.
+
+  Raises:
+    BadEvents: its event files are missing or damaged.
+  """
+  found = scalars(model_dir / 'train')
+  return {kind: max(found.get(kind, {0: 0}).values()) for kind in (SPIKES, DIVERGENCES)}

@@ -21,7 +21,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from gqa_t5x.reproduce.child import Child, StageFailed
 from gqa_t5x.reproduce.progress import Progress
@@ -39,19 +40,35 @@ class Stage:
     result: the file or folder that it leaves.
     command: arguments of Python, as a user types them.
     needs: what it reads, results of other stages.
+    reads: what else it reads, and no stage makes: data sets, public checkpoints.
     leftover: a folder of this stage alone that is removed, should it be cut short.
     work: how much there is to do, in training steps; for the time to go alone.
+    alone: whether it measures time, so that nothing may run beside it.
+    hours: an estimate of chip-hours (estimates.py); None where it takes minutes.
+    macros: values of gin that it trains with.
   """
 
   title: str
   result: pathlib.Path
   command: tuple[str, ...]
   needs: tuple[pathlib.Path, ...] = ()
+  reads: tuple[str, ...] = ()
   leftover: pathlib.Path | None = None
   work: int = SHORT
+  alone: bool = False
+  hours: float | None = None
+  macros: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
   def __str__(self) -> str:
-    return shlex.join(('python', *self.command))
+    """The command as a user types it."""
+    return ' '.join(_quote(word) for word in ('python', *self.command))
+
+
+def _quote(word: str) -> str:
+  """Quotes a word for the shell; gin's own quotes stay as they are."""
+  if "'" in word and not set(word) & set('"$`\\!'):
+    return f'"{word}"'
+  return shlex.quote(word)
 
 
 def run(stages: Sequence[Stage], folder: pathlib.Path, jobs: int | None = None) -> int:
@@ -189,6 +206,8 @@ class _Run:
     # A result may be there before its command ends: T5X saves, then evaluates.
     unfinished = {stage.result for stage in (*self._waiting, *self._running)}
     ready = [s for s in self._waiting if unfinished.isdisjoint(s.needs)]
+    # What measures time waits until there is nothing else to do.
+    ready = [s for s in ready if not s.alone] or ready[:1]
     if self._alone or len(ready) == 1:
       # Nothing else can become ready meanwhile: it gets all cores.
       if ready and not self._running:
@@ -205,6 +224,7 @@ class _Run:
     """Starts a stage on some cores; None: on all, for it is alone."""
     self._waiting.remove(stage)
     _discard(stage)
+    stage.result.parent.mkdir(parents=True, exist_ok=True)
     number = self._stages.index(stage) + 1
     log = self._logs / f'{number:02d}.log'
     child = Child(stage.command, log, self._cache, self._lock)

@@ -7,7 +7,7 @@ and svd), evaluate, report.
 import dataclasses
 import pathlib
 
-from gqa_t5x.reproduce import commands, evaluate, report, stages
+from gqa_t5x.reproduce import commands, evaluate, stages, uptrain_report
 from gqa_t5x.reproduce.gin_macros import macro
 from gqa_t5x.reproduce.stages import Stage
 
@@ -148,7 +148,7 @@ def write_report(output_dir: str) -> int:
     output_dir: folder of both.
   """
   folder = pathlib.Path(output_dir)
-  report.write(folder / 'rows.json', folder)
+  uptrain_report.write(folder / 'rows.json', folder)
   return 0
 
 

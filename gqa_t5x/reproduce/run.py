@@ -1,0 +1,43 @@
+"""Runs the plan of a target on this machine, and reports."""
+
+import pathlib
+import sys
+
+from gqa_t5x.reproduce import conversion, plan, report, stages
+from gqa_t5x.reproduce.lab import STUDY
+
+
+def run(
+  target: str, scale: str, output_dir: str, jobs: int | None, study: str = STUDY
+) -> int:
+  """Runs what is not done yet, and writes the report.
+
+  Args:
+    target: as of plan.make.
+    scale: 'local'; any other is refused.
+    output_dir: folder of all results.
+    jobs: how many stages run at once; None: one a core.
+    study: of conversion, a key of conversion.STUDIES.
+
+  Returns:
+    The exit code: 0, 1 after an error, 130 after Ctrl-C.
+  """
+  if scale != 'local':
+    print(
+      f'error: --scale={scale} takes TPU pods. Run the commands of this plan there:\n'
+      f'  python -m gqa_t5x.reproduce plan {target} --scale={scale}',
+      file=sys.stderr,
+    )
+    return 1
+  if '://' in output_dir:
+    print(f'error: {output_dir} is not on this machine.', file=sys.stderr)
+    return 1
+  if study != STUDY:
+    if target != 'conversion':
+      print(f'error: --study={study} goes with conversion alone.', file=sys.stderr)
+      return 1
+    chosen = conversion.plan(pathlib.Path(output_dir), study)
+  else:
+    chosen = plan.make(target, scale, output_dir).stages
+  code = stages.run(chosen, pathlib.Path(output_dir, scale), jobs)
+  return code or report.write(output_dir)
