@@ -52,13 +52,13 @@ import functools
 import importlib
 import itertools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from gqa_t5x import network
 from gqa_t5x.analysis import benchmark_report
@@ -66,6 +66,7 @@ from gqa_t5x.analysis.settings import DTYPES, BadSetting
 
 BENCHMARKS = ('decode', 'train', 'convert')
 FILL = 'fill'  # --batch_size of as many as fit
+PARTIAL = '.partial'  # the file of --json while it grows
 WORDS = {'size': network.SIZES, 'dtype': DTYPES, 'method': (), 'compression': ()}
 
 
@@ -142,9 +143,12 @@ def settings(name: str, args: flags.FlagValues) -> list[Any]:
 
 
 def _default_heads(name: str, size: str) -> list[int]:
-  num_heads = network.SIZES[size]['num_heads']
+  dims = network.SIZES[size]
+  num_heads = dims['num_heads']
   if name == 'convert':
     return [max(1, num_heads // 4)]
+  if 'num_kv_heads' in dims:
+    return [dims['num_kv_heads']]
   return [k for k in range(num_heads, 0, -1) if num_heads % k == 0]
 
 
@@ -200,7 +204,7 @@ def run(name: str, args: flags.FlagValues) -> None:
   if png:
     benchmark_report.check_matplotlib()
   for path in filter(None, (args.json, png)):
-    if not pathlib.Path(path).absolute().parent.is_dir():
+    if '://' not in path and not pathlib.Path(path).absolute().parent.is_dir():
       raise BadSetting(f'{path}: there is no such folder.')
   module = module_of(name)
   command = _command(name, args)
@@ -218,7 +222,9 @@ def run(name: str, args: flags.FlagValues) -> None:
       rows.append(row)
       advance(row)
       if args.json:  # What was measured is not lost if the rest is stopped.
-        _write(rows, args.json)
+        epath.Path(args.json + PARTIAL).write_text(json.dumps(rows, indent=1))
+  if args.json:
+    epath.Path(args.json + PARTIAL).replace(args.json)
   benchmark_report.print_table(rows, module.COLUMNS)
   if png:
     benchmark_report.draw(rows, pathlib.Path(png))
@@ -232,12 +238,6 @@ def _command(name: str, args: flags.FlagValues) -> str:
     if flag in args and args[flag].present
   ]
   return ' '.join(['python -m gqa_t5x.benchmark', name, *given])
-
-
-def _write(rows: Sequence[dict[str, Any]], path: str) -> None:
-  temporary = pathlib.Path(path + '.tmp')
-  temporary.write_text(json.dumps(rows, indent=1))
-  os.replace(temporary, path)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -270,7 +270,7 @@ def main(argv: Sequence[str]) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
-    print('stopped; --json has the rows measured until then', file=sys.stderr)
+    print(f'stopped; rows until then: --json{PARTIAL}', file=sys.stderr)
     return 130
 
 

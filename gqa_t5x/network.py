@@ -1,4 +1,4 @@
-"""The T5.1.1 encoder-decoder with any number of key/value heads.
+"""The T5 encoder-decoder with any number of key/value heads, and its sizes by name.
 
 `Transformer` is what T5X calls: its methods and their argument names are T5X's.
 With `num_kv_heads = num_heads` its parameters are those of T5X's own network.
@@ -79,10 +79,13 @@ REMAT_POLICIES = {
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
-# T5.1.1 (paper_facts: heads x head size, layers, widths). `tiny` and `mini` are this
+# T5.1.1 (heads x head size, layers, widths as published). `tiny` and `mini` are this
 # project's own, for laptops. The vocabulary is T5's 32100 ids, padded to a multiple of
 # 128.
 # fmt: off
+_SHAZEER = dict(vocab_size=32768, mlp_activations=('relu',), logits_via_embedding=True,
+                emb_dim=1024, num_heads=8, head_dim=128,
+                num_encoder_layers=6, num_decoder_layers=6)
 SIZES = {
   'tiny': dict(emb_dim=128, num_heads=8, head_dim=16, mlp_dim=256,
                num_encoder_layers=2, num_decoder_layers=4),
@@ -98,17 +101,21 @@ SIZES = {
              num_encoder_layers=24, num_decoder_layers=24),
   'xxl': dict(emb_dim=4096, num_heads=64, head_dim=64, mlp_dim=10240,
               num_encoder_layers=24, num_decoder_layers=24),
+  # Shazeer's translation models (2019, section 4): what MQA saves in all attention,
+  # the encoder's too, widens the MLP, so that both have as many parameters.
+  'shazeer_mha': dict(mlp_dim=4096, num_kv_heads=8, encoder_num_kv_heads=8, **_SHAZEER),
+  'shazeer_mqa': dict(mlp_dim=5440, num_kv_heads=1, encoder_num_kv_heads=1, **_SHAZEER),
 }
 # fmt: on
 VOCAB_SIZE = 32128
 
 
-def t5_1_1_config(size: str, **overrides) -> T5Config:
-  """Returns the configuration of a T5.1.1 size.
+def config(size: str, **overrides) -> T5Config:
+  """Returns the configuration of a model by its name.
 
   Args:
-    size: a key of `SIZES`.
-    **overrides: fields of `T5Config`.
+    size: a key of `SIZES`; what it leaves open is T5.1.1's.
+    **overrides: fields of `T5Config`; None leaves what the size has.
 
   Returns:
     The configuration.
@@ -121,7 +128,8 @@ def t5_1_1_config(size: str, **overrides) -> T5Config:
   t5_1_1 = dict(
     vocab_size=VOCAB_SIZE, mlp_activations=('gelu', 'linear'), dropout_rate=0.0
   )
-  return T5Config(**(t5_1_1 | SIZES[size] | overrides))
+  given = {name: value for name, value in overrides.items() if value is not None}
+  return T5Config(**(t5_1_1 | SIZES[size] | given))
 
 
 def _remat(layer: type[nn.Module], cfg: T5Config, static_argnums: tuple[int, ...]):

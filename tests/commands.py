@@ -24,7 +24,7 @@ include 'gin/models/t5_1_1_tiny.gin'
 VOCABULARY = @tiny_task.vocabulary()
 VOCAB_SIZE = 384
 ACTIVATION_DTYPE = 'float32'
-network.t5_1_1_config:
+network.config:
   num_encoder_layers = 1
   num_decoder_layers = 2
 """
@@ -37,6 +37,7 @@ TRAIN_GIN = """
 RANDOM_SEED = 0
 EVAL_STEPS = 1
 WARMUP_STEPS = 100
+LOSS_NORMALIZING_FACTOR = None
 """
 
 

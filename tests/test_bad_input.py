@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 KV = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
-CONFIG = 'network.t5_1_1_config'
+CONFIG = 'network.config'
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,7 @@ from gqa_t5x.conversion.input_sums import add_sums, input_sums, mean_moments
 from gqa_t5x.conversion.statistics import open_statistics
 
 # As commands.TINY_GIN.
-CONFIG = network.t5_1_1_config(
+CONFIG = network.config(
   'tiny', vocab_size=384, num_encoder_layers=1, num_decoder_layers=2
 )
 DECODER = [

@@ -71,7 +71,7 @@ def test_parameters_by_part(fields):
 @pytest.mark.parametrize('K', [1, 2, None])
 def test_parameters_of_a_size_by_part(size, K):
   layers = dict(num_encoder_layers=1, num_decoder_layers=2)
-  cfg = network.t5_1_1_config(size, num_kv_heads=K, **layers)
+  cfg = network.config(size, num_kv_heads=K, **layers)
   assert_parameters_are_those_of_the_tree(cfg)
 
 
@@ -88,7 +88,7 @@ def test_parameters_of_a_size_by_part(size, K):
   ],
 )
 def test_parameters_of_published_sizes(size, K, expected):
-  cfg = network.t5_1_1_config(size, num_kv_heads=K)
+  cfg = network.config(size, num_kv_heads=K)
   assert sum(costs.parameters(cfg).values()) == expected
 
 

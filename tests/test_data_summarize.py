@@ -1,6 +1,6 @@
 """Summarization of docstrings: the pairs, the task, and its gin file."""
 
-import commands
+import gin_cases
 import pytest
 import seqio
 import tensorflow as tf
@@ -86,18 +86,19 @@ def test_the_registered_tasks():
 
 
 def test_fine_tuning_from_gin():
-  bindings = [
-    "INITIAL_CHECKPOINT_PATH = 'gs://bucket/checkpoint_2400'",
-    "MODEL_DIR = 'gs://bucket/out'",
-    'RANDOM_SEED = 1',
-  ]
-  with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr('gqa_t5x.restore.checked_path', lambda path, **_: path)
-    with commands.gin_config(['gin/local/finetune.gin'], bindings) as arguments_of:
-      found = arguments_of('train')
-      metric = gin.query_parameter('METRIC/macro.value')
-  assert found['total_steps'] == 2400 + 1600
+  given = {
+    'INITIAL_CHECKPOINT_PATH': 'gs://bucket/checkpoint_2400',
+    'MODEL_DIR': 'gs://bucket/out',
+  }
+  with gin_cases.parsed(['gin/local/finetune.gin'], given) as arguments_of:
+    found = arguments_of('train')
+    metric = gin.query_parameter('METRIC/macro.value')
+    schedule = gin.query_parameter('gqa_t5x.trainer.Trainer.learning_rate_fn')
+    rates = [float(schedule.scoped_configurable_fn()(s)) for s in (2401, 3601, 4800)]
+  assert found['total_steps'] == 2400 + 2400
   data = found['infer_eval_dataset_cfg']
   assert data.mixture_or_task_name == 'pydocs_summarize'
   assert (data.split, data.pack) == ('validation', False)
   assert metric == 'rouge1'
+  # From 0.03, half of it half-way, to nothing at the end.
+  assert rates == pytest.approx([0.03, 0.015, 0.0], abs=1e-6)

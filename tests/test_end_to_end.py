@@ -10,6 +10,8 @@ import math
 import commands
 import pytest
 
+from gqa_t5x import best
+
 pytestmark = pytest.mark.slow
 
 TASK = 'tiny_words'
@@ -84,6 +86,8 @@ def test_resumes_where_it_stopped(first, mha):
   train = commands.scalars(folder / 'mha' / 'train')
   assert {step for tag, step in train if tag == 'loss'} == {2, 4}
   assert {step for tag, step in train if tag == 'learning_rate'} == {2, 4}
+  spikes = {step: n for (tag, step), n in train.items() if tag == 'stability/spikes'}
+  assert spikes == {2: 0, 4: 0}
   assert list(eval_losses(folder / 'mha')) == [2, 4]
   # The progress bar starts at the checkpoint, not at 0, and reaches the end.
   assert '4/4' in output
@@ -173,7 +177,7 @@ def test_fine_tunes_the_mqa_model(mha):
     MODEL_DIR='finetuned',
     INITIAL_CHECKPOINT_PATH='converted/1/checkpoint_4',
     NUM_KV_HEADS=1,
-    TRAIN_STEPS=5,
+    FINETUNE_STEPS=1,
   )
   assert commands.shapes(folder / 'finetuned' / 'checkpoint_5')[KV] == (D, H)
   train = commands.scalars(folder / 'finetuned' / 'train')
@@ -182,4 +186,21 @@ def test_fine_tunes_the_mqa_model(mha):
   lines = (
     folder / 'finetuned' / 'inference_eval' / f'{TASK}-metrics.jsonl'
   ).read_text()
-  assert [json.loads(line)['step'] for line in lines.splitlines()] == [5]
+  rows = [json.loads(line) for line in lines.splitlines()]
+  assert [row['step'] for row in rows] == [5]
+  finetuned = str(folder / 'finetuned')
+  assert best.scores(finetuned, 'exact_match', TASK) == {5: rows[0]['exact_match']}
+  commands.engine(
+    folder,
+    't5x.eval',
+    'eval',
+    ['gin/runs/best_checkpoint.gin'],
+    MODEL_DIR='finetuned',
+    METRIC='exact_match',
+    EVAL_OUTPUT_DIR='eval_best',
+    NUM_KV_HEADS=1,
+  )
+  lines = (
+    folder / 'eval_best' / 'inference_eval' / f'{TASK}-metrics.jsonl'
+  ).read_text()
+  assert json.loads(lines) == rows[0]

@@ -234,18 +234,57 @@ def count(cfg):
   return sum(int(np.prod(leaf.shape)) for leaf in leaves)
 
 
+# Shazeer (2019), by hand: table (and output projection), attention with its norm, MLP
+# with its norm, position biases of 32 buckets and last norms. One key/value head of 8
+# leaves out 2 x 7 x 128 columns in all 18 attention layers, and 1344 more units fill
+# 12 MLPs: 18 * 1792 = 12 * 2 * 1344 columns of 1024.
+SHAZEER = {
+  'shazeer_mha': 32768 * 1024
+  + 18 * (4 * 1024 * 1024 + 1024)
+  + 12 * (2 * 1024 * 4096 + 1024)
+  + 2 * (32 * 8 + 1024),
+  'shazeer_mqa': 32768 * 1024
+  + 18 * (2 * 1024 * 1024 + 2 * 1024 * 128 + 1024)
+  + 12 * (2 * 1024 * 5440 + 1024)
+  + 2 * (32 * 8 + 1024),
+}
+
+
 def test_every_size_has_a_row():
-  assert network.SIZES.keys() == COUNTS.keys()
+  assert network.SIZES.keys() == COUNTS.keys() | SHAZEER.keys()
+
+
+def test_shazeers_models_have_as_many_parameters():
+  counts = {size: count(network.config(size)) for size in SHAZEER}
+  assert counts == SHAZEER
+  assert set(counts.values()) == {209_748_480}
+
+
+@pytest.mark.parametrize(
+  ('size', 'heads', 'expected'),
+  [
+    ('shazeer_mha', {}, (8, 8, 8)),
+    ('shazeer_mqa', {}, (1, 1, 1)),
+    ('shazeer_mqa', {'num_kv_heads': None}, (1, 1, 1)),
+    ('shazeer_mqa', {'num_kv_heads': 1}, (1, 1, 1)),
+    ('shazeer_mqa', {'num_kv_heads': 8, 'encoder_num_kv_heads': 8}, (8, 8, 8)),
+    ('large', {'num_kv_heads': None}, (16, 16, 16)),
+    ('large', {'num_kv_heads': 8}, (16, 8, 8)),
+  ],
+)
+def test_heads_of_a_size(size, heads, expected):
+  cfg = network.config(size, **heads)
+  assert (cfg.encoder_kv, cfg.self_kv, cfg.cross_kv) == expected
 
 
 @pytest.mark.parametrize('size', COUNTS)
 def test_parameter_counts(size):
   sizes, mha, others = COUNTS[size]
   N = sizes[3]
-  assert count(network.t5_1_1_config(size)) == mha
+  assert count(network.config(size)) == mha
   assert count_by_formula(sizes, N) == mha
   for K, expected in others.items():
-    assert count(network.t5_1_1_config(size, num_kv_heads=K)) == expected
+    assert count(network.config(size, num_kv_heads=K)) == expected
     assert count_by_formula(sizes, K) == expected
 
 
@@ -260,14 +299,12 @@ def test_parameter_counts(size):
 )
 def test_parameter_counts_of_all_heads(size, K):
   """At one and two layers: the tests above count whole models."""
-  cfg = network.t5_1_1_config(
-    size, num_kv_heads=K, num_encoder_layers=1, num_decoder_layers=2
-  )
+  cfg = network.config(size, num_kv_heads=K, num_encoder_layers=1, num_decoder_layers=2)
   assert count(cfg) == count_by_formula((*COUNTS[size][0][:5], 1, 2), K)
 
 
-def test_t5_1_1_config():
-  cfg = network.t5_1_1_config('base', num_kv_heads=3, dropout_rate=0.2)
+def test_config_of_a_size():
+  cfg = network.config('base', num_kv_heads=3, dropout_rate=0.2)
   assert (cfg.num_heads, cfg.head_dim, cfg.emb_dim, cfg.mlp_dim) == (12, 64, 768, 2048)
   assert (cfg.self_kv, cfg.cross_kv, cfg.encoder_kv) == (3, 3, 12)
   assert (cfg.dropout_rate, cfg.mlp_activations) == (0.2, ('gelu', 'linear'))
@@ -278,8 +315,9 @@ def test_t5_1_1_config():
   ('make', 'message'),
   [
     (
-      lambda: network.t5_1_1_config('huge'),
-      "size='huge' is unknown; choose one of tiny, mini, small, base, large, xl, xxl.",
+      lambda: network.config('huge'),
+      "size='huge' is unknown; choose one of tiny, mini, small, base, large, xl, xxl,"
+      ' shazeer_mha, shazeer_mqa.',
     ),
     (
       lambda: oracle.config(remat_policy='some'),
@@ -294,7 +332,7 @@ def test_t5_1_1_config():
       'num_heads=4 is not divisible by num_kv_heads=8; choose one of 1, 2, 4.',
     ),
     (
-      lambda: network.t5_1_1_config('base', cross_attention_num_kv_heads=5),
+      lambda: network.config('base', cross_attention_num_kv_heads=5),
       'num_heads=12 is not divisible by num_kv_heads=5;'
       ' choose one of 1, 2, 3, 4, 6, 12.',
     ),

@@ -42,7 +42,7 @@ LONGEST = {'quick': 0.1, 'tiny': 0.1, 'mini': 0.05}
   ('study', 'models', 'converted'),
   # Seeds share a converted checkpoint, but for random.
   [
-    ('quick', 1 + 5 + 5, 5 + 5),
+    ('quick', 1 + 4 + 4, 4 + 4),
     ('tiny', 3 + 9 + 27 + 8, 9 + 9 + 2 + 8),
     ('mini', 16, 15),
   ],
@@ -209,12 +209,6 @@ def test_reproduce_commands_are_there(tmp_path):
       'svd_calibrated_similarity_4',
       'svd_calibrated_similarity_4_seed1',
       'svd (calibrated, similarity)',
-    ),
-    (
-      ('refit', 'calibrated', 'contiguous', 1, 1),
-      'refit_calibrated_1',
-      'refit_calibrated_1_seed1',
-      'refit',
     ),
   ],
 )

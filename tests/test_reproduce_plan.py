@@ -1,14 +1,14 @@
 """The plans: what each table and figure takes, as commands that parse."""
 
+import ast
 import json
 
-import commands
+import gin_cases
 import pytest
 
 import gin
-from gqa_t5x import convert, models, network
+from gqa_t5x import convert, network
 from gqa_t5x.benchmark import define_flags
-from gqa_t5x.conversion import checkpoint
 from gqa_t5x.reproduce import __main__ as reproduce
 from gqa_t5x.reproduce import estimates, intensity, paper, plan, run, stages
 from gqa_t5x.reproduce.models import SCRATCH, Model
@@ -16,16 +16,6 @@ from gqa_t5x.reproduce.scales import LOCAL, PAPER
 from gqa_t5x.reproduce.targets import TARGETS
 
 BUCKET = 'gs://bucket'
-
-
-@pytest.fixture(autouse=True)
-def no_checkpoints(monkeypatch):
-  """None is there to be checked."""
-  monkeypatch.setattr(checkpoint, 'list_checkpoints', lambda folder: [])
-  monkeypatch.setattr(checkpoint, 'find_checkpoint', lambda path: path)
-  monkeypatch.setattr(checkpoint, 'open_checkpoint', lambda path: {})
-  monkeypatch.setattr(checkpoint, 'step_is_known', lambda path: True)
-  monkeypatch.setattr(models, 'check_params', lambda model, params, source: None)
 
 
 def kinds(chosen) -> dict[str, int]:
@@ -92,14 +82,15 @@ def words_of(stage, prefix):
 
 
 def gin_arguments(stage):
-  """The gin files and bindings of a command of the engine."""
+  """The gin files and macros of a command of the engine."""
   pairs = [w.partition('=') for w in words_of(stage, '--gin.')]
-  return words_of(stage, '--gin_file='), [f'{n} = {v}' for n, _, v in pairs]
+  macros = {name: ast.literal_eval(value) for name, _, value in pairs}
+  return words_of(stage, '--gin_file='), macros
 
 
 def check_training(stage, model: Model, **expected):
   files, bindings = gin_arguments(stage)
-  with commands.gin_config(files, bindings) as arguments_of:
+  with gin_cases.parsed(files, bindings) as arguments_of:
     found = arguments_of('train')
     config = found['model'].module.config
     macros = {name: gin.query_parameter(f'{name}/macro.value') for name in expected}
@@ -185,7 +176,7 @@ def test_shazeer_is_evaluated_with_one_beam_and_four():
     for beams in (1, 4):
       scores = lab.translation_scores(size, beams)
       files, bindings = gin_arguments(lab.stage(scores))
-      with commands.gin_config(files, bindings) as arguments_of:
+      with gin_cases.parsed(files, bindings) as arguments_of:
         found = arguments_of('evaluate')
         decodes = gin.query_parameter('NUM_DECODES/macro.value')
       assert decodes == beams
@@ -268,8 +259,8 @@ def test_plan_says_what_is_done(call, tmp_path):
   folder.mkdir(parents=True)
   code, said = call('plan', 'conversion', scale='local', output_dir=tmp_path)
   assert code == 0
-  assert said.out.startswith('# [1/25] pre-train MHA, 2,400 steps, done\n')
-  assert '# 25 commands, 1 done; left: about' in said.out
+  assert said.out.startswith('# [1/21] pre-train MHA, 2,400 steps, done\n')
+  assert '# 21 commands, 1 done; left: about' in said.out
   assert 'core-hours' in said.out
 
 

@@ -108,9 +108,7 @@ def measure(
 
 def _write_random(size: str, path: pathlib.Path) -> None:
   """Writes an uncompressed checkpoint of random float32 in T5X's legacy layout."""
-  tree = traverse_util.flatten_dict(
-    random_model.shapes(network.t5_1_1_config(size)), sep='/'
-  )
+  tree = traverse_util.flatten_dict(random_model.shapes(network.config(size)), sep='/')
   specs = {
     f'target/{name}': TensorSpec(tuple(leaf.shape), np.dtype(np.float32))
     for name, leaf in tree.items()

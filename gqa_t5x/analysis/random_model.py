@@ -3,6 +3,7 @@
 Ours, or T5X's own example network, which has the same parameters where K = N.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -33,12 +34,8 @@ def module(setting: Any) -> nn.Module:
       "--compare=t5x needs T5X's own example network (t5x.examples.t5), which is not"
       ' installed; run make setup ENGINE=t5x.'
     ) from error
-  shared = network.SIZES[setting.size] | {
-    'vocab_size': cfg.vocab_size,
-    'mlp_activations': cfg.mlp_activations,
-    'dropout_rate': 0.0,
-    'dtype': cfg.dtype,
-  }
+  fields = (field.name for field in dataclasses.fields(t5x_network.T5Config))
+  shared = {name: getattr(cfg, name) for name in fields}
   return t5x_network.Transformer(t5x_network.T5Config(**shared))
 
 

@@ -15,7 +15,10 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 # Flags that take a comma list of settings: default and text.
 SIZE = ('base', 'Model sizes: ' + ', '.join(network.SIZES) + '.')
-NUM_KV_HEADS = (None, 'Key/value heads; by default every divisor of the heads.')
+NUM_KV_HEADS = (
+  None,
+  "Key/value heads; by default the size's own, or every divisor of its heads.",
+)
 
 
 class BadSetting(ValueError):
@@ -34,7 +37,7 @@ def config(size: str, num_kv_heads: int, dtype: str) -> network.T5Config:
     BadSetting: heads that do not divide.
   """
   try:
-    return network.t5_1_1_config(size, num_kv_heads=num_kv_heads, dtype=DTYPES[dtype])
+    return network.config(size, num_kv_heads=num_kv_heads, dtype=DTYPES[dtype])
   except ValueError as error:
     raise BadSetting(f'size={size}: {error}') from error
 

@@ -13,7 +13,7 @@ import sys
 
 from gqa_t5x import network
 from gqa_t5x.reproduce import commands, conversion_report, conversion_rows, events
-from gqa_t5x.reproduce.arms import MAIN_METHODS, METHODS, SEEDED, Arm
+from gqa_t5x.reproduce.arms import FOUR_METHODS, MAIN_METHODS, METHODS, SEEDED, Arm
 from gqa_t5x.reproduce.gin_macros import macro
 from gqa_t5x.reproduce.stages import Stage
 
@@ -43,7 +43,7 @@ STUDIES = {
     'gin/local/study_pretrain.gin',
     'gin/local/study_uptrain.gin',
     {2: (1,), 1: (1,)},
-    MAIN_METHODS,
+    FOUR_METHODS,
   ),
   'tiny': Study(
     'tiny',

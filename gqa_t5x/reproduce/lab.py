@@ -54,6 +54,11 @@ class Lab:
       self._stages.setdefault(stage.result, stage)
     return stages[-1].result
 
+  @property
+  def data_flags(self) -> list[str]:
+    """The folder of TensorFlow Datasets, as a flag of gqa_t5x.data's commands."""
+    return [f'--data_dir={self._data_dir}'] if self._data_dir else []
+
   def stage(self, result: Any) -> Stage:
     """Returns the stage that makes a result."""
     return self._stages[result]
@@ -215,12 +220,16 @@ class Lab:
     last = macro('gin/runs/translate.gin', 'TRAIN_STEPS')
     folder = self.folder / 'translated' / size
     vocabulary = self.folder / 'translated' / 'vocabulary.model'
-    data = [f'--data_dir={self._data_dir}'] if self._data_dir else []
     self.add(
       Stage(
         'train the vocabulary of WMT14',
         vocabulary,
-        ('-m', 'gqa_t5x.data.wmt_vocabulary', f'--output={vocabulary}', *data),
+        (
+          '-m',
+          'gqa_t5x.data.wmt_vocabulary',
+          f'--output={vocabulary}',
+          *self.data_flags,
+        ),
         reads=('wmt14_en_de_shazeer',),
       )
     )

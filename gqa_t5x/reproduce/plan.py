@@ -93,7 +93,7 @@ def row(stage: Stage, lab: Lab) -> dict[str, Any]:
 
 def text(rows: list[dict[str, Any]], lab: Lab) -> str:
   """Returns the plan for a reader, and for a shell: what is no command is a comment."""
-  lines = []
+  lines = _preparation(rows, lab)
   for i, stage in enumerate(rows, start=1):
     state = ', done' if stage['done'] else ''
     lines.append(f'# [{i}/{len(rows)}] {stage["title"]}{state}')
@@ -108,6 +108,16 @@ def text(rows: list[dict[str, Any]], lab: Lab) -> str:
     f' {CHIPS[lab.scale.chip]} (analytic: gqa_t5x/reproduce/estimates.py).'
   )
   return '\n'.join(lines)
+
+
+def _preparation(rows: list[dict[str, Any]], lab: Lab) -> list[str]:
+  """The command that downloads the data, where there is any."""
+  read = {what for stage in rows for what in stage['reads']}
+  tasks = [task for task in lab.scale.tasks if task in read and lab.scale.public]
+  if not tasks:
+    return []
+  words = ['python -m gqa_t5x.data.prepare', *tasks, *lab.data_flags]
+  return ['# Data, once (docs/data.md; C4 apart):', ' '.join(words), '']
 
 
 def _hours(hours: float) -> str:

@@ -5,6 +5,7 @@ import pathlib
 
 from gqa_t5x.reproduce import (
   report_ablations,
+  report_overview,
   report_scores,
   report_stability,
   report_times,
@@ -38,6 +39,7 @@ def write(output_dir: str) -> int:
   found = Results()
   doc = Document("GQA and MQA for T5: the papers' experiments, reproduced")
   doc.text(INTRODUCTION)
+  report_overview.write(doc, found, Lab(LOCAL, output_dir), folder)
   _write_paper(doc, found, Lab(PAPER, output_dir), folder)
   _write_local(doc, found, Lab(LOCAL, output_dir), folder)
   doc.text('## Skipped results')

@@ -144,7 +144,7 @@ PAPER = Scale(
     }.items()
   },
   macros={
-    'pretrain': {'TRAIN_STEPS': 1_000_000},
+    'pretrain': {},
     'uptrain': {'CHECKPOINT_PERIOD': 5_000},
     'finetune': {},
   },
