@@ -2,6 +2,7 @@
 
 import ast
 import json
+import types
 
 import gin_cases
 import pytest
@@ -264,9 +265,25 @@ def test_plan_says_what_is_done(call, tmp_path):
   assert 'core-hours' in said.out
 
 
+def test_a_folder_that_cannot_be_read_leaves_the_plan(capsys):
+  def exists():
+    raise OSError('no network')
+
+  stage = types.SimpleNamespace(result=types.SimpleNamespace(exists=exists))
+  lab = types.SimpleNamespace(stages=[stage, stage], folder=f'{BUCKET}/paper')
+  rows = [{}, {}]
+  plan.look_for_results(rows, lab)
+  assert rows == [{'done': None}, {'done': None}]
+  assert capsys.readouterr().err == '# gs://bucket/paper cannot be read: OSError.\n'
+
+
 def test_plan_names_the_data(call, tmp_path):
   _, said = call(
     'plan', 'table1', output_dir=tmp_path, tfds_data_dir='gs://bucket/tfds'
+  )
+  data = 'python -m gqa_t5x.data.prepare cnn_dailymail arxiv pubmed mediasum multi_news'
+  assert said.out.splitlines()[1] == (
+    f'{data} wmt14_en_de trivia_qa --data_dir=gs://bucket/tfds'
   )
   trainings = [line for line in said.out.splitlines() if 't5x.train' in line]
   assert len(trainings) == TABLE1['t5x.train']

@@ -93,6 +93,11 @@ def test_the_best_score_of_every_seed(lab):
   assert found.score(lab, Model('tiny'), TASK) is None
 
 
+def test_macros_of_long_lines():
+  text = "# Macros:\nA_PATH = \\\n    'runs/x/checkpoint_5'\nB = 3\nC = @models.M()\n"
+  assert results.read_macros(text) == {'A_PATH': 'runs/x/checkpoint_5', 'B': 3}
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
@@ -277,7 +282,7 @@ def test_every_number_leads_to_its_command(finished):
 def test_the_page_has_everything(finished):
   page = (finished / 'report.html').read_text()
   assert '44.1 (+0.6)' in page
-  figures = {path.name for path in finished.glob('*.png')}
+  figures = {path.name for path in (finished / 'figures').glob('*.png')}
   assert {'figure3_paper.png', 'figure3_local.png', 'figure6_local.png'} <= figures
   assert page.count('data:image/png') == len(figures)
 

@@ -87,7 +87,9 @@ def write(output: str, data_dir: str | None, num_pieces: int = NUM_PIECES) -> No
   benchmarks.task(TASK, data_dir=data_dir)
   model = train(sentences(), num_pieces)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(model)
+  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary.write_bytes(model)
+  temporary.replace(path)
   print(f'{num_pieces:,} pieces in {path}')
 
 

@@ -10,7 +10,7 @@ sets, on TPU pods; --scale=local a tiny model on the docstrings that every Pytho
 
   python -m gqa_t5x.reproduce run all --scale=local
 
-runs the plan on this machine, {minutes} minutes on two cores, and writes the report.
+runs the plan on this machine, in an hour on two cores, and writes the report.
 Stop it with Ctrl-C and start it again: finished stages are not repeated. What a stage
 prints is in OUTPUT_DIR/local/logs.
 
@@ -48,7 +48,6 @@ PARTS = {
 }
 FOLDER = 'runs/reproduce'
 UPTRAIN_FOLDER = 'runs/local'
-LOCAL_MINUTES = 60  # at most; tests/test_reproduce_plan.py has the estimate
 
 flags.DEFINE_string(
   'output_dir',
@@ -101,5 +100,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  __doc__ = __doc__.format(targets=', '.join(TARGETS), minutes=LOCAL_MINUTES)
+  __doc__ = __doc__.format(targets=', '.join(TARGETS))
   app.run(lambda argv: sys.exit(main(argv)))

@@ -15,6 +15,7 @@ import markdown
 from gqa_t5x.reproduce.results import Measured
 
 NOT_RUN = 'not run'
+FIGURES = 'figures'
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -79,10 +80,10 @@ class Document:
     """Adds a figure.
 
     Args:
-      name: of its file, beside the report.
+      name: of its file, in the folder FIGURES beside the report.
       caption: what it shows; also its text for those who cannot see it.
     """
-    self._parts += [f'![{caption}]({name})', f'*{caption}*']
+    self._parts += [f'![{caption}]({FIGURES}/{name})', f'*{caption}*']
 
   def commands(self, commands: Sequence[str]) -> None:
     """Adds what was not run, folded up."""
@@ -140,7 +141,7 @@ class Document:
     """Returns the report as a page with its figures inside.
 
     Args:
-      folder: where the figures are.
+      folder: of the report.
     """
     body = markdown.markdown(
       self.markdown(), extensions=['tables', 'fenced_code', 'md_in_html']

@@ -69,10 +69,12 @@ class Lab:
     """Returns a macro's value as a kind of run has it."""
     if name in self.scale.macros[kind]:
       return self.scale.macros[kind][name]
-    for file in reversed(self._files(kind, '', task)):
+    for file in reversed(self.scale.gin_files[kind]):
+      if '{size}' in file:
+        continue
       try:
-        return macro(file, name)
-      except (ValueError, FileNotFoundError):
+        return macro(file.format(task=task), name)
+      except ValueError:
         continue
     raise ValueError(f'no gin file of {kind} sets {name}.')
 

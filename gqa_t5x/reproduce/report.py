@@ -10,7 +10,7 @@ from gqa_t5x.reproduce import (
   report_stability,
   report_times,
 )
-from gqa_t5x.reproduce.document import Document
+from gqa_t5x.reproduce.document import FIGURES, Document
 from gqa_t5x.reproduce.lab import Lab
 from gqa_t5x.reproduce.results import Results
 from gqa_t5x.reproduce.scales import LOCAL, PAPER
@@ -30,18 +30,20 @@ def write(output_dir: str) -> int:
   """Writes `report.md`, `report.html` and their figures; returns the exit code.
 
   Args:
-    output_dir: folder of all results, of both scales.
+    output_dir: folder of all results, of both scales. The report goes there; if it
+      is gs://, into the folder `report` here.
   """
   folder = pathlib.Path(output_dir)
   if '://' in output_dir:
     folder = pathlib.Path('report')
-  folder.mkdir(parents=True, exist_ok=True)
+  figures = folder / FIGURES
+  figures.mkdir(parents=True, exist_ok=True)
   found = Results()
   doc = Document("GQA and MQA for T5: the papers' experiments, reproduced")
   doc.text(INTRODUCTION)
-  report_overview.write(doc, found, Lab(LOCAL, output_dir), folder)
-  _write_paper(doc, found, Lab(PAPER, output_dir), folder)
-  _write_local(doc, found, Lab(LOCAL, output_dir), folder)
+  report_overview.write(doc, found, Lab(LOCAL, output_dir), figures)
+  _write_paper(doc, found, Lab(PAPER, output_dir), figures)
+  _write_local(doc, found, Lab(LOCAL, output_dir), figures)
   doc.text('## Skipped results')
   doc.text('\n'.join(f'- {problem}' for problem in found.problems) or 'None.')
   _replace(folder / 'report.md', doc.markdown())

@@ -124,7 +124,7 @@ def write_study(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -
     lab: of the local scale.
     folder: where figures go.
   """
-  paths = conversion.Paths(pathlib.Path(lab.output_dir), STUDY)
+  paths = conversion.Paths(lab.output_dir, STUDY)
   rows = found.rows(paths.rows, 'conversion', source='measured')
   if not rows:
     doc.text(f'Figures 4 and 5: {NOT_RUN}.')

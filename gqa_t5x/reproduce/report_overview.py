@@ -28,7 +28,7 @@ def write(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> None
     folder: where figures go.
   """
   times = found.rows(lab.rows('figure6'), 'decode_benchmark', size=lab.scale.heads.size)
-  paths = conversion.Paths(pathlib.Path(lab.output_dir), STUDY)
+  paths = conversion.Paths(lab.output_dir, STUDY)
   rows = found.rows(paths.rows, 'conversion', source='measured')
   if not times or not rows:
     return
@@ -51,8 +51,11 @@ def _draw_times(axis: Any, rows: list[Row]) -> None:
   rows = sorted(rows, key=lambda row: -row['num_kv_heads'])
   names = [str(row['num_kv_heads']) for row in rows]
   values = [row['ms_per_step'] for row in rows]
-  bars = axis.bar(names, values, color='#56B4E9', edgecolor='black', linewidth=0.6)
+  bars = axis.bar(
+    range(len(names)), values, color='#56B4E9', edgecolor='black', linewidth=0.6
+  )
   axis.bar_label(bars, fmt='%.0f', fontsize=9)
+  axis.set_xticks(range(len(names)), names)
   axis.set_xlabel(f'key/value heads of {names[0]} query heads')
   axis.set_ylabel('decode step (ms)')
   axis.set_title('Time', fontsize=10)

@@ -232,6 +232,7 @@ def read_macros(config: str) -> Row:
     config: text of `config.gin`.
   """
   values = {}
+  config = re.sub(r'\\\n *', '', config)  # Gin breaks long lines after the sign.
   for name, text in re.findall(r'^([A-Z_]+) = (.*)$', config, flags=re.MULTILINE):
     try:
       values[name] = ast.literal_eval(text)

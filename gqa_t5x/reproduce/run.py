@@ -32,12 +32,14 @@ def run(
   if '://' in output_dir:
     print(f'error: {output_dir} is not on this machine.', file=sys.stderr)
     return 1
-  if study != STUDY:
-    if target != 'conversion':
-      print(f'error: --study={study} goes with conversion alone.', file=sys.stderr)
-      return 1
-    chosen = conversion.plan(pathlib.Path(output_dir), study)
-  else:
+  folder = pathlib.Path(output_dir)
+  if study == STUDY:
     chosen = plan.make(target, scale, output_dir).stages
-  code = stages.run(chosen, pathlib.Path(output_dir, scale), jobs)
-  return code or report.write(output_dir)
+    return stages.run(chosen, folder / scale, jobs) or report.write(output_dir)
+  if target != 'conversion':
+    print(f'error: --study={study} goes with conversion alone.', file=sys.stderr)
+    return 1
+  code = stages.run(conversion.plan(folder, study), folder / scale, jobs)
+  if not code:
+    print(f'Report: {conversion.Paths(folder, study).folder}/conversion.md')
+  return code

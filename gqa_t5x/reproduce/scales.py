@@ -199,7 +199,7 @@ LOCAL = Scale(
   size_macros={},
   flags=(QUIET,),
   timings={'tiny': (Timing('tiny', (8, 2, 1), 32, 512, 32, 'float32'),)},
-  heads=Timing('base', (12, 6, 4, 3, 2, 1), 8, 512, 64, 'float32', repeats=5),
+  heads=Timing('base', (12, 6, 4, 3, 2, 1), 4, 512, 64, 'float32', repeats=5),
   shazeer=Timing('', (), 8, 128, 32, 'float32', (1, 4), repeats=5),
   chip='core',
   dev_examples={'pydocs_summarize': 977},
