@@ -2,6 +2,7 @@
 
 import functools
 import re
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -319,12 +320,15 @@ def test_trainer_counts_steps_to_the_end_of_the_run(monkeypatch):
 
   def train(self, batch_iter, num_steps, start_step=None):
     seen.extend(next(batch_iter) for _ in range(num_steps))
-    return {'start_step': start_step}
+    summary = futures.Future()
+    summary.set_exception(ValueError(start_step))  # T5X raises it, later.
+    return summary
 
   monkeypatch.setattr(t5x_trainer.Trainer, 'train', train)
   this = make_trainer(make_state(), total_steps=100)
-  assert this.train(iter('abcdef'), 3, start_step=40) == {'start_step': 40}
-  assert this.train(iter('xyz'), 2, start_step=43) == {'start_step': 43}
+  for batches, num_steps, start_step in ('abcdef', 3, 40), ('xyz', 2, 43):
+    summary = this.train(iter(batches), num_steps, start_step=start_step)
+    assert summary.exception().args == (start_step,)
   assert seen == ['a', 'b', 'c', 'x', 'y']
   assert (this._bar.initial, this._bar.total) == (40, 100)
   assert this._bar.n == 40 + 3 + 2

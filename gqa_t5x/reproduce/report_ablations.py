@@ -147,7 +147,7 @@ def write_study(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -
       ],
     )
   mha = _cells(doc, losses, MHA, losses.num_heads, command)
-  doc.table(['MHA, trained on', *_alpha_heads(losses)], [['', *mha]])
+  doc.table(['not converted', *_alpha_heads(losses)], [['MHA, trained on', *mha]])
   study_figures.draw_losses(losses, folder / 'conversion.png')
   doc.figure('conversion.png', 'Loss by method of conversion, and while uptraining.')
   _draw_figure5(losses, folder / 'figure5_local.png')
