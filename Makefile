@@ -42,7 +42,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 uptrain: setup
 	$(BIN)/python -m gqa_t5x.reproduce run uptrain
