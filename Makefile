@@ -1,5 +1,6 @@
 # make setup     a virtual environment in .venv, every version pinned (constraints.txt)
 # make test      lint, format check and all tests
+# make test-tpu  compile for TPUs, without one: installs their compiler, takes minutes
 # make uptrain   the paper's recipe in miniature: pre-train, convert, uptrain, report
 #
 # ENGINE=lite (default) installs the stand-in t5x_lite, ENGINE=t5x Google's T5X from
@@ -17,7 +18,7 @@ ifneq ($(filter $(ENGINE),lite t5x),$(ENGINE))
   $(error ENGINE=$(ENGINE) is unknown; choose lite or t5x)
 endif
 
-.PHONY: setup test lint uptrain clean
+.PHONY: setup test test-tpu lint uptrain clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,13 @@ lint: setup
 
 test: setup lint
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+
+.venv/tpu: .venv/packages
+	$(PIP) --constraint constraints.txt 'jax[tpu]'
+	touch $@
+
+test-tpu: setup .venv/tpu
+	$(BIN)/python -m pytest -m tpu
 
 uptrain: setup
 	$(BIN)/python -m gqa_t5x.reproduce run uptrain

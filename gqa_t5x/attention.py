@@ -13,20 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning as nn_partitioning
-from jax import lax
 
-from gqa_t5x import axes, kv_cache
+from gqa_t5x import axes, kv_cache, sharding
+from gqa_t5x.dense import Dense
 
 Array = jax.Array
 DType = Any
 Initializer = Callable[..., Array]
 
-param_with_axes = nn_partitioning.param_with_axes
-with_sharding_constraint = nn_partitioning.with_sharding_constraint
-
 # Masked logits get this value, as in T5X: a fully masked row stays finite.
 MASKED_LOGIT = -1e10
+TPU_ROWS = 8  # that its matrix unit works on together
+INPUT_AXES = (axes.BATCH, axes.LENGTH, axes.EMBED)
+QUERY_AXES = (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
@@ -58,6 +57,7 @@ def grouped_attention(
   bias: Array | None = None,
   float32_logits: bool = False,
   dropout: Callable[[Array], Array] = lambda probs_BKGTS: probs_BKGTS,
+  new: kv_cache.New | None = None,
 ) -> Array:
   """Attends from N query heads to K key/value heads.
 
@@ -72,6 +72,7 @@ def grouped_attention(
     bias: `[B or 1, N, T or 1, S]`, added to the logits.
     float32_logits: accumulate logits and softmax in float32 whatever the dtype.
     dropout: applied to the probabilities `[B, K, G, T, S]`.
+    new: keys and values that take the place of some of `k_BKHS` and `v_BKSH`.
 
   Returns:
     `[B, T, N, H]` in the dtype of the queries.
@@ -85,66 +86,32 @@ def grouped_attention(
   K = k_BKHS.shape[1]
   check_heads(N, K)
   q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
-  logits_BKGTS = jnp.einsum(
-    'BKGTH,BKHS->BKGTS',
-    q_BKGTH,
-    k_BKHS,
-    preferred_element_type=jnp.float32 if float32_logits else None,
-  )
+  if T * N // K == 1 and sharding.platform() == 'tpu':
+    # For one query a key, XLA multiplies element by element, and values of H = 64 take
+    # twice their bytes. Of several, a matrix unit has as many in the same time.
+    q_BKGTH = jnp.pad(q_BKGTH, ((0, 0), (0, 0), (0, 0), (0, TPU_ROWS - 1), (0, 0)))
+
+  def logits_of(k_BKHS):
+    dtype = jnp.float32 if float32_logits else None
+    return jnp.einsum(
+      'BKGTH,BKHS->BKGTS', q_BKGTH, k_BKHS, preferred_element_type=dtype
+    )
+
+  logits_BKGTS = logits_of(k_BKHS)
+  if new is not None:
+    logits_BKGTS = kv_cache.write(logits_BKGTS, logits_of(new.key), new.index, axis=4)
   if bias is not None:
     bias_BKGTS = bias.reshape(-1, K, N // K, *bias.shape[2:])
     logits_BKGTS += bias_BKGTS.astype(logits_BKGTS.dtype)
   if mask is not None:
     logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, MASKED_LOGIT)
   probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS).astype(q_BTNH.dtype))
+  if new is not None:
+    probs_BKGTS, probs_new = kv_cache.take(probs_BKGTS, new, axis=4)
   out_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', probs_BKGTS, v_BKSH)
-  return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
-
-
-class Dense(nn.Module):
-  """A linear map without bias; parameters are float32, arithmetic is `dtype`.
-
-  Attributes:
-    features: output width.
-    kernel_axes: logical axes of the `[in, out]` kernel.
-    dtype: activation dtype.
-    kernel_init: initialiser.
-  """
-
-  features: int
-  kernel_axes: tuple[str, str]
-  dtype: DType = jnp.float32
-  kernel_init: Initializer = nn.initializers.variance_scaling(
-    1.0, 'fan_in', 'truncated_normal'
-  )
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Maps `[..., in]` to `[..., features]`.
-
-    A transposed kernel in the collection `transposed` takes the place of the parameter
-    (see decoding.py).
-    """
-    if self.has_variable('transposed', 'kernel'):
-      y_FR = self._dot(
-        self.get_variable('transposed', 'kernel'), x.reshape(-1, x.shape[-1]).T
-      )
-      # Without the barrier the compiler turns the product round again.
-      return lax.optimization_barrier(y_FR).T.reshape(*x.shape[:-1], self.features)
-    kernel = param_with_axes(
-      'kernel',
-      self.kernel_init,
-      (x.shape[-1], self.features),
-      jnp.float32,
-      axes=self.kernel_axes,
-    )
-    return self._dot(x, kernel)
-
-  def _dot(self, x: Array, y: Array) -> Array:
-    if x.dtype == y.dtype and jnp.promote_types(x.dtype, self.dtype) == self.dtype:
-      # Of bfloat16 parameters a wider copy would be written and read at every step.
-      return jnp.dot(x, y, preferred_element_type=self.dtype)
-    return jnp.dot(x.astype(self.dtype), y.astype(self.dtype))
+  if new is not None:
+    out_BKGTH += jnp.einsum('BKGTS,BKSH->BKGTH', probs_new, new.value)
+  return jnp.moveaxis(out_BKGTH[:, :, :, :T], 3, 1).reshape(B, T, N, H)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -207,24 +174,34 @@ class GroupedQueryAttention(nn.Module):
     """
     check_heads(self.num_heads, self.num_kv_heads)
     B, T, D = inputs_q.shape
-    q_BTNH = self._project_q(inputs_q)
+    q_BTNH = self._project_q(sharding.constrain(inputs_q, INPUT_AXES))
     decoding = cache_index is not None or self.has_variable('encoded_kv', 'key')
+    new = None
     if cache_index is None:
       k_BKHS, v_BKSH = self._kept_keys_and_values(inputs_kv)
     else:
-      k_BKHS, v_BKSH = self._append_to_cache(inputs_kv, cache_index, mask)
+      k_BKHS, v_BKSH, new = self._append_to_cache(inputs_kv, cache_index, mask)
+    # Queries and outputs go where the keys and values are kept, never the reverse.
+    _, _, heads = axes.kv_axes(self.num_heads, self.num_kv_heads)
+    kept_axes = (axes.CACHE_BATCH, axes.LENGTH, heads, axes.HEAD_DIM)
+    meeting_axes = kept_axes if decoding else QUERY_AXES
+    q_BTNH = q_BTNH.reshape(k_BKHS.shape[0], -1, *q_BTNH.shape[2:])
     out_BTNH = grouped_attention(
-      q_BTNH.reshape(k_BKHS.shape[0], -1, *q_BTNH.shape[2:]),
+      sharding.constrain(q_BTNH, meeting_axes),
       k_BKHS,
       v_BKSH,
       mask=mask,
       bias=bias,
       float32_logits=self.float32_logits or decoding,
       dropout=self._dropout(deterministic),
+      new=new,
     )
+    out_BTNH = sharding.constrain(out_BTNH, meeting_axes)
+    out_BTNH = out_BTNH.reshape(B, T, self.num_heads, self.head_dim)
+    out_BTNH = sharding.constrain(out_BTNH, QUERY_AXES)
     return Dense(
       D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, self.kernel_init, name='out'
-    )(out_BTNH.reshape(B, T, self.num_heads * self.head_dim))
+    )(out_BTNH.reshape(B, T, -1))
 
   def _project_q(self, inputs_q: Array) -> Array:
     """Projects `[B, T, D]` to `[B, T, N, H]`; the initialiser holds 1 / sqrt(H)."""
@@ -240,24 +217,26 @@ class GroupedQueryAttention(nn.Module):
       query_init,
       name='query',
     )(inputs_q).reshape(*inputs_q.shape[:2], self.num_heads, self.head_dim)
-    return with_sharding_constraint(
-      q_BTNH, (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
-    )
+    return sharding.constrain(q_BTNH, QUERY_AXES)
 
   def _kept_keys_and_values(self, inputs_kv: Array) -> tuple[Array, Array]:
     """Returns K and V of the inputs, kept from an earlier call or computed now."""
     if self.has_variable('encoded_kv', 'key'):
       get = self.get_variable
       return get('encoded_kv', 'key'), get('encoded_kv', 'value')
-    k_BKHS, v_BKSH = self._project_kv(inputs_kv)
-    if self.is_mutable_collection('encoded_kv') and not self.is_initializing():
+    keep = self.is_mutable_collection('encoded_kv') and not self.is_initializing()
+    batch = axes.CACHE_BATCH if keep else axes.BATCH
+    k_BKHS, v_BKSH = self._project_kv(inputs_kv, batch)
+    if keep:
       self.put_variable('encoded_kv', 'key', k_BKHS)
       self.put_variable('encoded_kv', 'value', v_BKSH)
     return k_BKHS, v_BKSH
 
-  def _project_kv(self, inputs_kv: Array) -> tuple[Array, Array]:
+  def _project_kv(self, inputs_kv: Array, batch: str) -> tuple[Array, Array]:
     """Projects `[B, S, D]` to keys `[B, K, H, S]` and values `[B, K, S, H]`."""
-    kv_heads, joined_kv_heads = axes.kv_axes(self.num_heads, self.num_kv_heads)
+    _, joined_kv_heads, _ = axes.kv_axes(self.num_heads, self.num_kv_heads)
+    # Or the layout of what is kept would spread to all activations.
+    inputs_kv = sharding.constrain(inputs_kv, INPUT_AXES)
 
     def project(name):
       x_BSD = Dense(
@@ -269,40 +248,61 @@ class GroupedQueryAttention(nn.Module):
       )(inputs_kv)
       return x_BSD.reshape(*x_BSD.shape[:2], self.num_kv_heads, self.head_dim)
 
-    k_BKHS = with_sharding_constraint(
+    return self._constrain_kv(
       jnp.einsum('BSKH->BKHS', project('key')),
-      (axes.BATCH, kv_heads, axes.HEAD_DIM, axes.LENGTH),
-    )
-    v_BKSH = with_sharding_constraint(
       jnp.einsum('BSKH->BKSH', project('value')),
-      (axes.BATCH, kv_heads, axes.LENGTH, axes.HEAD_DIM),
+      batch,
     )
-    return k_BKHS, v_BKSH
+
+  def _constrain_kv(
+    self, k_BKHS: Array, v_BKSH: Array, batch: str
+  ) -> tuple[Array, Array]:
+    """Shards keys and values; `batch` is the logical axis of their rows."""
+    kv_heads, _, _ = axes.kv_axes(self.num_heads, self.num_kv_heads)
+    return (
+      sharding.constrain(k_BKHS, (batch, kv_heads, axes.HEAD_DIM, axes.LENGTH)),
+      sharding.constrain(v_BKSH, (batch, kv_heads, axes.LENGTH, axes.HEAD_DIM)),
+    )
 
   def _append_to_cache(
     self, inputs_kv: Array, cache_index: Array, mask: Array
-  ) -> tuple[Array, Array]:
-    """Writes K and V of new tokens into the cache and returns the whole of it."""
-    exists = self.has_variable('cache', 'cached_key')
-    if exists:  # Beams of one input share its row.
-      B = self.get_variable('cache', 'cached_key').shape[0]
-      num_beams = inputs_kv.shape[0] // B
-      inputs_kv = inputs_kv.reshape(B, -1, inputs_kv.shape[-1])
-    k_BKHT, v_BKTH = self._project_kv(inputs_kv)
-    cached_key = self.variable('cache', 'cached_key', jnp.zeros_like, k_BKHT)
-    cached_value = self.variable('cache', 'cached_value', jnp.zeros_like, v_BKTH)
-    if not exists:  # T5X's first call, on tokens that are all ones: only shapes count.
-      return k_BKHT, v_BKTH
-    cache_length = cached_value.value.shape[2]
+  ) -> tuple[Array, Array, kv_cache.New | None]:
+    """Writes K and V of new tokens into the cache.
+
+    Returns the whole of it. For a TPU that is as it was before, and what is new:
+    where it were read after the write, XLA would copy all of it on the chip, and back.
+    """
+    if not self.has_variable('cache', 'cached_key'):
+      # T5X's first call, on tokens that are all ones: only shapes count.
+      k_BKHT, v_BKTH = self._project_kv(inputs_kv, axes.CACHE_BATCH)
+      self._put_cache(jnp.zeros_like(k_BKHT), jnp.zeros_like(v_BKTH))
+      return k_BKHT, v_BKTH, None
+    cached_key = self.get_variable('cache', 'cached_key')
+    cached_value = self.get_variable('cache', 'cached_value')
+    B, _, cache_length, _ = cached_value.shape
     if mask.shape[-1] != cache_length:
       raise ValueError(
         f'The cache was made for {cache_length} positions, but this call is for'
         f' {mask.shape[-1]}; pass max_decode_length={cache_length}.'
       )
-    start = cache_index * num_beams
-    cached_key.value = kv_cache.write(cached_key.value, k_BKHT, start, axis=3)
-    cached_value.value = kv_cache.write(cached_value.value, v_BKTH, start, axis=2)
-    return cached_key.value, cached_value.value
+    num_beams = inputs_kv.shape[0] // B  # Beams of one input share its row.
+    k_BKHT, v_BKTH = self._project_kv(
+      inputs_kv.reshape(B, -1, inputs_kv.shape[-1]), axes.CACHE_BATCH
+    )
+    new = kv_cache.New(k_BKHT, v_BKTH, cache_index * num_beams)
+    written = self._put_cache(
+      kv_cache.write(cached_key, new.key, new.index, axis=3),
+      kv_cache.write(cached_value, new.value, new.index, axis=2),
+    )
+    if sharding.platform() == 'tpu':
+      return cached_key, cached_value, new
+    return *written, None
+
+  def _put_cache(self, k_BKHS: Array, v_BKSH: Array) -> tuple[Array, Array]:
+    k_BKHS, v_BKSH = self._constrain_kv(k_BKHS, v_BKSH, axes.CACHE_BATCH)
+    self.put_variable('cache', 'cached_key', k_BKHS)
+    self.put_variable('cache', 'cached_value', v_BKSH)
+    return k_BKHS, v_BKSH
 
   def _dropout(self, deterministic: bool) -> Callable[[Array], Array]:
     """Returns dropout on the probabilities; all queries of a row drop the same keys."""

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from jax import lax
 
+from gqa_t5x import sharding
 from gqa_t5x.beam_search import beam_search
 from gqa_t5x.sampling import DecodingState, greedy, temperature_sample
 
@@ -23,6 +25,10 @@ __all__ = ['beam_search', 'generate', 'greedy', 'prepare', 'step', 'temperature_
 
 Array = jax.Array
 Params = Mapping[str, Any]
+
+# Tokens that a copy of the model encodes together: attention among more would fill the
+# memory before the keys and values do that decoding is about.
+ENCODED_TOGETHER = 2**14
 
 
 def generate(
@@ -74,7 +80,7 @@ def generate(
 def prepare(
   module: nn.Module, params: Params, encoder_input_tokens: Array, max_length: int
 ) -> tuple[Any, Any]:
-  """Encodes the inputs, and makes what all steps share.
+  """Encodes the inputs, a few at a time, and makes what all steps share.
 
   On a CPU that includes the decoder's kernels, transposed: with few rows, its products
   read them twice as fast from the left (docs/performance.md).
@@ -89,14 +95,62 @@ def prepare(
     (empty `cache` collection; the other collections of a step: cross-attention K and V
     in `encoded_kv`, kernels in `transposed`).
   """
+  B, S = encoder_input_tokens.shape
+  parts = B // encoded_together(B, S)
+  # With more parts than one this cache alone is used: under jit nothing is encoded.
+  cache, encoded_kv = _encode(module, params, encoder_input_tokens, max_length)
+  if parts > 1:
+
+    def encode_part(i, kept):
+      rows = encoder_input_tokens.reshape(B // parts, parts, S)[:, i]
+      _, new = _encode(module, params, rows, max_length)
+      return jax.tree.map(
+        lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, axis=1), kept, new
+      )
+
+    empty = jax.tree.map(
+      lambda x: jnp.zeros((B // parts, parts, *x.shape[1:]), x.dtype), encoded_kv
+    )
+    encoded_kv = jax.tree.map(
+      lambda x: x.reshape(B, *x.shape[2:]), lax.fori_loop(0, parts, encode_part, empty)
+    )
+  kept = {'encoded_kv': encoded_kv}
+  if sharding.platform() == 'cpu':
+    kept['transposed'] = {'decoder': _transposed_kernels(params['decoder'])}
+  return cache, kept
+
+
+def encoded_together(B: int, S: int) -> int:
+  """Returns how many inputs `prepare` encodes at a time.
+
+  All copies of the model get as many of each part, so that their rows stay with them.
+
+  Args:
+    B: batch size.
+    S: input length, tokens.
+
+  Returns:
+    A divisor of B.
+  """
+  mesh = sharding.current_mesh()
+  copies = 1 if mesh is None else mesh.shape.get('data', 1)
+  rows = B // copies if B % copies == 0 else B
+  most = max(1, ENCODED_TOGETHER // S)
+  return B // rows * max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+
+
+def _encode(
+  module: nn.Module, params: Params, tokens_BS: Array, max_length: int
+) -> tuple[Any, Any]:
+  """Returns (empty `cache` collection, `encoded_kv` collection)."""
   encoded = module.apply(
-    {'params': params}, encoder_input_tokens, enable_dropout=False, method=module.encode
+    {'params': params}, tokens_BS, enable_dropout=False, method=module.encode
   )
-  ones = jnp.ones((encoder_input_tokens.shape[0], max_length), jnp.int32)
+  ones = jnp.ones((tokens_BS.shape[0], max_length), jnp.int32)
   _, variables = module.apply(
     {'params': params},
     encoded,
-    encoder_input_tokens,
+    tokens_BS,
     ones,
     ones,
     enable_dropout=False,
@@ -104,10 +158,7 @@ def prepare(
     mutable=['cache', 'encoded_kv'],
     method=module.decode,
   )
-  kept = {'encoded_kv': variables['encoded_kv']}
-  if jax.default_backend() == 'cpu':
-    kept['transposed'] = {'decoder': _transposed_kernels(params['decoder'])}
-  return variables['cache'], kept
+  return variables['cache'], variables['encoded_kv']
 
 
 def _transposed_kernels(decoder: Params) -> dict[str, Any]:

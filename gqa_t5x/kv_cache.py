@@ -12,7 +12,7 @@ that small table changes, never keys and values:
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,41 @@ def write(cache: Array, new: Array, index: Array, axis: int) -> Array:
     return lax.dynamic_update_slice_in_dim(cache, new, i, axis - 1)
 
   return jax.vmap(write_row)(cache, new, jnp.reshape(index, -1))
+
+
+class New(NamedTuple):
+  """Keys and values of new tokens, and the positions that they go to.
+
+  Attributes:
+    key: `[B, K, H, T]`.
+    value: `[B, K, T, H]`.
+    index: as in `query_positions`.
+  """
+
+  key: Array
+  value: Array
+  index: Array
+
+
+def take(probs: Array, new: New, axis: int) -> tuple[Array, Array]:
+  """Splits what is for the positions of new tokens from what is for all others.
+
+  Args:
+    probs: an array with positions, S of them.
+    new: the tokens, T of them.
+    axis: that of S.
+
+  Returns:
+    (the array with 0 at the new positions, the part of T positions).
+  """
+  length = new.key.shape[3]
+  if new.index.ndim == 0:
+    taken = lax.dynamic_slice_in_dim(probs, new.index, length, axis)
+  else:
+    taken = jax.vmap(lambda row, i: lax.dynamic_slice_in_dim(row, i, length, axis - 1))(
+      probs, jnp.reshape(new.index, -1)
+    )
+  return write(probs, jnp.zeros_like(taken), new.index, axis), taken
 
 
 def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from flax import linen as nn
 from flax.linen import partitioning as nn_partitioning
 from jax import lax
 
-from gqa_t5x import attention, axes
+from gqa_t5x import attention, axes, sharding
 
 Array = jax.Array
 DType = Any
 
 param_with_axes = nn_partitioning.param_with_axes
-with_sharding_constraint = nn_partitioning.with_sharding_constraint
 
 
 class LayerNorm(nn.Module):
@@ -72,7 +71,7 @@ class MlpBlock(nn.Module):
     h_BTF = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       h_BTF, deterministic=deterministic
     )
-    h_BTF = with_sharding_constraint(h_BTF, (axes.BATCH, axes.LENGTH, axes.MLP))
+    h_BTF = sharding.constrain(h_BTF, (axes.BATCH, axes.LENGTH, axes.MLP))
     return attention.Dense(
       x_BTD.shape[-1], (axes.MLP, axes.EMBED), self.dtype, name='wo'
     )(h_BTF)
@@ -104,7 +103,7 @@ class Embed(nn.Module):
     """Looks up int `[B, T]`; returns `[B, T, D]`."""
     tokens = tokens.astype(jnp.int32)  # t5x.eval and t5x.infer initialise with floats.
     x_BTD = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(self.dtype)
-    return with_sharding_constraint(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
+    return sharding.constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
 
   def attend(self, x_BTD: Array) -> Array:
     """Returns float32 logits `[B, T, V]` against the table."""

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from gqa_t5x import attention, axes, kv_cache, layers
+from gqa_t5x import attention, axes, kv_cache, layers, sharding
+from gqa_t5x.dense import Dense
 
 Array = jax.Array
 
@@ -131,12 +132,8 @@ def _remat(layer: type[nn.Module], cfg: T5Config, static_argnums: tuple[int, ...
   """Returns the layer class, recomputing in the backward pass as configured."""
   if cfg.remat_policy == 'none':
     return layer
-  return nn.remat(
-    layer,
-    policy=REMAT_POLICIES[cfg.remat_policy],
-    prevent_cse=True,
-    static_argnums=static_argnums,
-  )
+  policy = REMAT_POLICIES[cfg.remat_policy]
+  return nn.remat(layer, policy=policy, static_argnums=static_argnums)
 
 
 class Encoder(nn.Module):
@@ -184,13 +181,12 @@ class Decoder(nn.Module):
     """Returns float32 logits `[B, T, V]`; see `Transformer.decode`."""
     cfg = self.config
     T = tokens_BT.shape[1]
-    cache_index = self._advance_cache_index(T, prefill_lengths) if decode else None
+    cache_index, key_length, positions_BT = None, T, jnp.arange(T)[None]
     if decode:
+      cache_index = self._advance_cache_index(T, prefill_lengths)
       key_length = max_decode_length or T
       positions_BT = kv_cache.query_positions(cache_index, T)
       self_mask = kv_cache.causal_mask(positions_BT, key_length)
-    else:
-      key_length, positions_BT = T, jnp.arange(T)[None]
     bias = layers.RelativePositionBiases(
       cfg.num_heads, bidirectional=False, dtype=cfg.dtype, name='relpos_bias'
     )(positions_BT, key_length)
@@ -198,23 +194,22 @@ class Decoder(nn.Module):
       slots_BnS = self.get_variable('cache', 'slots')
       self_mask = kv_cache.beam_mask(slots_BnS, cache_index)
       bias = jnp.repeat(bias, slots_BnS.shape[1], axis=-1)
+    if decode:  # Once for all layers.
+      _, _, heads = axes.kv_axes(cfg.num_heads, cfg.self_kv)
+      free = jax.sharding.PartitionSpec.UNCONSTRAINED
+      bias = sharding.constrain(bias, (free, heads, free, free))
 
     x_BTD = layers.dropout(cfg, self.shared_embedding(tokens_BT), deterministic)
     layer = _remat(layers.DecoderLayer, cfg, static_argnums=(6,))
     for i in range(cfg.num_decoder_layers):
       x_BTD = layer(cfg, name=f'layers_{i}')(
-        x_BTD,
-        encoded_BSD,
-        (self_mask, cross_mask),
-        bias,
-        cache_index,
-        deterministic,
+        x_BTD, encoded_BSD, (self_mask, cross_mask), bias, cache_index, deterministic
       )
     x_BTD = layers.LayerNorm(cfg.dtype, name='decoder_norm')(x_BTD)
     x_BTD = layers.dropout(cfg, x_BTD, deterministic)
     if cfg.logits_via_embedding:
       return self.shared_embedding.attend(x_BTD) / jnp.sqrt(cfg.emb_dim)
-    return attention.Dense(
+    return Dense(
       cfg.vocab_size, (axes.EMBED, axes.VOCAB), jnp.float32, name='logits_dense'
     )(x_BTD)
 

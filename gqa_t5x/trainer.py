@@ -112,6 +112,10 @@ class Trainer(trainer.Trainer):
     for kind, number in self._found.items():
       self.train_metrics_manager.write_scalar(_SCALARS[kind], number, step)
 
+  def lower_train_step(self, batch: Any) -> Any:
+    """Returns a training step, lowered; the state and the batch may be shapes."""
+    return self._partitioned_train_step.lower(self.train_state, batch)
+
   def close(self) -> None:
     """Ends the progress bar and stops the metric threads."""
     if self._bar is not None:

@@ -9,7 +9,12 @@ os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 os.environ['NO_GCE_CHECK'] = 'true'  # Or TensorFlow looks for Google Cloud's metadata.
 os.environ['GCE_METADATA_HOST'] = 'localhost:1'
 
+import jax
 import pytest
+
+# For sharding; an array lies on the first unless a mesh says otherwise. Commands in
+# subprocesses have one.
+jax.config.update('jax_num_cpu_devices', 8)
 
 _connect = socket.socket.connect
 

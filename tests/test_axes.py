@@ -21,9 +21,10 @@ NAMES = [
 DIMENSIONS = list(itertools.product((1, 2), (1, 2)))
 
 
-def rules(num_kv_heads, num_partitions, dimensions=(1, 1)):
+def rules(num_kv_heads, num_partitions, kv_sharding=None, dimensions=(1, 1)):
   return partitioning.standard_logical_axis_rules(
-    *dimensions, additional_rules=axes.kv_head_rules(num_kv_heads, num_partitions)
+    *dimensions,
+    additional_rules=axes.kv_head_rules(num_kv_heads, num_partitions, kv_sharding),
   )
 
 
@@ -35,55 +36,106 @@ def resolve(names, *args):
 @pytest.mark.parametrize(
   ('num_heads', 'num_kv_heads', 'expected'),
   [
-    (8, 8, ('heads', 'joined_kv')),
-    (8, 4, ('kv_heads', 'joined_kv_heads')),
-    (8, 1, ('kv_heads', 'joined_kv_heads')),
-    (1, 1, ('heads', 'joined_kv')),
+    (8, 8, ('heads', 'joined_kv', 'heads')),
+    (8, 4, ('kv_heads', 'joined_kv_heads', 'cache_heads')),
+    (8, 1, ('kv_heads', 'joined_kv_heads', 'cache_heads')),
+    (1, 1, ('heads', 'joined_kv', 'heads')),
   ],
 )
 def test_kv_axes(num_heads, num_kv_heads, expected):
   assert axes.kv_axes(num_heads, num_kv_heads) == expected
 
 
+# What splits keys and values -> mesh axes of: the kernel; keys in training; keys that
+# are kept; queries that meet them.
+BOTH = ('data', 'model')
+LAYOUTS = {
+  'heads': (
+    (None, 'model'),
+    ('data', 'model', None, None),
+    ('data', 'model', None, None),
+    ('data', None, 'model', None),
+  ),
+  'batch': (
+    (None, None),
+    ('data', None, None, None),
+    (BOTH, None, None, None),
+    (BOTH, None, None, None),
+  ),
+  'replicated': (
+    (None, None),
+    ('data', None, None, None),
+    ('data', None, None, None),
+    ('data', None, 'model', None),
+  ),
+}
+
+
 @pytest.mark.parametrize(
-  ('num_kv_heads', 'num_partitions', 'expected'),
+  ('num_kv_heads', 'num_partitions', 'kv_sharding', 'expected'),
   [
-    (8, 1, 'model'),
-    (8, 2, 'model'),
-    (8, 8, 'model'),
-    (8, 16, None),
-    (4, 8, None),
-    (6, 4, None),
-    (1, 1, 'model'),
-    (1, 2, None),
-    (2, 2, 'model'),
-    (None, 1, 'model'),
-    (None, 8, 'model'),
+    (8, 1, None, 'heads'),
+    (8, 2, None, 'heads'),
+    (8, 8, None, 'heads'),
+    (8, 16, None, 'batch'),
+    (4, 8, None, 'batch'),
+    (6, 4, None, 'batch'),
+    (1, 1, None, 'heads'),
+    (1, 2, None, 'batch'),
+    (2, 2, None, 'heads'),
+    (None, 1, None, 'heads'),
+    (None, 8, None, 'heads'),
+    # Overruled.
+    (8, 8, 'heads', 'heads'),
+    (8, 8, 'batch', 'batch'),
+    (8, 8, 'replicated', 'replicated'),
+    (1, 8, 'batch', 'batch'),
+    (1, 8, 'replicated', 'replicated'),
+    (None, 8, 'heads', 'heads'),
   ],
 )
-def test_kv_head_rules(num_kv_heads, num_partitions, expected):
-  assert axes.kv_head_rules(num_kv_heads, num_partitions) == (
-    ('kv_heads', expected),
-    ('joined_kv_heads', expected),
-  )
-  kernel = resolve(('embed', 'joined_kv_heads'), num_kv_heads, num_partitions)
-  assert kernel == (None, expected)
-  activation = resolve(
-    ('batch', 'kv_heads', 'length', 'kv'), num_kv_heads, num_partitions
-  )
-  assert activation == ('data', expected, None, None)
+def test_kv_head_rules(num_kv_heads, num_partitions, kv_sharding, expected):
+  def resolved(*names):
+    return resolve(names, num_kv_heads, num_partitions, kv_sharding)
+
+  kernel, trained, kept, queries = LAYOUTS[expected]
+  assert resolved('embed', 'joined_kv_heads') == kernel
+  assert resolved('batch', 'kv_heads', 'length', 'kv') == trained
+  assert resolved('cache_batch', 'kv_heads', 'length', 'kv') == kept
+  assert resolved('cache_batch', 'length', 'cache_heads', 'kv') == queries
+  # Layers with all heads are split over them whatever the others do.
+  assert resolved('cache_batch', 'heads', 'length', 'kv') == LAYOUTS['heads'][2]
+  assert resolved('cache_batch', 'length', 'heads', 'kv') == LAYOUTS['heads'][3]
 
 
 @pytest.mark.parametrize(
-  ('num_kv_heads', 'num_partitions'), [(0, 1), (-1, 2), (4, 0), (None, 0)]
+  ('arguments', 'message'),
+  [
+    ((0, 1), 'num_kv_heads=0 and num_partitions=1 must both be at least 1.'),
+    ((-1, 2), 'num_kv_heads=-1 and num_partitions=2 must both be at least 1.'),
+    ((4, 0), 'num_kv_heads=4 and num_partitions=0 must both be at least 1.'),
+    ((None, 0), 'num_kv_heads=None and num_partitions=0 must both be at least 1.'),
+    (
+      (4, 8, 'rows'),
+      "kv_sharding='rows' is unknown; choose one of heads, batch, replicated.",
+    ),
+    (
+      (6, 4, 'heads'),
+      "kv_sharding='heads' would cut inside a head: num_kv_heads=6 is not divisible by"
+      ' num_partitions=4; choose one of 1, 2, 3, 6 partitions, or'
+      " kv_sharding='batch' or 'replicated'.",
+    ),
+    (
+      (None, 8, 'batch'),
+      "kv_sharding='batch' is for fewer key/value heads than query heads, and"
+      ' num_kv_heads is None: give num_kv_heads, or no kv_sharding.',
+    ),
+  ],
 )
-def test_kv_head_rules_of_numbers_that_are_not_positive(num_kv_heads, num_partitions):
+def test_kv_head_rules_of_bad_input(arguments, message):
   with pytest.raises(ValueError) as error:
-    axes.kv_head_rules(num_kv_heads, num_partitions)
-  heads = num_partitions if num_kv_heads is None else num_kv_heads
-  assert str(error.value) == (
-    f'num_kv_heads={heads} and num_partitions={num_partitions} must both be at least 1.'
-  )
+    axes.kv_head_rules(*arguments)
+  assert str(error.value) == message
 
 
 def test_no_head_is_cut():
@@ -98,11 +150,13 @@ def test_no_head_is_cut():
   assert split == {(K, p) for p in range(1, 17) for K in range(p, 17, p)}
 
 
+@pytest.mark.parametrize('kv_sharding', LAYOUTS)
 @pytest.mark.parametrize('dimensions', DIMENSIONS)
-def test_every_name_has_a_rule(dimensions):
-  known = {name for name, _ in rules(2, 2, dimensions)}
-  assert len(NAMES) == 11
+def test_every_name_has_a_rule(kv_sharding, dimensions):
+  known = {name for name, _ in rules(2, 2, kv_sharding, dimensions)}
+  assert len(NAMES) == 13
   assert set(NAMES) <= known
+  assert list(axes.KV_SHARDINGS) == list(LAYOUTS)
 
 
 @pytest.mark.parametrize('K', oracle.KV_HEADS)
@@ -111,7 +165,7 @@ def test_every_axis_of_the_model_has_a_rule(K, dimensions):
   variables = oracle.initial_shapes(oracle.config(K, encoder_num_kv_heads=K))
   names = oracle.axis_names(variables)
   assert names.keys() == oracle.flat(variables['params']).keys()
-  known = {name for name, _ in rules(K, 2, dimensions)}
+  known = {name for name, _ in rules(K, 2, None, dimensions)}
   assert {axis for axes_ in names.values() for axis in axes_} <= known
 
 
@@ -143,7 +197,16 @@ def test_what_the_model_resolves_to(K):
   assert {path: resolve(names[path], K, 2) for path in others} == others
 
 
-MODULES = ['axes', 'attention', 'kv_cache', 'layers', 'network', 'decoding']
+MODULES = [
+  'axes',
+  'attention',
+  'dense',
+  'sharding',
+  'kv_cache',
+  'layers',
+  'network',
+  'decoding',
+]
 IMPORT = f"""
 import sys, time
 import jax

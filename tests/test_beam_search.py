@@ -9,7 +9,7 @@ import model_oracle as oracle
 import numpy as np
 import pytest
 
-from gqa_t5x import beam_search, decoding, kv_cache, network
+from gqa_t5x import beam_search, decoding, kv_cache, network, sharding
 
 B, LENGTH = oracle.B, oracle.DECODE_LENGTH
 NONE = -1.0e7  # The score of a result that is not there.
@@ -72,11 +72,23 @@ def assert_decodes(tokens, scores, expected):
 PROMPTS = ((7, 3, 9), (), (5, 2, 8, 3, 3), (6,))
 
 
-@pytest.mark.parametrize(('K', 'n'), [(1, 4), (2, 1), (2, 2), (2, 4), (4, 4)])
-def test_equals_a_loop_over_the_forward_pass(K, n):
+@pytest.mark.parametrize(
+  ('K', 'n', 'platform'),
+  [
+    (1, 4, 'cpu'),
+    (2, 1, 'cpu'),
+    (2, 2, 'cpu'),
+    (2, 4, 'cpu'),
+    (4, 4, 'cpu'),
+    (2, 4, 'tpu'),
+    (4, 2, 'tpu'),
+  ],
+)
+def test_equals_a_loop_over_the_forward_pass(monkeypatch, K, n, platform):
   """With and without prompts, a marker that ends some beams, and a penalty."""
   cfg = oracle.config(K)
-  run = oracle.decode(cfg, 'beam_search', n)
+  monkeypatch.setattr(sharding, 'platform', lambda: platform)
+  run = oracle.decode.__wrapped__(cfg, 'beam_search', n)
   log_probs = functools.partial(oracle.next_log_probs, cfg)
   unended, _ = search(log_probs, [()] * B, LENGTH, n, -1, 0.6)
   third = unended[0][-1][1][2]  # Of the best beam of the first row.

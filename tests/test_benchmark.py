@@ -7,7 +7,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from gqa_t5x import benchmark, network
@@ -127,25 +126,6 @@ def test_memory_is_that_of_the_arrays():
   logits = 4 * 3 * 2 * network.VOCAB_SIZE
   encoder = 3 * 8 * 10 * 10 * (4 + 4)
   assert setting.nbytes() == cross_and_params + self_cache + logits + encoder
-
-
-@pytest.mark.parametrize(
-  ('batch_size', 'input_length', 'expected'),
-  [(8, 512, 8), (64, 2048, 8), (60, 2048, 6), (7, 4096, 1), (4, 2**15, 1)],
-)
-def test_inputs_encoded_together(batch_size, input_length, expected):
-  setting = Setting('tiny', 2, batch_size, input_length, 8, 'float32', 1)
-  assert setting.encoded_together == expected
-
-
-def test_encoding_in_parts_changes_nothing(monkeypatch):
-  setting = Setting('tiny', 2, 6, 10, 8, 'float32', 1)
-  whole = decode_benchmark.Runner(setting)
-  monkeypatch.setattr(decode_benchmark, 'ENCODED_TOGETHER', 20)
-  parts = decode_benchmark.Runner(setting)
-  assert (whole.setting.encoded_together, setting.encoded_together) == (2, 2)
-  for a, b in zip(*map(jax.tree.leaves, (whole._kept, parts._kept)), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_that_fills_the_memory(monkeypatch):

@@ -1,6 +1,7 @@
 """Step by step equals all at once; greedy decoding equals a plain loop."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import model_oracle as oracle
 import numpy as np
 import pytest
 
-from gqa_t5x import decoding, network
+from gqa_t5x import decoding, network, sharding
 from gqa_t5x.analysis import costs
 
 B, T = oracle.B, oracle.T
@@ -35,7 +36,7 @@ def with_index(cache, index):
 
 
 @functools.cache
-def decode_steps(cfg, index_shape=(), prefill=False):
+def decode_steps(cfg, index_shape=(), prefill=False, platform='cpu'):
   """Compiles `(params, batch, starts) -> (logits [step, B, V], prefill's, cache)`.
 
   Row b is fed its tokens from position starts[b] on, one at a time.
@@ -43,17 +44,18 @@ def decode_steps(cfg, index_shape=(), prefill=False):
   module = network.Transformer(cfg)
 
   def call(params, cache, encoded, batch, tokens, **kwargs):
-    return module.apply(
-      {'params': params, 'cache': cache},
-      encoded,
-      batch['encoder_input_tokens'],
-      tokens,
-      jnp.ones_like(tokens),
-      enable_dropout=False,
-      mutable=['cache'],
-      method=module.decode,
-      **kwargs,
-    )
+    with mock.patch.object(sharding, 'platform', return_value=platform):
+      return module.apply(
+        {'params': params, 'cache': cache},
+        encoded,
+        batch['encoder_input_tokens'],
+        tokens,
+        jnp.ones_like(tokens),
+        enable_dropout=False,
+        mutable=['cache'],
+        method=module.decode,
+        **kwargs,
+      )
 
   @oracle.jit
   def run(params, batch, starts):
@@ -100,16 +102,17 @@ def assert_steps(steps, cfg, starts, tolerance=1e-4):
 @pytest.mark.parametrize(
   ('K', 'index_shape'), [(1, ()), (2, ()), (4, ()), (2, (B,)), (1, (2, 2))]
 )
-def test_steps_equal_the_full_forward_pass(K, index_shape):
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_steps_equal_the_full_forward_pass(K, index_shape, platform):
   cfg = oracle.config(K)
   starts = np.zeros(B, np.int32)
-  steps, _, cache = decode_steps(cfg, index_shape)(
+  steps, _, cache = decode_steps(cfg, index_shape, platform=platform)(
     oracle.params(cfg), oracle.batch(), starts
   )
   assert_steps(steps, cfg, starts)
   full = oracle.forward(cfg)(oracle.params(cfg), oracle.batch())
-  whole_row = np.argmax(oracle.TARGET_LENGTHS)
-  np.testing.assert_allclose(steps[:, whole_row], full[whole_row], atol=1e-4, rtol=1e-4)
+  row = np.argmax(oracle.TARGET_LENGTHS)
+  np.testing.assert_allclose(steps[:, row], full[row], atol=1e-4, rtol=1e-4)
   np.testing.assert_array_equal(
     cache['decoder']['cache_index'], np.full(index_shape, T, np.int32)
   )
@@ -118,14 +121,14 @@ def test_steps_equal_the_full_forward_pass(K, index_shape):
 @pytest.mark.parametrize(
   ('K', 'index_shape'), [(1, (B,)), (2, (B,)), (4, (B,)), (2, (2, 2)), (4, (2, 2))]
 )
-def test_steps_after_a_prefill_equal_the_full_forward_pass(K, index_shape):
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_steps_after_a_prefill_equal_the_full_forward_pass(K, index_shape, platform):
   """Prompts of 3, 0, 4 and 1 tokens after the start token, then steps."""
   cfg = oracle.config(K)
   batch = oracle.batch(pairs_of_full_length())
   expected = expected_of_full_length(cfg)
-  steps, prefilled, cache = decode_steps(cfg, index_shape, prefill=True)(
-    oracle.params(cfg), batch, PROMPT_LENGTHS
-  )
+  run = decode_steps(cfg, index_shape, prefill=True, platform=platform)
+  steps, prefilled, cache = run(oracle.params(cfg), batch, PROMPT_LENGTHS)
   for b, start in enumerate(PROMPT_LENGTHS):
     np.testing.assert_allclose(
       prefilled[b, : start + 1], expected[b][: start + 1], atol=1e-4, rtol=1e-4
@@ -392,8 +395,6 @@ def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
 
 def test_no_room_for_a_token():
   module = network.Transformer(oracle.config(2))
-  message = r'^prompts of shape \(1, 0\) leave no token to decode\.$'
-  with pytest.raises(ValueError, match=message):
-    decoding.generate(
-      module, {}, np.ones((1, 2)), np.zeros((1, 0)), decoding.greedy, eos_id=1
-    )
+  args = module, {}, np.ones((1, 2)), np.zeros((1, 0)), decoding.greedy
+  with pytest.raises(ValueError, match=r'of shape \(1, 0\) leave no token to decode'):
+    decoding.generate(*args, eos_id=1)

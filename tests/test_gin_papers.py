@@ -7,9 +7,11 @@ import commands
 import gin_cases
 import pytest
 from gin_cases import C4, CNN, START, TRAIN, WMT
-from t5x import partitioning, utils
+from jax.sharding import PartitionSpec
+from t5x import utils
 
 import gin
+from gqa_t5x import partitioning
 from gqa_t5x.conversion import checkpoint
 
 LARGE, XXL = 783_150_080, 11_135_332_352
@@ -244,27 +246,41 @@ def test_uptraining_to_all_alphas_by_composition(model, K, parameters):
 
 
 @pytest.mark.parametrize(
-  ('files', 'values', 'num_partitions', 'kv_axis'),
+  ('files', 'values', 'num_partitions', 'kv_axis', 'kept_rows'),
   [
-    (['gin/uptrain_gqa8.gin'], {}, 8, 'model'),
-    (['gin/uptrain_mqa.gin'], {}, 8, None),
-    (*cell('GQA-8-XXL', 'arxiv', 'finetune')[:2], 8, 'model'),
+    (['gin/uptrain_gqa8.gin'], {}, 8, 'model', 'data'),
+    (['gin/uptrain_gqa8.gin'], {'MODEL_PARTITIONS': 16}, 16, None, ('data', 'model')),
+    (['gin/uptrain_mqa.gin'], {}, 8, None, ('data', 'model')),
+    (['gin/uptrain_mqa.gin'], {'KV_SHARDING': 'replicated'}, 8, None, 'data'),
+    (*cell('GQA-8-XXL', 'arxiv', 'finetune')[:2], 8, 'model', 'data'),
   ],
 )
-def test_every_kv_head_stays_whole(files, values, num_partitions, kv_axis):
+def test_every_kv_head_stays_whole(files, values, num_partitions, kv_axis, kept_rows):
   """8 heads are split over 8 partitions; 1 head is not cut."""
   with gin_cases.parsed(files, TRAIN | START | values) as arguments_of:
     arguments = arguments_of('train')
     assert macro('MODEL_PARTITIONS') == num_partitions
     _, axes = gin_cases.state_shapes('train', arguments)
-  rules = dict(arguments['partitioner'].logical_axis_rules)
+  assert isinstance(arguments['partitioner'], partitioning.Partitioner)
+  rules = dict(reversed(arguments['partitioner'].logical_axis_rules))  # first counts
   assert rules['kv_heads'] == rules['joined_kv_heads'] == kv_axis
+  assert rules['cache_batch'] == kept_rows
   assert rules['heads'] == rules['joined_kv'] == 'model'
   attention = axes.params['decoder']['layers_23']['encoder_decoder_attention']
-  spec = partitioning.PartitionSpec
-  assert attention['query']['kernel'] == spec('data', 'model')
+  assert attention['query']['kernel'] == PartitionSpec('data', 'model')
   for name in ('key', 'value'):
-    assert attention[name]['kernel'] == spec('data', kv_axis)
+    assert attention[name]['kernel'] == PartitionSpec('data', kv_axis)
+
+
+def test_a_submesh_of_a_tpu():
+  files, given = ['gin/uptrain_gqa8.gin'], TRAIN | START
+  submesh = {'MODEL_PARALLEL_SUBMESH': (2, 2, 1, 2)}
+  with gin_cases.parsed(files, given | submesh) as arguments_of:
+    partitioner = arguments_of('train')['partitioner']
+  assert partitioner.model_parallel_submesh == (2, 2, 1, 2)
+  with gin_cases.parsed(files, given | submesh | {'MODEL_PARTITIONS': 4}) as arguments:
+    with pytest.raises(ValueError, match=r'has 8 devices, and num_partitions is 4'):
+      arguments('train')
 
 
 # --- Appendix A, and Shazeer --------------------------------------------------
@@ -322,11 +338,10 @@ def test_one_head_of_shazeers_is_not_cut():
   with gin_cases.parsed(files, given) as arguments_of:
     arguments = arguments_of('train')
     _, axes = gin_cases.state_shapes('train', arguments)
-  spec = partitioning.PartitionSpec
   for stack, kind in (('encoder', 'attention'), ('decoder', 'self_attention')):
     attention = axes.params[stack]['layers_5'][kind]
-    assert attention['query']['kernel'] == spec(None, 'model')
-    assert attention['key']['kernel'] == spec(None, None)
+    assert attention['query']['kernel'] == PartitionSpec(None, 'model')
+    assert attention['key']['kernel'] == PartitionSpec(None, None)
 
 
 def test_beams_are_shazeers():

@@ -126,6 +126,21 @@ def a_cache(B, S, index=0):
   return {'decoder': {'cache_index': np.int32(index), 'layers_0': layer}}
 
 
+@pytest.mark.parametrize(
+  ('index', 'taken', 'left'),
+  [
+    (1, [[2, 3], [7, 8]], [[1, 0, 0, 4, 5], [6, 0, 0, 9, 10]]),
+    ([3, 0], [[4, 5], [6, 7]], [[1, 2, 3, 0, 0], [0, 0, 8, 9, 10]]),
+    ([[0], [2]], [[1, 2], [8, 9]], [[0, 0, 3, 4, 5], [6, 7, 0, 0, 10]]),
+  ],
+)
+def test_take(index, taken, left):
+  new = kv_cache.New(jnp.zeros((2, 1, 1, 2)), jnp.zeros((2, 1, 2, 1)), jnp.array(index))
+  got_left, got_taken = kv_cache.take(jnp.asarray(CACHE[:2, None]), new, axis=2)
+  np.testing.assert_array_equal(got_taken[:, 0], taken)
+  np.testing.assert_array_equal(got_left[:, 0], left)
+
+
 def test_repeat_rows():
   """The decodes of an input are neighbours."""
   got = kv_cache.repeat_rows(a_cache(2, 2), 3)['decoder']

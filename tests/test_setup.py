@@ -97,7 +97,9 @@ def test_versions_agree(setup_arguments):
   assert setup_arguments['version'] == gqa_t5x.__version__
 
 
-@pytest.mark.parametrize('target', ['setup', 'test', 'lint', 'uptrain', 'clean'])
+@pytest.mark.parametrize(
+  'target', ['setup', 'test', 'test-tpu', 'lint', 'uptrain', 'clean']
+)
 def test_makefile_has(target):
   text = (ROOT / 'Makefile').read_text()
   assert re.search(rf'^{target}:', text, flags=re.MULTILINE)
@@ -108,7 +110,7 @@ def test_makefile_has(target):
 def test_continuous_integration_runs_the_tests():
   script = ROOT / '.ci' / 'run'
   assert script.stat().st_mode & 0o111
-  assert 'make test' in script.read_text()
+  assert script.read_text().splitlines()[-2:] == ['make test', 'make test-tpu']
 
 
 def python_files() -> list[pathlib.Path]:

@@ -8,16 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from gqa_t5x import beam_search, decoding, network, sampling
 from gqa_t5x.analysis import costs, random_model, settings, timing
 from gqa_t5x.analysis.settings import BadSetting
 
 NEVER = -1  # No token ends a row.
-# Tokens that are encoded together: attention among them would fill the memory before
-# the keys and values do that decoding is about.
-ENCODED_TOGETHER = 2**14
 FILL = 0.9  # of the free memory, by --batch_size=fill
 LISTS = {
   'size': settings.SIZE,
@@ -91,11 +87,9 @@ class Setting:
   @property
   def encoded_together(self) -> int:
     """How many inputs are encoded at a time; it divides the batch."""
-    B = self.batch_size
     if self.system == 't5x':
-      return B
-    most = min(B, max(1, ENCODED_TOGETHER // self.input_length))
-    return max(n for n in range(1, most + 1) if B % n == 0)
+      return self.batch_size
+    return decoding.encoded_together(self.batch_size, self.input_length)
 
   def filled(self) -> 'Setting':
     """Returns the setting with the largest batch that fits, a multiple of 8."""
@@ -156,11 +150,7 @@ class Runner:
   def prepare(self) -> Any:
     """Encodes the inputs and computes cross K and V."""
     return _prepare(
-      self._module,
-      self._params,
-      self._inputs,
-      self.setting.output_length,
-      self.setting.encoded_together,
+      self._module, self._params, self._inputs, self.setting.output_length
     )
 
   def decode(self, steps: int) -> Any:
@@ -177,19 +167,7 @@ class Runner:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _prepare(module, params, inputs_BS, length, encoded_together):
-  """As decoding.prepare, but encodes a few inputs at a time."""
-  B, S = inputs_BS.shape
-
-  def encode(inputs):
-    return decoding.prepare(module, params, inputs, length)[1]['encoded_kv']
-
-  parts = lax.map(encode, inputs_BS.reshape(-1, encoded_together, S))
-  encoded_kv = jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), parts)
-  # What else is made does not depend on the inputs: nothing is encoded here.
-  cache, kept = decoding.prepare(module, params, inputs_BS, length)
-  return cache, {**kept, 'encoded_kv': encoded_kv}
+_prepare = jax.jit(decoding.prepare, static_argnums=(0, 3))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

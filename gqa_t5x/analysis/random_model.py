@@ -5,11 +5,15 @@ Ours, or T5X's own example network, which has the same parameters where K = N.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import unfreeze
+from flax.linen import partitioning as nn_partitioning
+from jax.sharding import PartitionSpec
 
 from gqa_t5x import network
 from gqa_t5x.analysis import settings
@@ -63,9 +67,32 @@ def params(cfg: network.T5Config, dtype: Any, seed: int = 0) -> dict[str, Any]:
 
 def shapes(cfg: network.T5Config) -> dict[str, Any]:
   """Returns the tree of a model's parameters as shapes."""
+  return variable_shapes(cfg)['params']
+
+
+def variable_shapes(cfg: network.T5Config) -> dict[str, Any]:
+  """Returns a model's parameters, and the logical axes of each in `params_axes`."""
   tokens = jnp.ones((1, 1), jnp.int32)
   return jax.eval_shape(
     lambda: network.Transformer(cfg).init(
       jax.random.PRNGKey(0), tokens, tokens, tokens, enable_dropout=False
-    )['params']
+    )
+  )
+
+
+def partition_specs(variables: Mapping[str, Any], rules: Any) -> dict[str, Any]:
+  """Returns how each parameter is sharded.
+
+  Args:
+    variables: from `variable_shapes`.
+    rules: from logical to mesh axes.
+
+  Returns:
+    The tree of parameters with PartitionSpecs.
+  """
+  names = nn_partitioning.get_axis_names(variables['params_axes'])
+  return jax.tree.map(
+    lambda names: nn_partitioning.logical_to_mesh_axes(tuple(names), rules),
+    unfreeze(names),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
   )

@@ -1,7 +1,8 @@
 """Checkpoints: writes T5X's Orbax layout, reads that and T5X's legacy layout.
 
 Orbax: `checkpoint_<step>/state/` (one tree: `target`, `state/step`,
-`state/param_states`) and `checkpoint_<step>/dataset/train_ds-000-of-001*`.
+`state/param_states`) and `checkpoint_<step>/dataset/train_ds-000-of-001*` (of several
+hosts: `dataset/process_0-of-2/train_ds-000-of-002*`).
 Legacy: `checkpoint_<step>/checkpoint`, a msgpack file whose larger arrays are
 TensorStore specs, and next to it their folders `target.*` and `state.*`.
 """
@@ -26,7 +27,6 @@ from t5x import partitioning
 from t5x import train_state as train_state_lib
 
 _PREFIX = 'checkpoint'
-_DATASET_FILE = 'train_ds-000-of-001'
 
 
 def all_steps(checkpoints_dir: str) -> list[int]:
@@ -149,10 +149,19 @@ def restore_train_state(
   def place(key, like):
     to = like.dtype if key.startswith('state/') else dtype or found[key].dtype
     x = np.asarray(found[key]).astype(jnp.dtype(to), copy=False)
-    return jax.device_put(x, partitioner.sharding(specs[key]))
+    sharding = partitioner.sharding(specs[key])
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
   placed = {k: place(k, like) for k, like in expected.items()}
   return train_state.restore_state(traverse_util.unflatten_dict(placed, sep='/'))
+
+
+def _dataset_file(folder: epath.Path) -> epath.Path:
+  """Returns where this host keeps its position in the data."""
+  index, count = jax.process_index(), jax.process_count()
+  if count > 1:
+    folder = folder / f'process_{index}-of-{count}'
+  return folder / f'train_ds-{index:03}-of-{count:03}'
 
 
 class DatasetHandler(ocp.CheckpointHandler):
@@ -160,10 +169,12 @@ class DatasetHandler(ocp.CheckpointHandler):
 
   def save(self, directory: epath.Path, args: 'DatasetArgs'):
     if args.item is not None:
-      args.item.save(os.fspath(directory / _DATASET_FILE))
+      file = _dataset_file(directory)
+      file.parent.mkdir(exist_ok=True)
+      args.item.save(os.fspath(file))
 
   def restore(self, directory: epath.Path, args: 'DatasetArgs'):
-    args.item.restore(os.fspath(directory / _DATASET_FILE))
+    args.item.restore(os.fspath(_dataset_file(directory)))
 
 
 @ocp.args.register_with_handler(DatasetHandler, for_save=True, for_restore=True)
@@ -186,9 +197,10 @@ def restore_dataset(path: str, ds_iter: Any) -> None:
   if (folder / _PREFIX).is_file():
     logging.info('%s is a legacy checkpoint: the dataset starts anew', folder)
     return
-  if not (folder / 'dataset' / f'{_DATASET_FILE}.index').is_file():
+  index = _dataset_file(folder / 'dataset').with_suffix('.index')
+  if not index.is_file():
     raise ValueError(
-      f'{folder} holds no dataset state (dataset/{_DATASET_FILE}.index); set '
+      f'{folder} holds no dataset state ({index.relative_to(folder)}); set '
       'restore_dataset = False, and SaveCheckpointConfig.save_dataset = False if this '
       'run continues a run without it'
     )

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import clu.data
+import jax
+import jax.experimental.multihost_utils
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -65,12 +67,20 @@ def verify_matching_vocabs(cfg: DatasetConfig, model: models.EncoderDecoderModel
     )
 
 
+def time_as_seed() -> int:
+  """Returns a new seed, the same on all hosts."""
+  now = np.int32(time.time())
+  return int(jax.experimental.multihost_utils.broadcast_one_to_all(now))
+
+
 def get_dataset(
   cfg: DatasetConfig,
+  shard_id: int,
+  num_shards: int,
   feature_converter_cls: Callable[..., seqio.FeatureConverter],
   num_epochs: int | None = None,
 ) -> tf.data.Dataset:
-  """Returns a dataset of batches of model features.
+  """Returns a dataset of this host's part of each batch of model features.
 
   Raises:
     ValueError: if the split is unknown.
@@ -87,18 +97,24 @@ def get_dataset(
     shuffle=cfg.shuffle,
     num_epochs=num_epochs,
     feature_converter=feature_converter_cls(pack=cfg.pack),
+    shard_info=seqio.ShardInfo(shard_id, num_shards),
     use_cached=cfg.use_cached,
-    seed=int(time.time()) if cfg.seed is None else cfg.seed,
-    batch_size=cfg.batch_size,
+    seed=time_as_seed() if cfg.seed is None else cfg.seed,
+    batch_size=cfg.batch_size // num_shards,
   )
 
 
 def get_training_eval_datasets(
   cfg: DatasetConfig,
+  shard_id: int,
+  num_shards: int,
   eval_steps: int,
   feature_converter_cls: Callable[..., seqio.FeatureConverter],
 ) -> Mapping[str, tf.data.Dataset]:
-  """Returns `eval_steps` batches of each task that has the split, by task name."""
+  """Returns `eval_steps` batches of each task that has the split, by task name.
+
+  They are this host's part.
+  """
   task = get_task(cfg)
   names = [t.name for t in seqio.get_subtasks(task) if cfg.split in t.splits]
   if isinstance(task, seqio.Mixture):
@@ -108,8 +124,9 @@ def get_training_eval_datasets(
     # Batched anew after the repeat, so that a small split fills every batch.
     one = dataclasses.replace(cfg, mixture_or_task_name=name, batch_size=1)
     epochs = eval_steps * cfg.batch_size
-    examples = get_dataset(one, feature_converter_cls, epochs).unbatch().repeat()
-    batches = examples.batch(cfg.batch_size, drop_remainder=True)
+    examples = get_dataset(one, 0, 1, feature_converter_cls, epochs).unbatch().repeat()
+    examples = examples.shard(num_shards, shard_id)
+    batches = examples.batch(cfg.batch_size // num_shards, drop_remainder=True)
     datasets[name] = batches.take(eval_steps).cache()
   return datasets
 
@@ -121,9 +138,11 @@ def prepare_train_iter(ds: tf.data.Dataset) -> clu.data.PeekableDatasetIterator:
   )
 
 
-def batch_of_ones(element_spec: Mapping[str, Any], batch_size: int):
-  """Returns a batch of ones, to compile for."""
+def batch_shapes(element_spec: Mapping[str, Any], batch_size: int):
+  """Returns the shapes and dtypes of a batch of all hosts, to compile for."""
   return {
-    k: np.ones((batch_size, *s.shape[1:]), tf.as_dtype(s.dtype).as_numpy_dtype)
+    k: jax.ShapeDtypeStruct(
+      (batch_size, *s.shape[1:]), tf.as_dtype(s.dtype).as_numpy_dtype
+    )
     for k, s in element_spec.items()
   }

@@ -54,7 +54,10 @@ class InferenceEvaluator:
     self.close = self._evaluator.close
 
   def evaluate(self, train_state: train_state_lib.TrainState, train_state_axes: Any):
-    """Runs the model over the data; returns a future of task -> metrics."""
+    """Runs the model over the data; returns a future of task -> metrics.
+
+    The first process has the metrics, the others None.
+    """
     if self._fns is None:  # compiled once, used at every evaluation
       model = self._model
       steps = (model.predict_batch, model.predict_batch_with_aux, model.score_batch)
@@ -66,7 +69,7 @@ class InferenceEvaluator:
     )
     rng = jax.random.PRNGKey(0)
     metrics, _ = self._evaluator.evaluate(
-      compute_metrics=True,
+      compute_metrics=jax.process_index() == 0,
       step=int(train_state.step),
       predict_fn=bind(predict, rng=rng),
       score_fn=score,

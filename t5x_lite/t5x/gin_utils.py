@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import seqio
 import tensorflow as tf
 from absl import app, flags, logging
@@ -43,6 +44,8 @@ def rewrite_gin_args(args: Sequence[str]) -> Sequence[str]:
 @gin.register
 def summarize_gin_config(model_dir: str, summary_writer: Any, step: int) -> None:
   """Writes the configuration to `config.gin`, and to TensorBoard by the writer."""
+  if jax.process_index() > 0:
+    return
   text = gin.config_str()
   tf.io.gfile.makedirs(model_dir)
   with tf.io.gfile.GFile(os.path.join(model_dir, 'config.gin'), 'w') as f:
@@ -69,9 +72,39 @@ def _define_flags() -> None:
   flags.DEFINE_list('seqio_additional_cache_dirs', [], text, **own)
 
 
-def run_command(fn: Callable[..., Any]) -> None:
-  """Runs `train`, `evaluate` or `infer` from the command line, set up by gin."""
+def _define_flags_of_processes() -> None:
+  own = {'module_name': sys.argv[0]}
+  text = (
+    'Whether this is one of several processes, which the next flags describe: a host '
+    'of GPUs, say. They may be left out where JAX finds out by itself.'
+  )
+  flags.DEFINE_boolean('multiprocess_gpu', False, text, **own)
+  text = 'HOST:PORT of the first process.'
+  flags.DEFINE_string('coordinator_address', None, text, **own)
+  flags.DEFINE_integer('process_count', None, 'Number of processes.', **own)
+  flags.DEFINE_integer('process_index', None, 'Which of them this is.', **own)
+  text = 'Seconds to wait for the others.'
+  flags.DEFINE_integer('initialization_timeout', 300, text, **own)
+
+
+def _join_processes() -> None:
+  values = flags.FLAGS
+  jax.distributed.initialize(
+    values.coordinator_address,
+    values.process_count,
+    values.process_index,
+    initialization_timeout=values.initialization_timeout,
+  )
+
+
+def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None:
+  """Runs `train`, `evaluate` or `infer` from the command line, set up by gin.
+
+  With `several_processes`, it can be one of several that work together.
+  """
   _define_flags()
+  if several_processes:
+    _define_flags_of_processes()
 
   def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
@@ -80,6 +113,8 @@ def run_command(fn: Callable[..., Any]) -> None:
     if not values.gin_file and not values.gin_bindings:
       raise app.UsageError('give a --gin_file')
     tf.config.set_visible_devices([], 'GPU')  # they are JAX's
+    if several_processes and values.multiprocess_gpu:
+      _join_processes()
     if values.tfds_data_dir:
       seqio.set_tfds_data_dir_override(values.tfds_data_dir)
     seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)

@@ -1,7 +1,8 @@
-"""Lays arrays out over the devices of one host by logical axis names."""
+"""Lays arrays out over the devices of all hosts by logical axis names."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +18,9 @@ LogicalAxisRules = Sequence[tuple[str, str | None]]
 def default_mesh(
   num_partitions: int | None, model_parallel_submesh: Sequence[int] | None = None
 ) -> Mesh:
-  """Splits the devices of this host into `data` x `model`.
+  """Splits the devices into `data` x `model`.
 
-  Like T5X, on CPU without a submesh all devices go to `model`.
+  Like T5X, on CPU without a submesh all devices of a host go to `model`.
 
   Raises:
     ValueError: if the partitions do not divide the devices.
@@ -28,7 +29,8 @@ def default_mesh(
   if model_parallel_submesh:
     model = int(np.prod(model_parallel_submesh))
   else:
-    model = len(devices) if devices[0].platform == 'cpu' else num_partitions
+    on_cpu = devices[0].platform == 'cpu'
+    model = jax.local_device_count() if on_cpu else num_partitions
   if len(devices) % model:
     raise ValueError(
       f'{model} model partitions do not divide {len(devices)} devices; choose '
@@ -69,6 +71,22 @@ def standard_logical_axis_rules(
   replicated = 'relpos_buckets abspos_buckets length layers stack mlp_activations'
   rules += [(name, None) for name in replicated.split()]
   return rules + list(additional_rules or [])
+
+
+def with_sharding_constraint(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+  """Shards an array within a jitted function; like T5X's, not on CPUs."""
+  if jax.default_backend() == 'cpu':
+    return x
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+@dataclasses.dataclass
+class DataLayout:
+  """Which part of a batch of `batch_size` rows this host reads."""
+
+  batch_size: int
+  shard_id: int
+  num_shards: int
 
 
 class PartitionedFunction:
@@ -129,6 +147,22 @@ class PjitPartitioner:
         f'batch size {batch_size} is not divisible by the data mesh size {size}; '
         f'choose a multiple of {size}'
       )
+
+  def get_data_layout(self, batch_size: int) -> DataLayout:
+    """Returns which part of a batch this host reads; see `check_batch_size`."""
+    self.check_batch_size(batch_size)
+    devices, local = self.mesh.devices, self.mesh.local_mesh.devices
+    first_row = int(np.argwhere(devices == local[0, 0])[0, 0])
+    return DataLayout(
+      batch_size, first_row // len(local), num_shards=len(devices) // len(local)
+    )
+
+  def batch_of_all_hosts(self, batch: Mapping[str, np.ndarray]) -> Any:
+    """Returns a batch on the devices, from what each host read of it."""
+    rows = self.sharding(self.data_partition_spec)
+    return {
+      k: jax.make_array_from_process_local_data(rows, x) for k, x in batch.items()
+    }
 
   def get_mesh_axes(self, train_state: train_state_lib.TrainState):
     """Returns the state with `PartitionSpec`s of mesh axes, or None, as leaves."""

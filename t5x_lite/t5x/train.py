@@ -15,6 +15,7 @@ import time
 import types
 
 import jax
+import jax.experimental.multihost_utils
 import seqio
 import tensorflow as tf
 from absl import logging
@@ -28,7 +29,7 @@ def _random_keys(seed: int | None) -> jax.Array:
   if seed is None:
     # The device's own generator: fast, but its numbers change with the layout.
     jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
-    seed = int(time.time())
+    seed = data.time_as_seed()
   return jax.random.split(jax.random.PRNGKey(seed))
 
 
@@ -84,14 +85,16 @@ class _Run:
     a, self.eval_datasets, self.eval_is_compiled = self.a, {}, False
     cfg, eval_cfg = a.train_dataset_cfg, a.train_eval_dataset_cfg
     converter = a.model.FEATURE_CONVERTER_CLS
-    a.partitioner.check_batch_size(cfg.batch_size)
+    layout = a.partitioner.get_data_layout(cfg.batch_size)
+    shard = layout.shard_id, layout.num_shards
     data.verify_matching_vocabs(cfg, a.model)
-    self.train_iter = data.prepare_train_iter(data.get_dataset(cfg, converter))
-    self.batch = data.batch_of_ones(self.train_iter.element_spec, cfg.batch_size)
+    self.train_iter = data.prepare_train_iter(data.get_dataset(cfg, *shard, converter))
+    self.batch = data.batch_shapes(self.train_iter.element_spec, cfg.batch_size)
     if eval_cfg:
+      a.partitioner.check_batch_size(eval_cfg.batch_size)
       data.verify_matching_vocabs(eval_cfg, a.model)
       self.eval_datasets = data.get_training_eval_datasets(
-        eval_cfg, a.eval_steps, converter
+        eval_cfg, *shard, a.eval_steps, converter
       )
 
   def _initial_state(self, init_rng: jax.Array):
@@ -157,7 +160,7 @@ class _Run:
     if datasets and not self.eval_is_compiled:
       size = self.a.train_eval_dataset_cfg.batch_size
       self.trainer.compile_eval(
-        {name: data.batch_of_ones(ds.element_spec, size) for name, ds in datasets}
+        {name: data.batch_shapes(ds.element_spec, size) for name, ds in datasets}
       )
       self.eval_is_compiled = True
     if datasets:
@@ -203,6 +206,7 @@ class _Run:
     for part in (self.manager, self.trainer, self.evaluator):
       if part is not None:
         part.close()
+    jax.experimental.multihost_utils.sync_global_devices('complete')
     return self.step, self.trainer.train_state
 
 
@@ -242,4 +246,4 @@ def train(
 
 
 if __name__ == '__main__':
-  gin_utils.run_command(train)
+  gin_utils.run_command(train, several_processes=True)

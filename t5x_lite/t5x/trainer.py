@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import asynclib, metric_writers
-from flax.linen import partitioning as flax_partitioning
 
 from t5x import metrics as metrics_lib
 from t5x import models, partitioning
@@ -36,7 +35,10 @@ class MetricsManager:
 
   def __init__(self, name: str, summary_dir: str | None = None):
     self.summary_writer = metric_writers.create_default_writer(
-      summary_dir, collection=name, asynchronous=True
+      summary_dir,
+      just_logging=jax.process_index() > 0,
+      collection=name,
+      asynchronous=True,
     )
     self._lock = threading.Lock()
     self._pool = asynclib.Pool(thread_name_prefix='MetricsManager', max_workers=1)
@@ -125,7 +127,8 @@ class Trainer:
       logging.log_every_n_seconds(logging.INFO, 'Training: step %d', 10, step)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
         # The old state's memory is gone after this: the new one is kept at once.
-        self.train_state, update = step_fn(self.train_state, next(batch_iter))
+        batch = self._partitioner.batch_of_all_hosts(next(batch_iter))
+        self.train_state, update = step_fn(self.train_state, batch)
         metrics = merge_metrics(metrics, update) if metrics else update
     metrics['timing/uptime'] = _last(time.time() - self._started)
     return self.train_metrics_manager.write_metrics_summary(
@@ -167,7 +170,8 @@ class Trainer:
       step_fn = self._compiled_eval_steps.get(name, self._partitioned_eval_step)
       manager = self.eval_metrics_managers[name]
       manager.start_duration_timer(block_on=state)
-      updates = [step_fn(state, batch) for batch in batches]
+      to_devices = self._partitioner.batch_of_all_hosts
+      updates = [step_fn(state, to_devices(batch)) for batch in batches]
       if not updates:
         raise ValueError(f'the evaluation dataset {name} yields no batch')
       metrics = functools.reduce(merge_metrics, updates)
@@ -191,8 +195,10 @@ class Trainer:
     rng = jax.random.split(rng)[1]
 
     def step(total, part):
-      constrain = flax_partitioning.with_sharding_constraint
-      part = {k: constrain(x, ('batch',)) for k, x in part.items()}
+      rows = self._partitioner.data_partition_spec
+      part = {
+        k: partitioning.with_sharding_constraint(x, rows) for k, x in part.items()
+      }
       (_, metrics), grads = grad_fn(params, part, rng)
       return jax.tree.map(jnp.add, total, grads), metrics
 

@@ -183,6 +183,8 @@ class TrainStateInitializer:
       )
     text = '\n'.join([*lines, f'Total number of parameters: {total}', ''])
     logging.info('%s', text)
+    if jax.process_index() > 0:
+      return
     with tf.io.gfile.GFile(os.path.join(folder, 'model-info.txt'), 'w') as f:
       f.write(text)
 
@@ -227,6 +229,7 @@ def get_infer_fn(
   partitioner.check_batch_size(batch_size)
   in_axes = (train_state_axes.params, partitioner.data_partition_spec, None)
   step = partitioner.partition(step_fn, in_axes, None)
+  rows = partitioner.sharding(partitioner.data_partition_spec)
 
   def infer_fn(ds: tf.data.Dataset, train_state, rng=None):
     indices, outputs = [], []
@@ -235,6 +238,11 @@ def get_infer_fn(
       if rng is not None:
         step_rng, rng = jax.random.split(rng)
       full = {k: np.resize(v, (batch_size, *v.shape[1:])) for k, v in batch.items()}
+      # Every host reads all rows, and puts its part on its devices.
+      full = {
+        k: jax.make_array_from_callback(v.shape, rows, lambda i, v=v: v[i])
+        for k, v in full.items()
+      }
       output = jax.device_get(step(train_state.params, full, step_rng))
       outputs.append(jax.tree.map(lambda x: x[: len(index)], output))  # noqa: B023
       indices.extend(index.tolist())

@@ -1,0 +1,60 @@
+"""The linear map of all layers: T5X's parameters, and a form that is fast to decode."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning as nn_partitioning
+from jax import lax
+
+Array = jax.Array
+DType = Any
+Initializer = Callable[..., Array]
+
+
+class Dense(nn.Module):
+  """A linear map without bias; parameters are float32, arithmetic is `dtype`.
+
+  Attributes:
+    features: output width.
+    kernel_axes: logical axes of the `[in, out]` kernel.
+    dtype: activation dtype.
+    kernel_init: initialiser.
+  """
+
+  features: int
+  kernel_axes: tuple[str, str]
+  dtype: DType = jnp.float32
+  kernel_init: Initializer = nn.initializers.variance_scaling(
+    1.0, 'fan_in', 'truncated_normal'
+  )
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Maps `[..., in]` to `[..., features]`.
+
+    A transposed kernel in the collection `transposed` takes the place of the parameter
+    (see decoding.py).
+    """
+    if self.has_variable('transposed', 'kernel'):
+      y_FR = self._dot(
+        self.get_variable('transposed', 'kernel'), x.reshape(-1, x.shape[-1]).T
+      )
+      # Without the barrier the compiler turns the product round again.
+      return lax.optimization_barrier(y_FR).T.reshape(*x.shape[:-1], self.features)
+    kernel = nn_partitioning.param_with_axes(
+      'kernel',
+      self.kernel_init,
+      (x.shape[-1], self.features),
+      jnp.float32,
+      axes=self.kernel_axes,
+    )
+    return self._dot(x, kernel)
+
+  def _dot(self, x: Array, y: Array) -> Array:
+    if x.dtype == y.dtype and jnp.promote_types(x.dtype, self.dtype) == self.dtype:
+      # Of bfloat16 parameters a wider copy would be written and read at every step.
+      return jnp.dot(x, y, preferred_element_type=self.dtype)
+    return jnp.dot(x.astype(self.dtype), y.astype(self.dtype))

@@ -1,0 +1,51 @@
+"""Sharding by logical axis names, in whatever mesh a function is traced for.
+
+T5X's partitioner enters its mesh by `with mesh:`. Flax's own with_sharding_constraint
+looks for the mesh of `jax.set_mesh` alone, and under T5X's does nothing, silently
+(flax 0.12.8). Here both count.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from flax.linen import partitioning as nn_partitioning
+from jax.interpreters import pxla
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+Array = jax.Array
+
+
+def current_mesh() -> Mesh | AbstractMesh | None:
+  """Returns the mesh that is entered, or None."""
+  mesh = pxla.thread_resources.env.physical_mesh
+  if mesh.empty:
+    mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty else mesh
+
+
+def platform() -> str:
+  """Returns what a function is traced for: 'cpu', 'gpu' or 'tpu'.
+
+  It is that of the mesh: a program may be compiled for devices that are not here.
+  """
+  mesh = current_mesh()
+  if isinstance(mesh, Mesh):
+    return mesh.devices.flat[0].platform
+  return jax.default_backend()
+
+
+def constrain(x: Array, names: Sequence[str | None]) -> Array:
+  """Shards an array by the rules of its logical axes; outside of a mesh, not at all.
+
+  Args:
+    x: the array.
+    names: a logical axis of axes.py for each dimension, None for replicated.
+
+  Returns:
+    The array.
+  """
+  mesh, rules = current_mesh(), nn_partitioning.get_axis_rules()
+  if mesh is None or not rules:
+    return x
+  spec = nn_partitioning.logical_to_mesh_axes(tuple(names), rules)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

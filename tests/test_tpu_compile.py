@@ -1,0 +1,159 @@
+"""The command that compiles for TPUs, as far as it goes without their compiler."""
+
+import pytest
+
+from gqa_t5x import tpu_compile
+from gqa_t5x.analysis import compile_report, compile_search, program, topology
+from gqa_t5x.analysis.chips import CHIPS, GIB
+from gqa_t5x.analysis.settings import BadSetting
+
+
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [
+    ('v3:8x16', ('v3', (8, 16))),
+    ('v4:2x2x4', ('v4', (2, 2, 4))),
+    ('v5e:16x16', ('v5e', (16, 16))),
+    ('v5p:16x16x24', ('v5p', (16, 16, 24))),
+  ],
+)
+def test_slices(name, expected):
+  assert topology.parse(name) == expected
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    ([], '--topology is missing; such as --topology=v4:2x2x2.'),
+    (['--topology=v2:2x2'], "'v2' is unknown; choose one of v3, v4, v5e, v5p, v6e"),
+    (['--topology=v4'], "'' is no shape in chips; write it as in v4:2x2x2."),
+    (['--topology=v4:2x0x2'], "'2x0x2' is no shape in chips"),
+    (['--topology=v5e:16x32'], '512 chips are more than a pod has, 256.'),
+    (['--topology=v4:2x2x1'], 'decoding needs --size, and training a --gin_file'),
+    (['--topology=v4:2x2x1', '--mode=train'], '--gin_file is missing'),
+    (['--topology=v4:2x2x1', '--size=huge'], 'value should be one of <tiny|mini|'),
+    (['--topology=v4:2x2x1', '--batch_size=0'], '0 is not a positive integer'),
+    (['--topology=v4:2x2x1', 'xxl'], "unexpected argument 'xxl'; see --help."),
+    (['--json=no/such/folder.json'], 'no/such/folder.json: there is no such folder.'),
+  ],
+)
+def test_bad_input(capsys, args, message):
+  assert tpu_compile.main(['tpu_compile', *args]) == 1
+  error = capsys.readouterr().err
+  assert error.startswith('error: ')
+  assert message in ' '.join(error.split())
+
+
+def test_help(capsys):
+  assert tpu_compile.main(['tpu_compile', '--help']) == 0
+  text = capsys.readouterr().out
+  assert '--topology=v3:8x16 --gin_file=gin/uptrain_gqa8.gin' in text
+  assert '--[no]search' in text
+
+
+def test_without_the_compiler(monkeypatch):
+  def fail(**kwargs):
+    raise RuntimeError('JAX TPU support not installed; cannot generate TPU topology.')
+
+  monkeypatch.setattr(topology.topologies, 'get_topology_desc', fail)
+  with pytest.raises(
+    BadSetting, match=r"The TPU compiler is not installed;.*'jax\[tpu"
+  ):
+    topology.devices('v4:2x2x1')
+
+
+@pytest.mark.parametrize(
+  ('message', 'expected'),
+  [
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.05G of 30.75G'
+      ' hbm. Exceeded hbm capacity by 9.30G.',
+      (40.05 * GIB, 30.75 * GIB),
+    ),
+    (
+      'the total memory required for HLO temporaries (768.00M) exceeds available HBM'
+      ' (15.48G).',
+      (768 * 2**20, 15.48 * GIB),
+    ),
+    ('INTERNAL: something else', None),
+  ],
+)
+def test_programs_that_are_too_large(message, expected):
+  class Lowered:
+    def compile(self):
+      raise RuntimeError(message)
+
+  with pytest.raises(program.TooLarge if expected else RuntimeError) as error:
+    program.compile_program(Lowered())
+  if expected:
+    assert (error.value.needed, error.value.available) == expected
+
+
+@pytest.mark.parametrize('most', [0, 1, 5, 31, 32])
+def test_the_largest_size_that_fits(most):
+  """Of 1 to 32, with a program that needs 3 and 2 a unit, and no unit at all."""
+  tried = []
+
+  def compile_size(n):
+    tried.append(n)
+    row = {
+      'fits': n <= most,
+      'hbm_peak_bytes': 3 + 2 * n,
+      'hbm_capacity_bytes': 3 + 2 * most,
+      'parameters_bytes': 3,
+    }
+    return row, f'program {n}'
+
+  found = compile_search.largest(list(range(1, 33)), compile_size)
+  if most == 0:
+    assert found is None
+  else:
+    assert found[0]['hbm_peak_bytes'] == 3 + 2 * most
+    assert found[1] == f'program {most}'
+  assert len(tried) == len(set(tried)) <= 3
+
+
+def test_a_report():
+  row = {
+    'mode': 'decode', 'topology': 'v4:2x2x2', 'chips': 8, 'model_partitions': 8,
+    'data_partitions': 1, 'batch_size': 16, 'input_length': 512, 'output_length': 64,
+    'num_kv_heads': 8, 'dtype': 'bfloat16', 'fits': True, 'parameters_bytes': GIB,
+    'cache_bytes': GIB / 2, 'hbm_peak_bytes': 2 * GIB,
+    'hbm_capacity_bytes': 30.75 * GIB,
+    'flops_per_step': 275e9, 'compute_ms': 1.0, 'hbm_bytes_per_step': 2456e6,
+    'memory_ms': 2.0, 'collective_bytes_per_step': 3e8, 'links_ms': 0.25,
+    'collectives_per_step': {'all-reduce': 3e8}, 'roofline_ms': 2.0,
+    'least_bytes_per_step': 1228e6, 'prepare_flops': 1e12, 'prepare_roofline_ms': 4.0,
+    'seconds_per_sample': 0.066,
+  }  # fmt: skip
+  text = ' '.join(compile_report.text(row).split())
+  for part in (
+    'v4:2x2x2: 8 chips, each with 275 TFLOP/s, 1228 GB/s, 32 GiB, links of 300 GB/s',
+    'peak 2.000 GiB of 30.75: fits',
+    'compute 0.275 TFLOP 1.000 ms',
+    'memory 2.456 GB 2.000 ms',
+    'all-reduce 0.300 GB',
+    'memory / least possible 2.000',
+    'one sample 0.066 s of one chip',
+  ):
+    assert part in text
+  assert compile_report.headline(row) == (
+    'model 8 x data 1, batch 16: 2.00 of 30.75 GiB, 0.066 s a sample and chip'
+  )
+  too_large = row | {'fits': False, 'hbm_peak_bytes': 31 * GIB}
+  assert '31.000 GiB of 30.75: 0.25 GiB too much' in compile_report.text(too_large)
+
+
+def test_chips_are_those_of_a_list():
+  """Published peaks: FLOP/s, bytes/s, memory in GiB."""
+  assert {
+    name: (c.flops / 1e12, c.bandwidth / 1e9, c.memory / GIB, c.links / 1e9)
+    for name, c in CHIPS.items()
+    if c.links
+  } == {
+    'v3': (123, 900, 32, 280),
+    'v4': (275, 1228, 32, 300),
+    'v5e': (197, 819, 16, 200),
+    'v5p': (459, 2765, 95, 600),
+    'v6e': (918, 1638, 32, 400),
+  }
