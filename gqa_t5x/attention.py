@@ -28,26 +28,6 @@ INPUT_AXES = (axes.BATCH, axes.LENGTH, axes.EMBED)
 QUERY_AXES = (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
 
 
-def check_heads(num_heads: int, num_kv_heads: int) -> None:
-  """Checks that K divides N.
-
-  Args:
-    num_heads: N.
-    num_kv_heads: K.
-
-  Raises:
-    ValueError: if it does not; names the numbers that would do.
-  """
-  if num_heads < 1:
-    raise ValueError(f'num_heads={num_heads} must be at least 1.')
-  if not 1 <= num_kv_heads <= num_heads or num_heads % num_kv_heads:
-    divisors = [k for k in range(1, num_heads + 1) if num_heads % k == 0]
-    raise ValueError(
-      f'num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads};'
-      f' choose one of {", ".join(map(str, divisors))}.'
-    )
-
-
 def grouped_attention(
   q_BTNH: Array,
   k_BKHS: Array,
@@ -84,7 +64,7 @@ def grouped_attention(
   """
   B, T, N, H = q_BTNH.shape
   K = k_BKHS.shape[1]
-  check_heads(N, K)
+  axes.check_heads(N, K)
   q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
   if T * N // K == 1 and sharding.platform() == 'tpu':
     # For one query a key, XLA multiplies element by element, and values of H = 64 take
@@ -172,13 +152,12 @@ class GroupedQueryAttention(nn.Module):
     Raises:
       ValueError: if K does not divide N, or the mask is not as long as the cache.
     """
-    check_heads(self.num_heads, self.num_kv_heads)
+    axes.check_heads(self.num_heads, self.num_kv_heads)
     B, T, D = inputs_q.shape
     q_BTNH = self._project_q(sharding.constrain(inputs_q, INPUT_AXES))
     decoding = cache_index is not None or self.has_variable('encoded_kv', 'key')
-    new = None
     if cache_index is None:
-      k_BKHS, v_BKSH = self._kept_keys_and_values(inputs_kv)
+      (k_BKHS, v_BKSH), new = self._kept_keys_and_values(inputs_kv), None
     else:
       k_BKHS, v_BKSH, new = self._append_to_cache(inputs_kv, cache_index, mask)
     # Queries and outputs go where the keys and values are kept, never the reverse.

@@ -47,6 +47,26 @@ KV_SHARDINGS = {
 }
 
 
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+  """Checks that K divides N.
+
+  Args:
+    num_heads: N.
+    num_kv_heads: K.
+
+  Raises:
+    ValueError: if it does not; names the numbers that would do.
+  """
+  if num_heads < 1:
+    raise ValueError(f'num_heads={num_heads} must be at least 1.')
+  if not 1 <= num_kv_heads <= num_heads or num_heads % num_kv_heads:
+    divisors = [k for k in range(1, num_heads + 1) if num_heads % k == 0]
+    raise ValueError(
+      f'num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads};'
+      f' choose one of {", ".join(map(str, divisors))}.'
+    )
+
+
 def kv_axes(num_heads: int, num_kv_heads: int) -> tuple[str, str, str]:
   """Returns the logical axes of heads that depend on there being fewer K/V heads.
 

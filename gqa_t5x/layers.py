@@ -17,6 +17,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax import lax
 
 from gqa_t5x import attention, axes, sharding
+from gqa_t5x.dense import Dense
 
 Array = jax.Array
 DType = Any
@@ -63,18 +64,14 @@ class MlpBlock(nn.Module):
     branches = []
     for i, activation in enumerate(self.activations):
       name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
-      h = attention.Dense(self.mlp_dim, (axes.EMBED, axes.MLP), self.dtype, name=name)(
-        x_BTD
-      )
+      h = Dense(self.mlp_dim, (axes.EMBED, axes.MLP), self.dtype, name=name)(x_BTD)
       branches.append(h if activation == 'linear' else getattr(nn, activation)(h))
     h_BTF = functools.reduce(operator.mul, branches)
     h_BTF = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       h_BTF, deterministic=deterministic
     )
     h_BTF = sharding.constrain(h_BTF, (axes.BATCH, axes.LENGTH, axes.MLP))
-    return attention.Dense(
-      x_BTD.shape[-1], (axes.MLP, axes.EMBED), self.dtype, name='wo'
-    )(h_BTF)
+    return Dense(x_BTD.shape[-1], (axes.MLP, axes.EMBED), self.dtype, name='wo')(h_BTF)
 
 
 class Embed(nn.Module):

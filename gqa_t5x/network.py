@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from gqa_t5x import attention, axes, kv_cache, layers, sharding
+from gqa_t5x import axes, kv_cache, layers, sharding
 from gqa_t5x.dense import Dense
 
 Array = jax.Array
@@ -55,7 +55,7 @@ class T5Config:
 
   def __post_init__(self):
     for num_kv_heads in (self.encoder_kv, self.self_kv, self.cross_kv):
-      attention.check_heads(self.num_heads, num_kv_heads)
+      axes.check_heads(self.num_heads, num_kv_heads)
     if self.remat_policy not in REMAT_POLICIES:
       known = ', '.join(REMAT_POLICIES)
       raise ValueError(f'remat_policy={self.remat_policy!r}; choose one of {known}.')

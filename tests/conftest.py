@@ -1,4 +1,4 @@
-"""For all tests: no accelerator, no network, and the slow ones last."""
+"""For all tests: eight CPU devices, no network, and the slow ones last."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ os.environ['GCE_METADATA_HOST'] = 'localhost:1'
 import jax
 import pytest
 
-# For sharding; an array lies on the first unless a mesh says otherwise. Commands in
+# For sharding: an array lies on the first unless a mesh says otherwise. Commands in
 # subprocesses have one.
 jax.config.update('jax_num_cpu_devices', 8)
 

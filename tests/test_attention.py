@@ -9,7 +9,7 @@ import model_oracle as oracle
 import numpy as np
 import pytest
 
-from gqa_t5x import attention
+from gqa_t5x import attention, axes
 
 B, T, S, N, H = 3, 5, 7, 4, 6
 D = 10
@@ -382,7 +382,7 @@ def test_heads_that_do_not_divide(num_heads, num_kv_heads, divisors):
     f' choose one of {divisors}.'
   )
   with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
-    attention.check_heads(num_heads, num_kv_heads)
+    axes.check_heads(num_heads, num_kv_heads)
 
 
 def test_bad_heads_are_found_by_function_and_module():
@@ -394,4 +394,4 @@ def test_bad_heads_are_found_by_function_and_module():
   with pytest.raises(ValueError, match=re.escape(message)):
     module(3).init(jax.random.PRNGKey(0), np.zeros((1, 1, D)), np.zeros((1, 1, D)))
   with pytest.raises(ValueError, match=r'^num_heads=0 must be at least 1\.$'):
-    attention.check_heads(0, 1)
+    axes.check_heads(0, 1)

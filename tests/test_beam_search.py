@@ -81,7 +81,7 @@ PROMPTS = ((7, 3, 9), (), (5, 2, 8, 3, 3), (6,))
     (2, 4, 'cpu'),
     (4, 4, 'cpu'),
     (2, 4, 'tpu'),
-    (4, 2, 'tpu'),
+    (4, 4, 'tpu'),
   ],
 )
 def test_equals_a_loop_over_the_forward_pass(monkeypatch, K, n, platform):

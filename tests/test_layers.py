@@ -8,7 +8,8 @@ import model_oracle as oracle
 import numpy as np
 import pytest
 
-from gqa_t5x import attention, layers
+from gqa_t5x import layers
+from gqa_t5x.dense import Dense
 
 B, T, D, F, V = 2, 3, 5, 7, 11
 
@@ -202,7 +203,7 @@ def test_low_precision_parameters_are_not_widened():
     jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
     for shape in ((3, 40), (40, 5))
   )
-  dense = attention.Dense(5, ('embed', 'vocab'), jnp.float32)
+  dense = Dense(5, ('embed', 'vocab'), jnp.float32)
 
   def apply(x):
     return dense.apply({'params': {'kernel': kernel}}, x)

@@ -22,7 +22,7 @@ from sharding_cases import (
 )
 from t5x import models
 
-from gqa_t5x import decoding, network
+from gqa_t5x import decoding, network, sharding
 
 # --- Values -------------------------------------------------------------------
 
@@ -104,24 +104,28 @@ def unsharded_decodes(K, name, rows):
 
 
 @pytest.mark.parametrize(
-  ('K', 'num_partitions', 'kv_sharding', 'name', 'rows'),
+  ('K', 'num_partitions', 'kv_sharding', 'name', 'rows', 'platform'),
   [
-    *((*case, 'greedy', B) for case in COMPARED),
-    (2, 4, None, 'beams', B),
-    (2, 4, None, 'samples', B),
+    *((*case, 'greedy', B, 'cpu') for case in COMPARED),
+    (2, 4, None, 'beams', B, 'cpu'),
+    (2, 4, None, 'samples', B, 'cpu'),
     # Rows that the devices do not divide, or fewer than devices.
-    (2, 4, None, 'greedy', 6),
-    (1, 8, None, 'beams', 3),
+    (2, 4, None, 'greedy', 6, 'cpu'),
+    (1, 8, None, 'beams', 3, 'cpu'),
+    # As on a TPU: the cache is read before it is written.
+    (2, 4, None, 'greedy', B, 'tpu'),
+    (8, 4, None, 'greedy', B, 'tpu'),
   ],
 )
-def test_decodes(K, num_partitions, kv_sharding, name, rows):
+def test_decodes(K, num_partitions, kv_sharding, name, rows, platform, monkeypatch):
+  expected_tokens, expected_scores = unsharded_decodes(K, name, rows)
+  monkeypatch.setattr(sharding, 'platform', lambda: platform)
   layout = partitioner(K, num_partitions, kv_sharding)
   inputs, prompts = sharded_rows(layout, batch(rows)[0], np.zeros((rows, T), np.int32))
   with entered(layout):
     tokens, scores = oracle.jit(generate(K, name))(
       sharded_params(config(K), layout), inputs, prompts
     )
-  expected_tokens, expected_scores = unsharded_decodes(K, name, rows)
   assert len(np.unique(expected_tokens)) > 10
   np.testing.assert_array_equal(tokens, expected_tokens)
   np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)

@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from gqa_t5x import attention
+from gqa_t5x import axes
 from gqa_t5x.analysis import products
 from gqa_t5x.network import T5Config
 
@@ -351,7 +351,7 @@ def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
   Source: Shazeer 2019, sections 2.4 (MHA) and 3.1 (MQA).
   """
   _check_positive(b=b, n=n, d=d)
-  attention.check_heads(h, g)
+  axes.check_heads(h, g)
   return n * g / (d * h) + 1 / b
 
 
