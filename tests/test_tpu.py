@@ -43,11 +43,11 @@ def test_training(tmp_path, chips):
   assert 0 < row['optimizer_bytes'] < 0.1 * row['parameters_bytes']
   arguments = row['parameters_bytes'] + row['optimizer_bytes']
   assert arguments < row['argument_bytes'] < 1.1 * arguments
-  # Every chip trains on 4 of the 16 rows, and all add up their gradients.
+  # Every chip trains on 4 of the 16 rows; all add up their gradients, and little else.
   flops = costs.training_step(cfg, 4, row['input_length'], row['output_length']).flops
   assert row['flops_per_step'] == pytest.approx(flops, rel=0.02)
   sent = 2 * 3 / 4 * row['parameters_bytes']
-  assert row['collective_bytes_per_step'] == pytest.approx(sent, rel=0.05)
+  assert sent <= row['collective_bytes_per_step'] <= 1.1 * sent
   times = [row[f'{name}_ms'] for name in ('compute', 'memory', 'links')]
   assert row['roofline_ms'] == max(times)
 
