@@ -5,30 +5,25 @@ The text is that of one device's program. A shape has a layout such as
   bf16[64,1,64,128]{3,2,0,1:T(8,128)(2,1)S(3)}
 
 the dimensions from the fastest to the slowest, tiles, and S(n), the memory that it lies
-in: none is HBM. Memory is tiled by its fastest dimensions, and each is padded to a
-multiple of its tile; further tiles pack narrow types within a tile and pad nothing.
+in: none is HBM. An array is cut into tiles of its fastest dimensions, each padded to a
+multiple of its tile; every further tile cuts the tiles of the one before it in the same
+way, and orders narrow types within them, so that (2,1) interleaves two rows of bf16.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 HBM = 0
-BITS = {
-  'pred': 8,
-  's2': 2,
-  'u2': 2,
-  's4': 4,
-  'u4': 4,
-  'bf16': 16,
-  'token': 0,
-  'opaque': 0,
-}
+BITS = {'pred': 8, 'token': 0, 'opaque': 0}
 _ARRAY = re.compile(r'(\w+)\[([^\]]*)\](?:\{([^}]*)\})?')
 _TILE = re.compile(r'\(([\d,]+)\)')
 _COMMENT = re.compile(r'/\*.*?\*/')
+_ASIDE = re.compile(r'(?:^|, )(?:metadata|backend_config)=[{"]')
+_NAME = re.compile(r'%([\w.\-]+)')
+_PARENTHESIS = re.compile(r'[()]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,71 +34,109 @@ class Shape:
     dtype: XLA's name of the type.
     dims: sizes.
     minor_to_major: dimensions, the fastest first.
-    tile: sizes of the first tile, of the fastest dimensions, the slower first.
+    tiles: of each level, sizes of the fastest dimensions, the slower first.
     space: number of the memory that it lies in.
+    bits: of an element in memory.
   """
 
   dtype: str
   dims: tuple[int, ...]
   minor_to_major: tuple[int, ...] = ()
-  tile: tuple[int, ...] = ()
+  tiles: tuple[tuple[int, ...], ...] = ()
   space: int = HBM
-
-  @property
-  def bits(self) -> int:
-    """Of an element."""
-    if self.dtype in BITS:
-      return BITS[self.dtype]
-    found = re.search(r'\d+', self.dtype)
-    return int(found.group()) if found else 0
+  bits: int = 0
 
   @property
   def size(self) -> int:
     """Bytes of the elements alone."""
     return math.prod(self.dims) * self.bits // 8
 
-  def padded(self, dims: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """Returns the sizes in memory, from the slowest to the fastest dimension.
+  def slowest_first(self, dims: Sequence[int]) -> list[int]:
+    """Returns sizes of this array's dimensions in the order of its memory."""
+    return [dims[d] for d in reversed(self.minor_to_major)] or list(dims)
+
+  def nbytes_of(self, dims: Sequence[int]) -> int:
+    """Returns the bytes that an array of other sizes takes in this layout.
+
+    So many bytes are touched, too, when a part of this size is taken from the array, if
+    the part begins where a tile does.
 
     Args:
-      dims: other sizes in the same layout; by default its own.
+      dims: sizes; as many as the array has.
     """
-    dims = self.dims if dims is None else dims
-    order = [dims[i] for i in reversed(self.minor_to_major)] or list(dims)
-    order = [1] * (len(self.tile) - len(order)) + order
-    first = len(order) - len(self.tile)
-    tiles = [1] * first + list(self.tile)
-    return tuple(-(-n // t) * t for n, t in zip(order, tiles, strict=True))
+    sizes = self.slowest_first(dims)
+    for tile in self.tiles:
+      sizes = [1] * (len(tile) - len(sizes)) + sizes
+      outer = len(sizes) - len(tile)
+      counts = [-(-n // t) for n, t in zip(sizes[outer:], tile, strict=True)]
+      sizes = [*sizes[:outer], *counts, *tile]
+    return math.prod(sizes) * self.bits // 8
 
-  def nbytes_of(self, dims: tuple[int, ...]) -> int:
-    """Returns the bytes that an array of other sizes takes in this layout."""
-    return math.prod(self.padded(dims)) * self.bits // 8
-
-  @property
+  @functools.cached_property
   def nbytes(self) -> int:
     """Bytes in memory, padding included."""
     return self.nbytes_of(self.dims)
 
+  def in_rows(self) -> 'Shape':
+    """Returns the array in rows of 512 bytes, 128 words of 32 bits, instead of tiles.
 
-def _parse_array(text: str) -> Shape:
-  dtype, dims, layout = _ARRAY.match(text).groups()
-  sizes = tuple(int(n.lstrip('<=')) for n in dims.split(',') if n)
+    A row of a tile is the least that memory is addressed by. It holds several rows of a
+    narrow type: two of bf16.
+    """
+    if not self.tiles or not self.bits:
+      return self
+    packed = max(1, 32 // self.bits)
+    row = (128 * packed,) if len(self.tiles[0]) == 1 else (packed, 128)
+    return dataclasses.replace(self, tiles=(row,))
+
+  def fills_tiles(self, dims: Sequence[int]) -> bool:
+    """Returns whether a part of the array fills all tiles that it touches.
+
+    Args:
+      dims: sizes of the part, which begins where a tile does.
+    """
+    if not self.tiles:
+      return True
+    tile = self.tiles[0]
+    part, whole = self.slowest_first(dims), self.slowest_first(self.dims)
+    rows = zip(reversed(part), reversed(whole), reversed(tile), strict=False)
+    return all(n == size or n % t == 0 for n, size, t in rows)
+
+
+def _bits(dtype: str, layout: str) -> int:
+  """Types below 8 bits take 8, unless the layout says E(bits)."""
+  packed = re.search(r'E\((\d+)\)', layout)
+  if packed:
+    return int(packed.group(1))
+  if dtype in BITS:
+    return BITS[dtype]
+  found = re.search(r'\d+', dtype)
+  return max(8, int(found.group())) if found else 0
+
+
+def _parse_array(dtype: str, dims: str, layout: str | None) -> Shape:
   order, _, rest = (layout or '').partition(':')
   tiles = re.search(r'T((?:\([\d,]+\))+)', rest)
-  tile = _TILE.search(tiles.group(1)).group(1) if tiles else ''
   space = re.search(r'S\((\d+)\)', rest)
   return Shape(
     dtype,
-    sizes,
-    tuple(int(n) for n in order.split(',') if n),
-    tuple(int(n) for n in tile.split(',') if n),
+    _whole_numbers(dims.replace('<=', '')),
+    _whole_numbers(order),
+    tuple(map(_whole_numbers, _TILE.findall(tiles.group(1)))) if tiles else (),
     int(space.group(1)) if space else HBM,
+    _bits(dtype, rest),
   )
 
 
+def _whole_numbers(text: str) -> tuple[int, ...]:
+  return tuple(int(n) for n in text.split(',') if n.strip())
+
+
+@functools.cache
 def parse_shapes(text: str) -> tuple[Shape, ...]:
   """Returns the arrays of a shape: one, or those of a tuple, flattened."""
-  return tuple(_parse_array(m.group()) for m in _ARRAY.finditer(_COMMENT.sub('', text)))
+  found = _ARRAY.finditer(_COMMENT.sub('', text))
+  return tuple(_parse_array(*match.groups()) for match in found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +148,8 @@ class Instruction:
     opcode: such as `fusion`.
     type_text: its shape as text.
     operands: names, in order.
-    rest: attributes as text.
+    attributes: as text, without metadata and what the compiler notes for itself.
+    aside: those two.
     is_root: whether it is the computation's result.
     literal: what stands between the parentheses, for constants and parameters.
   """
@@ -124,11 +158,12 @@ class Instruction:
   opcode: str
   type_text: str
   operands: tuple[str, ...]
-  rest: str
-  is_root: bool
-  literal: str
+  attributes: str = ''
+  aside: str = ''
+  is_root: bool = False
+  literal: str = ''
 
-  @functools.cached_property
+  @property
   def shapes(self) -> tuple[Shape, ...]:
     """Its arrays: one, or those of a tuple, flattened."""
     return parse_shapes(self.type_text)
@@ -138,15 +173,25 @@ class Instruction:
     """Its array, or the first of a tuple."""
     return self.shapes[0]
 
+  @property
+  def op_name(self) -> str:
+    """The path of the model's operation that it comes from, or ''."""
+    found = re.search(r'op_name="([^"]*)"', self.aside)
+    return found.group(1) if found else ''
+
   def attribute(self, name: str) -> str | None:
     """Returns an attribute's text, such as `body`'s or `dim_labels`'s."""
-    found = re.search(rf'(?:^|, ){name}=(%?[\w.\->]+|\{{[^}}]*\}}|"[^"]*")', self.rest)
+    pattern = rf'(?:^|, ){name}=(%?[\w.\->]+|\{{[^}}]*\}}|"[^"]*")'
+    found = re.search(pattern, self.attributes)
     return found.group(1).strip('%"') if found else None
+
+  def numbers(self, name: str) -> tuple[int, ...]:
+    """Returns the numbers of an attribute such as `dimensions={0,2}`."""
+    return tuple(map(int, re.findall(r'\d+', self.attribute(name) or '')))
 
   def called(self, name: str) -> list[str]:
     """Returns the computations that an attribute names."""
-    text = self.attribute(name)
-    return re.findall(r'[\w.\-]+', text) if text else []
+    return re.findall(r'[\w.\-]+', self.attribute(name) or '')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +230,12 @@ class Module:
   Attributes:
     computations: by name.
     entry: the name of the first.
+    devices: how many run it together.
   """
 
   computations: dict[str, Computation]
   entry: str
+  devices: int = 1
 
 
 def parse(text: str) -> Module:
@@ -217,44 +264,48 @@ def parse(text: str) -> Module:
       instruction = _parse_instruction(line)
       if instruction is not None:
         instructions[instruction.name] = instruction
-  if entry is None:
-    raise ValueError(f'This is no HLO module: {text[:60]!r} ...')
-  return Module(computations, entry)
+  if entry not in computations:
+    raise ValueError(
+      f'This is no HLO module: {text[:40]!r}; it takes the text of compiled.as_text().'
+    )
+  return Module(computations, entry, _devices(text.partition('\n')[0]))
+
+
+def _devices(header: str) -> int:
+  found = re.findall(r', (?:num_partitions|replica_count)=(\d+)', header)
+  return math.prod(map(int, found))
 
 
 def _parse_instruction(line: str) -> Instruction | None:
   left, equals, right = line.strip().partition(' = ')
   if not equals:
     return None
-  is_root = left.startswith('ROOT ')
   end = _closing(right, 0) + 1 if right.startswith('(') else right.index(' ')
   type_text, right = right[:end], right[end:].lstrip()
-  opcode, _, _ = right.partition('(')
-  start = len(opcode)
+  start = right.index('(')
   end = _closing(right, start)
-  inside, rest = right[start + 1 : end], right[end + 1 :].removeprefix(', ')
-  operands = () if opcode in ('constant', 'parameter') else tuple(_names(inside))
-  rest = rest.partition(', metadata={')[0]
+  opcode, inside, rest = right[:start], right[start + 1 : end], right[end + 1 :]
+  rest = rest.removeprefix(', ')
+  aside = _ASIDE.search(rest)
+  cut = aside.start() if aside else len(rest)
+  has_literal = opcode in ('constant', 'parameter')
   return Instruction(
     left.removeprefix('ROOT ').lstrip('%'),
     opcode,
     type_text,
-    operands,
-    rest,
-    is_root,
-    inside,
+    () if has_literal else tuple(_NAME.findall(inside)),
+    rest[:cut],
+    rest[cut:],
+    left.startswith('ROOT '),
+    inside if has_literal else '',
   )
-
-
-def _names(text: str) -> Iterator[str]:
-  return (name.lstrip('%') for name in re.findall(r'%[\w.\-]+', text))
 
 
 def _closing(text: str, start: int) -> int:
   """Returns where the parenthesis that opens at `start` closes."""
   depth = 0
-  for found in re.compile(r'[()]').finditer(text, start):
+  for found in _PARENTHESIS.finditer(text, start):
     depth += 1 if found.group() == '(' else -1
     if depth == 0:
       return found.start()
-  raise ValueError(f'no closing parenthesis in {text[start : start + 60]!r}')
+  raise ValueError(f'no closing parenthesis in {text[start : start + 60]!r}.')
