@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
-from gqa_t5x import axes, kv_cache, sharding
+from gqa_t5x import axes, kv_cache, recent, sharding
 from gqa_t5x.dense import Dense
 
 Array = jax.Array
@@ -37,7 +38,7 @@ def grouped_attention(
   bias: Array | None = None,
   float32_logits: bool = False,
   dropout: Callable[[Array], Array] = lambda probs_BKGTS: probs_BKGTS,
-  new: kv_cache.New | None = None,
+  beside: tuple[Array, Array] | None = None,
 ) -> Array:
   """Attends from N query heads to K key/value heads.
 
@@ -52,7 +53,7 @@ def grouped_attention(
     bias: `[B or 1, N, T or 1, S]`, added to the logits.
     float32_logits: accumulate logits and softmax in float32 whatever the dtype.
     dropout: applied to the probabilities `[B, K, G, T, S]`.
-    new: keys and values that take the place of some of `k_BKHS` and `v_BKSH`.
+    beside: keys and values of P more positions; S is then S + P in mask and bias.
 
   Returns:
     `[B, T, N, H]` in the dtype of the queries.
@@ -66,32 +67,37 @@ def grouped_attention(
   K = k_BKHS.shape[1]
   axes.check_heads(N, K)
   q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
-  if T * N // K == 1 and sharding.platform() == 'tpu':
-    # For one query a key, XLA multiplies element by element, and values of H = 64 take
-    # twice their bytes. Of several, a matrix unit has as many in the same time.
-    q_BKGTH = jnp.pad(q_BKGTH, ((0, 0), (0, 0), (0, 0), (0, TPU_ROWS - 1), (0, 0)))
+  logits_dtype = jnp.float32 if float32_logits else None
 
   def logits_of(k_BKHS):
-    dtype = jnp.float32 if float32_logits else None
     return jnp.einsum(
-      'BKGTH,BKHS->BKGTS', q_BKGTH, k_BKHS, preferred_element_type=dtype
+      'BKGTH,BKHS->BKGTS', q_BKGTH, k_BKHS, preferred_element_type=logits_dtype
     )
 
   logits_BKGTS = logits_of(k_BKHS)
-  if new is not None:
-    logits_BKGTS = kv_cache.write(logits_BKGTS, logits_of(new.key), new.index, axis=4)
+  if beside is not None:
+    logits_BKGTS = jnp.concatenate([logits_BKGTS, logits_of(beside[0])], axis=-1)
   if bias is not None:
     bias_BKGTS = bias.reshape(-1, K, N // K, *bias.shape[2:])
     logits_BKGTS += bias_BKGTS.astype(logits_BKGTS.dtype)
   if mask is not None:
     logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, MASKED_LOGIT)
   probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS).astype(q_BTNH.dtype))
-  if new is not None:
-    probs_BKGTS, probs_new = kv_cache.take(probs_BKGTS, new, axis=4)
-  out_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', probs_BKGTS, v_BKSH)
-  if new is not None:
-    out_BKGTH += jnp.einsum('BKGTS,BKSH->BKGTH', probs_new, new.value)
-  return jnp.moveaxis(out_BKGTH[:, :, :, :T], 3, 1).reshape(B, T, N, H)
+  S = v_BKSH.shape[2]
+  out_BKGTH = _weighted_sum(probs_BKGTS[..., :S], v_BKSH)
+  if beside is not None:
+    out_BKGTH += _weighted_sum(probs_BKGTS[..., S:], beside[1])
+  return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
+
+
+def _weighted_sum(probs_BKGTS: Array, v_BKSH: Array) -> Array:
+  G, T = probs_BKGTS.shape[2:4]
+  if G * T == 1 and sharding.platform() == 'tpu':
+    # For one query a key, XLA multiplies element by element, and values of H = 64 take
+    # twice their bytes. Of several, a matrix unit has as many in the same time.
+    more = (0, 0), (0, 0), (0, 0), (0, TPU_ROWS - 1), (0, 0)
+    probs_BKGTS = jnp.pad(probs_BKGTS, more)
+  return jnp.einsum('BKGTS,BKSH->BKGTH', probs_BKGTS, v_BKSH)[:, :, :, :T]
 
 
 class GroupedQueryAttention(nn.Module):
@@ -141,9 +147,10 @@ class GroupedQueryAttention(nn.Module):
         `encoded_kv` holds K and V.
       mask: bool `[B or 1, 1, T or 1, S]`, B and T as after sharing.
       bias: `[B or 1, N, T or 1, S]`, the same.
-      cache_index: self-attention while decoding: how many positions are cached
-        (see kv_cache.py); S is then the cache's length. Without a cache in the
-        variables, a zero one of length T is made, and not written.
+      cache_index: self-attention while decoding: where new tokens go, in the cache
+        (see kv_cache.py) or beside it (recent.py); S is then of all that is kept.
+        Without a cache in the variables, a zero one of length T is made, and not
+        written.
       deterministic: True turns dropout off.
 
     Returns:
@@ -157,9 +164,9 @@ class GroupedQueryAttention(nn.Module):
     q_BTNH = self._project_q(sharding.constrain(inputs_q, INPUT_AXES))
     decoding = cache_index is not None or self.has_variable('encoded_kv', 'key')
     if cache_index is None:
-      (k_BKHS, v_BKSH), new = self._kept_keys_and_values(inputs_kv), None
+      (k_BKHS, v_BKSH), beside = self._kept_keys_and_values(inputs_kv), None
     else:
-      k_BKHS, v_BKSH, new = self._append_to_cache(inputs_kv, cache_index, mask)
+      k_BKHS, v_BKSH, beside = self._append_to_cache(inputs_kv, cache_index, mask)
     # Queries and outputs go where the keys and values are kept, never the reverse.
     _, _, heads = axes.kv_axes(self.num_heads, self.num_kv_heads)
     kept_axes = (axes.CACHE_BATCH, axes.LENGTH, heads, axes.HEAD_DIM)
@@ -173,7 +180,7 @@ class GroupedQueryAttention(nn.Module):
       bias=bias,
       float32_logits=self.float32_logits or decoding,
       dropout=self._dropout(deterministic),
-      new=new,
+      beside=beside,
     )
     out_BTNH = sharding.constrain(out_BTNH, meeting_axes)
     out_BTNH = out_BTNH.reshape(B, T, self.num_heads, self.head_dim)
@@ -245,11 +252,10 @@ class GroupedQueryAttention(nn.Module):
 
   def _append_to_cache(
     self, inputs_kv: Array, cache_index: Array, mask: Array
-  ) -> tuple[Array, Array, kv_cache.New | None]:
-    """Writes K and V of new tokens into the cache.
+  ) -> tuple[Array, Array, tuple[Array, Array] | None]:
+    """Writes K and V of new tokens into the cache, or beside it (recent.py).
 
-    Returns the whole of it. For a TPU that is as it was before, and what is new:
-    where it were read after the write, XLA would copy all of it on the chip, and back.
+    Returns the cache's keys, its values, and both of what is beside it.
     """
     if not self.has_variable('cache', 'cached_key'):
       # T5X's first call, on tokens that are all ones: only shapes count.
@@ -258,24 +264,39 @@ class GroupedQueryAttention(nn.Module):
       return k_BKHT, v_BKTH, None
     cached_key = self.get_variable('cache', 'cached_key')
     cached_value = self.get_variable('cache', 'cached_value')
-    B, _, cache_length, _ = cached_value.shape
-    if mask.shape[-1] != cache_length:
-      raise ValueError(
-        f'The cache was made for {cache_length} positions, but this call is for'
-        f' {mask.shape[-1]}; pass max_decode_length={cache_length}.'
-      )
-    num_beams = inputs_kv.shape[0] // B  # Beams of one input share its row.
+    B = cached_key.shape[0]  # Beams of one input share its row.
     k_BKHT, v_BKTH = self._project_kv(
       inputs_kv.reshape(B, -1, inputs_kv.shape[-1]), axes.CACHE_BATCH
     )
-    new = kv_cache.New(k_BKHT, v_BKTH, cache_index * num_beams)
-    written = self._put_cache(
-      kv_cache.write(cached_key, new.key, new.index, axis=3),
-      kv_cache.write(cached_value, new.value, new.index, axis=2),
+    num_beams = inputs_kv.shape[0] // B
+    if self.has_variable('cache', 'recent_key'):
+      beside = (
+        self._put_recent('recent_key', jnp.einsum('BKHn->BnKH', k_BKHT), cache_index),
+        self._put_recent('recent_value', jnp.einsum('BKnH->BnKH', v_BKTH), cache_index),
+      )
+      return cached_key, cached_value, beside
+    if mask.shape[-1] != cached_key.shape[3]:
+      raise ValueError(
+        f'The cache was made for {cached_key.shape[3]} positions, but this call is for'
+        f' {mask.shape[-1]}; pass max_decode_length={cached_key.shape[3]}.'
+      )
+    index = cache_index * num_beams
+    return *self._put_cache(
+      kv_cache.write(cached_key, k_BKHT, index, axis=3),
+      kv_cache.write(cached_value, v_BKTH, index, axis=2),
+    ), None
+
+  def _put_recent(self, name: str, new_BnKH: Array, index: Array) -> Array:
+    """Keeps a new token's keys or values beside the cache; returns all that are."""
+    x_PBnKH = self.get_variable('cache', name)
+    x_PBnKH = lax.dynamic_update_index_in_dim(
+      x_PBnKH, new_BnKH.astype(x_PBnKH.dtype), index, axis=0
     )
-    if sharding.platform() == 'tpu':
-      return cached_key, cached_value, new
-    return *written, None
+    kv_heads, _, _ = axes.kv_axes(self.num_heads, self.num_kv_heads)
+    recent_axes = (None, axes.CACHE_BATCH, None, kv_heads, axes.HEAD_DIM)
+    x_PBnKH = sharding.constrain(x_PBnKH, recent_axes)
+    self.put_variable('cache', name, x_PBnKH)
+    return recent.in_order(name, x_PBnKH)
 
   def _put_cache(self, k_BKHS: Array, v_BKSH: Array) -> tuple[Array, Array]:
     k_BKHS, v_BKSH = self._constrain_kv(k_BKHS, v_BKSH, axes.CACHE_BATCH)

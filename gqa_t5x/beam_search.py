@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from gqa_t5x import kv_cache
+from gqa_t5x import kv_cache, recent
 from gqa_t5x.sampling import (
   NEG_INF,
   DecodingState,
@@ -98,7 +98,7 @@ def beam_search(
     return _extend(state, cache, log_probs_BnV, forced_B[:, None], eos_id, alpha)
 
   start = _start(B, n, T, kv_cache.with_beams(cache, n))
-  return _result(lax.while_loop(may_improve, decode_one, start))
+  return _result(recent.while_loop(may_improve, decode_one, start, beams=n))
 
 
 def _start(B: int, n: int, T: int, cache: Any) -> _BeamState:

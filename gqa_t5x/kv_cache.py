@@ -12,7 +12,7 @@ that small table changes, never keys and values:
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +38,17 @@ def query_positions(index: Array, length: int) -> Array:
   return jnp.reshape(index, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
 
 
-def causal_mask(positions_BT: Array, cache_length: int) -> Array:
-  """Returns which cached positions each new token may see: itself and those before.
+def causal_mask(positions_BT: Array, positions_S: Array) -> Array:
+  """Returns which keys each new token may see: its own and those before.
 
   Args:
-    positions_BT: int32 `[B, T]` (or `[1, T]`) from `query_positions`.
-    cache_length: S.
+    positions_BT: of new tokens, int32 `[B, T]` (or `[1, T]`) from `query_positions`.
+    positions_S: of the keys, int32 `[S]`.
 
   Returns:
     bool `[B, 1, T, S]` (or `[1, 1, T, S]`).
   """
-  return positions_BT[:, None, :, None] >= jnp.arange(cache_length)
+  return positions_BT[:, None, :, None] >= positions_S
 
 
 def write(cache: Array, new: Array, index: Array, axis: int) -> Array:
@@ -71,41 +71,6 @@ def write(cache: Array, new: Array, index: Array, axis: int) -> Array:
     return lax.dynamic_update_slice_in_dim(cache, new, i, axis - 1)
 
   return jax.vmap(write_row)(cache, new, jnp.reshape(index, -1))
-
-
-class New(NamedTuple):
-  """Keys and values of new tokens, and the positions that they go to.
-
-  Attributes:
-    key: `[B, K, H, T]`.
-    value: `[B, K, T, H]`.
-    index: as in `query_positions`.
-  """
-
-  key: Array
-  value: Array
-  index: Array
-
-
-def take(probs: Array, new: New, axis: int) -> tuple[Array, Array]:
-  """Splits what is for the positions of new tokens from what is for all others.
-
-  Args:
-    probs: an array with positions, S of them.
-    new: the tokens, T of them.
-    axis: that of S.
-
-  Returns:
-    (the array with 0 at the new positions, the part of T positions).
-  """
-  length = new.key.shape[3]
-  if new.index.ndim == 0:
-    taken = lax.dynamic_slice_in_dim(probs, new.index, length, axis)
-  else:
-    taken = jax.vmap(lambda row, i: lax.dynamic_slice_in_dim(row, i, length, axis - 1))(
-      probs, jnp.reshape(new.index, -1)
-    )
-  return write(probs, jnp.zeros_like(taken), new.index, axis), taken
 
 
 def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:
@@ -168,17 +133,19 @@ def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
   return {**cache, 'decoder': {**decoder, 'slots': slots}}
 
 
-def beam_mask(slots_BnS: Array, index: Array) -> Array:
+def beam_mask(slots_BnS: Array, positions_11: Array, positions_S: Array) -> Array:
   """Returns which slots each beam may see: those of its own past, and its new one.
 
   Args:
     slots_BnS: the table of slots.
-    index: position of the new token, int32 `()`.
+    positions_11: of the new token, int32 `[1, 1]`.
+    positions_S: of the keys, int32 `[S]`.
 
   Returns:
     bool `[B, 1, beams, S * beams]`.
   """
-  B, num_beams, S = slots_BnS.shape
+  B, num_beams, _ = slots_BnS.shape
+  slots_BnS = jnp.take(slots_BnS, positions_S, axis=2, mode='clip')
   own = slots_BnS[..., None] == jnp.arange(num_beams)
-  mask = own & (jnp.arange(S) <= index)[:, None]
-  return mask.reshape(B, 1, num_beams, S * num_beams)
+  mask = own & (positions_S <= positions_11[0])[:, None]
+  return mask.reshape(B, 1, num_beams, -1)

@@ -161,12 +161,12 @@ class RelativePositionBiases(nn.Module):
   max_distance: int = 128
 
   @nn.compact
-  def __call__(self, query_positions_BT: Array, key_length: int) -> Array:
-    """Returns the biases of queries at given positions and keys at 0 ... S-1.
+  def __call__(self, query_positions_BT: Array, key_positions_S: Array) -> Array:
+    """Returns the biases of queries and keys by their positions.
 
     Args:
       query_positions_BT: int32 `[B, T]`, or `[1, T]` when all rows are alike.
-      key_length: S.
+      key_positions_S: int32 `[S]`.
 
     Returns:
       `[B, N, T, S]` (or `[1, N, T, S]`), to be added to the attention logits.
@@ -178,7 +178,7 @@ class RelativePositionBiases(nn.Module):
       jnp.float32,
       axes=(axes.HEADS, axes.RELPOS_BUCKETS),
     )
-    distance_BTS = jnp.arange(key_length) - query_positions_BT[..., None]
+    distance_BTS = key_positions_S - query_positions_BT[..., None]
     buckets = relative_position_buckets(
       self.bidirectional, self.num_buckets, self.max_distance
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from gqa_t5x import axes, kv_cache, layers, sharding
+from gqa_t5x import axes, kv_cache, layers, recent, sharding
 from gqa_t5x.dense import Dense
 
 Array = jax.Array
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
     length = tokens_BS.shape[1]
     bias = layers.RelativePositionBiases(
       cfg.num_heads, bidirectional=True, dtype=cfg.dtype, name='relpos_bias'
-    )(jnp.arange(length)[None], length)
+    )(jnp.arange(length)[None], jnp.arange(length))
     x_BSD = layers.dropout(cfg, self.shared_embedding(tokens_BS), deterministic)
     layer = _remat(layers.EncoderLayer, cfg, static_argnums=(4,))
     for i in range(cfg.num_encoder_layers):
@@ -181,18 +181,22 @@ class Decoder(nn.Module):
     """Returns float32 logits `[B, T, V]`; see `Transformer.decode`."""
     cfg = self.config
     T = tokens_BT.shape[1]
-    cache_index, key_length, positions_BT = None, T, jnp.arange(T)[None]
+    cache_index, positions_BT, positions_S = None, jnp.arange(T)[None], jnp.arange(T)
     if decode:
       cache_index = self._advance_cache_index(T, prefill_lengths)
-      key_length = max_decode_length or T
       positions_BT = kv_cache.query_positions(cache_index, T)
-      self_mask = kv_cache.causal_mask(positions_BT, key_length)
+      positions_S = jnp.arange(max_decode_length or T)
+      if self.has_variable('cache', 'recent_positions'):
+        positions_P = self.get_variable('cache', 'recent_positions')
+        positions_S = recent.key_positions(max_decode_length, positions_P)
+        cache_index -= positions_P[0]
+      self_mask = kv_cache.causal_mask(positions_BT, positions_S)
     bias = layers.RelativePositionBiases(
       cfg.num_heads, bidirectional=False, dtype=cfg.dtype, name='relpos_bias'
-    )(positions_BT, key_length)
+    )(positions_BT, positions_S)
     if decode and self.has_variable('cache', 'slots'):
       slots_BnS = self.get_variable('cache', 'slots')
-      self_mask = kv_cache.beam_mask(slots_BnS, cache_index)
+      self_mask = kv_cache.beam_mask(slots_BnS, positions_BT, positions_S)
       bias = jnp.repeat(bias, slots_BnS.shape[1], axis=-1)
     if decode:  # Once for all layers.
       _, _, heads = axes.kv_axes(cfg.num_heads, cfg.self_kv)

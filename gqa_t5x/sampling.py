@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from gqa_t5x import kv_cache
+from gqa_t5x import kv_cache, recent
 
 Array = jax.Array
 
@@ -149,7 +149,9 @@ def temperature_sample(
   start = _start(B * num_decodes, T, kv_cache.repeat_rows(cache, num_decodes))
   if decode_rng is not None:
     start = start.replace(rng=decode_rng)
-  final = lax.while_loop(lambda state: ~jnp.all(state.ended_R), decode_one, start)
+  final = recent.while_loop(
+    lambda state: ~jnp.all(state.ended_R), decode_one, start, beams=1
+  )
   return _by_score(final, B)
 
 

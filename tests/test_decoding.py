@@ -1,7 +1,6 @@
 """Step by step equals all at once; greedy decoding equals a plain loop."""
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import model_oracle as oracle
 import numpy as np
 import pytest
 
-from gqa_t5x import decoding, network, sharding
+from gqa_t5x import decoding, network
 from gqa_t5x.analysis import costs
 
 B, T = oracle.B, oracle.T
@@ -36,7 +35,7 @@ def with_index(cache, index):
 
 
 @functools.cache
-def decode_steps(cfg, index_shape=(), prefill=False, platform='cpu'):
+def decode_steps(cfg, index_shape=(), prefill=False):
   """Compiles `(params, batch, starts) -> (logits [step, B, V], prefill's, cache)`.
 
   Row b is fed its tokens from position starts[b] on, one at a time.
@@ -44,18 +43,17 @@ def decode_steps(cfg, index_shape=(), prefill=False, platform='cpu'):
   module = network.Transformer(cfg)
 
   def call(params, cache, encoded, batch, tokens, **kwargs):
-    with mock.patch.object(sharding, 'platform', return_value=platform):
-      return module.apply(
-        {'params': params, 'cache': cache},
-        encoded,
-        batch['encoder_input_tokens'],
-        tokens,
-        jnp.ones_like(tokens),
-        enable_dropout=False,
-        mutable=['cache'],
-        method=module.decode,
-        **kwargs,
-      )
+    return module.apply(
+      {'params': params, 'cache': cache},
+      encoded,
+      batch['encoder_input_tokens'],
+      tokens,
+      jnp.ones_like(tokens),
+      enable_dropout=False,
+      mutable=['cache'],
+      method=module.decode,
+      **kwargs,
+    )
 
   @oracle.jit
   def run(params, batch, starts):
@@ -102,11 +100,10 @@ def assert_steps(steps, cfg, starts, tolerance=1e-4):
 @pytest.mark.parametrize(
   ('K', 'index_shape'), [(1, ()), (2, ()), (4, ()), (2, (B,)), (1, (2, 2))]
 )
-@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
-def test_steps_equal_the_full_forward_pass(K, index_shape, platform):
+def test_steps_equal_the_full_forward_pass(K, index_shape):
   cfg = oracle.config(K)
   starts = np.zeros(B, np.int32)
-  steps, _, cache = decode_steps(cfg, index_shape, platform=platform)(
+  steps, _, cache = decode_steps(cfg, index_shape)(
     oracle.params(cfg), oracle.batch(), starts
   )
   assert_steps(steps, cfg, starts)
@@ -121,13 +118,12 @@ def test_steps_equal_the_full_forward_pass(K, index_shape, platform):
 @pytest.mark.parametrize(
   ('K', 'index_shape'), [(1, (B,)), (2, (B,)), (4, (B,)), (2, (2, 2)), (4, (2, 2))]
 )
-@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
-def test_steps_after_a_prefill_equal_the_full_forward_pass(K, index_shape, platform):
+def test_steps_after_a_prefill_equal_the_full_forward_pass(K, index_shape):
   """Prompts of 3, 0, 4 and 1 tokens after the start token, then steps."""
   cfg = oracle.config(K)
   batch = oracle.batch(pairs_of_full_length())
   expected = expected_of_full_length(cfg)
-  run = decode_steps(cfg, index_shape, prefill=True, platform=platform)
+  run = decode_steps(cfg, index_shape, prefill=True)
   steps, prefilled, cache = run(oracle.params(cfg), batch, PROMPT_LENGTHS)
   for b, start in enumerate(PROMPT_LENGTHS):
     np.testing.assert_allclose(

@@ -26,10 +26,12 @@ def test_query_positions(index, length, expected):
 
 
 def test_causal_mask():
-  got = kv_cache.causal_mask(jnp.asarray([[0, 1], [2, 3]]), 5)
+  got = kv_cache.causal_mask(
+    jnp.asarray([[0, 1], [2, 3]]), jnp.asarray([0, 1, 99, 4, 3])
+  )
   expected = [
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]],
-    [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]],
+    [[1, 1, 0, 0, 0], [1, 1, 0, 0, 1]],
   ]
   assert got.dtype == bool
   np.testing.assert_array_equal(got, np.array(expected, bool)[:, None])
@@ -126,21 +128,6 @@ def a_cache(B, S, index=0):
   return {'decoder': {'cache_index': np.int32(index), 'layers_0': layer}}
 
 
-@pytest.mark.parametrize(
-  ('index', 'taken', 'left'),
-  [
-    (1, [[2, 3], [7, 8]], [[1, 0, 0, 4, 5], [6, 0, 0, 9, 10]]),
-    ([3, 0], [[4, 5], [6, 7]], [[1, 2, 3, 0, 0], [0, 0, 8, 9, 10]]),
-    ([[0], [2]], [[1, 2], [8, 9]], [[0, 0, 3, 4, 5], [6, 7, 0, 0, 10]]),
-  ],
-)
-def test_take(index, taken, left):
-  new = kv_cache.New(jnp.zeros((2, 1, 1, 2)), jnp.zeros((2, 1, 2, 1)), jnp.array(index))
-  got_left, got_taken = kv_cache.take(jnp.asarray(CACHE[:2, None]), new, axis=2)
-  np.testing.assert_array_equal(got_taken[:, 0], taken)
-  np.testing.assert_array_equal(got_left[:, 0], left)
-
-
 def test_repeat_rows():
   """The decodes of an input are neighbours."""
   got = kv_cache.repeat_rows(a_cache(2, 2), 3)['decoder']
@@ -221,12 +208,20 @@ def test_reorder(origin, expected):
 )
 def test_beam_mask(index, expected):
   slots = jnp.asarray([[[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [1, 1, 1]]])
-  got = kv_cache.beam_mask(slots, jnp.asarray(index))
+  got = kv_cache.beam_mask(slots, jnp.asarray([[index]]), jnp.arange(3))
   assert (got.shape, got.dtype) == ((2, 1, 2, 6), bool)
   np.testing.assert_array_equal(got[0, 0], np.array(expected, bool))
   straight = [[1, 0] * (index + 1), [0, 1] * (index + 1)]
   np.testing.assert_array_equal(got[1, 0][:, : 2 * (index + 1)], straight)
   assert not got[1, 0][:, 2 * (index + 1) :].any()
+
+
+def test_beam_mask_of_keys_in_another_order():
+  """The second is not known yet; the last is beyond the table, and too late."""
+  slots = jnp.asarray([[[1, 0, 0], [0, 1, 1]]])
+  got = kv_cache.beam_mask(slots, jnp.asarray([[2]]), jnp.asarray([0, 99, 2, 1, 3]))
+  expected = [[0, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 1, 0, 1, 0, 0]]
+  np.testing.assert_array_equal(got[0, 0], np.array(expected, bool))
 
 
 def test_every_beam_finds_its_own_past():
@@ -242,7 +237,8 @@ def test_every_beam_finds_its_own_past():
     value = cache['layer']['cached_value']
     value = write(value, new, jnp.asarray(s * n), axis=2)
     cache['layer'] = {'cached_value': value}
-    seen = np.asarray(kv_cache.beam_mask(cache['slots'], jnp.asarray(s)))
+    mask = kv_cache.beam_mask(cache['slots'], jnp.asarray([[s]]), jnp.arange(S))
+    seen = np.asarray(mask)
     stored = np.asarray(value)
     for b in range(B):
       for i in range(n):

@@ -169,29 +169,32 @@ N = 3
 TABLE = {'rel_embedding': random(N, 32)}
 
 
-def biases(bidirectional, positions, length, dtype=jnp.float32):
+def biases(bidirectional, positions, keys, dtype=jnp.float32):
   module = layers.RelativePositionBiases(N, bidirectional, dtype)
-  return np.asarray(module.apply({'params': TABLE}, jnp.asarray(positions), length))
+  return np.asarray(
+    module.apply({'params': TABLE}, jnp.asarray(positions), jnp.asarray(keys))
+  )
 
 
 @pytest.mark.parametrize('bidirectional', [True, False])
 @pytest.mark.parametrize(('length', 'keys'), [(6, 6), (4, 9), (150, 150)])
 def test_bias_by_position(bidirectional, length, keys):
-  got = biases(bidirectional, np.arange(length)[None], keys)
+  got = biases(bidirectional, np.arange(length)[None], np.arange(keys))
   expected = oracle.position_bias(TABLE['rel_embedding'], length, keys, bidirectional)
   np.testing.assert_allclose(got, expected[None], atol=1e-6)
 
 
 def test_bias_of_decode_rows_is_a_slice_of_the_whole():
-  whole = biases(False, np.arange(140)[None], 140)
+  whole = biases(False, np.arange(140)[None], np.arange(140))
   rows = [[3, 4], [0, 1], [137, 138]]
-  got = biases(False, rows, 140)
-  assert got.shape == (3, N, 2, 140)
-  np.testing.assert_array_equal(got, whole[0][:, rows].swapaxes(0, 1))
+  keys = [5, 0, 139, 1, 1]
+  got = biases(False, rows, keys)
+  assert got.shape == (3, N, 2, 5)
+  np.testing.assert_array_equal(got, whole[0][:, rows][..., keys].swapaxes(0, 1))
 
 
 def test_bias_in_bfloat16_is_the_rounded_table():
-  got = biases(True, np.arange(5)[None], 4, jnp.bfloat16)
+  got = biases(True, np.arange(5)[None], np.arange(4), jnp.bfloat16)
   expected = oracle.position_bias(TABLE['rel_embedding'], 5, 4, True)
   np.testing.assert_array_equal(got[0], expected.astype(jnp.bfloat16))
 

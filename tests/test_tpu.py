@@ -83,7 +83,8 @@ def test_a_step_reads_little_more_than_it_must(tmp_path, K, chips):
   assert row['hbm_bytes_per_step'] >= least - 128 * 2**20
   # No keys and values travel: nothing as large as those of one input.
   module = hlo.parse(text)
-  body = module.computations[traffic.main_loop(module)]
+  loop = traffic.main_loop(module)
+  body = module.computations[traffic.main_loop(module, loop)]
   kinds = ('all-gather', 'all-to-all', 'collective-permute')
   moved = [i for i in body.instructions.values() if i.opcode.startswith(kinds)]
   of_one_input = 2048 * 64 * min(K, 8)

@@ -9,7 +9,7 @@ import flax
 import jax
 from t5x import partitioning as t5x_partitioning
 
-from gqa_t5x import axes, partitioning
+from gqa_t5x import axes, partitioning, recent
 from gqa_t5x.analysis import compile_decode, compile_train, program, topology, traffic
 from gqa_t5x.analysis.chips import CHIPS, Chip
 from gqa_t5x.analysis.settings import BadSetting
@@ -64,10 +64,12 @@ def decode_row(slice_name: str, setting: compile_decode.Decode) -> tuple[Row, st
   compiled = _compile(row, lowered, parts, chip)
   if compiled is None:
     return row, ''
-  body = traffic.main_loop(compiled.module)
-  step = program.cost(traffic.count(compiled.module, body), chip)
-  _add_step(row, step, chip)
-  prepare = program.cost(traffic.count(compiled.module, trips={body: 0}), chip)
+  module = compiled.module
+  loop = traffic.main_loop(module)
+  steps = {traffic.main_loop(module, loop): recent.POSITIONS}
+  step = traffic.count(module, loop, steps) * (1 / recent.POSITIONS)
+  _add_step(row, program.cost(step, chip), chip)
+  prepare = program.cost(traffic.count(module, trips={loop: 0} | steps), chip)
   row |= _named('prepare', prepare, chip)
   ms = row['prepare_roofline_ms'] + setting.output_length * row['roofline_ms']
   row['seconds_per_sample'] = 1e-3 * ms * row['chips'] / setting.batch_size

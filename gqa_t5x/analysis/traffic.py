@@ -94,17 +94,24 @@ def count(
   return _Counter(module, trips or {}).count(name or module.entry)
 
 
-def main_loop(module: Module) -> str:
-  """Returns the body of the entry's only loop that may stop early: that of decoding.
+def main_loop(module: Module, name: str | None = None) -> str:
+  """Returns the body of a computation's only loop that may stop early.
+
+  In the entry that is decoding's; in its body, that of the steps between two moves of
+  recent keys and values into the cache (recent.py).
+
+  Args:
+    module: the program.
+    name: the computation; the entry by default.
 
   Raises:
     ValueError: if there is not exactly one.
   """
-  entry = module.computations[module.entry]
+  computation = module.computations[name or module.entry]
   found = [
     i.attribute('body')
-    for i in entry.instructions.values()
-    if i.opcode == 'while' and loops.trip_count(module, entry, i) is None
+    for i in computation.instructions.values()
+    if i.opcode == 'while' and loops.trip_count(module, computation, i) is None
   ]
   if len(found) != 1:
     raise ValueError(f'{len(found)} loops of the program may stop early, and not one.')
