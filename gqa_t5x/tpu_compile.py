@@ -31,6 +31,8 @@ token position of the whole batch, the cache being full:
   collectives_per_step        the same by kind
   compute_ms, memory_ms, links_ms   at the chip's published peaks
   roofline_ms                 the largest of the three
+  cycles_per_step             the compiler's estimate of its instructions, one after
+                              another, without the copies that go on beside them
   prepare_...                 decoding: before the first step
   seconds_per_sample          decoding: (prepare + output_length steps) * chips / batch
 

@@ -67,11 +67,12 @@ def test_what_the_papers_take(target, expected):
 def test_everything_is_planned_once():
   assert {*TARGETS} == {
     *('table1', 'figure3', 'figure4', 'figure5', 'figure6', 'appendix_a', 'shazeer'),
-    *('conversion', 'intensity'),
+    *('conversion', 'intensity', 'compiled'),
   }
   for scale in ('paper', 'local'):
     lab = plan.make('all', scale, BUCKET)
-    each = {s.result for t in TARGETS for s in plan.make(t, scale, BUCKET).stages}
+    targets = set(TARGETS) - ({'compiled'} if scale == 'local' else set())
+    each = {s.result for t in targets for s in plan.make(t, scale, BUCKET).stages}
     results = [stage.result for stage in lab.stages]
     assert len(set(results)) == len(results)
     # Uptraining to 0.1 goes on where it ended at 0.05, so each of both is there.

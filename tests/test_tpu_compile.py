@@ -123,6 +123,7 @@ def test_a_report():
     'flops_per_step': 275e9, 'compute_ms': 1.0, 'hbm_bytes_per_step': 2456e6,
     'memory_ms': 2.0, 'collective_bytes_per_step': 3e8, 'links_ms': 0.25,
     'collectives_per_step': {'all-reduce': 3e8}, 'roofline_ms': 2.0,
+    'cycles_per_step': 2.5e6,
     'least_bytes_per_step': 1228e6, 'prepare_flops': 1e12, 'prepare_roofline_ms': 4.0,
     'seconds_per_sample': 0.066,
   }  # fmt: skip
@@ -133,6 +134,7 @@ def test_a_report():
     'compute 0.275 TFLOP 1.000 ms',
     'memory 2.456 GB 2.000 ms',
     'all-reduce 0.300 GB',
+    "compiler's estimate 2.500 Mcycles",
     'memory / least possible 2.000',
     'one sample 0.066 s of one chip',
   ):

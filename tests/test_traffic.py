@@ -111,6 +111,16 @@ def test_calls(line):
   assert moved(body, called) == (16384, 0)
 
 
+def test_cycles_are_those_that_the_compiler_notes():
+  noted = ', backend_config={"window_config":{"estimated_cycles":"120"}}'
+  body, more = loop()
+  more = more.replace('negate(%v)', 'negate(%v)' + noted)
+  assert traffic.count(program(body, more)).cycles == 7 * 120
+  assert traffic.count(program(*loop())).cycles == 0
+  both = traffic.Traffic(cycles=2) + traffic.Traffic(cycles=3)
+  assert (both * 4).cycles == 20
+
+
 def test_a_conditional_counts_its_costlier_branch():
   branches = """
   %small (p: f32[16,256]) -> f32[] {

@@ -82,6 +82,7 @@ def _step(row: Row) -> list[str]:
     for kind, nbytes in sorted(row['collectives_per_step'].items())
   ]
   lines.append(f'  {"roofline":<26}{"":>16}{row["roofline_ms"]:>12.3f} ms')
+  lines.append(_line("compiler's estimate", row['cycles_per_step'] / 1e6, 'Mcycles'))
   if row['mode'] == 'decode':
     ratio = row['hbm_bytes_per_step'] / row['least_bytes_per_step']
     lines += [

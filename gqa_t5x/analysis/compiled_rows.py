@@ -188,4 +188,5 @@ def _add_step(row: Row, cost: program.Cost, chip: Chip) -> None:
     'collectives_per_step': cost.collectives,
     **{f'{name}_ms': ms for name, ms in times.items()},
     'roofline_ms': cost.roofline_ms(chip),
+    'cycles_per_step': cost.cycles,
   }

@@ -129,11 +129,13 @@ class Cost:
     flops: of matrix products.
     hbm_bytes: read from and written to the chip's memory.
     collectives: kind -> bytes that the chip receives over its links.
+    cycles: what the compiler thinks that its instructions take, one after another.
   """
 
   flops: float
   hbm_bytes: float
   collectives: dict[str, float]
+  cycles: float = 0
 
   @property
   def collective_bytes(self) -> float:
@@ -160,4 +162,5 @@ def cost(counted: traffic.Traffic, chip: Chip) -> Cost:
     flops=n * counted.flops,
     hbm_bytes=n * counted.hbm_bytes,
     collectives={kind: n * nbytes for kind, nbytes in counted.collectives.items()},
+    cycles=counted.cycles,
   )

@@ -40,6 +40,8 @@ class Traffic:
     read_bytes: from HBM.
     written_bytes: to HBM.
     flops: of matrix products, 2 a multiply-add.
+    cycles: the compiler's own estimate, of what it is given for; not of transfers that
+      go on beside.
     collectives: kind -> bytes that the device receives, at least.
     collective_counts: kind -> how many there are.
   """
@@ -47,6 +49,7 @@ class Traffic:
   read_bytes: float = 0
   written_bytes: float = 0
   flops: float = 0
+  cycles: float = 0
   collectives: Mapping[str, float] = dataclasses.field(default_factory=dict)
   collective_counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -60,6 +63,7 @@ class Traffic:
       self.read_bytes + other.read_bytes,
       self.written_bytes + other.written_bytes,
       self.flops + other.flops,
+      self.cycles + other.cycles,
       _sum(self.collectives, other.collectives),
       _sum(self.collective_counts, other.collective_counts),
     )
@@ -69,6 +73,7 @@ class Traffic:
       self.read_bytes * times,
       self.written_bytes * times,
       self.flops * times,
+      self.cycles * times,
       {kind: n * times for kind, n in self.collectives.items()},
       {kind: n * times for kind, n in self.collective_counts.items()},
     )
@@ -205,7 +210,9 @@ class _Counter:
     inside = hbm.body(self._module, computation, i)
     read, written = hbm.moved(computation, i, inside)
     products = sum(flops.of_product(inside, x) for x in inside.instructions.values())
-    total = Traffic(read, written, products)
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', i.aside)
+    cycles = int(estimate.group(1)) if estimate else 0
+    total = Traffic(read, written, products, cycles)
     for kind, nbytes in collectives.received(inside, self._module.devices):
       total += Traffic(collectives={kind: nbytes}, collective_counts={kind: 1})
     return total

@@ -27,6 +27,11 @@ uptrain. And the study of conversion methods with all of them, or with a larger 
 takes an hour or more:
 
   python -m gqa_t5x.reproduce run conversion --scale=local --study=tiny
+
+What a TPU would take, by its compiler, runs on any Linux machine (an hour or two; pip
+install --constraint constraints.txt 'jax[tpu]' first), and goes into the same report:
+
+  python -m gqa_t5x.reproduce run compiled
 """
 
 import sys
@@ -35,9 +40,9 @@ from absl import app, flags
 
 from gqa_t5x.reproduce import conversion, intensity, plan, report, run, uptrain
 from gqa_t5x.reproduce.scales import SCALES
-from gqa_t5x.reproduce.targets import TARGETS
+from gqa_t5x.reproduce.targets import ALL, TARGETS
 
-EXPERIMENTS = (*TARGETS, plan.ALL)
+EXPERIMENTS = (*TARGETS, ALL)
 # What stages run by themselves: (verb, experiment) -> function of output_dir and study.
 PARTS = {
   ('evaluate', 'uptrain'): lambda folder, study: uptrain.evaluate_models(folder),

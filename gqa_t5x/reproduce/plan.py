@@ -7,9 +7,8 @@ from typing import Any
 from gqa_t5x.reproduce.lab import Lab
 from gqa_t5x.reproduce.scales import SCALES
 from gqa_t5x.reproduce.stages import Stage, check_plan
-from gqa_t5x.reproduce.targets import TARGETS
+from gqa_t5x.reproduce.targets import TARGETS, chosen
 
-ALL = 'all'
 CHIPS = {'v4': 'TPUv4 chip-hours', 'core': 'core-hours'}
 
 
@@ -19,13 +18,13 @@ def make(
   """Collects the stages of a target.
 
   Args:
-    target: a key of TARGETS, or ALL.
+    target: a key of targets.TARGETS, or targets.ALL.
     scale: a key of SCALES.
     output_dir: folder of all results.
     tfds_data_dir: of TensorFlow Datasets.
   """
   lab = Lab(SCALES[scale], output_dir, tfds_data_dir)
-  for name in TARGETS if target == ALL else (target,):
+  for name in chosen(target, scale):
     TARGETS[name](lab)
   check_plan(lab.stages)
   return lab
@@ -41,7 +40,7 @@ def print_plan(
   """Prints the plan of a target; returns the exit code.
 
   Args:
-    target: a key of TARGETS, or ALL.
+    target: a key of targets.TARGETS, or targets.ALL.
     scale: a key of SCALES.
     output_dir: folder of all results.
     tfds_data_dir: of TensorFlow Datasets.

@@ -5,6 +5,7 @@ import pathlib
 
 from gqa_t5x.reproduce import (
   report_ablations,
+  report_compiled,
   report_overview,
   report_scores,
   report_stability,
@@ -63,6 +64,8 @@ def _write_paper(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) 
   report_ablations.write_figure5(doc, found, lab, folder)
   doc.text('### Figure 6: how many heads')
   report_times.write_figure6(doc, found, lab, folder)
+  doc.text('### Times on TPUs, by their compiler')
+  report_compiled.write(doc, found, lab, folder)
   doc.text('### Appendix A: stability of training')
   report_stability.write(doc, found, lab)
   doc.text('### Shazeer: WMT14 English to German')

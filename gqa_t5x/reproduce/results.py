@@ -133,6 +133,16 @@ class Results:
       self._skip(error)
       return []
 
+  def row(self, path: Any, kind: str, **expected: Any) -> Row | None:
+    """Returns the only row of a file, or None if it cannot be used.
+
+    Args:
+      path: a JSON object.
+      kind: as of `rows`.
+      **expected: as of `rows`.
+    """
+    return next(iter(self.rows(path, kind, **expected)), None)
+
   def _skip(self, error: Unusable) -> None:
     if str(error) not in self.problems:
       self.problems.append(str(error))
@@ -142,7 +152,7 @@ def read_rows(path: Any, kind: str, expected: Row) -> list[Row]:
   """Reads rows that were made together.
 
   Args:
-    path: a JSON list of rows; those of other kinds are passed over.
+    path: a JSON list of rows, or one; those of other kinds are passed over.
     kind: of the rows that are wanted.
     expected: keys that must have these values.
 
@@ -150,7 +160,9 @@ def read_rows(path: Any, kind: str, expected: Row) -> list[Row]:
     Unusable: the file is damaged, or its rows are not of one device, version or run.
   """
   try:
-    rows = [row for row in json.loads(path.read_text()) if row['kind'] == kind]
+    found = json.loads(path.read_text())
+    found = [found] if isinstance(found, dict) else found
+    rows = [row for row in found if row['kind'] == kind]
   except (ValueError, TypeError, KeyError) as error:
     raise Unusable(f'{path} is damaged ({type(error).__name__}).') from error
   if not rows:

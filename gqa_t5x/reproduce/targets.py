@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from gqa_t5x.reproduce import commands, conversion, paper
+from gqa_t5x.reproduce import commands, compiled, conversion, paper
 from gqa_t5x.reproduce import intensity as intensity_rows
 from gqa_t5x.reproduce.lab import STUDY, Lab
 from gqa_t5x.reproduce.models import Model
@@ -108,4 +108,18 @@ TARGETS: dict[str, Callable[[Lab], None]] = {
   'shazeer': shazeer,
   'conversion': study,
   'intensity': intensity,
+  'compiled': compiled.stages,
 }
+ALL = 'all'
+
+
+def chosen(target: str, scale: str) -> tuple[str, ...]:
+  """Returns the targets that a word stands for.
+
+  Args:
+    target: a key of TARGETS, or ALL.
+    scale: a key of SCALES. `compiled` is of the paper's: it takes hours here.
+  """
+  if target != ALL:
+    return (target,)
+  return tuple(name for name in TARGETS if (name, scale) != ('compiled', LOCAL.name))
