@@ -167,10 +167,7 @@ class GroupedQueryAttention(nn.Module):
       (k_BKHS, v_BKSH), beside = self._kept_keys_and_values(inputs_kv), None
     else:
       k_BKHS, v_BKSH, beside = self._append_to_cache(inputs_kv, cache_index, mask)
-    # Queries and outputs go where the keys and values are kept, never the reverse.
-    _, _, heads = axes.kv_axes(self.num_heads, self.num_kv_heads)
-    kept_axes = (axes.CACHE_BATCH, axes.LENGTH, heads, axes.HEAD_DIM)
-    meeting_axes = kept_axes if decoding else QUERY_AXES
+    meeting_axes = self._kept_axes if decoding else QUERY_AXES
     q_BTNH = q_BTNH.reshape(k_BKHS.shape[0], -1, *q_BTNH.shape[2:])
     out_BTNH = grouped_attention(
       sharding.constrain(q_BTNH, meeting_axes),
@@ -183,11 +180,16 @@ class GroupedQueryAttention(nn.Module):
       beside=beside,
     )
     out_BTNH = sharding.constrain(out_BTNH, meeting_axes)
-    out_BTNH = out_BTNH.reshape(B, T, self.num_heads, self.head_dim)
-    out_BTNH = sharding.constrain(out_BTNH, QUERY_AXES)
-    return Dense(
-      D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, self.kernel_init, name='out'
-    )(out_BTNH.reshape(B, T, -1))
+    return self._project_out(out_BTNH.reshape(B, T, *out_BTNH.shape[2:]), D)
+
+  @property
+  def _kept_axes(self) -> tuple[str, ...]:
+    """Axes of queries and outputs where keys and values lie that are kept.
+
+    Queries and outputs go there, never the reverse.
+    """
+    _, _, heads = axes.kv_axes(self.num_heads, self.num_kv_heads)
+    return axes.CACHE_BATCH, axes.LENGTH, heads, axes.HEAD_DIM
 
   def _project_q(self, inputs_q: Array) -> Array:
     """Projects `[B, T, D]` to `[B, T, N, H]`; the initialiser holds 1 / sqrt(H)."""
@@ -204,6 +206,13 @@ class GroupedQueryAttention(nn.Module):
       name='query',
     )(inputs_q).reshape(*inputs_q.shape[:2], self.num_heads, self.head_dim)
     return sharding.constrain(q_BTNH, QUERY_AXES)
+
+  def _project_out(self, out_BTNH: Array, D: int) -> Array:
+    """Projects `[B, T, N, H]` to `[B, T, D]`."""
+    out_BTNH = sharding.constrain(out_BTNH, QUERY_AXES)
+    return Dense(
+      D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, self.kernel_init, name='out'
+    )(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
   def _kept_keys_and_values(self, inputs_kv: Array) -> tuple[Array, Array]:
     """Returns K and V of the inputs, kept from an earlier call or computed now."""

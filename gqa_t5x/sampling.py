@@ -120,8 +120,7 @@ def temperature_sample(
     topp: draw from the smallest set of tokens with at least this probability; 0: all.
     cache_offset: 0: layers are not scanned.
     max_decode_steps: most tokens after the forced ones; None: as many as fit.
-    rescale_log_probs: scores are of the distribution drawn from (greedy: 0); False: of
-      the model's own.
+    rescale_log_probs: score by the distribution drawn from (greedy: 0), or the model's.
 
   Returns:
     (tokens int32 `[B, num_decodes, T]`, 0 after the end marker; float32
