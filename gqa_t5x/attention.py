@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from gqa_t5x import axes, kv_cache, recent, sharding
+from gqa_t5x import axes, kv_cache, one_query, recent, sharding
 from gqa_t5x.dense import Dense
 
 Array = jax.Array
@@ -24,7 +24,6 @@ Initializer = Callable[..., Array]
 
 # Masked logits get this value, as in T5X: a fully masked row stays finite.
 MASKED_LOGIT = -1e10
-TPU_ROWS = 8  # that its matrix unit works on together
 INPUT_AXES = (axes.BATCH, axes.LENGTH, axes.EMBED)
 QUERY_AXES = (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
 
@@ -68,15 +67,10 @@ def grouped_attention(
   axes.check_heads(N, K)
   q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
   logits_dtype = jnp.float32 if float32_logits else None
-
-  def logits_of(k_BKHS):
-    return jnp.einsum(
-      'BKGTH,BKHS->BKGTS', q_BKGTH, k_BKHS, preferred_element_type=logits_dtype
-    )
-
-  logits_BKGTS = logits_of(k_BKHS)
+  logits_BKGTS = _logits(q_BKGTH, k_BKHS, logits_dtype)
   if beside is not None:
-    logits_BKGTS = jnp.concatenate([logits_BKGTS, logits_of(beside[0])], axis=-1)
+    others_BKGTP = _logits(q_BKGTH, beside[0], logits_dtype)
+    logits_BKGTS = jnp.concatenate([logits_BKGTS, others_BKGTP], axis=-1)
   if bias is not None:
     bias_BKGTS = bias.reshape(-1, K, N // K, *bias.shape[2:])
     logits_BKGTS += bias_BKGTS.astype(logits_BKGTS.dtype)
@@ -90,14 +84,22 @@ def grouped_attention(
   return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
 
 
+def _logits(q_BKGTH: Array, k_BKHS: Array, dtype: DType) -> Array:
+  if _one_query(q_BKGTH):
+    logits_BKS = one_query.logits(q_BKGTH[:, :, 0, 0], k_BKHS, dtype)
+    return logits_BKS[:, :, None, None]
+  return jnp.einsum('BKGTH,BKHS->BKGTS', q_BKGTH, k_BKHS, preferred_element_type=dtype)
+
+
 def _weighted_sum(probs_BKGTS: Array, v_BKSH: Array) -> Array:
-  G, T = probs_BKGTS.shape[2:4]
-  if G * T == 1 and sharding.platform() == 'tpu':
-    # For one query a key, XLA multiplies element by element, and values of H = 64 take
-    # twice their bytes. Of several, a matrix unit has as many in the same time.
-    more = (0, 0), (0, 0), (0, 0), (0, TPU_ROWS - 1), (0, 0)
-    probs_BKGTS = jnp.pad(probs_BKGTS, more)
-  return jnp.einsum('BKGTS,BKSH->BKGTH', probs_BKGTS, v_BKSH)[:, :, :, :T]
+  if _one_query(probs_BKGTS):
+    out_BKH = one_query.weighted_sum(probs_BKGTS[:, :, 0, 0], v_BKSH)
+    return out_BKH[:, :, None, None]
+  return jnp.einsum('BKGTS,BKSH->BKGTH', probs_BKGTS, v_BKSH)
+
+
+def _one_query(x_BKGT: Array) -> bool:
+  return x_BKGT.shape[2] * x_BKGT.shape[3] == 1 and sharding.platform() == 'tpu'
 
 
 class GroupedQueryAttention(nn.Module):

@@ -5,6 +5,7 @@ looks for the mesh of `jax.set_mesh` alone, and under T5X's does nothing, silent
 (flax 0.12.8). Here both count.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -32,6 +33,19 @@ def platform() -> str:
   if isinstance(mesh, Mesh):
     return mesh.devices.flat[0].platform
   return jax.default_backend()
+
+
+def parts(name: str) -> int:
+  """Returns into how many parts the mesh cuts a logical axis.
+
+  Args:
+    name: of axes.py.
+  """
+  mesh, rules = current_mesh(), nn_partitioning.get_axis_rules()
+  if mesh is None or not rules:
+    return 1
+  (over,) = nn_partitioning.logical_to_mesh_axes((name,), rules) or (None,)
+  return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(over))
 
 
 def constrain(x: Array, names: Sequence[str | None]) -> Array:
