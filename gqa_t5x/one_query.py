@@ -1,9 +1,11 @@
 """Attention's two products on a TPU where a key has one query: decoding with MHA.
 
 Of one row XLA makes no matrix product: it multiplies element by element, slower than a
-chip reads the keys. But a matrix unit works on eight rows in the time of one. So eight
-heads are multiplied together, the query of each with the keys and values of all eight,
-and what is of another head's counts nothing.
+chip reads the keys. But a matrix unit works on eight rows in the time of one. So the
+queries of eight heads are multiplied with the keys of all eight, as one row each that
+is zero where another head's keys are; and with each head's values, its probabilities
+and seven rows of zeros. (Eight heads together there, too, would cost a chip's memory
+more than a matrix unit gains: docs/tpu.md.)
 
   R heads together   k = K / R groups of them   r: rows, one for each of the heads
 """
@@ -60,10 +62,5 @@ def weighted_sum(probs_BKS: Array, v_BKSH: Array) -> Array:
   Returns:
     `[B, K, H]`.
   """
-  B, K, S, H = v_BKSH.shape
-  R = heads_together(K)
-  probs_BkrS = probs_BKS.reshape(B, K // R, R, S)
-  v_BkRSH = v_BKSH.reshape(B, K // R, R, S, H)
-  out_BkRrH = jnp.einsum('BkrS,BkRSH->BkRrH', probs_BkrS, v_BkRSH)
-  own_Rr1 = jnp.eye(R, dtype=out_BkRrH.dtype)[:, :, None]
-  return jnp.sum(out_BkRrH * own_Rr1, axis=3).reshape(B, K, H)
+  probs_BKrS = jnp.pad(probs_BKS[:, :, None], ((0, 0), (0, 0), (0, ROWS - 1), (0, 0)))
+  return jnp.einsum('BKrS,BKSH->BKrH', probs_BKrS, v_BKSH)[:, :, 0]
