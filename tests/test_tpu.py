@@ -91,6 +91,21 @@ def test_a_step_reads_little_more_than_it_must(tmp_path, K, chips):
   assert all(np.prod(s.dims) < of_one_input for i in moved for s in i.shapes)
 
 
+def test_time_goes_with_bytes(tmp_path):
+  """Between MHA and GQA-8: nothing but memory bounds a step."""
+  mha, gqa = (
+    compiled(tmp_path, '--topology=v4:2x2x2', *XXL, f'--num_kv_heads={K}')[0]
+    for K in (64, 8)
+  )
+  times = mha['roofline_ms'] / gqa['roofline_ms']
+  assert times == pytest.approx(
+    mha['hbm_bytes_per_step'] / gqa['hbm_bytes_per_step'], rel=0.15
+  )
+  assert times > 3
+  # Nor does XLA multiply element by element what it reads, which would take 3 times.
+  assert mha['cycles_per_step'] < 2 * 1050e6 * mha['memory_ms'] / 1e3
+
+
 def test_rows_of_the_cache_are_split_where_heads_cannot_be(tmp_path):
   args = '--topology=v4:2x2x2', *XXL, '--num_kv_heads=1'
   by_rule, _ = compiled(tmp_path, *args)

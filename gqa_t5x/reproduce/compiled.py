@@ -31,7 +31,16 @@ class Training:
 
 # From what the paper may have had to the smallest slice of each generation that holds
 # GQA-8-XXL.
-TRAININGS = (Training('v3:8x16', 8, 4),)
+TRAININGS = (
+  Training('v3:8x16', 8, 4),
+  Training('v3:4x8', 8, 8),
+  Training('v3:4x4', 8, 32),
+  Training('v3:2x2', 8, 256),
+  Training('v4:2x2x1', 4, 1024),
+  Training('v5e:2x4', 8, 256),
+  Training('v5p:2x2x1', 4, 128),
+  Training('v6e:2x2', 4, 256),
+)
 
 
 def stages(lab: Lab) -> None:
