@@ -1,6 +1,7 @@
 # make setup     a virtual environment in .venv, every version pinned (constraints.txt)
 # make test      lint, format check and all tests
 # make test-tpu  compile for TPUs, without one: installs their compiler, takes minutes
+# make test-restarts  stop runs at random moments, by signals; takes minutes
 # make uptrain   the paper's recipe in miniature: pre-train, convert, uptrain, report
 #
 # ENGINE=lite (default) installs the stand-in t5x_lite, ENGINE=t5x Google's T5X from
@@ -18,7 +19,7 @@ ifneq ($(filter $(ENGINE),lite t5x),$(ENGINE))
   $(error ENGINE=$(ENGINE) is unknown; choose lite or t5x)
 endif
 
-.PHONY: setup test test-tpu lint uptrain clean
+.PHONY: setup test test-tpu test-restarts lint uptrain clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,9 @@ test: setup lint
 
 test-tpu: setup .venv/tpu
 	$(BIN)/python -m pytest -m tpu
+
+test-restarts: setup
+	$(BIN)/python -m pytest -m restarts
 
 uptrain: setup
 	$(BIN)/python -m gqa_t5x.reproduce run uptrain

@@ -25,25 +25,36 @@ def checked_path(
     path: of one checkpoint; an empty list to start from scratch.
     model: the run's model.
     model_dir: where a training run saves; its latest checkpoint, if there is one, is
-      restored instead of `path`, and checked. None for evaluation and inference.
+      restored instead of `path` (resume.py). None for evaluation and inference.
 
   Raises:
     ValueError: if the checkpoint is missing, partial, or does not fit the model.
   """
-  saved = checkpoint.list_checkpoints(epath.Path(model_dir)) if model_dir else []
-  if saved:
-    folder = saved[-1]
-  elif isinstance(path, str):
-    folder = _checkpoint_folder(path)
-  else:
-    return path
+  if model_dir and checkpoint.list_checkpoints(epath.Path(model_dir)):
+    return path  # Not what is restored.
+  if isinstance(path, str):
+    check_fits(_checkpoint_folder(path), model)
+  return path
+
+
+def check_fits(path: epath.Path, model: Any) -> None:
+  """Checks a checkpoint's shapes; nothing but names and shapes is read.
+
+  T5X itself drops the layers that the model lacks without a word.
+
+  Args:
+    path: of the checkpoint.
+    model: that will get its parameters.
+
+  Raises:
+    ValueError: a parameter is missing, too many, or of another shape.
+  """
   shapes = {
     name.removeprefix(_TARGET): tensor
-    for name, tensor in checkpoint.open_checkpoint(folder).items()
+    for name, tensor in checkpoint.open_checkpoint(path).items()
     if name.startswith(_TARGET)
   }
-  models.check_params(model, shapes, str(folder))
-  return path
+  models.check_params(model, shapes, str(path))
 
 
 def _checkpoint_folder(path: str) -> epath.Path:

@@ -1,20 +1,25 @@
 """T5X's Trainer with what a long uptraining run needs around it.
 
 It checks a restored checkpoint against the model before the first step and the
-first save, shows progress with the time to go, and watches the loss (stability.py).
+first save, shows progress with the time to go, watches the loss (stability.py), and
+stops to be saved when the machine is taken away (preemption.py).
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
 from t5x import trainer
 
-from gqa_t5x import models, stability
+from gqa_t5x import models, preemption, stability
 
 # Seconds between redraws: few where they would fill a log file.
 _INTERVAL = (
@@ -32,6 +37,8 @@ class Trainer(trainer.Trainer):
       checkpoint of a later step; None for neither.
     loss_normalizing_factor: the model's. With one of T5X's names, instead of a number
       or None, nothing says what a token loses, and the loss is not watched.
+    save_period: steps between checkpoints, each of which needs room on a local disk;
+      None if none is saved.
 
   Raises:
     ValueError: if restored parameters or optimizer moments do not fit the model, or
@@ -51,6 +58,7 @@ class Trainer(trainer.Trainer):
     num_microbatches: int | None,
     total_steps: int | None = None,
     loss_normalizing_factor: float | str | None = None,
+    save_period: int | None = None,
     **kwargs,
   ):
     _check_train_state(model, train_state, total_steps)
@@ -66,33 +74,94 @@ class Trainer(trainer.Trainer):
       num_microbatches=num_microbatches,
       **kwargs,
     )
-    self._total_steps = total_steps
-    self._bar = None
+    self._total_steps, self._model_dir = total_steps, summary_dir
+    self._bar, self._newest = None, None
+    self._notice, self._saves = preemption.Notice(), bool(save_period)
     self._loss_normalizing_factor = loss_normalizing_factor
     self._watch = stability.Watch()
     self._found = dict.fromkeys(_SCALARS, 0)
 
   def train(self, batch_iter: Iterator[Any], num_steps: int, start_step=None) -> Any:
-    """Trains for `num_steps`; see T5X's method."""
-    if jax.process_index():
-      return super().train(batch_iter, num_steps, start_step)
+    """Trains for `num_steps`; see T5X's method.
+
+    Raises:
+      PreemptionError: the machine has to go; `train_state` is that of the step reached,
+        which T5X saves.
+      SystemExit: the same, and this step is saved already.
+      OSError: the next checkpoint would not fit on the disk.
+    """
+    self._check_room()
     if start_step is None:
       start_step = int(self.train_state.step)
-    if self._total_steps is not None and self._bar is None:
-      self._bar = tqdm.tqdm(
-        total=self._total_steps,
-        initial=start_step,
-        desc='train',
-        unit='step',
-        **_INTERVAL,
+    self._begin_bar(start_step)
+    try:
+      summary = super().train(
+        self._until_preempted(batch_iter, start_step), num_steps, start_step
       )
-    batches = batch_iter if self._bar is None else _counted(batch_iter, self._bar)
-    summary = super().train(batches, num_steps, start_step)
-    if not isinstance(self._loss_normalizing_factor, str):
+    except trainer.PreemptionError:
+      if self._newest is not None:  # T5X keeps the state to itself until it is through.
+        self.train_state = self._newest
+      raise
+    if not jax.process_index() and not isinstance(self._loss_normalizing_factor, str):
       # In the thread that wrote the metrics: training does not wait for them.
       step = start_step + num_steps
       summary.add_done_callback(lambda done: self._look(step, done))
     return summary
+
+  def compile_train(self, batch: Any) -> None:
+    """Compiles the training step; see T5X's method."""
+    super().compile_train(batch)
+    step = self._compiled_train_step
+
+    def remembered(train_state, batch):
+      self._newest, metrics = step(train_state, batch)
+      return self._newest, metrics
+
+    self._compiled_train_step = remembered
+
+  def _check_room(self) -> None:
+    if not self._saves or jax.process_index() or '://' in self._model_dir:
+      return
+    needed = sum(x.nbytes for x in jax.tree.leaves(self.train_state))
+    free = shutil.disk_usage(self._model_dir).free
+    if needed > free:
+      raise OSError(
+        f'MODEL_DIR={self._model_dir} has no room for a checkpoint: {needed:,} bytes'
+        f' are needed, {free:,} are free. Free some, or keep fewer (KEEP_CHECKPOINTS);'
+        ' then run the same command again.'
+      )
+
+  def _begin_bar(self, start_step: int) -> None:
+    if self._total_steps is None or self._bar is not None or jax.process_index():
+      return
+    self._bar = tqdm.tqdm(
+      total=self._total_steps,
+      initial=start_step,
+      desc='train',
+      unit='step',
+      **_INTERVAL,
+    )
+
+  def _until_preempted(self, batch_iter: Iterator[Any], step: int) -> Iterator[Any]:
+    """Yields batches; none is drawn and not trained on, so that the data goes on."""
+    while True:
+      if self._notice.reached(step):
+        self._stop(step)
+      batch = next(batch_iter)
+      if self._bar is not None:
+        self._bar.update()  # Before the yield: after the last nobody asks for more.
+      yield batch
+      step += 1
+
+  def _stop(self, step: int) -> None:
+    """Leaves training at a step that is not done yet."""
+    again = 'the same command, run again, goes on from there'
+    folder = epath.Path(self._model_dir or '') / f'checkpoint_{step}'
+    saved = bool(self._model_dir) and folder.exists()
+    if multihost_utils.broadcast_one_to_all(np.int32(saved)):
+      self.close()
+      raise SystemExit(f'SIGTERM at step {step}, which is saved: {again}.')
+    raise trainer.PreemptionError(f'SIGTERM at step {step}: saved, if it can; {again}.')
 
   def _look(self, step: int, summary: Any) -> None:
     """Says and writes whether the loss of a period is out of the ordinary."""
@@ -117,16 +186,11 @@ class Trainer(trainer.Trainer):
     return self._partitioned_train_step.lower(self.train_state, batch)
 
   def close(self) -> None:
-    """Ends the progress bar and stops the metric threads."""
+    """Ends the progress bar, and stops the metric threads."""
+    self._notice.close()
     if self._bar is not None:
       self._bar.close()
     super().close()
-
-
-def _counted(batch_iter: Iterator[Any], bar: tqdm.tqdm) -> Iterator[Any]:
-  for batch in batch_iter:
-    bar.update()  # Before the yield: after the last batch nobody asks for more.
-    yield batch
 
 
 def _check_train_state(model: Any, train_state: Any, total_steps: int | None) -> None:

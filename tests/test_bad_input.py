@@ -16,7 +16,7 @@ from flax import serialization
 from t5x import eval as eval_lib
 from t5x import train as train_lib
 
-from gqa_t5x import convert
+from gqa_t5x import convert, lock
 
 # What the reading threads of a damaged checkpoint raise besides.
 pytestmark = pytest.mark.filterwarnings(
@@ -66,9 +66,9 @@ def wait_for(checkpoint: pathlib.Path, seconds: float = 60) -> None:
 
 
 def left_behind(folder) -> list[str]:
-  """What a run wrote, apart from the description of its model."""
+  """What a run wrote, apart from its model's description and this process's lock."""
   files = {path.name for path in folder.glob('*')}
-  return sorted(files - {'model-info.txt'})
+  return sorted(files - {'model-info.txt', lock.NAME})
 
 
 def assert_refused(root, tmp_path, *messages: str, **macros) -> None:

@@ -174,8 +174,7 @@ def test_uptraining_is_the_papers(paper):
   restore, save = paper['checkpoint_cfg'].restore, paper['checkpoint_cfg'].save
   assert (restore.path, restore.mode) == (START['INITIAL_CHECKPOINT_PATH'], 'specific')
   assert (save.period, paper['eval_period']) == (1000, 1000)
-  # An Orbax checkpoint without its position in the data could not be resumed.
-  assert not save.save_dataset
+  assert save.save_dataset
 
 
 def test_model_is_the_papers(paper):

@@ -149,7 +149,8 @@ def trained(monkeypatch):
 
   def train(losses, factor=None, start=1000):
     made = trainer.Trainer.__new__(trainer.Trainer)
-    made._total_steps = made._bar = None
+    made._total_steps = made._bar = made._notice = None
+    made._saves = False
     made._loss_normalizing_factor = factor
     made._watch, made._found = stability.Watch(), dict.fromkeys(trainer._SCALARS, 0)
     made.train_metrics_manager = Recorder()

@@ -10,7 +10,6 @@ TensorStore specs, and next to it their folders `target.*` and `state.*`.
 import dataclasses
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from absl import logging
 from etils import epath
 from flax import serialization, traverse_util
 
+import gin
 from t5x import partitioning
 from t5x import train_state as train_state_lib
 
@@ -207,6 +207,7 @@ def restore_dataset(path: str, ds_iter: Any) -> None:
   DatasetHandler().restore(folder / 'dataset', DatasetArgs(ds_iter))
 
 
+@gin.configurable
 class OrbaxCheckpointManagerInterface(ocp.CheckpointManager):
   """Writes checkpoints of one run, in the background, and removes old ones."""
 
@@ -216,15 +217,20 @@ class OrbaxCheckpointManagerInterface(ocp.CheckpointManager):
     dataset_iterator: Any = None,
     save_dtype: Any = None,
     keep: int | None = None,
+    force_keep_period: int | None = None,
   ):
     """Opens (and cleans up after a crash) the folder of a run, which must exist.
 
     The position of `dataset_iterator` is saved along if it is given; `save_dtype` is
-    that of the saved parameters (None: their own); None for `keep` keeps all.
+    that of the saved parameters (None: their own); None for `keep` keeps all, and any
+    step that `force_keep_period` divides stays.
     """
     self._dataset_iterator, self._save_dtype = dataset_iterator, save_dtype
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, step_prefix=_PREFIX, cleanup_tmp_directories=True
+      max_to_keep=keep,
+      keep_period=force_keep_period,
+      step_prefix=_PREFIX,
+      cleanup_tmp_directories=True,
     )
     state_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
     handlers = {'state': state_handler, 'dataset': DatasetHandler()}
@@ -232,13 +238,8 @@ class OrbaxCheckpointManagerInterface(ocp.CheckpointManager):
     super().__init__(folder, options=options, item_handlers=handlers)
 
   def save(self, train_state: train_state_lib.TrainState) -> bool:
-    """Starts to write a checkpoint (to a temporary name, renamed when complete).
-
-    Raises:
-      OSError: if it does not fit on the disk.
-    """
+    """Starts to write a checkpoint (to a temporary name, renamed when complete)."""
     state = train_state.state_dict()
-    self._check_space(sum(x.nbytes for x in jax.tree.leaves(state)))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(), state)
     if self._save_dtype is not None:
       cast = ocp.SaveArgs(dtype=jnp.dtype(self._save_dtype))
@@ -248,12 +249,3 @@ class OrbaxCheckpointManagerInterface(ocp.CheckpointManager):
       dataset=DatasetArgs(self._dataset_iterator),
     )
     return super().save(int(train_state.step), args=args, force=True)
-
-  def _check_space(self, needed: int) -> None:
-    if os.path.isdir(self.directory):
-      free = shutil.disk_usage(self.directory).free
-      if free < needed:
-        raise OSError(
-          f'no disk space for a checkpoint in {self.directory}: it takes {needed:,} '
-          f'bytes, {free:,} are free. Free some, or lower SaveCheckpointConfig.keep'
-        )

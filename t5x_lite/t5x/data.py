@@ -131,11 +131,14 @@ def get_training_eval_datasets(
   return datasets
 
 
-def prepare_train_iter(ds: tf.data.Dataset) -> clu.data.PeekableDatasetIterator:
-  """Returns an iterator of batches whose position can be saved."""
-  return clu.data.PeekableDatasetIterator(
-    clu.data.TfDatasetIterator(ds, checkpoint=True)
-  )
+def prepare_train_iter(ds: Any) -> clu.data.PeekableDatasetIterator:
+  """Returns an iterator of batches whose position can be saved.
+
+  `ds` is a `tf.data.Dataset`, or an iterator of clu's.
+  """
+  if isinstance(ds, tf.data.Dataset):
+    ds = clu.data.TfDatasetIterator(ds, checkpoint=True)
+  return clu.data.PeekableDatasetIterator(ds)
 
 
 def batch_shapes(element_spec: Mapping[str, Any], batch_size: int):

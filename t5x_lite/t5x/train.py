@@ -88,7 +88,7 @@ class _Run:
     layout = a.partitioner.get_data_layout(cfg.batch_size)
     shard = layout.shard_id, layout.num_shards
     data.verify_matching_vocabs(cfg, a.model)
-    self.train_iter = data.prepare_train_iter(data.get_dataset(cfg, *shard, converter))
+    self.train_iter = data.prepare_train_iter(a.get_dataset_fn(cfg, *shard, converter))
     self.batch = data.batch_shapes(self.train_iter.element_spec, cfg.batch_size)
     if eval_cfg:
       a.partitioner.check_batch_size(eval_cfg.batch_size)
@@ -227,6 +227,7 @@ def train(
   random_seed: int | None,
   summarize_config_fn,
   inference_evaluator_cls=seqio.Evaluator,
+  get_dataset_fn=data.get_dataset,
   run_eval_before_training: bool = False,
 ):
   """Trains a model, with checkpoints and evaluations on the way.

@@ -18,6 +18,7 @@ from flax.core import unfreeze
 from t5x import checkpoints, partitioning
 from t5x import train_state as train_state_lib
 from t5x.data import DatasetConfig as DatasetConfig  # T5X has these here
+from t5x.data import get_dataset as get_dataset
 from t5x.data import get_vocabulary as get_vocabulary
 from t5x.data import verify_matching_vocabs as verify_matching_vocabs
 
