@@ -110,12 +110,12 @@ def test_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(tmp_path, capfd
 
   whole = seconds(tmp_path / 'first')
   rng, outcomes = random.Random(0), []
-  for i in range(10):
+  for i in range(20):
     output = tmp_path / f'out{i}'
     process = start(output)
     while process.is_alive() and not output.exists():
       time.sleep(0.001)
-    time.sleep(whole * (i + rng.random()) / 6)
+    time.sleep(whole * (i + rng.random()) / 12)
     process.kill()
     process.join(30)
     names = os.listdir(output) if output.exists() else []

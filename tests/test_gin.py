@@ -49,6 +49,7 @@ SHAZEERS = {'shazeer_mha': 209_748_480, 'shazeer_mqa': 209_748_480}
 # What other files include.
 PARTS = {'train', 'checkpoint', 'decoded_eval'}
 BEST = 'gin/runs/best_checkpoint.gin'
+INFER_TEXT = 'gin/infer_text.gin'  # reads its input: test_infer_text.py
 # Name -> files, function, required values, number of parameters.
 CASES = {file: ([file], *row) for file, row in RUNNABLE.items()}
 for _model, _run in itertools.product(MODELS | SHAZEERS, RUNS):
@@ -99,7 +100,7 @@ def test_every_part_is_used():
   used = roots.union(*map(commands.includes, roots))
   # gin/tasks and best_checkpoint.gin: test_gin_papers.py.
   tasks = {file for file in commands.gin_files() if file.startswith('gin/tasks/')}
-  assert set(commands.gin_files()) == used | tasks | {BEST}
+  assert set(commands.gin_files()) == used | tasks | {BEST, INFER_TEXT}
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -36,12 +36,10 @@ ENDLESS = 100_000
 
 
 class Started:
-  """A training run in a process of its own."""
+  """A command in a process of its own; its first run compiles for the others."""
 
-  def __init__(self, folder, last_step: int):
-    commands.write_gin(folder)
-    args = commands.engine_args('t5x.train', FILES, TRAIN_STEPS=last_step, **MACROS)
-    self.folder, self._log = pathlib.Path(folder), pathlib.Path(folder) / 'log'
+  def __init__(self, folder, *args):
+    self._log = pathlib.Path(folder) / 'log'
     with self._log.open('w') as log:
       self.process = subprocess.Popen(
         [sys.executable, *args],
@@ -66,6 +64,12 @@ class Started:
     return self.said()
 
 
+def training(folder, last_step: int = ENDLESS) -> Started:
+  commands.write_gin(folder)
+  args = commands.engine_args('t5x.train', FILES, TRAIN_STEPS=last_step, **MACROS)
+  return Started(folder, *args)
+
+
 def steps(folder) -> list[int]:
   """Of the finished checkpoints."""
   found = checkpoint.list_checkpoints(epath.Path(folder / 'run'))
@@ -82,7 +86,7 @@ def check_the_same_as_uninterrupted(folder, other) -> None:
   """Goes on for some steps, and compares with one run that nobody stopped."""
   last = max(steps(folder)) + 5
   for where in (folder, other):
-    assert Started(where, last).end().count('Traceback') == 0
+    assert training(where, last).end().count('Traceback') == 0
     assert max(steps(where)) == last
   expected, found = losses(other), losses(folder)
   # A run that was killed had gone further than its last checkpoint.
@@ -108,7 +112,7 @@ def test_sigterm_saves(tmp_path):
   folder, reached = tmp_path / 'stopped', 0
   folder.mkdir()
   for trains, seconds in moments(10):
-    run = Started(folder, ENDLESS)
+    run = training(folder)
     if trains:
       run.wait_for_training()
     time.sleep(seconds)
@@ -131,7 +135,7 @@ def test_sigkill_loses_no_checkpoint(tmp_path):
   folder, seen = tmp_path / 'stopped', 0
   folder.mkdir()
   for trains, seconds in moments(20):
-    run = Started(folder, ENDLESS)
+    run = training(folder)
     if trains:
       run.wait_for_training()
     time.sleep(seconds)
@@ -145,3 +149,35 @@ def test_sigkill_loses_no_checkpoint(tmp_path):
   assert seen > 0
   (tmp_path / 'whole').mkdir()
   check_the_same_as_uninterrupted(folder, tmp_path / 'whole')
+
+
+def test_sigkill_keeps_what_is_inferred(tmp_path):
+  commands.engine(tmp_path, 't5x.train', 'pretrain', MODEL_DIR='mha', TRAIN_STEPS=2)
+  lines = [f'{n} is a number' for n in range(120)]
+  (tmp_path / 'in.txt').write_text('\n'.join(lines) + '\n')
+
+  def start(output):
+    macros = {'CHECKPOINT_PATH': 'mha/checkpoint_2', 'INPUT_FILE': 'in.txt'}
+    macros |= {'INFER_OUTPUT_DIR': output, 'BATCH_SIZE': 2, 'CHECKPOINT_PERIOD': 1}
+    files = ['tiny.gin', 'gin/infer_text.gin']
+    return Started(tmp_path, *commands.engine_args('t5x.infer', files, **macros))
+
+  def parts(output):
+    return sorted((tmp_path / output).glob('tmp-*/*chunk?????'))
+
+  assert 'Traceback' not in start('whole').end()
+  kept = 0
+  for _, seconds in moments(5):
+    run = start('stopped')
+    while run.process.poll() is None and len(parts('stopped')) <= kept:
+      time.sleep(0.01)
+    time.sleep(seconds / 10)
+    run.end(signal.SIGKILL)
+    assert run.process.returncode == -signal.SIGKILL
+    assert len(parts('stopped')) > kept
+    kept = len(parts('stopped'))
+  assert 0 < kept < 60
+  assert 'Traceback' not in start('stopped').end()
+  (whole,) = (tmp_path / 'whole').glob('*-of-00001')
+  assert (tmp_path / 'stopped' / whole.name).read_text() == whole.read_text()
+  assert len(whole.read_text().splitlines()) == 120

@@ -98,7 +98,8 @@ def test_versions_agree(setup_arguments):
 
 
 @pytest.mark.parametrize(
-  'target', ['setup', 'test', 'test-tpu', 'lint', 'uptrain', 'clean']
+  'target',
+  ['setup', 'test', 'test-tpu', 'test-restarts', 'lint', 'uptrain', 'clean'],
 )
 def test_makefile_has(target):
   text = (ROOT / 'Makefile').read_text()
@@ -110,7 +111,8 @@ def test_makefile_has(target):
 def test_continuous_integration_runs_the_tests():
   script = ROOT / '.ci' / 'run'
   assert script.stat().st_mode & 0o111
-  assert script.read_text().splitlines()[-2:] == ['make test', 'make test-tpu']
+  commands = ['make test', 'make test-tpu', 'make test-restarts']
+  assert script.read_text().splitlines()[-3:] == commands
 
 
 def python_files() -> list[pathlib.Path]:

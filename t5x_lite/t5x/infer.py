@@ -13,7 +13,7 @@ output_dir/<task>-<mode>.jsonl-00000-of-00001, one example each.
 import functools
 import json
 import os
-from collections.abc import Iterator
+import shutil
 from typing import Any
 
 import jax
@@ -38,44 +38,68 @@ def _plain(value: Any) -> Any:
   return value.tolist() if hasattr(value, 'tolist') else value
 
 
-def _infer_lines(ds, infer_fn, chunk: int, mode: str, vocabulary) -> Iterator[str]:
-  """Yields one JSON object an example; holds `chunk` examples at a time.
+def write_inferences_to_file(
+  path: str,
+  inferences: tuple[Any, Any],
+  task_ds: tf.data.Dataset,
+  mode: str,
+  vocabulary,
+) -> None:
+  """Writes one JSON object an example.
+
+  `inferences` are the outputs in order, and name -> auxiliary outputs; `task_ds` has
+  the examples before the feature converter.
+  """
+  outputs, aux = inferences
+  with tf.io.gfile.GFile(path, 'w') as f:
+    for i, example in enumerate(task_ds.as_numpy_iterator()):
+      kept = {k: _plain(v) for k, v in example.items() if k.endswith('_pretokenized')}
+      line = {'inputs': kept}
+      if mode == 'score':
+        line['score'] = outputs[i]
+      else:
+        text = vocabulary.decode_tf(tf.constant(outputs[i])).numpy()
+        line['prediction'] = _plain(text)
+      if aux:
+        line['aux'] = {k: v[i] for k, v in aux.items()}
+      f.write(json.dumps(line, cls=seqio.TensorAndNumpyEncoder) + '\n')
+
+
+def _infer_chunks(ds, infer_fn, chunk: int, write, prefix: str) -> list[str]:
+  """Writes a file for each `chunk` examples, unless it is there; returns their paths.
 
   `ds` has pairs of examples before and after the feature converter; `infer_fn` is that
-  of `utils.get_infer_fn`.
+  of `utils.get_infer_fn`; `write` takes a path, inferences and examples.
   """
+  paths = []
   for i, batch in ds.padded_batch(chunk).enumerate():
+    paths.append(f'{prefix}-chunk{int(i):05}')
+    if tf.io.gfile.exists(paths[-1]):
+      logging.info('%s is there; skipped.', paths[-1])
+      continue
     examples = tf.data.Dataset.from_tensor_slices(batch)
     rng = jax.random.fold_in(jax.random.PRNGKey(0), int(i))
     result = infer_fn(examples.map(lambda _, x: x).enumerate(), rng=rng)
     pairs, aux = result if isinstance(result, tuple) else (result, {})
     logging.info('Chunk %d: %d examples.', int(i), len(pairs))
-    texts = examples.map(lambda x, _: x).as_numpy_iterator()
-    for (index, output), example in zip(pairs, texts, strict=True):
-      kept = {k: _plain(v) for k, v in example.items() if k.endswith('_pretokenized')}
-      line = {'inputs': kept}
-      if mode == 'score':
-        line['score'] = output
-      else:
-        text = vocabulary.decode_tf(tf.constant(output)).numpy()
-        line['prediction'] = _plain(text)
-      if aux:
-        line['aux'] = {k: v[index] for k, v in aux.items()}
-      yield json.dumps(line, cls=seqio.TensorAndNumpyEncoder)
+    outputs = [output for _, output in pairs]
+    write(f'{paths[-1]}.tmp', (outputs, aux), examples.map(lambda x, _: x))
+    tf.io.gfile.rename(f'{paths[-1]}.tmp', paths[-1], overwrite=True)
+  return paths
 
 
-def _write_lines(path: str, lines: Iterator[str]) -> None:
-  """Writes a file under a temporary name, and renames it when it is complete.
+def _merge(paths: list[str], path: str) -> None:
+  """Joins files under a temporary name, and renames it when it is complete.
 
   Raises:
-    ValueError: if there are no lines.
+    ValueError: if there are none.
   """
-  count = 0
-  with tf.io.gfile.GFile(f'{path}.tmp', 'w') as f:
-    for count, line in enumerate(lines, start=1):  # noqa: B007
-      f.write(line + '\n')
-  if not count:
+  if not paths:
     raise ValueError(f'there are no examples for {path}; check the split')
+  with tf.io.gfile.GFile(f'{path}.tmp', 'wb') as merged:
+    for part in paths:
+      with tf.io.gfile.GFile(part, 'rb') as f:
+        shutil.copyfileobj(f, merged)
   tf.io.gfile.rename(f'{path}.tmp', path, overwrite=True)
 
 
@@ -90,15 +114,20 @@ def infer(
   checkpoint_period: int,
   shard_id: int = 0,
   num_shards: int = 1,
+  write_fn=write_inferences_to_file,
+  checkpoint_ds_iter: bool = False,
 ) -> None:
   """Infers on every task of a mixture whose file is not there yet.
 
   Args are T5X's, but for:
-    checkpoint_period: batches that are held in memory; a run resumes by whole tasks.
+    checkpoint_period: batches that are held in memory, and then written to a file; a
+      run that was stopped goes on with the next of these.
+    checkpoint_ds_iter: not used; what is written already is read again, and skipped.
 
   Raises:
     ValueError: if the mode is unknown, or there is no checkpoint or no data.
   """
+  del checkpoint_ds_iter
   cfg, lengths = dataset_cfg, dataset_cfg.task_feature_lengths
   if mode not in _MODES:
     raise ValueError(f'mode={mode!r}; choose one of {sorted(_MODES)}')
@@ -137,7 +166,13 @@ def infer(
     ds = get_dataset(task)
     ds = tf.data.Dataset.zip((ds, converter(ds, lengths)))
     chunk = checkpoint_period * cfg.batch_size
-    _write_lines(path, _infer_lines(ds, infer_fn, chunk, mode, vocabulary))
+    folder = os.path.join(
+      output_dir, f'tmp-{task.name}-{shard_id:05}-of-{num_shards:05}'
+    )
+    tf.io.gfile.makedirs(folder)
+    write = functools.partial(write_fn, mode=mode, vocabulary=vocabulary)
+    _merge(_infer_chunks(ds, infer_fn, chunk, write, os.path.join(folder, name)), path)
+    tf.io.gfile.rmtree(folder)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,217 @@
+"""Inference for users: a file of inputs in, a file of predictions with scores out.
+
+`gin/infer_text.gin` gives `task` and `write` to `t5x.infer`. The inputs are read once,
+checked, and kept as a TFRecord file beside the results; its name tells contents and
+checkpoint, so that a run that is stopped goes on, and never with something else.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import seqio
+import tensorflow as tf
+from absl import logging
+from jax.experimental import multihost_utils
+
+UNREADABLE = ('refuse', 'skip')
+SHOWN = 10  # unreadable lines that an error names
+
+
+class Unreadable(ValueError):
+  """Why a line is no input."""
+
+
+def task(
+  path: str,
+  vocabulary: seqio.Vocabulary,
+  output_dir: str,
+  checkpoint: str,
+  key: str = 'inputs',
+  prefix: str = '',
+  unreadable: str = 'refuse',
+) -> str:
+  """Registers the lines of a file as a seqio task with the split `infer`.
+
+  Args:
+    path: the file, local or gs://: JSON lines if its name ends in .jsonl, else text.
+    vocabulary: of the model.
+    output_dir: where results go.
+    checkpoint: that infers.
+    key: of JSON lines: where the text is.
+    prefix: text that goes before each input, such as 'summarize: '.
+    unreadable: 'refuse' the file if a line is unreadable, or 'skip' the line.
+
+  Returns:
+    The task's name.
+
+  Raises:
+    ValueError: for a file that is missing or has no input, an unknown `unreadable`, and
+      unreadable lines that are not to be skipped.
+  """
+  if unreadable not in UNREADABLE:
+    raise ValueError(
+      f'UNREADABLE={unreadable!r}; choose one of {", ".join(UNREADABLE)}.'
+    )
+  if not tf.io.gfile.exists(path):
+    raise ValueError(f'INPUT_FILE={path}: there is no such file.')
+  settings = json.dumps([checkpoint, key, prefix])
+  name = f'text_{_word(path)}_{_digest(path, settings)}'
+  record = os.path.join(output_dir, f'{name}.tfrecord')
+  if jax.process_index() == 0 and not tf.io.gfile.exists(record):
+    tf.io.gfile.makedirs(output_dir)
+    _write_record(path, record, key, unreadable)
+  multihost_utils.sync_global_devices('inputs are read')
+  if name not in seqio.TaskRegistry.names():
+    _register(name, record, vocabulary, prefix)
+  return name
+
+
+def _word(path: str) -> str:
+  """A file's name as part of a task's."""
+  return re.sub(r'\W', '_', pathlib.PurePath(path).stem, flags=re.ASCII)
+
+
+def _digest(path: str, settings: str) -> str:
+  digest = hashlib.sha256(settings.encode())
+  with tf.io.gfile.GFile(path, 'rb') as file:
+    while block := file.read(2**20):
+      digest.update(block)
+  return digest.hexdigest()[:10]
+
+
+def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
+  bad, count, partial = [], 0, f'{record}.partial'
+  with tf.io.TFRecordWriter(partial) as writer:
+    for number, line in _lines(path):
+      try:
+        text = read_line(line, key if path.endswith('.jsonl') else None)
+      except Unreadable as why:
+        bad.append(f'{number} ({why})')
+        logging.warning('%s, line %d is unreadable: %s.', path, number, why)
+        continue
+      count += 1
+      writer.write(_example(number, text).SerializeToString())
+  refused = bad and unreadable == 'refuse'
+  if refused or not count:
+    tf.io.gfile.remove(partial)
+  if refused:
+    more = f' and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
+    raise ValueError(
+      f'INPUT_FILE={path} has unreadable lines: {", ".join(bad[:SHOWN])}{more}. Mend'
+      ' them, or leave them out by --gin.UNREADABLE="\'skip\'".'
+    )
+  if not count:
+    raise ValueError(f'INPUT_FILE={path} has no line to infer on.')
+  if bad:
+    print(f'{path}: {len(bad)} unreadable lines are skipped, {count} are left.')
+  tf.io.gfile.rename(partial, record, overwrite=True)
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+  with tf.io.gfile.GFile(path, 'rb') as file:
+    for number, line in enumerate(file, start=1):
+      yield number, line.rstrip(b'\r\n')
+
+
+def read_line(line: bytes, key: str | None) -> str:
+  """Returns the input of a line.
+
+  Args:
+    line: without its end.
+    key: where a JSON object has it; None for plain text.
+
+  Raises:
+    Unreadable: the message says why.
+  """
+  try:
+    text = line.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise Unreadable(f'not UTF-8 at byte {error.start}') from error
+  if key is not None and text.strip():
+    try:
+      value = json.loads(text)
+    except json.JSONDecodeError as error:
+      raise Unreadable(f'not JSON at column {error.colno}') from error
+    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+      raise Unreadable(f'no text under {key!r}')
+    text = value[key]
+  if not text.strip():
+    raise Unreadable('empty')
+  return text
+
+
+def _example(number: int, text: str) -> tf.train.Example:
+  line = tf.train.Feature(int64_list=tf.train.Int64List(value=[number]))
+  inputs = tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
+  features = tf.train.Features(feature={'line': line, 'inputs': inputs})
+  return tf.train.Example(features=features)
+
+
+def _register(
+  name: str, record: str, vocabulary: seqio.Vocabulary, prefix: str
+) -> None:
+  @seqio.map_over_dataset
+  def with_prefix(example):
+    inputs = example['inputs']
+    return example | {'inputs': tf.strings.join([prefix, inputs]), 'targets': ''}
+
+  feature = seqio.Feature(vocabulary, add_eos=True)
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.TFExampleDataSource(
+      {'infer': record},
+      feature_description={
+        'inputs': tf.io.FixedLenFeature([], tf.string),
+        'line': tf.io.FixedLenFeature([], tf.int64),
+      },
+    ),
+    preprocessors=[with_prefix, seqio.preprocessors.tokenize_and_append_eos],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+
+
+def write(
+  path: str,
+  inferences: tuple[Any, Any],
+  task_ds: tf.data.Dataset,
+  mode: str,
+  vocabulary: seqio.Vocabulary,
+) -> None:
+  """Writes predictions as JSON lines: line, input, prediction, score.
+
+  With several decodes of an input, prediction and score are lists.
+
+  Args:
+    path: the file.
+    inferences: tokens of each example, and their `scores`: log-probabilities.
+    task_ds: the examples.
+    mode: predict_with_aux.
+    vocabulary: of the predictions.
+
+  Raises:
+    ValueError: for another mode.
+  """
+  if mode != 'predict_with_aux':
+    raise ValueError(f'mode={mode!r}; scores need predict_with_aux.')
+  outputs, scores = inferences[0], inferences[1]['scores']
+  with tf.io.gfile.GFile(path, 'w') as file:
+    for i, example in enumerate(task_ds.as_numpy_iterator()):
+      row = {
+        'line': int(example['line']),
+        'input': example['inputs_pretokenized'].decode(),
+        'prediction': _decode(outputs[i], vocabulary),
+        'score': tf.nest.map_structure(float, scores[i]),
+      }
+      file.write(json.dumps(row, ensure_ascii=False) + '\n')
+
+
+def _decode(tokens: Any, vocabulary: seqio.Vocabulary) -> str | list[str]:
+  if len(tokens) and not isinstance(tokens[0], int):
+    return [_decode(list(map(int, row)), vocabulary) for row in tokens]
+  return vocabulary.decode_tf(tf.constant(tokens, tf.int32)).numpy().decode()
