@@ -65,15 +65,20 @@ def write_inferences_to_file(
       f.write(json.dumps(line, cls=seqio.TensorAndNumpyEncoder) + '\n')
 
 
-def _infer_chunks(ds, infer_fn, chunk: int, write, prefix: str) -> list[str]:
-  """Writes a file for each `chunk` examples, unless it is there; returns their paths.
+def _infer_to_file(ds, infer_fn, chunk: int, write, path: str) -> None:
+  """Writes a file, unless it is there, by a part for each `chunk` examples.
 
   `ds` has pairs of examples before and after the feature converter; `infer_fn` is that
   of `utils.get_infer_fn`; `write` takes a path, inferences and examples.
   """
-  paths = []
+  if tf.io.gfile.exists(path):
+    logging.info('%s is complete; skipped.', path)
+    return
+  folder, name = os.path.split(path)
+  folder, paths = os.path.join(folder, f'tmp-{name}'), []
+  tf.io.gfile.makedirs(folder)
   for i, batch in ds.padded_batch(chunk).enumerate():
-    paths.append(f'{prefix}-chunk{int(i):05}')
+    paths.append(os.path.join(folder, f'{name}-chunk{int(i):05}'))
     if tf.io.gfile.exists(paths[-1]):
       logging.info('%s is there; skipped.', paths[-1])
       continue
@@ -85,7 +90,8 @@ def _infer_chunks(ds, infer_fn, chunk: int, write, prefix: str) -> list[str]:
     outputs = [output for _, output in pairs]
     write(f'{paths[-1]}.tmp', (outputs, aux), examples.map(lambda x, _: x))
     tf.io.gfile.rename(f'{paths[-1]}.tmp', paths[-1], overwrite=True)
-  return paths
+  _merge(paths, path)
+  tf.io.gfile.rmtree(folder)
 
 
 def _merge(paths: list[str], path: str) -> None:
@@ -156,23 +162,13 @@ def infer(
   infer_fn = functools.partial(
     utils.get_infer_fn(step, cfg.batch_size, axes, partitioner), train_state=state
   )
-  vocabulary = model.output_vocabulary
+  write = functools.partial(write_fn, mode=mode, vocabulary=model.output_vocabulary)
   for task in seqio.get_subtasks(provider):
     name = f'{task.name}-{mode}.jsonl-{shard_id:05}-of-{num_shards:05}'
-    path = os.path.join(output_dir, name)
-    if tf.io.gfile.exists(path):
-      logging.info('%s is complete; skipped.', path)
-      continue
     ds = get_dataset(task)
     ds = tf.data.Dataset.zip((ds, converter(ds, lengths)))
     chunk = checkpoint_period * cfg.batch_size
-    folder = os.path.join(
-      output_dir, f'tmp-{task.name}-{shard_id:05}-of-{num_shards:05}'
-    )
-    tf.io.gfile.makedirs(folder)
-    write = functools.partial(write_fn, mode=mode, vocabulary=vocabulary)
-    _merge(_infer_chunks(ds, infer_fn, chunk, write, os.path.join(folder, name)), path)
-    tf.io.gfile.rmtree(folder)
+    _infer_to_file(ds, infer_fn, chunk, write, os.path.join(output_dir, name))
 
 
 if __name__ == '__main__':
