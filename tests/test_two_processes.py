@@ -8,6 +8,8 @@ two processes are not those of one. Here each batch is the whole split in its or
 import json
 import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -34,7 +36,6 @@ SAVE_DATASET = False
 
 network.config.num_decoder_layers = 1
 train_script.train.train_eval_dataset_cfg = None
-utils.SaveCheckpointConfig.save_dataset = %SAVE_DATASET
 train/utils.DatasetConfig:
   pack = False
   shuffle = False
@@ -92,14 +93,10 @@ def free_port() -> int:
     return listener.getsockname()[1]
 
 
-@pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-  """Four steps by one process; two by two processes, and two more by one."""
-  folder = tmp_path_factory.mktemp('runs')
-  commands.write_gin(folder)
-  (folder / 'data.gin').write_text(DATA_GIN)
+def start_pair(folder, **macros) -> list[subprocess.Popen]:
+  """Starts two processes that work together, on two devices each."""
   port = free_port()
-  pair = [
+  return [
     start(
       folder,
       2,
@@ -109,13 +106,21 @@ def runs(tmp_path_factory):
         '--process_count=2',
         f'--process_index={index}',
       ],
-      MODEL_DIR='pair',
-      TRAIN_STEPS=2,
       MODEL_PARTITIONS=2,
       SAVE_DATASET=True,
+      **macros,
     )
     for index in range(2)
   ]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """Four steps by one process; two by two processes, and two more by one."""
+  folder = tmp_path_factory.mktemp('runs')
+  commands.write_gin(folder)
+  (folder / 'data.gin').write_text(DATA_GIN)
+  pair = start_pair(folder, MODEL_DIR='pair', TRAIN_STEPS=2)
   wait(*pair, start(folder, 1, MODEL_DIR='one', TRAIN_STEPS=4))
   files = {path.relative_to(folder / 'pair') for path in (folder / 'pair').rglob('*')}
   wait(start(folder, 1, MODEL_DIR='pair', TRAIN_STEPS=4))
@@ -172,3 +177,24 @@ def test_the_first_alone_writes_the_rest(runs):
   for pattern in ('train/events*', 'config.gin', 'model-info.txt'):
     assert len([path for path in files if path.match(pattern)]) == 1, pattern
   assert not [path for path in files if os.fspath(path).endswith('.tmp')]
+
+
+@pytest.mark.restarts
+def test_a_notice_to_one_process_stops_both_at_one_step(tmp_path):
+  """JAX's pre-emption service tells the other process, and both save together."""
+  commands.write_gin(tmp_path)
+  (tmp_path / 'data.gin').write_text(DATA_GIN)
+  pair = start_pair(tmp_path, MODEL_DIR='run', TRAIN_STEPS=10_000, KEEP_CHECKPOINTS=2)
+  try:
+    while not (tmp_path / 'run' / 'checkpoint_4').exists():
+      assert all(process.poll() is None for process in pair)
+      time.sleep(0.1)
+    pair[1].send_signal(signal.SIGTERM)
+    said = [process.wait(timeout=120) and process.log.read_text() for process in pair]
+  finally:
+    for process in pair:
+      process.kill()
+  steps = {int(re.search(r'SIGTERM at step (\d+)', text)[1]) for text in said}
+  assert len(steps) == 1
+  assert steps == {max(commands.steps(tmp_path / 'run'))}
+  assert min(steps) >= 4
