@@ -114,12 +114,20 @@ def test_a_run_that_was_killed_in_a_bucket_is_waited_for(tmp_path, capsys):
 # --- Damaged checkpoints --------------------------------------------------------
 
 
+TRAINED = {
+  'TRAIN_STEPS': 6,
+  'CHECKPOINT_PERIOD': 2,
+  'EVAL_PERIOD': 2,
+  'KEEP_CHECKPOINTS': 2,
+  'KEEP_PERIOD': 4,
+}
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """A run with checkpoints of steps 0, 2 and 4."""
+  """A run that keeps the last two checkpoints, and those of every fourth step."""
   folder = tmp_path_factory.mktemp('run')
-  macros = {'MODEL_DIR': 'run', 'TRAIN_STEPS': 4, 'CHECKPOINT_PERIOD': 2}
-  commands.engine(folder, 't5x.train', 'pretrain', EVAL_PERIOD=2, **macros)
+  commands.engine(folder, 't5x.train', 'pretrain', MODEL_DIR='run', **TRAINED)
   return folder
 
 
@@ -148,44 +156,48 @@ DAMAGE = {
 }
 
 
+def test_the_last_ones_are_kept_and_those_of_a_period(run):
+  assert commands.steps(run) == [0, 4, 6]
+
+
 def test_a_good_checkpoint_is_left_alone(run):
-  assert resume.latest_readable(run) == run / 'checkpoint_4'
-  assert commands.steps(run) == [0, 2, 4]
+  assert resume.latest_readable(run) == run / 'checkpoint_6'
+  assert commands.steps(run) == [0, 4, 6]
   assert resume.latest_readable(run / 'nowhere') is None
 
 
 @pytest.mark.parametrize('kind', DAMAGE)
 def test_a_damaged_checkpoint_is_set_aside(run, kind, caplog):
-  DAMAGE[kind](run / 'checkpoint_4')
-  assert resume.latest_readable(run) == run / 'checkpoint_2'
-  assert commands.steps(run) == [0, 2]
-  assert (run / 'damaged_checkpoint_4').is_dir()
+  DAMAGE[kind](run / 'checkpoint_6')
+  assert resume.latest_readable(run) == run / 'checkpoint_4'
+  assert commands.steps(run) == [0, 4]
+  assert (run / 'damaged_checkpoint_6').is_dir()
   # Nor do they hide where one was set aside before.
-  shutil.copytree(run / 'damaged_checkpoint_4', run / 'checkpoint_4')
-  assert resume.latest_readable(run) == run / 'checkpoint_2'
-  assert (run / 'damaged_checkpoint_4_').is_dir()
+  shutil.copytree(run / 'damaged_checkpoint_6', run / 'checkpoint_6')
+  assert resume.latest_readable(run) == run / 'checkpoint_4'
+  assert (run / 'damaged_checkpoint_6_').is_dir()
 
 
 def test_nothing_is_renamed_where_all_are_damaged(run):
-  for step in (0, 2, 4):
+  for step in (0, 4, 6):
     truncate(largest(run / f'checkpoint_{step}' / 'state'))
-  message = r'No checkpoint in .*checkpoint_4: .*checkpoint_2: .*checkpoint_0: .*remove'
+  message = r'No checkpoint in .*checkpoint_6: .*checkpoint_4: .*checkpoint_0: .*remove'
   with pytest.raises(ValueError, match=message):
     resume.latest_readable(run)
-  assert commands.steps(run) == [0, 2, 4]
+  assert commands.steps(run) == [0, 4, 6]
 
 
 @pytest.mark.slow
 def test_training_goes_on_from_the_one_before(trained, run, tmp_path):
-  truncate(largest(run / 'checkpoint_4' / 'state'))
-  macros = {'MODEL_DIR': str(run), 'TRAIN_STEPS': 4, 'CHECKPOINT_PERIOD': 2}
-  said = commands.engine(tmp_path, 't5x.train', 'pretrain', EVAL_PERIOD=2, **macros)
-  assert 'checkpoint_4 cannot be read: it is now damaged_checkpoint_4' in said
-  assert 'training goes on from checkpoint_2' in said
-  assert commands.steps(run) == [0, 2, 4]
+  truncate(largest(run / 'checkpoint_6' / 'state'))
+  macros = TRAINED | {'MODEL_DIR': str(run)}
+  said = commands.engine(tmp_path, 't5x.train', 'pretrain', **macros)
+  assert 'checkpoint_6 cannot be read: it is now damaged_checkpoint_6' in said
+  assert 'training goes on from checkpoint_4' in said
+  assert commands.steps(run) == [0, 4, 6]
   # The data, too, goes on where it was: the same steps give the same parameters.
-  for name, tensor in checkpoint.open_checkpoint(run / 'checkpoint_4').items():
-    before = checkpoint.open_checkpoint(epath.Path(trained / 'run' / 'checkpoint_4'))
+  for name, tensor in checkpoint.open_checkpoint(run / 'checkpoint_6').items():
+    before = checkpoint.open_checkpoint(epath.Path(trained / 'run' / 'checkpoint_6'))
     np.testing.assert_array_equal(tensor.read(), before[name].read(), err_msg=name)
 
 
@@ -259,4 +271,4 @@ def test_shapes_are_checked_before_the_engine_restores(run, monkeypatch):
   monkeypatch.setattr(resume.utils, 'get_dataset', lambda *args: args)
   given = dict(model='a model', model_dir=os.fspath(run), save_dataset=False)
   assert resume.get_dataset(1, 2, 3, 4, **given) == (1, 2, 3, 4)
-  assert called == [(run / 'checkpoint_4', 'a model')]
+  assert called == [(run / 'checkpoint_6', 'a model')]
