@@ -1,7 +1,7 @@
 """Runs that are stopped at random moments, again and again, and lose nothing.
 
 `make test-restarts` runs these. Each start is a process as a user's, which gets a real
-signal; GQA_T5X_SEED chooses other moments.
+signal; GQA_T5X_SEED chooses other moments, and GQA_T5X_MOMENTS fewer.
 """
 
 import os
@@ -105,6 +105,7 @@ def check_the_same_as_uninterrupted(folder, other) -> None:
 def moments(number: int) -> list[tuple[bool, float]]:
   """Of each start: whether to wait until it trains, and seconds from then on."""
   draw = random.Random(os.environ.get('GQA_T5X_SEED', '0'))
+  number = min(number, int(os.environ.get('GQA_T5X_MOMENTS', number)))
   return [(i % 4 != 3, draw.uniform(0, 4)) for i in range(number)]
 
 

@@ -111,8 +111,9 @@ def test_makefile_has(target):
 def test_continuous_integration_runs_the_tests():
   script = ROOT / '.ci' / 'run'
   assert script.stat().st_mode & 0o111
-  commands = ['make test', 'make test-tpu', 'make test-restarts']
-  assert script.read_text().splitlines()[-3:] == commands
+  lines = script.read_text().splitlines()[-3:]
+  assert lines[:2] == ['make test', 'make test-tpu']
+  assert ' make test-restarts ' in lines[2]
 
 
 def python_files() -> list[pathlib.Path]:
