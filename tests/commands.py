@@ -44,7 +44,9 @@ LOSS_NORMALIZING_FACTOR = None
 def environment() -> dict[str, str]:
   """The environment of a command: the same engine, and this repository's code."""
   paths = [os.environ.get('PYTHONPATH', ''), str(ROOT), str(TESTS)]
-  return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
+  # Unbuffered: lines of both streams in the order in which they were written.
+  more = {'PYTHONPATH': os.pathsep.join(filter(None, paths)), 'PYTHONUNBUFFERED': '1'}
+  return {**os.environ, **more}
 
 
 def run(folder, *args, timeout=240) -> subprocess.CompletedProcess:

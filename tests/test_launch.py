@@ -1,5 +1,6 @@
 """The scripts of launch/: the commands that they print, and the loop that they run."""
 
+import importlib.util
 import os
 import pathlib
 import shlex
@@ -314,31 +315,32 @@ def test_training_gets_the_signal_and_time_to_save(tmp_path):
 # --- Python, and style ----------------------------------------------------------
 
 
-def run_python(file, *args):
-  return subprocess.run(
-    [sys.executable, str(LAUNCH / file), *args],
-    env=os.environ | {'PYTHONPATH': f'{ROOT}:{os.environ.get("PYTHONPATH", "")}'},
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=120,
-  )
+def load(name):
+  spec = importlib.util.spec_from_file_location(name, LAUNCH / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
-def test_a_trace(tmp_path):
-  flags = ['--size=tiny', '--num_kv_heads=1', '--batch_size=1', '--input_length=8']
-  flags += ['--output_length=4', '--repeats=5']
-  done = run_python('trace.py', str(tmp_path / 'trace'), 'decode', *flags)
-  assert done.returncode == 0, done.stderr[-2000:]
-  assert list((tmp_path / 'trace').rglob('*.xplane.pb'))
-  assert run_python('trace.py').returncode == 2
+def test_a_trace(tmp_path, monkeypatch, capsys):
+  trace = load('trace')
+  folder = tmp_path / 'trace'
+
+  def measure(argv):
+    assert argv == ['benchmark', 'decode', '--size=tiny']
+    assert not list(folder.rglob('*.xplane.pb'))
+    return 3
+
+  monkeypatch.setattr(trace.benchmark, 'main', measure)
+  assert trace.main(['trace.py', str(folder), 'decode', '--size=tiny']) == 3
+  assert len(list(folder.rglob('*.xplane.pb'))) == 1
+  assert trace.main(['trace.py']) == 2
+  assert 'Usage: python launch/trace.py FOLDER' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('expected', [8, 4])
 def test_devices_are_counted(monkeypatch, capsys, expected):
-  monkeypatch.syspath_prepend(str(LAUNCH))
-  import check_devices
-
+  check_devices = load('check_devices')
   monkeypatch.setattr(check_devices.jax.distributed, 'initialize', lambda: None)
   assert check_devices.main(expected) == int(expected != 8)
   said = capsys.readouterr().out
