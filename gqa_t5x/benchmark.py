@@ -60,14 +60,14 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from gqa_t5x import network
-from gqa_t5x.analysis import benchmark_report
-from gqa_t5x.analysis.settings import DTYPES, BadSetting
+from gqa_t5x.analysis.benchmarks import benchmark_report
+from gqa_t5x.analysis.benchmarks.settings import DTYPES, BadSetting
+from gqa_t5x.model import sizes
 
 BENCHMARKS = ('decode', 'train', 'convert')
 FILL = 'fill'  # --batch_size of as many as fit
 PARTIAL = '.partial'  # the file of --json while it grows
-WORDS = {'size': network.SIZES, 'dtype': DTYPES, 'method': (), 'compression': ()}
+WORDS = {'size': sizes.SIZES, 'dtype': DTYPES, 'method': (), 'compression': ()}
 
 
 def module_of(name: str) -> Any:
@@ -80,7 +80,7 @@ def module_of(name: str) -> Any:
     BadSetting: what it needs is not installed.
   """
   try:
-    return importlib.import_module(f'gqa_t5x.analysis.{name}_benchmark')
+    return importlib.import_module(f'gqa_t5x.analysis.benchmarks.{name}_benchmark')
   except ImportError as error:
     raise BadSetting(
       f'{name} needs {error.name}, which is not installed;'
@@ -143,7 +143,7 @@ def settings(name: str, args: flags.FlagValues) -> list[Any]:
 
 
 def _default_heads(name: str, size: str) -> list[int]:
-  dims = network.SIZES[size]
+  dims = sizes.SIZES[size]
   num_heads = dims['num_heads']
   if name == 'convert':
     return [max(1, num_heads // 4)]
@@ -166,8 +166,8 @@ def with_t5x(ours: Sequence[Any]) -> list[Any]:
 def _turn(setting: Any) -> tuple[Any, ...]:
   """Settings that differ in heads and network only are neighbours."""
   values = vars(setting) | {'num_kv_heads': 0, 'system': ''}
-  sizes = list(network.SIZES)
-  return sizes.index(setting.size), *(v for n, v in values.items() if n != 'size')
+  known = list(sizes.SIZES)
+  return known.index(setting.size), *(v for n, v in values.items() if n != 'size')
 
 
 def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:

@@ -9,155 +9,14 @@ gin/runs/best_checkpoint.gin to the other gin files. If its checkpoint was remov
 is an error: train with KEEP_CHECKPOINTS = None.
 """
 
-import json
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
-from gqa_t5x import paths
-from gqa_t5x.conversion import checkpoint as checkpoints
-
-_FOLDER, _SUFFIX = 'inference_eval', '-metrics.jsonl'
-
-
-def scores(
-  model_dir: str, metric: str | None = None, task: str | None = None
-) -> dict[int, float]:
-  """Reads the scores that a run's evaluations left.
-
-  Args:
-    model_dir: of the run, or of an evaluation (EVAL_OUTPUT_DIR), local or gs://.
-    metric: e.g. 'rouge1'; None if there is only one.
-    task: name of the seqio task; None if there is only one.
-
-  Returns:
-    Step -> score. Of a step that was evaluated twice, as after a restart, the later
-    score counts.
-
-  Raises:
-    ValueError: there are no scores, or not of that metric or task.
-  """
-  file = _metrics_file(epath.Path(model_dir) / _FOLDER, task)
-  rows = [row for row in _rows(file) if row.keys() - {'step'}]
-  names = sorted({name for row in rows for name in row} - {'step'})
-  if not rows:
-    raise ValueError(f'{file} has no scores; evaluate again.')
-  if metric is None and len(names) == 1:
-    metric = names[0]
-  if metric not in names:
-    asked = 'a metric is needed' if metric is None else f'there is no {metric}'
-    raise ValueError(f'{file}: {asked}; choose one of {", ".join(names)}.')
-  return {row['step']: row[metric] for row in rows if metric in row}
-
-
-def damaged_lines(model_dir: str, task: str | None = None) -> list[int]:
-  """Returns the numbers of the lines of scores that cannot be read, which are skipped.
-
-  Args:
-    model_dir: as in `scores`.
-    task: as in `scores`.
-
-  Raises:
-    ValueError: there are no scores, or not of that task.
-  """
-  file = _metrics_file(epath.Path(model_dir) / _FOLDER, task)
-  lines = file.read_bytes().splitlines()
-  return [number for number, line in enumerate(lines, 1) if _row(line) is None]
-
-
-def select(scores: Mapping[int, float]) -> int:
-  """Returns the step of the highest score, the earliest of equal ones; never of NaN.
-
-  Args:
-    scores: step -> score.
-
-  Raises:
-    ValueError: no score is a number.
-  """
-  real = {step: score for step, score in scores.items() if not math.isnan(score)}
-  if not real:
-    raise ValueError('no score is a number.')
-  return min(real, key=lambda step: (-real[step], step))
-
-
-def checkpoint(
-  model_dir: str, metric: str | None = None, task: str | None = None
-) -> str:
-  """Returns the path of the checkpoint with the best score; no other will do.
-
-  Args:
-    model_dir: of the run.
-    metric: as in `scores`.
-    task: as in `scores`.
-
-  Raises:
-    ValueError: there are no scores, or that checkpoint was removed.
-  """
-  found = scores(model_dir, metric, task)
-  try:
-    step = select(found)
-  except ValueError as error:
-    raise ValueError(f'{model_dir}: {error}') from error
-  saved = {
-    checkpoints.checkpoint_step(path): path
-    for path in checkpoints.list_checkpoints(epath.Path(model_dir))
-  }
-  if step in saved:
-    return str(saved[step])
-  kept = {s: score for s, score in found.items() if s in saved}
-  rest = 'none that was evaluated is there'
-  if any(not math.isnan(score) for score in kept.values()):
-    second = select(kept)
-    rest = f'the best that is there is {saved[second]} ({kept[second]:.4g})'
-  raise ValueError(
-    f'{model_dir}: the checkpoint of the best step, {step} ({found[step]:.4g}), was'
-    f' removed; {rest}. Give it as CHECKPOINT_PATH, or train with KEEP_CHECKPOINTS ='
-    ' None.'
-  )
-
-
-def _metrics_file(folder: epath.Path, task: str | None) -> epath.Path:
-  """The file of a task, or the only one."""
-  files = {path.name.removesuffix(_SUFFIX): path for path in folder.glob(f'*{_SUFFIX}')}
-  if not files:
-    raise ValueError(
-      f'{folder} has no scores: the run has not decoded its validation split yet, or'
-      ' this is not its MODEL_DIR.'
-    )
-  if task is None and len(files) == 1:
-    return next(iter(files.values()))
-  if task not in files:
-    asked = 'a task is needed' if task is None else f'there is no {task}'
-    raise ValueError(f'{folder}: {asked}; choose one of {", ".join(sorted(files))}.')
-  return files[task]
-
-
-def _rows(file: epath.Path) -> Iterator[dict[str, Any]]:
-  """Steps and numbers of each line; skips, with a warning, what is damaged."""
-  for number, line in enumerate(file.read_bytes().splitlines(), 1):
-    row = _row(line)
-    if row is None:
-      logging.warning('%s, line %d is damaged, and skipped.', file, number)
-    else:
-      yield row
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-  """Step and numbers of a line; None if it is damaged."""
-  try:
-    row = json.loads(line)
-    row['step'] = int(row['step'])
-  except (ValueError, TypeError, KeyError):
-    return None
-  return {
-    name: value
-    for name, value in row.items()
-    if isinstance(value, int | float) and not isinstance(value, bool)
-  }
+from gqa_t5x.checkpoints import folders
+from gqa_t5x.training import best_checkpoint, paths
 
 
 def define_flags() -> flags.FlagValues:
@@ -198,9 +57,9 @@ def main(argv: Sequence[str]) -> int:
     if not args.model_dir:
       raise ValueError('--model_dir is missing; see --help.')
     model_dir = paths.absolute(args.model_dir)
-    found = scores(model_dir, args.metric, args.task)
-    path = checkpoint(model_dir, args.metric, args.task)
-    step = checkpoints.checkpoint_step(epath.Path(path))
+    found = best_checkpoint.scores(model_dir, args.metric, args.task)
+    path = best_checkpoint.checkpoint(model_dir, args.metric, args.task)
+    step = folders.checkpoint_step(epath.Path(path))
     print(f'step {step}  score {found[step]:.4f}  {path}')
     return 0
   except (ValueError, OSError, flags.Error) as error:

@@ -42,9 +42,10 @@ from tqdm import tqdm
 
 import gin
 import gqa_t5x
-from gqa_t5x.conversion import checkpoint, statistics
-from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x.checkpoints import folders
+from gqa_t5x.conversion import input_statistics
 from gqa_t5x.conversion.input_sums import add_sums, input_sums, mean_moments
+from gqa_t5x.errors import BadInput
 
 Array = jax.Array
 Batch = Mapping[str, np.ndarray]
@@ -63,7 +64,7 @@ def calibrate(
   """Collects the statistics of one checkpoint and writes their file.
 
   Args:
-    model: of `gqa_t5x.models`.
+    model: of `gqa_t5x.training.models`.
     dataset_cfg: the data.
     restore_checkpoint_cfg: the checkpoint, mode "specific".
     partitioner: T5X's.
@@ -72,13 +73,13 @@ def calibrate(
     include_encoder: whether the encoder's self-attention is recorded, too.
 
   Raises:
-    ConversionError: bad input; nothing is left behind.
+    BadInput: bad input; nothing is left behind.
   """
   target = epath.Path(output)
   if target.exists():
-    raise ConversionError(f'{target} exists already; choose another OUTPUT')
+    raise BadInput(f'{target} exists already; choose another OUTPUT')
   if num_sequences < 1:
-    raise ConversionError(f'NUM_SEQUENCES={num_sequences} must be at least 1')
+    raise BadInput(f'NUM_SEQUENCES={num_sequences} must be at least 1')
   utils.verify_matching_vocabs(dataset_cfg, model)
   path, dtype = restore_checkpoint_cfg.path, restore_checkpoint_cfg.dtype
   values, layout, step = restore_params(model, partitioner, path, dtype)
@@ -100,13 +101,13 @@ def calibrate(
       rows += size
       progress.update(size)
   if not rows:
-    raise ConversionError(
+    raise BadInput(
       f'{dataset_cfg.mixture_or_task_name} has no data in split {dataset_cfg.split}'
     )
   if first_host:
     info = {'checkpoint': path, 'step': step, **_describe(dataset_cfg, totals, rows)}
     moments = mean_moments(totals)
-    statistics.write_statistics(target, moments, info)
+    input_statistics.write_statistics(target, moments, info)
     if rows < num_sequences:
       print(f'NUM_SEQUENCES={num_sequences}, but the data has {rows}: all were used')
     print(f'Statistics of {len(moments)} attention modules are in {target}')
@@ -156,7 +157,7 @@ def restore_params(
     partitioner=partitioner,
     input_types=dict.fromkeys(tokens, jnp.int32),
   )
-  tensors = checkpoint.open_checkpoint(epath.Path(path))
+  tensors = folders.open_checkpoint(epath.Path(path))
 
   def put(keys, shape, spec):
     name = jax.tree_util.keystr(keys, simple=True, separator='/')
@@ -241,7 +242,7 @@ def main(argv: Sequence[str]) -> int:
     gin_utils.parse_gin_flags(folders, values.gin_file, values.gin_bindings)
     configured()
     return 0
-  except (ValueError, OSError) as error:  # ConversionError is a ValueError
+  except (ValueError, OSError) as error:  # BadInput is a ValueError
     logging.debug('Where the error comes from:', exc_info=True)
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 1

@@ -55,11 +55,12 @@ from absl import flags
 from etils import epath
 from tqdm import tqdm
 
-from gqa_t5x.conversion import checkpoint, manifest, preview, writer
-from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x.checkpoints import folders, t5x_layouts, writer
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.conversion import manifest, preview
 from gqa_t5x.conversion.methods import METHODS, get_method
-from gqa_t5x.conversion.params import Plan, plan_conversion
-from gqa_t5x.conversion.tensors import LazyTensor
+from gqa_t5x.conversion.plan import Plan, plan_conversion
+from gqa_t5x.errors import BadInput
 
 
 def define_flags() -> flags.FlagValues:
@@ -140,7 +141,7 @@ def convert(args: flags.FlagValues) -> None:
     args: the parsed flags.
 
   Raises:
-    ConversionError: bad input; nothing is left behind.
+    BadInput: bad input; nothing is left behind.
   """
   _check_given(args)
   get_method(args.method)
@@ -189,10 +190,10 @@ def convert(args: flags.FlagValues) -> None:
 def _check_given(args: flags.FlagValues) -> None:
   for name in ('input',) if args.dry_run else ('input', 'output'):
     if not args[name].value:
-      raise ConversionError(f'--{name} is missing; see --help for an example')
+      raise BadInput(f'--{name} is missing; see --help for an example')
   kinds = ('self_attention_', 'cross_attention_', 'encoder_', '')
   if all(args[f'{kind}num_kv_heads'].value is None for kind in kinds):
-    raise ConversionError('--num_kv_heads is missing; see --help for an example')
+    raise BadInput('--num_kv_heads is missing; see --help for an example')
 
 
 def _absolute(text: str) -> epath.Path:
@@ -211,14 +212,14 @@ def _open_source(
     tensor.
   """
   given = _absolute(args.input)
-  source = checkpoint.find_checkpoint(given)
+  source = folders.find_checkpoint(given)
   if source != given:
     print(f'Reading {source}')
-  tensors = checkpoint.open_checkpoint(source)
+  tensors = folders.open_checkpoint(source)
   if 'state/step' not in tensors:
-    raise ConversionError(f'{source} has no tensor state/step: it is not of T5X')
-  named = checkpoint.checkpoint_step(_absolute(args.output)) if args.output else None
-  if named is not None and not checkpoint.step_is_known(source):
+    raise BadInput(f'{source} has no tensor state/step: it is not of T5X')
+  named = folders.checkpoint_step(_absolute(args.output)) if args.output else None
+  if named is not None and not folders.step_is_known(source):
     tensors['state/step'] = LazyTensor.of(np.asarray(named, np.int32))
   return source, int(tensors['state/step'].read()), tensors
 
@@ -235,33 +236,33 @@ def choose_output(source: epath.Path, output: epath.Path, step: int) -> epath.Pa
     The checkpoint folder to make.
 
   Raises:
-    ConversionError: it holds a checkpoint, is the input or inside of it, or its name
+    BadInput: it holds a checkpoint, is the input or inside of it, or its name
       gives another step.
   """
-  named = checkpoint.checkpoint_step(output)
+  named = folders.checkpoint_step(output)
   if source in (output, output / f'checkpoint_{step}'):
-    raise ConversionError(
+    raise BadInput(
       f'--input and --output are the same checkpoint, {source}; choose another --output'
     )
   if source in output.parents:
-    raise ConversionError(
+    raise BadInput(
       f'--output={output} is inside the input {source}; choose another --output'
     )
   if named is None:
-    present = checkpoint.list_checkpoints(output)
+    present = folders.list_checkpoints(output)
     target = output / f'checkpoint_{step}'
   elif named != step:
-    raise ConversionError(
+    raise BadInput(
       f'--output names step {named}, but {source} is of step {step};'
       f' use --output={output.parent / f"checkpoint_{step}"}'
     )
   else:
     target, present = output, []
-  present += [p for p in (output, target) if (p / checkpoint.MSGPACK).exists()]
+  present += [p for p in (output, target) if (p / t5x_layouts.MSGPACK).exists()]
   present += [target] if target.exists() and not _is_empty_folder(target) else []
   present = [p for p in present if p != target or not writer.is_unfinished(p)]
   if present:
-    raise ConversionError(
+    raise BadInput(
       f'{present[0]} exists already; choose another --output, or delete it'
     )
   return target
@@ -279,7 +280,7 @@ def _preview(
   tensors: dict[str, LazyTensor],
 ) -> None:
   """Prints what --dry_run is for."""
-  dropped = checkpoint.dataset_state(source)
+  dropped = folders.dataset_state(source)
   for line in preview.describe_plan(plan, tensors, args.method, dropped):
     print(line)
   print(preview.describe_sizes(plan))
@@ -304,7 +305,7 @@ def _report(
     print('It has as many key/value heads already: only the layout changed')
   elif not plan.log:
     print('The checkpoint has no optimizer state: none was written')
-  if names := checkpoint.dataset_state(source):
+  if names := folders.dataset_state(source):
     print(f'Not copied: the state of the data pipeline ({", ".join(names)})')
   print(f'Converted by {args.method}: {preview.describe_sizes(plan)}')
   print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
@@ -317,9 +318,9 @@ def verify(path: epath.Path) -> None:
     path: the checkpoint folder, or a model_dir, whose latest checkpoint is taken.
 
   Raises:
-    ConversionError: it has no manifest, or tensors differ from it.
+    BadInput: it has no manifest, or tensors differ from it.
   """
-  folder = checkpoint.find_checkpoint(path)
+  folder = folders.find_checkpoint(path)
   record = manifest.verify(folder)
   print(
     f'{folder} is whole: {len(record["changed"])} tensors made by'
@@ -362,11 +363,11 @@ def main(argv: Sequence[str]) -> int:
       print(__doc__ + '\nFlags:' + args.module_help('gqa_t5x.convert'))
       return 0
     if rest:
-      raise ConversionError(f'unexpected argument {rest[0]!r}; see --help')
+      raise BadInput(f'unexpected argument {rest[0]!r}; see --help')
     with _sigterm_raises():
       verify(_absolute(args.verify)) if args.verify else convert(args)
     return 0
-  except (ConversionError, flags.Error, OSError) as error:
+  except (BadInput, flags.Error, OSError) as error:
     return _fail(error)
   except (KeyboardInterrupt, _Terminated) as error:
     print('stopped; nothing was written', file=sys.stderr)

@@ -54,8 +54,8 @@ from absl import flags, logging
 from etils import epath
 from t5x import gin_utils
 
-from gqa_t5x import axes, network
-from gqa_t5x.analysis import (
+from gqa_t5x.analysis.benchmarks.settings import DTYPES, BadSetting
+from gqa_t5x.analysis.tpu import (
   compile_decode,
   compile_report,
   compile_search,
@@ -63,7 +63,7 @@ from gqa_t5x.analysis import (
   compiled_rows,
   topology,
 )
-from gqa_t5x.analysis.settings import DTYPES, BadSetting
+from gqa_t5x.model import axes, sizes
 
 MODES = ('train', 'decode')
 
@@ -87,7 +87,7 @@ def define_flags() -> flags.FlagValues:
   text = 'Comma-separated folders that hold the gin files.'
   flags.DEFINE_list('gin_search_paths', ['.'], text, **define)
   text = 'Decoding: the model.'
-  flags.DEFINE_enum('size', None, list(network.SIZES), text, **define)
+  flags.DEFINE_enum('size', None, list(sizes.SIZES), text, **define)
   whole('num_kv_heads', None, "Key/value heads; the size's own by default, or MHA.")
   whole('num_layers', None, "Of encoder and decoder each; the size's by default.")
   whole('batch_size', 8, 'Inputs decoded together, on the whole slice.')

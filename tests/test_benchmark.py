@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gqa_t5x import benchmark, network
-from gqa_t5x.analysis import (
+from gqa_t5x import benchmark
+from gqa_t5x.analysis.benchmarks import (
   benchmark_report,
-  costs,
   decode_benchmark,
   timing,
   train_benchmark,
 )
-from gqa_t5x.analysis.decode_benchmark import Setting
-from gqa_t5x.analysis.settings import BadSetting
+from gqa_t5x.analysis.benchmarks.decode_benchmark import Setting
+from gqa_t5x.analysis.benchmarks.settings import BadSetting
+from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.model import network, sizes
 
 
 def chosen(name, *words):
@@ -110,7 +111,9 @@ def test_missing_extras(monkeypatch, capsys):
     'error: --png needs matplotlib, which is not installed; pip install matplotlib.\n'
   )
 
-  monkeypatch.setitem(sys.modules, 'gqa_t5x.analysis.convert_benchmark', None)
+  monkeypatch.setitem(
+    sys.modules, 'gqa_t5x.analysis.benchmarks.convert_benchmark', None
+  )
   assert benchmark.main(['benchmark', 'convert']) == 1
   err = capsys.readouterr().err
   assert err.startswith('error: convert needs ')
@@ -123,7 +126,7 @@ def test_memory_is_that_of_the_arrays():
   leaves = jax.tree.leaves((runner._params, runner._kept))
   cross_and_params = sum(leaf.nbytes for leaf in leaves)
   self_cache = 2 * sum(x.nbytes for x in jax.tree.leaves(runner._cache) if x.ndim == 4)
-  logits = 4 * 3 * 2 * network.VOCAB_SIZE
+  logits = 4 * 3 * 2 * sizes.VOCAB_SIZE
   encoder = 3 * 8 * 10 * 10 * (4 + 4)
   assert setting.nbytes() == cross_and_params + self_cache + logits + encoder
 
@@ -188,7 +191,7 @@ def test_rows(rows):
     (2, 1),
   ]
   for row in rows:
-    step = costs.decode_step(
+    step = formulas.decode_step(
       network.config('tiny', num_kv_heads=row['num_kv_heads']),
       2,
       8,
@@ -256,7 +259,10 @@ def test_training_rows(tmp_path, monkeypatch, capsys):
   assert [row['num_kv_heads'] for row in rows] == [8, 1]
   for row in rows:
     cfg = network.config('tiny', num_kv_heads=row['num_kv_heads'])
-    flops, seconds = costs.training_step(cfg, 2, 8, 4).flops, row['ms_per_step'] / 1e3
+    flops, seconds = (
+      formulas.training_step(cfg, 2, 8, 4).flops,
+      row['ms_per_step'] / 1e3,
+    )
     expected = {
       'flops_per_step': flops,
       'tokens_per_s': 2 * (8 + 4) / seconds,
@@ -288,8 +294,8 @@ def test_conversion_rows(tmp_path, capsys):
   rows = write_rows('convert', tmp_path, *words)
   assert {path.name for path in tmp_path.iterdir()} == {'rows.json'}
   assert [row['compression'] for row in rows] == ['none', 'zstd']
-  before = 4 * sum(costs.parameters(network.config('tiny')).values())
-  after = 4 * sum(costs.parameters(network.config('tiny', num_kv_heads=2)).values())
+  before = 4 * sum(formulas.parameters(network.config('tiny')).values())
+  after = 4 * sum(formulas.parameters(network.config('tiny', num_kv_heads=2)).values())
   for row in rows:
     # A message, a manifest and chunks that are filled up come on top.
     assert before < row['input_bytes'] < 1.1 * before
@@ -328,7 +334,7 @@ def test_a_bare_machine_imports_it_quickly():
 
 
 def test_t5x_is_refused_by_name_where_it_is_missing(monkeypatch):
-  from gqa_t5x.analysis import t5x_runner
+  from gqa_t5x.analysis.benchmarks import t5x_runner
 
   monkeypatch.setitem(sys.modules, 't5x.examples.t5', None)
   with pytest.raises(BadSetting, match="needs T5X's own example network"):

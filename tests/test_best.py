@@ -4,12 +4,13 @@ import json
 import math
 import re
 
-import commands
 import pytest
 import seqio
 from absl import logging
 
 from gqa_t5x import best
+from gqa_t5x.training import best_checkpoint
+from helpers import commands
 
 NAN = math.nan
 
@@ -46,13 +47,13 @@ def rows(*pairs, metric='bleu'):
   ],
 )
 def test_the_highest_score_wins(scores, step):
-  assert best.select(scores) == step
+  assert best_checkpoint.select(scores) == step
 
 
 @pytest.mark.parametrize('scores', [{}, {10: NAN}])
 def test_no_score_wins(scores):
   with pytest.raises(ValueError, match=r'^no score is a number\.$'):
-    best.select(scores)
+    best_checkpoint.select(scores)
 
 
 def test_what_seqio_writes(tmp_path):
@@ -65,26 +66,28 @@ def test_what_seqio_writes(tmp_path):
     }
     logger('news', step, metrics, None, None, None)
   (tmp_path / 'checkpoint_1002000').mkdir()
-  scores = best.scores(str(tmp_path))
+  scores = best_checkpoint.scores(str(tmp_path))
   assert list(scores) == [1_001_000, 1_002_000, 1_003_000]
   assert list(scores.values()) == pytest.approx([27.5, 28.25, NAN], nan_ok=True)
-  assert best.checkpoint(str(tmp_path)) == f'{tmp_path}/checkpoint_1002000'
+  assert best_checkpoint.checkpoint(str(tmp_path)) == f'{tmp_path}/checkpoint_1002000'
 
 
 def test_after_a_restart_the_later_line_counts(run):
   folder = run(rows((10, 1.0), (20, 9.0), (10, 2.0), (20, 3.0), (30, 2.5)), [20])
-  assert best.scores(folder) == {10: 2.0, 20: 3.0, 30: 2.5}
-  assert best.checkpoint(folder) == f'{folder}/checkpoint_20'
+  assert best_checkpoint.scores(folder) == {10: 2.0, 20: 3.0, 30: 2.5}
+  assert best_checkpoint.checkpoint(folder) == f'{folder}/checkpoint_20'
 
 
 def test_a_metric_or_a_task_of_several(run):
   lines = [{'step': 10, 'rouge1': 3.0, 'rouge2': 1}, {'step': 20, 'rouge1': 2.0}]
   folder = run(lines)
-  assert best.scores(folder, 'rouge1') == {10: 3.0, 20: 2.0}
-  assert best.scores(folder, 'rouge2') == {10: 1}
+  assert best_checkpoint.scores(folder, 'rouge1') == {10: 3.0, 20: 2.0}
+  assert best_checkpoint.scores(folder, 'rouge2') == {10: 1}
   run(rows((10, 7.0)), task='wmt')
-  assert best.scores(folder, 'bleu', 'wmt') == best.scores(folder, None, 'wmt')
-  assert best.scores(folder, 'rouge1', 'news') == {10: 3.0, 20: 2.0}
+  assert best_checkpoint.scores(folder, 'bleu', 'wmt') == best_checkpoint.scores(
+    folder, None, 'wmt'
+  )
+  assert best_checkpoint.scores(folder, 'rouge1', 'news') == {10: 3.0, 20: 2.0}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_damaged_lines_are_named_and_skipped(run, damaged, monkeypatch):
   said = []
   monkeypatch.setattr(logging, 'warning', lambda text, *args: said.append(text % args))
   folder = run([*rows((10, 1.0)), damaged, *rows((30, 2.0))])
-  assert best.scores(folder) == {10: 1.0, 30: 2.0}
+  assert best_checkpoint.scores(folder) == {10: 1.0, 30: 2.0}
   file = f'{folder}/inference_eval/news-metrics.jsonl'
   assert said == [f'{file}, line 2 is damaged, and skipped.']
 
@@ -132,20 +135,20 @@ def test_damaged_lines_are_named_and_skipped(run, damaged, monkeypatch):
 def test_what_is_not_there_is_named(run, lines, metric, task, message):
   folder = run(lines)
   with pytest.raises(ValueError, match=re.escape(message)):
-    best.scores(folder, metric, task)
+    best_checkpoint.scores(folder, metric, task)
 
 
 def test_a_task_is_needed_where_there_are_two(run):
   run(rows((10, 1.0)), task='wmt')
   folder = run(rows((10, 1.0)))
   with pytest.raises(ValueError, match='a task is needed; choose one of news, wmt'):
-    best.scores(folder)
+    best_checkpoint.scores(folder)
 
 
 def test_a_folder_without_scores(tmp_path):
   message = f'^{tmp_path}/inference_eval has no scores: .* not its MODEL_DIR'
   with pytest.raises(ValueError, match=message):
-    best.checkpoint(str(tmp_path))
+    best_checkpoint.checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_a_removed_checkpoint_is_not_replaced(run, steps, rest):
   with pytest.raises(
     ValueError, match=rf'step, 20 \(3\), was removed; {rest}'
   ) as error:
-    best.checkpoint(folder)
+    best_checkpoint.checkpoint(folder)
   assert 'KEEP_CHECKPOINTS = None' in str(error.value)
 
 

@@ -2,20 +2,21 @@
 
 import re
 
-import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import seqio
-import tiny_task
 from flax import serialization, traverse_util
 from t5x import adafactor, partitioning, utils
 
-from gqa_t5x import calibrate, models, network
-from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x import calibrate
+from gqa_t5x.conversion.input_statistics import open_statistics
 from gqa_t5x.conversion.input_sums import add_sums, input_sums, mean_moments
-from gqa_t5x.conversion.statistics import open_statistics
+from gqa_t5x.errors import BadInput
+from gqa_t5x.model import network
+from gqa_t5x.training import models
+from helpers import commands, tiny_task
 
 # As commands.TINY_GIN.
 CONFIG = network.config(
@@ -297,7 +298,7 @@ def test_no_data(saved, tmp_path, monkeypatch):
 
 def test_output_is_not_overwritten(saved, tmp_path):
   (tmp_path / 'a.npz').write_text('mine')
-  with pytest.raises(ConversionError, match=r'a\.npz exists already; choose another'):
+  with pytest.raises(BadInput, match=r'a\.npz exists already; choose another'):
     run(saved, tmp_path / 'a.npz')
   assert (tmp_path / 'a.npz').read_text() == 'mine'
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import sysconfig
 
-import commands
 import pytest
 import setuptools
 
 import gin
 import gqa_t5x
+from helpers import commands
 
 ROOT = commands.ROOT
 NIGHTLIES = ('seqio-nightly', 'tfds-nightly')

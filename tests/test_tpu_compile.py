@@ -3,9 +3,9 @@
 import pytest
 
 from gqa_t5x import tpu_compile
-from gqa_t5x.analysis import compile_report, compile_search, program, topology
-from gqa_t5x.analysis.chips import CHIPS, GIB
-from gqa_t5x.analysis.settings import BadSetting
+from gqa_t5x.analysis.benchmarks.settings import BadSetting
+from gqa_t5x.analysis.tpu import compile_report, compile_search, program, topology
+from gqa_t5x.analysis.tpu.chips import CHIPS, GIB
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ Letters: J heads of the module, K groups, G = J / K heads of a group, H head siz
 
 import numpy as np
 
-from gqa_t5x.conversion import moments, shared_heads
-from gqa_t5x.conversion.module import Kernels
-from gqa_t5x.conversion.statistics import InputMoments
+from gqa_t5x.conversion import head_moments, shared_heads
+from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.kernels import Kernels
 
 # Swaps whose residual is computed in one pass, best affinity first: each takes four
 # eigenproblems. With 16 heads of size 8, more of them hardly lowered the residual.
@@ -39,8 +39,8 @@ def similar_heads(
     groups by their first head.
   """
   sides = [
-    _Side(*moments.key_moments(kernels, inputs, head_dim)),
-    _Side(*moments.value_moments(kernels, inputs, head_dim)),
+    _Side(*head_moments.key_moments(kernels, inputs, head_dim)),
+    _Side(*head_moments.value_moments(kernels, inputs, head_dim)),
   ]
   affinity_JJ = sum(side.affinity() for side in sides)
   groups = _greedy_groups(affinity_JJ, num_groups)

@@ -15,10 +15,10 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from gqa_t5x.attention import GroupedQueryAttention
-from gqa_t5x.conversion.architecture import KINDS
-from gqa_t5x.conversion.statistics import InputMoments
-from gqa_t5x.network import Encoder
+from gqa_t5x.checkpoints.tree import KINDS
+from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.model.attention import GroupedQueryAttention
+from gqa_t5x.model.network import Encoder
 
 Array = jax.Array
 

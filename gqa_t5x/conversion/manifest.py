@@ -18,12 +18,12 @@ import numpy as np
 from etils import epath
 
 import gqa_t5x
-from gqa_t5x.conversion.architecture import Architecture
-from gqa_t5x.conversion.checkpoint import open_checkpoint
-from gqa_t5x.conversion.errors import ConversionError
-from gqa_t5x.conversion.params import TARGET, Plan
-from gqa_t5x.conversion.pipeline import Job, run_jobs
-from gqa_t5x.conversion.tensors import LazyTensor, TensorSpec
+from gqa_t5x.checkpoints.folders import open_checkpoint
+from gqa_t5x.checkpoints.jobs import Job, run_jobs
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
+from gqa_t5x.checkpoints.tree import TARGET, Architecture
+from gqa_t5x.conversion.plan import Plan
+from gqa_t5x.errors import BadInput
 
 NAME = 'gqa_t5x_manifest.json'
 _FORMAT = 1
@@ -120,11 +120,11 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
   """Reads the manifest of a checkpoint.
 
   Raises:
-    ConversionError: there is none, it is damaged, or of another version.
+    BadInput: there is none, it is damaged, or of another version.
   """
   file = folder / NAME
   if not file.exists():
-    raise ConversionError(
+    raise BadInput(
       f'{folder} has no {NAME}: only what this version of gqa_t5x.convert has written'
       ' can be verified'
     )
@@ -133,13 +133,13 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     version = manifest['format']
     missing = {'architecture', 'changed', 'method', 'result'} - manifest.keys()
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ConversionError(f'{file} is truncated or damaged: {error}') from error
+    raise BadInput(f'{file} is truncated or damaged: {error}') from error
   if version != _FORMAT:
-    raise ConversionError(
+    raise BadInput(
       f'{file} is of format {version}, this version of gqa_t5x reads {_FORMAT}'
     )
   if missing:
-    raise ConversionError(f'{file} is damaged: {", ".join(sorted(missing))} is missing')
+    raise BadInput(f'{file} is damaged: {", ".join(sorted(missing))} is missing')
   return manifest
 
 
@@ -155,7 +155,7 @@ def verify(folder: epath.Path) -> dict[str, Any]:
     The manifest.
 
   Raises:
-    ConversionError: there is no manifest, or tensors differ: it names each.
+    BadInput: there is no manifest, or tensors differ: it names each.
   """
   manifest = read_manifest(folder)
   tensors = open_checkpoint(folder)
@@ -172,7 +172,7 @@ def verify(folder: epath.Path) -> dict[str, Any]:
       f' {manifest["result"]["num_tensors"]}, or their dtypes differ'
     )
   if problems:
-    raise ConversionError(
+    raise BadInput(
       f'{folder} is not what its {NAME} says, convert again: {"; ".join(problems)}'
     )
   return manifest
@@ -189,7 +189,7 @@ def _check_job(tensor: LazyTensor | None, wanted: Mapping[str, Any]) -> Job:
       return f'is {found}, not {expected}'
     try:
       same = describe_tensor(tensor.read()) == wanted
-    except ConversionError as error:
+    except BadInput as error:
       return f'cannot be read ({error})'
     return '' if same else 'has another checksum'
 

@@ -21,9 +21,9 @@ from collections.abc import Callable
 import numpy as np
 
 from gqa_t5x.conversion import sharing
-from gqa_t5x.conversion.errors import ConversionError
 from gqa_t5x.conversion.grouping import similar_heads
-from gqa_t5x.conversion.module import (
+from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.kernels import (
   ALL_KERNELS,
   AttentionModule,
   Kernels,
@@ -31,7 +31,7 @@ from gqa_t5x.conversion.module import (
   permute_heads,
   split_groups,
 )
-from gqa_t5x.conversion.statistics import InputMoments
+from gqa_t5x.errors import BadInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +137,19 @@ GROUPINGS = ('contiguous', 'similarity')
 
 
 def check_grouping(name: str) -> None:
-  """Raises ConversionError, which lists the known ones, for an unknown grouping."""
+  """Raises BadInput, which lists the known ones, for an unknown grouping."""
   if name not in GROUPINGS:
-    raise ConversionError(
-      f'unknown grouping {name!r}; choose one of {", ".join(GROUPINGS)}'
-    )
+    raise BadInput(f'unknown grouping {name!r}; choose one of {", ".join(GROUPINGS)}')
 
 
 def get_method(name: str) -> Method:
   """Looks a method up by name.
 
   Raises:
-    ConversionError: the name is unknown; the message lists the known ones.
+    BadInput: the name is unknown; the message lists the known ones.
   """
   if name not in METHODS:
-    raise ConversionError(
-      f'unknown method {name!r}; choose one of {", ".join(METHODS)}'
-    )
+    raise BadInput(f'unknown method {name!r}; choose one of {", ".join(METHODS)}')
   return METHODS[name]
 
 
@@ -180,14 +176,14 @@ def convert_module(
     The same names; key and value are now [D, K*H], in the dtype they came in.
 
   Raises:
-    ConversionError: unknown method or grouping, or `inputs` are needed.
+    BadInput: unknown method or grouping, or `inputs` are needed.
 
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 3.3.
   """
   chosen = get_method(method)
   check_grouping(grouping)
   if inputs is None and (chosen.uses_inputs or grouping == 'similarity'):
-    raise ConversionError(
+    raise BadInput(
       f'method={method}, grouping={grouping} need the second moments of the inputs'
     )
   if grouping == 'similarity':

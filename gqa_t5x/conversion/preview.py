@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from gqa_t5x.conversion.params import Plan
-from gqa_t5x.conversion.recipe import PARAM_STATES, TARGET
-from gqa_t5x.conversion.tensors import TensorSpec
+from gqa_t5x.checkpoints.lazy_tensor import TensorSpec
+from gqa_t5x.checkpoints.tree import PARAM_STATES, TARGET
+from gqa_t5x.conversion.plan import Plan
 
 _LAYER = re.compile(r'layers_(\d+)')
 

@@ -4,21 +4,18 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gqa_t5x.conversion import optimizer
-from gqa_t5x.conversion.architecture import norms_before
-from gqa_t5x.conversion.errors import ConversionError
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
+from gqa_t5x.checkpoints.tree import PARAM_STATES, TARGET, norms_before
+from gqa_t5x.conversion import adafactor_moments
+from gqa_t5x.conversion.input_statistics import InputMoments, open_statistics
+from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
 from gqa_t5x.conversion.methods import (
   METHODS,
   check_grouping,
   convert_module,
   get_method,
 )
-from gqa_t5x.conversion.module import ALL_KERNELS, AttentionModule
-from gqa_t5x.conversion.statistics import InputMoments, open_statistics
-from gqa_t5x.conversion.tensors import LazyTensor, TensorSpec, Unit
-
-TARGET = 'target/'
-PARAM_STATES = 'state/param_states/'
+from gqa_t5x.errors import BadInput
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -37,14 +34,14 @@ class Recipe:
         norms in front of a module stand in, as if its inputs were white before them.
 
     Raises:
-      ConversionError: unknown names, statistics that cannot be read or are not used.
+      BadInput: unknown names, statistics that cannot be read or are not used.
     """
     self._name, self._method = method, get_method(method)
     check_grouping(grouping)
     self._grouping = grouping
     if statistics and not (self._method.uses_inputs or grouping == 'similarity'):
       users = ', '.join(name for name, m in METHODS.items() if m.uses_inputs)
-      raise ConversionError(
+      raise BadInput(
         f'statistics={statistics} was given, but method={method} uses none; leave it'
         f' out, or choose one of {users}'
       )
@@ -83,11 +80,11 @@ class Recipe:
       if None in moments.values():
         continue
       old = {n: moment.shape for n, moment in moments.items()}
-      new = optimizer.converted_shapes(old, shapes[path])
+      new = adafactor_moments.converted_shapes(old, shapes[path])
       for n, moment_path in _moment_paths(path).items():
         outputs[moment_path] = TensorSpec(new[n], moments[n].dtype)
       all_moments[path] = moments
-      notes[path] = optimizer.describe(old, new, rule)
+      notes[path] = adafactor_moments.describe(old, new, rule)
 
     def compute():
       results = {}
@@ -103,7 +100,9 @@ class Recipe:
       for path, moments in all_moments.items():
         arrays = {n: moment.read() for n, moment in moments.items()}
         old = tensors[TARGET + path].shape
-        arrays = optimizer.convert_moments(arrays, module, old, shapes[path], rule)
+        arrays = adafactor_moments.convert_moments(
+          arrays, module, old, shapes[path], rule
+        )
         results |= {p: arrays[n] for n, p in _moment_paths(path).items()}
       return results
 
@@ -123,4 +122,4 @@ class Recipe:
 
 
 def _moment_paths(parameter: str) -> dict[str, str]:
-  return {name: f'{PARAM_STATES}{parameter}/{name}' for name in optimizer.NAMES}
+  return {name: f'{PARAM_STATES}{parameter}/{name}' for name in adafactor_moments.NAMES}

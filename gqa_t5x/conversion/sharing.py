@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gqa_t5x.conversion import moments, shared_heads
-from gqa_t5x.conversion.module import (
+from gqa_t5x.conversion import head_moments, shared_heads
+from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.kernels import (
   ALL_KERNELS,
   AttentionModule,
   Kernels,
@@ -16,7 +17,6 @@ from gqa_t5x.conversion.module import (
   heads_of,
 )
 from gqa_t5x.conversion.shared_heads import Sharing
-from gqa_t5x.conversion.statistics import InputMoments
 
 # (S [G, H, G, H], M [G, H, H]) -> the sharing of one group.
 Solver = Callable[[np.ndarray, np.ndarray], Sharing]
@@ -62,13 +62,16 @@ def convert(
     query_GRDH, out_GRHD = heads_of(group, 'query', H), heads_of(group, 'out', H)
     D = query_GRDH.shape[2]
     key_DH, absorb_GHH = _merge(
-      solve, rms, heads_of(group, 'key', H), *moments.key_moments(group, inputs, H)
+      solve, rms, heads_of(group, 'key', H), *head_moments.key_moments(group, inputs, H)
     )
     query_GRDH = query_GRDH @ absorb_GHH[:, None]
     new['key'].append(key_DH)
     new['query'].append(query_GRDH.transpose(2, 0, 1, 3).reshape(D, -1))
     value_DH, absorb_GHH = _merge(
-      solve, rms, heads_of(group, 'value', H), *moments.value_moments(group, inputs, H)
+      solve,
+      rms,
+      heads_of(group, 'value', H),
+      *head_moments.value_moments(group, inputs, H),
     )
     new['value'].append(value_DH)
     new['out'].append(
@@ -113,7 +116,7 @@ def spectra(
     residual, and its share of the whole what is lost.
   """
   H = module.head_dim
-  sides = {'key': moments.key_moments, 'value': moments.value_moments}
+  sides = {'key': head_moments.key_moments, 'value': head_moments.value_moments}
   return {
     name: np.stack(
       [

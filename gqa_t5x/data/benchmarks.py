@@ -36,8 +36,8 @@ import t5.data
 import tensorflow_datasets as tfds
 from t5.data import preprocessors as t5_preprocessors
 
-from gqa_t5x import paths
 from gqa_t5x.data import mediasum, metrics, preprocessors
+from gqa_t5x.training import paths
 
 SPLITS = ('train', 'validation', 'test')
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import tensorflow_datasets as tfds
 from absl import app, flags
 
-from gqa_t5x import paths
 from gqa_t5x.data import benchmarks
+from gqa_t5x.training import paths
 
 
 def prepare(names: Sequence[str], data_dir: str | None) -> None:

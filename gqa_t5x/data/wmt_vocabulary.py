@@ -20,8 +20,8 @@ import seqio
 from absl import app, flags
 from etils import epath
 
-from gqa_t5x import paths
 from gqa_t5x.data import benchmarks
+from gqa_t5x.training import paths
 
 TASK = 'wmt14_en_de_shazeer'
 NUM_PIECES = 32_768

@@ -38,9 +38,11 @@ import sys
 
 from absl import app, flags
 
-from gqa_t5x.reproduce import conversion, intensity, plan, report, run, uptrain
-from gqa_t5x.reproduce.scales import SCALES
-from gqa_t5x.reproduce.targets import ALL, TARGETS
+from gqa_t5x.reproduce.experiments import conversion, plan, run, uptrain
+from gqa_t5x.reproduce.experiments.scales import SCALES
+from gqa_t5x.reproduce.experiments.targets import ALL, TARGETS
+from gqa_t5x.reproduce.report import report
+from gqa_t5x.reproduce.results import intensity
 
 EXPERIMENTS = (*TARGETS, ALL)
 # What stages run by themselves: (verb, experiment) -> function of output_dir and study.

@@ -1,0 +1,1 @@
+"""Measures decoding, training and conversion on this machine."""

@@ -1,0 +1,139 @@
+"""Rows of benchmarks as a table with bars, and as a figure."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+
+from gqa_t5x.analysis.benchmarks.settings import BadSetting
+
+Row = dict[str, Any]
+BAR = 24  # characters of the slowest row
+TIMES = ('ms_per_step', 'seconds')
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[Row], None]]:
+  """Shows how many rows are done, and the time to go.
+
+  Args:
+    total: rows.
+
+  Yields:
+    What is to be called with each row.
+  """
+  columns = (
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )
+  console = rich.console.Console(stderr=True)
+  with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+    task = bar.add_task('measure', total=total)
+    yield lambda row: bar.advance(task)
+
+
+def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+  """Prints rows with bars for the time of each.
+
+  Args:
+    rows: of one kind of benchmark.
+    columns: key -> head of the column. The first key that is a time gets the bars.
+  """
+  time = next(key for key in columns if key in TIMES)
+  slowest = max(row[time] for row in rows)
+  table = rich.table.Table(box=None, pad_edge=False)
+  for key, head in columns.items():
+    left = key in ('model', 'size', 'method', 'compression')
+    table.add_column(head, justify='left' if left else 'right', no_wrap=True)
+    if key == time:
+      table.add_column('', no_wrap=True)
+  for row in rows:
+    cells = []
+    for key in columns:
+      cells.append(_cell(row, key))
+      if key == time:
+        cells.append('█' * max(1, round(BAR * row[time] / slowest)))
+    table.add_row(*cells)
+  width = None if os.isatty(1) else 120
+  console = rich.console.Console(width=width, highlight=False)
+  console.print(table)
+  first = rows[0]
+  said = f'measured on {first["device"]}'
+  if 'dtype' in first:
+    said += f', {first["dtype"]}'
+  if 'stream_gb_per_s' in first:
+    said += f'; a plain sum reads {first["stream_gb_per_s"]:.3g} GB/s'
+  console.print(said)
+
+
+def _cell(row: Row, key: str) -> str:
+  if key == 'model':
+    return row['size'] + (' (T5X)' if row['system'] == 't5x' else '')
+  value = row[key]
+  if not isinstance(value, float):
+    return str(value)
+  if key.endswith('fraction'):
+    return f'{value:.0%}'
+  return f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'
+
+
+def check_matplotlib() -> None:
+  """Raises BadSetting if figures cannot be drawn."""
+  try:
+    import matplotlib  # noqa: F401
+  except ImportError as error:
+    raise BadSetting(
+      '--png needs matplotlib, which is not installed; pip install matplotlib.'
+    ) from error
+
+
+def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
+  """Draws seconds per sample against key/value heads: the paper's figure 6.
+
+  Args:
+    rows: of decode benchmarks; those that differ in heads only are one line.
+    path: the PNG file.
+  """
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  names = ('size', 'batch_size', 'input_length', 'output_length', 'num_beams', 'dtype')
+  differing = [n for n in names if len({row[n] for row in rows}) > 1] or ['size']
+  lines: dict[str, list[Row]] = {}
+  for row in rows:
+    label = ', '.join(f'{n.replace("_", " ")} {row[n]}' for n in differing)
+    label += '' if row['system'] == 'gqa_t5x' else ' (T5X)'
+    lines.setdefault(label, []).append(row)
+  fig, axis = plt.subplots(figsize=(5.5, 3.6), layout='constrained')
+  for label, found in lines.items():
+    points = sorted((row['num_kv_heads'], row['seconds_per_sample']) for row in found)
+    heads, values = zip(*points, strict=True)
+    axis.plot(heads, values, marker='o' if len(points) > 1 else 'x', label=label)
+  heads = sorted({row['num_kv_heads'] for row in rows})
+  axis.set_xscale('log', base=2)
+  axis.set_xticks(heads, [str(k) for k in heads])
+  axis.minorticks_off()
+  axis.set_ylim(0, 1.08 * max(row['seconds_per_sample'] for row in rows))
+  axis.set_xlabel('key/value heads')
+  axis.set_ylabel('time per sample (s)')
+  same = [
+    f'{n.replace("_", " ")} {rows[0][n]}' for n in names[1:-1] if n not in differing
+  ]
+  title = [f'measured on {rows[0]["device"]}, {rows[0]["dtype"]}', ', '.join(same)]
+  axis.set_title('\n'.join(filter(None, title)), fontsize=9)
+  axis.grid(axis='y', lw=0.4, color='0.85')
+  axis.spines[['top', 'right']].set_visible(False)
+  axis.legend(fontsize=8, frameon=False)
+  temporary = path.with_suffix('.tmp.png')
+  fig.savefig(temporary, dpi=150)
+  plt.close(fig)
+  os.replace(temporary, path)

@@ -1,0 +1,160 @@
+"""Times a training step: forward and backward pass, without the optimizer."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gqa_t5x.analysis.benchmarks import random_model, settings, timing
+from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.model import network, sizes
+
+LISTS = {
+  'size': settings.SIZE,
+  'num_kv_heads': settings.NUM_KV_HEADS,
+  'batch_size': ('8', 'Examples of a batch.'),
+  'input_length': ('512', 'Tokens of each input.'),
+  'target_length': ('128', 'Tokens of each target.'),
+  'dtype': ('float32', 'Of activations, float32 or bfloat16; parameters are float32.'),
+}
+COLUMNS = {
+  'model': 'model',
+  'num_kv_heads': 'K',
+  'batch_size': 'batch',
+  'input_length': 'input',
+  'target_length': 'target',
+  'ms_per_step': 'ms/step',
+  'tokens_per_s': 'tokens/s',
+  'gflop_per_s': 'GFLOP/s',
+  'matmul_fraction': 'of products',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What is trained.
+
+  Attributes:
+    size: a key of sizes.SIZES.
+    num_kv_heads: K of decoder self- and cross-attention.
+    batch_size: B.
+    input_length: S, tokens.
+    target_length: T, tokens.
+    dtype: of activations: a key of settings.DTYPES.
+    system: 'gqa_t5x', or 't5x': T5X's own network.
+  """
+
+  size: str
+  num_kv_heads: int
+  batch_size: int
+  input_length: int
+  target_length: int
+  dtype: str
+  system: str = 'gqa_t5x'
+
+  @property
+  def config(self) -> network.T5Config:
+    """The model's configuration; its errors are BadSetting."""
+    return settings.config(self.size, self.num_kv_heads, self.dtype)
+
+  @property
+  def cost(self) -> formulas.TrainingStep:
+    """FLOPs and bytes of a step, by formula."""
+    return formulas.training_step(
+      self.config, self.batch_size, self.input_length, self.target_length
+    )
+
+  def nbytes(self) -> int:
+    """Memory that it needs, in bytes: parameters, gradients, and what is kept.
+
+    Of what products read and write in both passes the forward pass has a third, and
+    keeps it for the backward pass.
+    """
+    parameters = sum(formulas.parameters(self.config).values())
+    return 8 * parameters + self.cost.activation_bytes // 3
+
+  def check(self) -> None:
+    """Raises BadSetting for what cannot be, or does not fit into memory."""
+    settings.check_positive(self, 'batch_size', 'input_length', 'target_length')
+    settings.check_memory(self)
+
+  def describe(self) -> str:
+    """Returns what a reader tells settings apart by."""
+    return (
+      f'{self.size} with {self.num_kv_heads} K/V heads, batch {self.batch_size}, input'
+      f' {self.input_length}, target {self.target_length}, {self.dtype}'
+    )
+
+
+class Runner:
+  """A model and a batch, ready to be timed."""
+
+  def __init__(self, setting: Setting):
+    """Makes float32 parameters and random tokens.
+
+    Args:
+      setting: what is trained; `check` it first.
+    """
+    self.setting = setting
+    cfg = setting.config
+    self._module = random_model.module(setting)
+    self._params = random_model.params(cfg, jnp.float32)
+    rng = np.random.default_rng(0)
+    self._batch = [
+      jnp.asarray(rng.integers(2, cfg.vocab_size, (setting.batch_size, length)))
+      for length in (setting.input_length, setting.target_length)
+    ]
+
+  def step(self) -> Any:
+    """Returns the loss and the gradients of the batch."""
+    return _loss_and_gradients(self._module, self._params, *self._batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_gradients(module, params, inputs_BS, targets_BT):
+  def loss(params):
+    shifted_BT = jnp.pad(targets_BT[:, :-1], ((0, 0), (1, 0)))
+    logits_BTV = module.apply(
+      {'params': params}, inputs_BS, shifted_BT, targets_BT, enable_dropout=False
+    )
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV)
+    return -jnp.mean(jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1))
+
+  return jax.value_and_grad(loss)(params)
+
+
+def measure(
+  chosen: Sequence[Setting], repeats: int, command: str
+) -> Iterator[dict[str, Any]]:
+  """Yields rows of kind 'train_benchmark'; the arguments are `benchmark.run`'s."""
+  for runners in timing.in_groups(chosen, Runner):
+    measured = [runner.setting for runner in runners]
+    medians = timing.medians([runner.step for runner in runners], repeats)
+    for setting, seconds in zip(measured, medians, strict=True):
+      yield _row(setting, seconds, command)
+
+
+@functools.cache
+def _matmul_rate(size: str, rows: int, dtype: str) -> float:
+  dims = sizes.SIZES[size]
+  D, F = dims['emb_dim'], dims['mlp_dim']
+  return timing.matmul_gflop_per_s(rows, ((D, F), (F, D)), settings.DTYPES[dtype])
+
+
+def _row(setting: Setting, seconds: float, command: str) -> dict[str, Any]:
+  """Returns a row; `python -m gqa_t5x.benchmark train --help` explains its keys."""
+  tokens = setting.batch_size * (setting.input_length + setting.target_length)
+  input_tokens = setting.batch_size * setting.input_length
+  rate = _matmul_rate(setting.size, input_tokens, setting.dtype)
+  return settings.row('train_benchmark', command, setting) | {
+    'ms_per_step': 1e3 * seconds,
+    'tokens_per_s': tokens / seconds,
+    'flops_per_step': setting.cost.flops,
+    'gflop_per_s': 1e-9 * setting.cost.flops / seconds,
+    'matmul_gflop_per_s': rate,
+    'matmul_fraction': 1e-9 * setting.cost.flops / seconds / rate,
+  }

@@ -1,0 +1,1 @@
+"""Reads compiled programs as text, and counts what they move and compute."""

@@ -1,0 +1,100 @@
+"""Bytes that one device receives from others in the collectives of a program.
+
+The least that the usual ring algorithms receive, without padding, in a group of g:
+
+  all-gather           what the result has and the operand has not
+  reduce-scatter       (g - 1) / g of the operand
+  all-reduce           both, one after the other: 2 (g - 1) / g of the operand
+  all-to-all           (g - 1) / g of the operand
+  collective-permute   the operand
+"""
+
+import math
+import re
+
+from gqa_t5x.analysis.hlo.parse import Computation, Instruction
+
+KINDS = {
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+  'ragged-all-to-all',
+  'collective-broadcast',
+}
+_VIEWS = {'bitcast', 'get-tuple-element', 'reshape'}
+
+
+def received(computation: Computation, devices: int) -> list[tuple[str, float]]:
+  """Returns (kind, bytes received) of each collective in a fused computation.
+
+  Args:
+    computation: of a fusion, or one instruction with its operands as parameters.
+    devices: that run the program.
+  """
+  found = []
+  for i in computation.instructions.values():
+    if i.opcode not in KINDS:
+      continue
+    kind = 'reduce-scatter' if _is_reduce_scatter(computation, i) else i.opcode
+    operands = (computation.instructions[name] for name in i.operands)
+    nbytes = sum(shape.size for operand in operands for shape in operand.shapes)
+    found.append((kind, _received(kind, nbytes, group_size(i, devices))))
+  return found
+
+
+def _is_reduce_scatter(computation: Computation, i: Instruction) -> bool:
+  """Whether it is an all-reduce that is fused with taking this device's part."""
+  if i.opcode != 'all-reduce':
+    return False
+  todo, slices = [i.name], 0
+  while todo:
+    name = todo.pop()
+    for user in computation.users.get(name, []):
+      if user.opcode == 'dynamic-slice' and user.operands[0] == name:
+        slices += 1
+      elif user.opcode in _VIEWS:
+        todo.append(user.name)
+      else:
+        return False
+  return slices > 0
+
+
+def _received(kind: str, nbytes: float, group: int) -> float:
+  if kind == 'all-gather':
+    return nbytes * (group - 1)
+  if kind in ('reduce-scatter', 'all-to-all', 'ragged-all-to-all'):
+    return nbytes * (group - 1) / group
+  if kind == 'all-reduce':
+    return 2 * nbytes * (group - 1) / group
+  return nbytes
+
+
+def group_size(i: Instruction, devices: int) -> int:
+  """Returns how many devices take part in a collective together.
+
+  Args:
+    i: the collective. Its `replica_groups` are a list, {{0,1},{2,3}}; or so many of so
+      many, [2,4]<=[8]; or axes of a mesh, mesh['x'=2,'y'=4] {'y'}, perhaps parts of
+      axes, {'y':(2)2}; or {}, all.
+    devices: that run the program.
+
+  Raises:
+    ValueError: for groups that are written in no such way.
+  """
+  text = i.attributes.partition('replica_groups=')[2]
+  if not text:
+    return devices
+  mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{('[^}]*)\}", text)
+  if mesh:
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
+    return math.prod(int(part or sizes[name]) for name, part in axes)
+  several = re.match(r'\[\d+,(\d+)\]<=', text)
+  if several:
+    return int(several.group(1))
+  listed = re.match(r'\{(?:\{([\d,]+)\}|\})', text)
+  if listed:
+    return len(listed.group(1).split(',')) if listed.group(1) else devices
+  raise ValueError(f'{i.name}: replica_groups={text[:30]} is written in no known way.')

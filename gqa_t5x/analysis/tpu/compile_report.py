@@ -1,0 +1,103 @@
+"""What a compiled row says, for a person at a terminal."""
+
+from typing import Any
+
+from gqa_t5x.analysis.tpu import topology
+from gqa_t5x.analysis.tpu.chips import CHIPS, GIB
+
+Row = dict[str, Any]
+
+
+def headline(row: Row) -> str:
+  """Returns one line: the layout, and what a program needs of what there is."""
+  microbatches = row.get('num_microbatches')
+  peak, capacity = row['hbm_peak_bytes'] / GIB, row['hbm_capacity_bytes'] / GIB
+  return (
+    f'model {row["model_partitions"]} x data {row["data_partitions"]},'
+    f' batch {row["batch_size"]}'
+    + (f' in {microbatches} microbatches' if microbatches else '')
+    + f': {peak:.2f} of {capacity:.2f} GiB'
+    + (f', {_time(row)}' if row['fits'] else ': does not fit')
+  )
+
+
+def _time(row: Row) -> str:
+  if row['mode'] == 'decode':
+    return f'{row["seconds_per_sample"]:.3f} s a sample and chip'
+  return f'{row["roofline_ms"]:.0f} ms a step'
+
+
+def text(row: Row) -> str:
+  """Returns the whole report of a row, all numbers per chip.
+
+  Args:
+    row: of compiled_rows.
+  """
+  chip = CHIPS[topology.parse(row['topology'])[0]]
+  lines = [
+    f'{row["topology"]}: {row["chips"]} chips, each with'
+    f' {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s,'
+    f' {chip.memory / GIB:.0f} GiB, links of {chip.links / 1e9:.0f} GB/s',
+    f'model {row["model_partitions"]} x data {row["data_partitions"]} devices,'
+    f' batch {row["batch_size"]}, input {row["input_length"]},'
+    f' output {row["output_length"]}, {row["num_kv_heads"]} key/value heads,'
+    f' {row["dtype"]}; compiled, per chip:',
+    '',
+    *_memory(row),
+  ]
+  if row['fits']:
+    lines += ['', 'a step:', *_step(row)]
+  return '\n'.join(lines)
+
+
+def _memory(row: Row) -> list[str]:
+  names = {
+    'parameters_bytes': 'parameters',
+    'optimizer_bytes': 'optimizer state',
+    'cache_bytes': 'keys and values alone',
+    'activation_bytes': 'activations and caches',
+    'code_bytes': 'program',
+  }
+  lines = [
+    f'  {label:<26}{row[key] / GIB:>10.3f} GiB'
+    for key, label in names.items()
+    if key in row
+  ]
+  peak, capacity = row['hbm_peak_bytes'], row['hbm_capacity_bytes']
+  verdict = 'fits' if row['fits'] else f'{(peak - capacity) / GIB:.2f} GiB too much'
+  return [
+    *lines,
+    f'  {"peak":<26}{peak / GIB:>10.3f} GiB of {capacity / GIB:.2f}: {verdict}',
+  ]
+
+
+def _step(row: Row) -> list[str]:
+  lines = [
+    _line('compute', row['flops_per_step'] / 1e12, 'TFLOP', row['compute_ms']),
+    _line('memory', row['hbm_bytes_per_step'] / 1e9, 'GB', row['memory_ms']),
+    _line('links', row['collective_bytes_per_step'] / 1e9, 'GB', row['links_ms']),
+  ]
+  lines += [
+    _line(f'  {kind}', nbytes / 1e9, 'GB')
+    for kind, nbytes in sorted(row['collectives_per_step'].items())
+  ]
+  lines.append(f'  {"roofline":<26}{"":>16}{row["roofline_ms"]:>12.3f} ms')
+  lines.append(_line("compiler's estimate", row['cycles_per_step'] / 1e6, 'Mcycles'))
+  if row['mode'] == 'decode':
+    ratio = row['hbm_bytes_per_step'] / row['least_bytes_per_step']
+    lines += [
+      f'  {"memory / least possible":<26}{ratio:>10.3f}',
+      _line(
+        'before the first step',
+        row['prepare_flops'] / 1e12,
+        'TFLOP',
+        row['prepare_roofline_ms'],
+      ),
+      f'  {"one sample":<26}{row["seconds_per_sample"]:>10.3f} s of one chip',
+    ]
+  return lines
+
+
+def _line(name: str, value: float, unit: str, ms: float | None = None) -> str:
+  line = f'  {name:<26}{value:>10.3f} {unit:<5}'
+  return line if ms is None else f'{line}{ms:>12.3f} ms'

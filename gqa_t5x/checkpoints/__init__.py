@@ -1,0 +1,1 @@
+"""Checkpoints of every format: found, read a tensor at a time, written."""

@@ -1,0 +1,126 @@
+"""Finds, lists and opens checkpoints of any layout, without T5X, Orbax or transformers.
+
+  legacy   checkpoint_N/checkpoint             t5x_layouts.py
+  Orbax    checkpoint_N/state/_METADATA        t5x_layouts.py
+  Hugging Face   any_name/config.json          huggingface.py
+
+Either way the result is path -> LazyTensor: nothing is read but names and shapes.
+Paths are local or gs:// (pytorch_model.bin: local).
+"""
+
+import re
+
+from etils import epath
+
+from gqa_t5x.checkpoints import huggingface, t5x_layouts
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.checkpoints.t5x_layouts import METADATA, MSGPACK, STATE
+from gqa_t5x.errors import BadInput
+
+_STEP = re.compile(r'checkpoint_(\d+)')
+
+
+def checkpoint_step(path: epath.Path) -> int | None:
+  """The N of a folder named checkpoint_N, or None."""
+  match = _STEP.fullmatch(path.name)
+  return int(match[1]) if match else None
+
+
+def list_checkpoints(folder: epath.Path) -> list[epath.Path]:
+  """The checkpoint_N in a folder, by rising step."""
+  found = folder.iterdir() if folder.is_dir() else ()
+  return sorted(
+    (p for p in found if checkpoint_step(p) is not None), key=checkpoint_step
+  )
+
+
+def find_checkpoint(path: epath.Path) -> epath.Path:
+  """Finds the checkpoint that a path means.
+
+  Args:
+    path: a checkpoint folder, a file in it that says what it is (`checkpoint`,
+      `model.safetensors`), or a model_dir (then the latest checkpoint_N in it).
+
+  Returns:
+    The checkpoint folder.
+
+  Raises:
+    BadInput: there is none, or two in one folder.
+  """
+  if not path.exists():
+    raise BadInput(f'there is no checkpoint at {path}: no such file or folder')
+  names = {MSGPACK, huggingface.CONFIG, *sum(huggingface.WEIGHTS, ())}
+  if path.name in names and not path.is_dir():
+    path = path.parent
+  if _entry(path) is not None or (path / STATE).is_dir():
+    return path
+  checkpoints = list_checkpoints(path)
+  if checkpoints:
+    return find_checkpoint(checkpoints[-1])
+  raise BadInput(
+    f'there is no T5X checkpoint in {path}: expected a file named checkpoint, a folder'
+    ' named state, or folders named checkpoint_<step>; nor is there a Hugging Face'
+    ' model: model.safetensors or pytorch_model.bin, or an index of such files; it may'
+    ' be only partly copied'
+  )
+
+
+def step_is_known(path: epath.Path) -> bool:
+  """Whether a checkpoint folder keeps its step; Hugging Face's do not, and read as 0.
+
+  Args:
+    path: what `find_checkpoint` returned.
+  """
+  return huggingface.weights_file(path) is None
+
+
+def _entry(path: epath.Path) -> epath.Path | None:
+  """The file that lists a checkpoint's tensors; None if there is none.
+
+  Raises:
+    BadInput: there are two, of different layouts.
+  """
+  orbax = [path / STATE / name for name in (METADATA, MSGPACK)]
+  # Orbax itself wrote both for a while.
+  orbax = [file for file in orbax if file.exists()][:1]
+  found = [file for file in (path / MSGPACK, *orbax) if file.exists()]
+  weights = huggingface.weights_file(path)
+  found += [weights] if weights else []
+  if len(found) > 1:
+    raise BadInput(f'{path} has two checkpoints, {found[0]} and {found[1]}; keep one')
+  return found[0] if found else None
+
+
+def dataset_state(path: epath.Path) -> list[str]:
+  """Names of the data pipeline's saved state in a checkpoint folder, if any."""
+  files = [p.name for p in path.iterdir() if p.name.startswith('train_ds')]
+  folder = path / 'dataset'
+  if folder.is_dir():
+    inside = (p.name for p in folder.iterdir())
+    files += [f'dataset/{n}' for n in inside if n.startswith('train_ds')]
+  return sorted(files)
+
+
+def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
+  """Opens a checkpoint folder of any layout.
+
+  Args:
+    path: the folder, local or gs://.
+
+  Returns:
+    "target/decoder/...", "state/step", "state/param_states/..." -> tensor.
+
+  Raises:
+    BadInput: a part is missing or damaged; the message names file and tensor.
+  """
+  file = _entry(path)
+  if file is None:
+    raise BadInput(
+      f'{path / STATE} has neither {METADATA} nor {MSGPACK}: the checkpoint is only'
+      ' partly written or copied'
+    )
+  if file.name == MSGPACK:
+    return t5x_layouts.open_legacy(file)
+  if file.name == METADATA:
+    return t5x_layouts.open_orbax(file)
+  return huggingface.open_folder(file)

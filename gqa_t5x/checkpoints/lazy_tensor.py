@@ -1,0 +1,173 @@
+"""Tensors that are not in memory yet, so that a checkpoint converts as a stream."""
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
+
+import numpy as np
+from etils import epath
+
+from gqa_t5x.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+  """Shape and NumPy dtype of one tensor of a checkpoint."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def size(self) -> int:
+    """Elements."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes, uncompressed."""
+    return self.size * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """An uncompressed zarr array on a local disk: one file a chunk, all of one size.
+
+  Attributes:
+    name: of the tensor, for messages.
+    folder: where the files are.
+    chunks: shape of a chunk; those at the edges are filled up.
+    num_files: how many chunks there are.
+    file_bytes: bytes of each.
+  """
+
+  name: str
+  folder: str
+  chunks: tuple[int, ...]
+  num_files: int
+  file_bytes: int
+
+  def copy(self, folder: str) -> None:
+    """Copies the array into a new folder, without reading it into memory.
+
+    Args:
+      folder: the folder to make.
+
+    Raises:
+      BadInput: a file is missing or cut.
+    """
+    os.mkdir(folder)
+    files = sorted(os.listdir(self.folder))
+    chunks = [name for name in files if not name.startswith('.')]
+    if len(chunks) != self.num_files:
+      raise self._damaged(f'{len(chunks)} of {self.num_files} chunks are there')
+    for name in files:
+      source = os.path.join(self.folder, name)
+      size = os.path.getsize(source)
+      if name in chunks and size != self.file_bytes:
+        raise self._damaged(f'{name} has {size:,} of {self.file_bytes:,} bytes')
+      shutil.copyfile(source, os.path.join(folder, name))
+
+  def _damaged(self, what: str) -> BadInput:
+    return BadInput(f'cannot read the tensor {self.name} of {self.folder}: {what}')
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor(TensorSpec):
+  """A tensor that is read when asked for.
+
+  Attributes:
+    read: () -> the array, read anew at every call.
+    stored: its files, where they may be copied as they are.
+  """
+
+  read: Callable[[], np.ndarray]
+  stored: StoredTensor | None = None
+
+  @classmethod
+  def of(cls, array: np.ndarray) -> 'LazyTensor':
+    """Wraps an array that is in memory already."""
+    return cls(tuple(array.shape), np.dtype(array.dtype), lambda: array)
+
+  @classmethod
+  def in_file(
+    cls,
+    file: epath.Path,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    spans: Sequence[tuple[int, int]],
+  ) -> 'LazyTensor':
+    """Names a tensor whose bytes, in C order, are in a file, local or gs://.
+
+    Args:
+      file: the file; each `read` opens it anew, and raises BadInput if it is
+        no longer there or shorter than it was.
+      name: of the tensor, for messages.
+      shape: of the tensor.
+      dtype: of the tensor.
+      spans: (offset, bytes) of its parts in the file.
+
+    Returns:
+      The tensor.
+    """
+    return cls(shape, dtype, lambda: _read(file, name, shape, dtype, spans))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """The smallest piece of work: tensors that are converted together.
+
+  One attention module with its moments, or one tensor that is copied. A converted
+  checkpoint is a list of units: sizes are known before anything is read, peak memory
+  is that of the largest unit, and units do not depend on each other.
+
+  Attributes:
+    outputs: path -> shape and dtype of each tensor it makes.
+    compute: () -> path -> array; reads what it needs.
+  """
+
+  outputs: dict[str, TensorSpec]
+  compute: Callable[[], dict[str, np.ndarray]]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the outputs, uncompressed."""
+    return sum(spec.nbytes for spec in self.outputs.values())
+
+
+def _read(
+  file: epath.Path,
+  name: str,
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  spans: Sequence[tuple[int, int]],
+) -> np.ndarray:
+  array = np.empty(shape, dtype)
+  target = memoryview(array.reshape(-1).view(np.uint8))
+  try:
+    with file.open('rb') as handle:
+      for offset, nbytes in spans:
+        handle.seek(offset)
+        found = _fill(handle, target[:nbytes])
+        if found < nbytes:
+          raise EOFError(
+            f'{nbytes} bytes are expected at {offset}, {found} are there; the file'
+            ' changed after it was opened'
+          )
+        target = target[nbytes:]
+  except Exception as error:  # each kind of file system has its own
+    what = (str(error) or type(error).__name__).splitlines()[0]
+    raise BadInput(f'cannot read the tensor {name} of {file}: {what}') from error
+  return array
+
+
+def _fill(handle: BinaryIO, target: memoryview) -> int:
+  """Reads until `target` is full or the file ends; returns how many bytes."""
+  if hasattr(handle, 'readinto'):
+    return handle.readinto(target)
+  data = handle.read(len(target))  # a file in a bucket
+  target[: len(data)] = data
+  return len(data)

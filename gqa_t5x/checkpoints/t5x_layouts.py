@@ -1,0 +1,224 @@
+"""Opens the checkpoints of T5X, legacy and Orbax, without T5X or Orbax.
+
+  legacy   checkpoint_N/checkpoint             msgpack: the tree; small tensors, or all
+           checkpoint_N/target.encoder...      TensorStore (zarr), one folder a tensor
+  Orbax    checkpoint_N/state/_METADATA        JSON: the tree
+           checkpoint_N/state/manifest.ocdbt   TensorStore (zarr) in one OCDBT database;
+                                               older: one folder a tensor
+
+Either way the result is path -> LazyTensor: nothing is read but names and shapes.
+"""
+
+import ast
+import json
+import math
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from gqa_t5x.checkpoints import msgpack_index
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, StoredTensor
+from gqa_t5x.checkpoints.tree import flatten
+from gqa_t5x.errors import BadInput
+
+MSGPACK = 'checkpoint'
+STATE = 'state'
+METADATA = '_METADATA'
+_OCDBT = 'manifest.ocdbt'
+_PLACEHOLDER = 'PLACEHOLDER://'
+
+
+def kvstore(path: epath.Path) -> dict[str, Any]:
+  """TensorStore's specification of a folder, local or gs://."""
+  text = str(path)
+  if text.startswith('gs://'):
+    bucket, _, key = text.removeprefix('gs://').partition('/')
+    return {'driver': 'gcs', 'bucket': bucket, 'path': key.rstrip('/') + '/'}
+  return {'driver': 'file', 'path': text.rstrip('/') + '/'}
+
+
+def open_legacy(file: epath.Path) -> dict[str, LazyTensor]:
+  """Opens a legacy checkpoint.
+
+  Args:
+    file: its msgpack.
+
+  Raises:
+    BadInput: a part is missing or damaged; the message names file and tensor.
+  """
+  return _open_tree(file, _legacy_leaves(file))
+
+
+def open_orbax(file: epath.Path) -> dict[str, LazyTensor]:
+  """Opens an Orbax checkpoint.
+
+  Args:
+    file: its _METADATA.
+
+  Raises:
+    BadInput: a part is missing or damaged; the message names file and tensor.
+  """
+  return _open_tree(file, _orbax_leaves(file))
+
+
+def _legacy_leaves(file: epath.Path) -> dict[str, Any]:
+  """Reads the msgpack: path -> tensor, TensorStore spec, or Orbax placeholder."""
+  start = b'model_checkpoint_path'
+  with file.open('rb') as handle:
+    if handle.read(len(start)) == start:
+      raise BadInput(
+        f"{file} is of a TensorFlow checkpoint: convert it first with T5X's"
+        ' t5x/scripts/convert_tf_checkpoint.py'
+      )
+  tree = msgpack_index.read_tree(file)
+  tree = tree.get('optimizer', tree)
+  if not isinstance(tree, dict):
+    raise BadInput(f'{file} is damaged: optimizer is no tree of tensors')
+  return dict(flatten(tree, is_leaf=_is_spec))
+
+
+def _is_spec(node: Any) -> bool:
+  return {'driver', 'kvstore', 'metadata'} <= node.keys()
+
+
+def _orbax_leaves(file: epath.Path) -> dict[str, Any]:
+  """Reads Orbax's _METADATA: path -> TensorStore spec relative to the folder."""
+  try:
+    metadata = json.loads(file.read_text())
+    entries = metadata['tree_metadata']
+    driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
+    keys = [ast.literal_eval(key) for key in entries]
+    types = [entry['value_metadata']['value_type'] for entry in entries.values()]
+    return {
+      '/'.join(key): {'driver': driver, 'kvstore': {'path': '.'.join(key)}}
+      for key, kind in zip(keys, types, strict=True)
+      if kind not in ('None', 'Dict', 'List', 'Tuple', 'NamedTuple')
+    }
+  except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+    raise BadInput(f'{file} is truncated or damaged: {_one_line(error)}') from error
+
+
+def _open_tree(file: epath.Path, leaves: dict[str, Any]) -> dict[str, LazyTensor]:
+  """Opens every leaf, all at once; reads no tensor.
+
+  Args:
+    file: where the leaves are listed; TensorStore's folders are beside it.
+    leaves: path -> tensor, number, TensorStore spec, or Orbax placeholder.
+  """
+  import tensorstore as ts
+
+  folder = file.parent
+  base = kvstore(folder)
+  ocdbt = (folder / _OCDBT).exists()
+  context = ts.Context({'cache_pool': {'total_bytes_limit': 100_000_000}})
+  tensors: dict[str, LazyTensor | None] = {}
+  opening, unreadable, users = {}, [], {}
+  for path, leaf in leaves.items():
+    if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
+      name = leaf.removeprefix(_PLACEHOLDER)
+      leaf = {'driver': 'zarr', 'kvstore': {'path': name}}
+    if isinstance(leaf, dict):
+      tensors[path] = None  # keeps the order of the tree
+      try:
+        name = _tensor_folder(leaf)
+        if (other := users.setdefault(name, path)) != path:
+          raise ValueError(f'{name} is the folder of {other}')
+        spec = _absolute_spec(leaf, name, base, ocdbt)
+        opening[path] = leaf, ts.open(spec, open=True, read=True, context=context)
+      except ValueError as error:
+        unreadable.append(f'{path} ({_one_line(error)})')
+    elif isinstance(leaf, LazyTensor):
+      tensors[path] = leaf
+    elif isinstance(leaf, int | float):
+      tensors[path] = LazyTensor.of(np.asarray(leaf))
+    else:
+      raise BadInput(f'{file}: {path} is of type {type(leaf).__name__}, not an array')
+  for path, (leaf, future) in opening.items():
+    try:
+      array = future.result()
+      _check_shape(leaf, array.shape)
+      tensors[path] = _lazy(path, folder, array)
+    except ValueError as error:
+      unreadable.append(f'{path} ({_one_line(error)})')
+  if unreadable:
+    raise BadInput(
+      f'{folder} is only partly written or copied: cannot open'
+      f' {len(unreadable)} of {len(leaves)} tensors: {", ".join(unreadable)}'
+    )
+  return tensors
+
+
+def _tensor_folder(leaf: dict) -> str:
+  """Where a spec says that its tensor is, relative to the checkpoint."""
+  store = leaf['kvstore']
+  # Old TensorStore versions kept the path beside the kvstore.
+  name = store.get('path') if isinstance(store, dict) else None
+  name = name or leaf.get('path')
+  if not isinstance(name, str):
+    raise ValueError(f'damaged specification: no path in {store!r}')
+  return name.strip('/') + '/'
+
+
+def _absolute_spec(leaf: dict, name: str, base: dict, ocdbt: bool) -> dict[str, Any]:
+  """Points a tensor's relative TensorStore spec at the checkpoint's folder.
+
+  A missing chunk must be an error: TensorStore's default is to read it as zeros. Each
+  tensor is read once: chunks kept in the cache (OCDBT's nodes are) would waste memory.
+  """
+  if ocdbt:
+    store = {'driver': 'ocdbt', 'base': base, 'path': name}
+  else:
+    store = {**base, 'path': base['path'] + name}
+  return {
+    'driver': leaf['driver'],
+    'kvstore': store,
+    'fill_missing_data_reads': False,
+    'cache_pool': {'total_bytes_limit': 0},
+  }
+
+
+def _check_shape(leaf: dict, shape: tuple[int, ...]) -> None:
+  """Raises if the tensor is not the one that the checkpoint's tree speaks of."""
+  metadata = leaf.get('metadata')
+  listed = metadata.get('shape') if isinstance(metadata, dict) else None
+  if listed is not None and listed != list(shape):
+    raise ValueError(f'it has shape {tuple(shape)}, and {listed} in the file {MSGPACK}')
+
+
+def _lazy(path: str, folder: epath.Path, array: Any) -> LazyTensor:
+  def read():
+    try:
+      return array.read(order='C').result()
+    except ValueError as error:
+      raise BadInput(
+        f'cannot read the tensor {path} of {folder}: {_one_line(error)}'
+      ) from error
+
+  dtype = np.dtype(array.dtype.numpy_dtype)
+  return LazyTensor(tuple(array.shape), dtype, read, _stored(path, array, dtype))
+
+
+def _stored(path: str, array: Any, dtype: np.dtype) -> StoredTensor | None:
+  """Describes the files of a tensor that may be copied as they are, or None."""
+  spec = array.spec().to_json()
+  metadata = spec['metadata']
+  if spec['driver'] != 'zarr' or spec['kvstore']['driver'] != 'file':
+    return None
+  if metadata['compressor'] or metadata['filters'] or not array.shape:
+    return None
+  chunks = tuple(metadata['chunks'])
+  grid = [-(-n // chunk) for n, chunk in zip(array.shape, chunks, strict=True)]
+  return StoredTensor(
+    name=path,
+    folder=spec['kvstore']['path'],
+    chunks=chunks,
+    num_files=math.prod(grid),
+    file_bytes=math.prod(chunks) * dtype.itemsize,
+  )
+
+
+def _one_line(error: Exception) -> str:
+  """The first line of an error, without TensorStore's appendix of source places."""
+  text = str(error) or type(error).__name__
+  return text.splitlines()[0].split(' [tensorstore_spec=')[0].split(' [source ')[0]

@@ -1,0 +1,153 @@
+"""What all commands share: flags, --help, errors as exit codes, SIGTERM.
+
+  command = command_line.Command('gqa_t5x.best', __doc__)
+  command.text('model_dir', None, 'MODEL_DIR of the run.')
+  sys.exit(command.run(sys.argv, act))
+
+Flags end in the command: what is below it takes plain values or a frozen request.
+"""
+
+import contextlib
+import functools
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import flags, logging
+
+from gqa_t5x.errors import BadInput
+
+# What etils raises for buckets, without an import of TensorFlow to name it.
+_BUCKETS = ('tensorflow.', 'gcsfs.', 'google.')
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM, raised where the program is, so that it cleans up as after Ctrl-C."""
+
+
+class Command:
+  """The flags of one command, apart from absl's global ones, and how it ends.
+
+  `text`, `whole`, `switch`, `choice`, `words` and `texts` define a flag each; the last
+  two take a list, comma-separated or by repeating the flag. Arguments: name, default,
+  help.
+  """
+
+  def __init__(self, module: str, doc: str, max_words: int = 0):
+    """Defines --help and --verbosity.
+
+    Args:
+      module: as in `python -m MODULE`.
+      doc: what --help begins with.
+      max_words: arguments besides the flags that are taken.
+    """
+    self.values = flags.FlagValues()
+    self._module, self._doc, self._max_words = module, doc, max_words
+    define = {'flag_values': self.values, 'module_name': module}
+    self.text = functools.partial(flags.DEFINE_string, **define)
+    self.switch = functools.partial(flags.DEFINE_bool, **define)
+    self.words = functools.partial(flags.DEFINE_list, **define)
+    self.texts = functools.partial(flags.DEFINE_multi_string, **define)
+    self._define = define
+    self.switch('help', False, 'Show this text.', short_name='h')
+    self.whole('verbosity', 0, '1: say where an error comes from.', least=None)
+
+  def whole(
+    self, name: str, default: int | None, text: str, least: int | None = 1
+  ) -> None:
+    """Defines a flag that is a whole number, of at least `least`."""
+    flags.DEFINE_integer(name, default, text, least, **self._define)
+
+  def choice(self, name: str, default: str | None, known: Any, text: str) -> None:
+    """Defines a flag that is one of the words `known`."""
+    flags.DEFINE_enum(name, default, list(known), text, **self._define)
+
+  def run(
+    self,
+    argv: Sequence[str],
+    act: Callable[..., int | None],
+    *,
+    expected: tuple[type[Exception], ...] = (),
+    stopped: str = 'stopped',
+  ) -> int:
+    """Parses the arguments and runs the command.
+
+    Args:
+      argv: program name and arguments.
+      act: from the parsed flags, and the words between them, to the exit code; None
+        is 0.
+      expected: exceptions whose message is for the user, besides bad input and what
+        the file system says.
+      stopped: what to say after Ctrl-C or SIGTERM.
+
+    Returns:
+      The exit code: that of `act`, 1 for bad input, 130 or 143 when stopped by SIGINT
+      or SIGTERM.
+    """
+    args = self.values
+    try:
+      words = args(list(argv))[1:]
+      logging.set_verbosity(args.verbosity)
+      if args.help:
+        print(f'{self._doc}\nFlags:{args.module_help(self._module)}')
+        return 0
+      if len(words) > self._max_words:
+        raise BadInput(f'unexpected argument {words[self._max_words]!r}; see --help')
+      with sigterm_raises():
+        return act(args, *words) or 0
+    except KeyboardInterrupt as error:
+      print(stopped, file=sys.stderr)
+      return 143 if isinstance(error, Terminated) else 130
+    except (BadInput, flags.Error, OSError, *expected) as error:
+      return self._fail(error)
+    except Exception as error:
+      if type(error).__module__.startswith(_BUCKETS):
+        return self._fail(error)
+      raise
+
+  def _fail(self, error: Exception) -> int:
+    if self.values.is_parsed() and self.values.verbosity > 0:
+      traceback.print_exception(error)
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return 1
+
+
+def on_sigterm(
+  act: Callable[[], None], *, ignore_others: bool = False
+) -> Callable[[], None]:
+  """Calls `act` at the first SIGTERM; does nothing outside of the main thread.
+
+  Args:
+    act: what to do, in the main thread, wherever that is.
+    ignore_others: whether later ones are ignored; they do what they did before if not.
+
+  Returns:
+    A function that gives the signal back.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    return lambda: None
+
+  def receive(signum, frame):
+    del signum, frame
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if ignore_others else previous)
+    act()
+
+  previous = signal.signal(signal.SIGTERM, receive)
+  return lambda: signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+  """Raises `Terminated` at SIGTERM; a second one does not stop the cleaning."""
+
+  def stop():
+    raise Terminated
+
+  give_back = on_sigterm(stop, ignore_others=True)
+  try:
+    yield
+  finally:
+    give_back()

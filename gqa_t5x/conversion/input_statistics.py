@@ -1,0 +1,217 @@
+"""The file of calibration statistics: second moments of what attention modules read.
+
+Of the inputs x, not of heads: one file of a checkpoint serves every number of
+key/value heads and every grouping. It is an .npz (np.load reads it) of float32 arrays,
+and an index.json beside them: which array belongs to which module, and where they are
+from. An array that modules share (all cross-attention layers read one encoder output)
+is stored once. `gqa_t5x.calibrate` writes the file.
+"""
+
+import contextlib
+import dataclasses
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+from etils import epath
+
+from gqa_t5x.errors import BadInput
+
+_INDEX = 'index.json'
+_FORMAT = 1
+_SUFFIX = '.tmp-statistics'
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputMoments:
+  """Second moments of the inputs of one attention module, after the layer norm.
+
+  Each is [D, D], or [D] where it is diagonal: without data, the squared scale of the
+  layer norm stands in for it (docs/conversion.md).
+
+  Attributes:
+    query: E[x^T x] of the inputs of the queries, a row vector x.
+    key: the same of the keys' inputs, less their mean over the sequence: a constant
+      added to all logits of a query does not change attention.
+    value: E[x^T x] of the values' inputs.
+  """
+
+  query: np.ndarray
+  key: np.ndarray
+  value: np.ndarray
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(InputMoments))
+
+
+def write_statistics(
+  path: epath.PathLike, moments: Mapping[str, InputMoments], info: Mapping[str, Any]
+) -> None:
+  """Writes the file, whole or not at all, one array at a time.
+
+  Args:
+    path: the file, local or gs://; replaced if it exists.
+    moments: "decoder/layers_0/self_attention" -> its moments. An array that occurs
+      twice (the same object) is written once.
+    info: where they are from, for JSON.
+
+  Raises:
+    BadInput: a moment is not finite. Nothing is left behind.
+  """
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / (path.name + _SUFFIX)
+  try:
+    with temporary.open('wb') as file, zipfile.ZipFile(file, 'w') as archive:
+      index = {'format': _FORMAT, 'info': dict(info)}
+      index['modules'] = _write_arrays(archive, moments)
+      archive.writestr(_INDEX, json.dumps(index, indent=1))
+    temporary.replace(path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def _write_arrays(
+  archive: zipfile.ZipFile, moments: Mapping[str, InputMoments]
+) -> dict[str, dict[str, str]]:
+  """Writes the arrays; returns module -> moment -> name in the archive."""
+  names: dict[int, str] = {}
+  modules: dict[str, dict[str, str]] = {}
+  for module, of_module in moments.items():
+    modules[module] = {}
+    for moment in _NAMES:
+      array = getattr(of_module, moment)
+      if id(array) not in names:
+        if not np.isfinite(array).all():
+          raise BadInput(
+            f'the {moment} moments of {module} are not finite: check the loss of the'
+            ' checkpoint'
+          )
+        names[id(array)] = f'{module}/{moment}.npy'
+        # force_zip64: the size is not known before, and may be above 2 GiB.
+        with archive.open(names[id(array)], 'w', force_zip64=True) as member:
+          np.lib.format.write_array(member, np.asarray(array, np.float32))
+      modules[module][moment] = names[id(array)]
+  return modules
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+  """A file of statistics; arrays are read when asked for.
+
+  Attributes:
+    path: the file.
+    info: where they are from: checkpoint, step, task, split, num_sequences, ...
+    modules: the attention modules that it knows, and the names of their arrays.
+  """
+
+  path: epath.Path
+  info: Mapping[str, Any]
+  modules: Mapping[str, Mapping[str, str]]
+
+  def check(self, module: str, width: int) -> None:
+    """Raises unless the file has the moments of a module, of the right shape.
+
+    Args:
+      module: its path, e.g. "decoder/layers_0/self_attention".
+      width: D of the model that they are for.
+
+    Raises:
+      BadInput: the module is missing, the file is damaged, or of a model of
+        another width.
+    """
+    for name in self._names(module):
+      with self._member(module, name) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {
+          (1, 0): np.lib.format.read_array_header_1_0,
+          (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, _ = read_header(member)
+      if shape not in ((width,), (width, width)):
+        raise BadInput(
+          f'{self.path}: the statistics of {module} are of shape {shape}, expected'
+          f' [D, D] or [D] with D={width}, the width of the model: they are of another'
+          ' checkpoint'
+        )
+
+  def moments(self, module: str) -> InputMoments:
+    """Reads the moments of one attention module.
+
+    Args:
+      module: its path, e.g. "decoder/layers_0/self_attention".
+
+    Returns:
+      float32 [D, D] each.
+
+    Raises:
+      BadInput: the module is missing, or the file is damaged.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name in self._names(module):
+      with self._member(module, name) as member:
+        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    names = self.modules[module]
+    return InputMoments(**{moment: arrays[names[moment]] for moment in _NAMES})
+
+  def _names(self, module: str) -> set[str]:
+    """Names of a module's arrays in the file."""
+    if module not in self.modules:
+      raise BadInput(
+        f'{self.path} has no statistics of {module}; it has {len(self.modules)} modules'
+        f' of step {self.info.get("step")} of {self.info.get("checkpoint")}. Make them'
+        ' anew from your checkpoint: python -m gqa_t5x.calibrate --help'
+      )
+    with _damage(self.path, f'the statistics of {module}'):
+      return {self.modules[module][moment] for moment in _NAMES}
+
+  @contextlib.contextmanager
+  def _member(self, module: str, name: str) -> Iterator[BinaryIO]:
+    with (
+      _damage(self.path, f'the statistics of {module}'),
+      self.path.open('rb') as file,
+      zipfile.ZipFile(file) as archive,
+      archive.open(name) as member,
+    ):
+      yield member
+
+
+def open_statistics(path: epath.PathLike) -> Statistics:
+  """Opens a file of statistics; reads its index alone.
+
+  Args:
+    path: the file, local or gs://.
+
+  Raises:
+    BadInput: it is missing, damaged, or something else.
+  """
+  path = epath.Path(path)
+  if not path.exists() or path.is_dir():
+    raise BadInput(
+      f'there is no file of statistics at {path}; make one: python -m gqa_t5x.calibrate'
+      ' --help'
+    )
+  with _damage(path, 'its index'):
+    with path.open('rb') as file, zipfile.ZipFile(file) as archive:
+      index = json.loads(archive.read(_INDEX))
+    if index['format'] != _FORMAT:
+      raise ValueError(f'format {index["format"]}, expected {_FORMAT}')
+    return Statistics(path, dict(index['info']), dict(index['modules']))
+
+
+@contextlib.contextmanager
+def _damage(path: epath.Path, part: str) -> Iterator[None]:
+  """Turns what a damaged file raises into one clear message."""
+  try:
+    yield
+  except _DAMAGE as error:
+    text = str(error) or type(error).__name__
+    raise BadInput(
+      f'{path} is truncated, damaged or no file of statistics: cannot read {part}'
+      f' ({text.splitlines()[0]})'
+    ) from error

@@ -1,0 +1,213 @@
+"""Decoding on the device: cross-attention K and V are computed once per input.
+
+T5X's own loop leaves that to every step (t5x#1261). Here the encoder runs once, cross
+K and V are kept at K heads and shared by all beams and samples of an input, and a step
+reads them, the parameters and the self-attention cache, which is updated in place.
+
+`greedy`, `temperature_sample` and `beam_search` are decode functions as T5X has them:
+names, arguments and results are T5X's, and T5X's own can take their place.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jax import lax
+
+from gqa_t5x.decoding.beam_search import beam_search
+from gqa_t5x.decoding.sampling import DecodingState, greedy, temperature_sample
+from gqa_t5x.model import sharding
+
+__all__ = ['beam_search', 'generate', 'greedy', 'prepare', 'step', 'temperature_sample']
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+# Tokens that a copy of the model encodes together: attention among more would fill the
+# memory before the keys and values do that decoding is about.
+ENCODED_TOGETHER = 2**14
+
+
+def generate(
+  module: nn.Module,
+  params: Params,
+  encoder_input_tokens: Array,
+  prompts: Array,
+  decode_fn: Callable[..., tuple[Array, Array]],
+  **decoder_params,
+) -> tuple[Array, Array]:
+  """Encodes the inputs and decodes from them.
+
+  Args:
+    module: a `network.Transformer`.
+    params: its parameters.
+    encoder_input_tokens: int `[B, S]`, 0 is padding.
+    prompts: int32 `[B, T]`, T tokens are decoded at most. Its first column is the start
+      token; tokens after it that are not 0 are forced.
+    decode_fn: `greedy`, `temperature_sample`, `beam_search`, or one of t5x.decoding.
+    **decoder_params: for `decode_fn`: eos_id, num_decodes, ...
+
+  Returns:
+    (tokens int32 `[B, num_decodes, T]`, 0 after the end marker; float32 scores
+    `[B, num_decodes]`), the best decode last.
+
+  Raises:
+    ValueError: if T is 0.
+  """
+  if prompts.shape[1] < 1:
+    raise ValueError(f'prompts of shape {prompts.shape} leave no token to decode.')
+  cache, kept = prepare(module, params, encoder_input_tokens, prompts.shape[1])
+
+  def tokens_to_logits(state: DecodingState) -> tuple[Array, Any]:
+    return step(
+      module,
+      params,
+      kept,
+      state.cache,
+      encoder_input_tokens,
+      state.cur_token[:, 0],
+      prompts.shape[1],
+    )
+
+  return decode_fn(
+    inputs=prompts, cache=cache, tokens_to_logits=tokens_to_logits, **decoder_params
+  )
+
+
+def prepare(
+  module: nn.Module, params: Params, encoder_input_tokens: Array, max_length: int
+) -> tuple[Any, Any]:
+  """Encodes the inputs, a few at a time, and makes what all steps share.
+
+  On a CPU that includes the decoder's kernels, transposed: with few rows, its products
+  read them twice as fast from the left (docs/performance.md).
+
+  Args:
+    module: a `network.Transformer`.
+    params: its parameters.
+    encoder_input_tokens: int `[B, S]`, 0 is padding.
+    max_length: positions of the self-attention cache.
+
+  Returns:
+    (empty `cache` collection; the other collections of a step: cross-attention K and V
+    in `encoded_kv`, kernels in `transposed`).
+  """
+  B, S = encoder_input_tokens.shape
+  parts = B // encoded_together(B, S)
+  # With more parts than one this cache alone is used: under jit nothing is encoded.
+  cache, encoded_kv = _encode(module, params, encoder_input_tokens, max_length)
+  if parts > 1:
+
+    def encode_part(i, kept):
+      rows = encoder_input_tokens.reshape(B // parts, parts, S)[:, i]
+      _, new = _encode(module, params, rows, max_length)
+      return jax.tree.map(
+        lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, axis=1), kept, new
+      )
+
+    empty = jax.tree.map(
+      lambda x: jnp.zeros((B // parts, parts, *x.shape[1:]), x.dtype), encoded_kv
+    )
+    encoded_kv = jax.tree.map(
+      lambda x: x.reshape(B, *x.shape[2:]), lax.fori_loop(0, parts, encode_part, empty)
+    )
+  kept = {'encoded_kv': encoded_kv}
+  if sharding.platform() == 'cpu':
+    kept['transposed'] = {'decoder': _transposed_kernels(params['decoder'])}
+  return cache, kept
+
+
+def encoded_together(B: int, S: int) -> int:
+  """Returns how many inputs `prepare` encodes at a time.
+
+  All copies of the model get as many of each part, so that their rows stay with them.
+
+  Args:
+    B: batch size.
+    S: input length, tokens.
+
+  Returns:
+    A divisor of B.
+  """
+  mesh = sharding.current_mesh()
+  copies = 1 if mesh is None else mesh.shape.get('data', 1)
+  rows = B // copies if B % copies == 0 else B
+  most = max(1, ENCODED_TOGETHER // S)
+  return B // rows * max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+
+
+def _encode(
+  module: nn.Module, params: Params, tokens_BS: Array, max_length: int
+) -> tuple[Any, Any]:
+  """Returns (empty `cache` collection, `encoded_kv` collection)."""
+  encoded = module.apply(
+    {'params': params}, tokens_BS, enable_dropout=False, method=module.encode
+  )
+  ones = jnp.ones((tokens_BS.shape[0], max_length), jnp.int32)
+  _, variables = module.apply(
+    {'params': params},
+    encoded,
+    tokens_BS,
+    ones,
+    ones,
+    enable_dropout=False,
+    decode=True,
+    mutable=['cache', 'encoded_kv'],
+    method=module.decode,
+  )
+  return variables['cache'], variables['encoded_kv']
+
+
+def _transposed_kernels(decoder: Params) -> dict[str, Any]:
+  """Returns the kernels of a step as `[out, in]`; cross keys and values need none."""
+  flat = traverse_util.flatten_dict(decoder)
+  kept_inputs = (
+    ('encoder_decoder_attention', 'key'),
+    ('encoder_decoder_attention', 'value'),
+  )
+  return traverse_util.unflatten_dict(
+    {
+      path: value.T
+      for path, value in flat.items()
+      if path[-1] == 'kernel' and path[-3:-1] not in kept_inputs
+    }
+  )
+
+
+def step(
+  module: nn.Module,
+  params: Params,
+  kept: Any,
+  cache: Any,
+  encoder_input_tokens: Array,
+  token_R: Array,
+  max_length: int,
+) -> tuple[Array, Any]:
+  """Decodes one position.
+
+  Args:
+    module, params, encoder_input_tokens, max_length: as in `prepare`.
+    kept: from `prepare`.
+    cache: from `prepare` or an earlier step.
+    token_R: the newest token of every row, int32; an input may have several rows.
+
+  Returns:
+    (float32 logits `[R, V]` of the next token, the new cache).
+  """
+  token_R1 = token_R[:, None]
+  logits_R1V, variables = module.apply(
+    {'params': params, 'cache': cache, **kept},
+    None,  # Not needed: K and V of the encoded inputs are kept.
+    encoder_input_tokens,
+    token_R1,
+    token_R1,
+    enable_dropout=False,
+    decode=True,
+    max_decode_length=max_length,
+    mutable=['cache'],
+    method=module.decode,
+  )
+  return logits_R1V[:, 0], variables['cache']

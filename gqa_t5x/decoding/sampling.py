@@ -1,0 +1,276 @@
+"""Greedy decoding and sampling, as decode functions of T5X: one loop on the device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from gqa_t5x.model import decode_cache, recent
+
+Array = jax.Array
+
+# T5X's: log-probability of what must not be chosen; temperatures below are 0.
+NEG_INF = -1.0e7
+MIN_TEMPERATURE = 1e-4
+
+
+@struct.dataclass
+class DecodingState:
+  """What a decode function tells the model; T5X's names. R rows: inputs x decodes.
+
+  Attributes:
+    cur_index: how many tokens are decoded, int32 `()`.
+    sequences: the rows so far, behind the start token, int32 `[R, T + 1]`.
+    cur_token: the newest token of each row, int32 `[R, 1]`.
+    cache: the self-attention cache.
+  """
+
+  cur_index: Array
+  sequences: Array
+  cur_token: Array
+  cache: Any
+
+
+TokensToLogits = Callable[[DecodingState], tuple[Array, Any]]
+
+
+def greedy(
+  inputs: Array,
+  cache: Any,
+  tokens_to_logits: TokensToLogits,
+  eos_id: int,
+  num_decodes: int = 1,
+  cache_offset: int = 0,
+  decode_rng: Array | None = None,
+  max_decode_steps: int | Array | None = None,
+) -> tuple[Array, Array]:
+  """Decodes the likeliest token at every step, until every row has ended.
+
+  Args:
+    inputs, cache, tokens_to_logits, eos_id, cache_offset, max_decode_steps: as in
+      `temperature_sample`.
+    num_decodes: 1.
+    decode_rng: not used.
+
+  Returns:
+    (tokens int32 `[B, 1, T]`, 0 after the end marker; float32 `[B, 1]`, the
+    log-probability of each row up to and with its end marker).
+
+  Raises:
+    ValueError: for more than one decode: they would all be the same.
+  """
+  del decode_rng
+  if num_decodes != 1:
+    raise ValueError(
+      f'num_decodes={num_decodes}, but greedy decoding has one result an input; choose'
+      ' decode_fn temperature_sample or beam_search for more.'
+    )
+  return temperature_sample(
+    inputs,
+    cache,
+    tokens_to_logits,
+    eos_id,
+    temperature=0.0,
+    cache_offset=cache_offset,
+    max_decode_steps=max_decode_steps,
+    rescale_log_probs=False,
+  )
+
+
+@struct.dataclass
+class _SamplingState:
+  """What the sampling loop carries from step to step; R rows, T tokens at most."""
+
+  step: Array  # int32 ()
+  sequences_RT: Array  # [R, T + 1], the start token first
+  scores_R: Array
+  ended_R: Array
+  rng: Array
+  cache: Any
+
+
+def temperature_sample(
+  inputs: Array,
+  cache: Any,
+  tokens_to_logits: TokensToLogits,
+  eos_id: int,
+  decode_rng: Array | None = None,
+  num_decodes: int = 1,
+  temperature: float | Array = 1.0,
+  topk: int = 1,
+  topp: float = 0.0,
+  cache_offset: int = 0,
+  max_decode_steps: int | Array | None = None,
+  rescale_log_probs: bool = True,
+) -> tuple[Array, Array]:
+  """Draws tokens from the model's distribution; with one rng, those T5X draws.
+
+  Args:
+    inputs: int32 `[B, T]`: the start token, then forced tokens, then 0.
+    cache: the empty self-attention cache of `prepare`.
+    tokens_to_logits: decodes one position of every row.
+    eos_id: the token that ends a row.
+    decode_rng: a key; None: that of 0.
+    num_decodes: independent decodes of every input.
+    temperature: divides the logits; one number, or `[B]`. 0 is greedy.
+    topk: draw from so many of the likeliest tokens only; 0: from all.
+    topp: draw from the smallest set of tokens with at least this probability; 0: all.
+    cache_offset: 0: layers are not scanned.
+    max_decode_steps: most tokens after the forced ones; None: as many as fit.
+    rescale_log_probs: score by the distribution drawn from (greedy: 0), or the model's.
+
+  Returns:
+    (tokens int32 `[B, num_decodes, T]`, 0 after the end marker; float32
+    `[B, num_decodes]`, the log-probability of what was not forced), by rising score.
+
+  Raises:
+    ValueError: for topk and topp together, or numbers that make no sense.
+  """
+  _check_sampling(num_decodes, topk, topp, cache_offset)
+  B, T = inputs.shape
+  forced_RT = jnp.repeat(next_inputs(inputs), num_decodes, axis=0)
+  limit_R = jnp.full(B * num_decodes, T)
+  if max_decode_steps is not None:
+    limit_R = jnp.minimum(T, jnp.sum(forced_RT != 0, axis=1) + max_decode_steps)
+  if getattr(temperature, 'ndim', 0):
+    temperature = jnp.repeat(temperature, num_decodes)
+
+  def decode_one(state: _SamplingState) -> _SamplingState:
+    rng, next_rng = jax.random.split(state.rng)
+    logits_RV, cache = tokens_to_logits(_decoding_state(state))
+    drawn = _draw(logits_RV, rng, temperature, topk, topp, rescale_log_probs)
+    state = state.replace(rng=next_rng, cache=cache)
+    return _append(state, *drawn, forced_RT[:, state.step], limit_R, eos_id)
+
+  start = _start(B * num_decodes, T, decode_cache.repeat_rows(cache, num_decodes))
+  if decode_rng is not None:
+    start = start.replace(rng=decode_rng)
+  final = recent.while_loop(
+    lambda state: ~jnp.all(state.ended_R), decode_one, start, beams=1
+  )
+  return _by_score(final, B)
+
+
+def _start(rows: int, T: int, cache: Any) -> _SamplingState:
+  """Returns the state before the first step: token 0 starts every row."""
+  return _SamplingState(
+    step=jnp.zeros((), jnp.int32),
+    sequences_RT=jnp.zeros((rows, T + 1), jnp.int32),
+    scores_R=jnp.zeros(rows, jnp.float32),
+    ended_R=jnp.zeros(rows, bool),
+    rng=jax.random.PRNGKey(0),
+    cache=cache,
+  )
+
+
+def _decoding_state(state: _SamplingState) -> DecodingState:
+  """Returns what the model is told of the loop."""
+  token_R1 = lax.dynamic_slice_in_dim(state.sequences_RT, state.step, 1, axis=1)
+  return DecodingState(state.step, state.sequences_RT, token_R1, state.cache)
+
+
+def _append(
+  state: _SamplingState,
+  drawn_R: Array,
+  log_prob_R: Array,
+  forced_R: Array,
+  limit_R: Array,
+  eos_id: int,
+) -> _SamplingState:
+  """Makes each row that has not ended one token longer; a forced token scores 0."""
+  free_R = forced_R == 0
+  token_R = jnp.where(state.ended_R, 0, jnp.where(free_R, drawn_R, forced_R))
+  step = state.step + 1
+  return state.replace(
+    step=step,
+    sequences_RT=lax.dynamic_update_slice_in_dim(
+      state.sequences_RT, token_R[:, None], step, axis=1
+    ),
+    scores_R=state.scores_R + jnp.where(free_R & ~state.ended_R, log_prob_R, 0.0),
+    ended_R=state.ended_R | (free_R & (token_R == eos_id)) | (step >= limit_R),
+  )
+
+
+def _by_score(state: _SamplingState, B: int) -> tuple[Array, Array]:
+  """Returns tokens `[B, num_decodes, T]` and scores, by rising score."""
+  scores_Bn = state.scores_R.reshape(B, -1)
+  tokens_BnT = state.sequences_RT[:, 1:].reshape(*scores_Bn.shape, -1)
+  order_Bn = jnp.argsort(scores_Bn, axis=1)
+  return (
+    jnp.take_along_axis(tokens_BnT, order_Bn[:, :, None], axis=1),
+    jnp.take_along_axis(scores_Bn, order_Bn, axis=1),
+  )
+
+
+def _check_sampling(num_decodes, topk, topp, cache_offset) -> None:
+  if topk and topp:
+    raise ValueError(f'topk={topk} and topp={topp} were given; set one of them to 0.')
+  if topk < 0 or not 0 <= topp <= 1:
+    raise ValueError(f'topk={topk} must be 0 or more, topp={topp} from 0 to 1.')
+  check_decodes(num_decodes, cache_offset)
+
+
+def check_decodes(num_decodes: int, cache_offset: int) -> None:
+  """Raises ValueError for what no decode function can do."""
+  if num_decodes < 1:
+    raise ValueError(f'num_decodes={num_decodes} must be at least 1.')
+  if cache_offset:
+    raise ValueError(
+      f'cache_offset={cache_offset}: layers are not scanned here; use 0.'
+    )
+
+
+def next_inputs(inputs: Array) -> Array:
+  """Returns the token that is forced after each position, 0 where none is."""
+  return jnp.pad(inputs[:, 1:], ((0, 0), (0, 1))).astype(jnp.int32)
+
+
+def _draw(
+  logits_RV: Array,
+  rng: Array,
+  temperature: float | Array,
+  topk: int,
+  topp: float,
+  rescale_log_probs: bool,
+) -> tuple[Array, Array]:
+  """Draws a token for each row; returns it and its log-probability."""
+  logits_RV = logits_RV.astype(jnp.float32)
+  best_R = jnp.argmax(logits_RV, axis=-1)
+  is_number = isinstance(temperature, int | float)
+  if topk == 1 or (is_number and temperature <= MIN_TEMPERATURE):
+    token_R, scaled_RV = best_R, logits_RV
+    rescaled_R = jnp.zeros(best_R.shape)
+  else:
+    cold = jnp.asarray(temperature) <= MIN_TEMPERATURE
+    divisor = jnp.maximum(temperature, MIN_TEMPERATURE)
+    scaled_RV = _keep_likeliest(logits_RV / jnp.reshape(divisor, (-1, 1)), topk, topp)
+    token_R = jnp.where(cold, best_R, jax.random.categorical(rng, scaled_RV))
+    rescaled_R = jnp.where(cold, 0.0, _log_prob(scaled_RV, token_R))
+  log_prob_R = rescaled_R if rescale_log_probs else _log_prob(logits_RV, token_R)
+  return token_R.astype(jnp.int32), log_prob_R
+
+
+def _log_prob(logits_RV: Array, token_R: Array) -> Array:
+  logit_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)[:, 0]
+  return logit_R - jax.nn.logsumexp(logits_RV, axis=-1)
+
+
+def _keep_likeliest(logits_RV: Array, topk: int, topp: float) -> Array:
+  """Rules out all tokens but the likeliest; of equals, all or none."""
+  if topk:
+    least_R1 = lax.top_k(logits_RV, min(topk, logits_RV.shape[1]))[0][:, -1:]
+    return jnp.where(logits_RV >= least_R1, logits_RV, NEG_INF)
+  if topp:
+    probs_RV = jax.nn.softmax(logits_RV)
+    sorted_RV = -jnp.sort(-probs_RV, axis=-1)
+    enough_RV = jnp.cumsum(sorted_RV, axis=-1) >= topp
+    # Of a sum that rounding keeps below topp, all tokens are needed.
+    last_R1 = jnp.where(
+      enough_RV.any(-1), jnp.argmax(enough_RV, -1), enough_RV.shape[1] - 1
+    )[:, None]
+    least_R1 = jnp.take_along_axis(sorted_RV, last_R1, axis=-1)
+    return jnp.where(probs_RV >= least_R1, logits_RV, NEG_INF)
+  return logits_RV

@@ -1,0 +1,79 @@
+"""What all writers share: files appear whole or not at all, and one process writes."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+_TEMPORARY = '.tmp-'
+
+
+@contextlib.contextmanager
+def whole(path: epath.PathLike) -> Iterator[epath.Path]:
+  """Lets the caller write a file under a temporary name, and renames it at the end.
+
+  A process that is killed leaves the old file, and perhaps the temporary one, which the
+  next one overwrites.
+
+  Args:
+    path: the file to come, local or gs://; its folder is made.
+
+  Yields:
+    The temporary path beside it, of the same suffix. Nothing of it is left if the
+    caller raises.
+  """
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(_TEMPORARY + path.name)
+  try:
+    yield temporary
+    temporary.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+  """Writes a text file, whole or not at all.
+
+  Args:
+    path: the file, local or gs://.
+    text: all of it.
+  """
+  with whole(path) as temporary:
+    temporary.write_text(text)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+  """Writes a JSON file, whole or not at all.
+
+  Args:
+    path: the file, local or gs://.
+    value: what `json.dumps` takes.
+  """
+  write_text(path, json.dumps(value, indent=1) + '\n')
+
+
+def lock(path: epath.PathLike) -> int | None:
+  """Locks a local file or folder, until this process and its children have ended.
+
+  Args:
+    path: a file, made if it is missing, or an existing folder.
+
+  Returns:
+    The open descriptor, which holds the lock until it is closed (children that inherit
+    it hold it, too); None if another process holds the lock.
+  """
+  flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
+  descriptor = os.open(path, flags, 0o666)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(descriptor)
+    return None
+  return descriptor

@@ -1,0 +1,257 @@
+"""T5.1.1 around attention: norm, MLP, embedding, position bias, and whole layers.
+
+Parameter names, shapes, initialisers and arithmetic are those of T5X's minimal
+T5.1.1, so that a checkpoint of one is a checkpoint of the other.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning as nn_partitioning
+from jax import lax
+
+from gqa_t5x.model import attention, axes, sharding
+from gqa_t5x.model.dense import Dense
+
+Array = jax.Array
+DType = Any
+
+param_with_axes = nn_partitioning.param_with_axes
+
+
+class LayerNorm(nn.Module):
+  """T5's layer norm: root mean square only, no mean, no bias; float32 inside."""
+
+  dtype: DType = jnp.float32
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Normalises the last dimension of `[..., D]`."""
+    x = x.astype(jnp.float32)
+    scale = param_with_axes(
+      'scale', nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=(axes.EMBED,)
+    )
+    mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
+    y = (x * lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
+    return y * scale.astype(self.dtype)
+
+
+class MlpBlock(nn.Module):
+  """T5.1.1's gated MLP: the product of activations of parallel maps, then `wo`.
+
+  Attributes:
+    mlp_dim: F.
+    activations: one name a branch: 'linear', or a function of `flax.linen`.
+    dropout_rate: dropout on the hidden units, broadcast over length.
+    dtype: activation dtype.
+  """
+
+  mlp_dim: int
+  activations: Sequence[str] = ('gelu', 'linear')
+  dropout_rate: float = 0.0
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BTD: Array, deterministic: bool = False) -> Array:
+    """Maps `[B, T, D]` to `[B, T, D]`."""
+    branches = []
+    for i, activation in enumerate(self.activations):
+      name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
+      h = Dense(self.mlp_dim, (axes.EMBED, axes.MLP), self.dtype, name=name)(x_BTD)
+      branches.append(h if activation == 'linear' else getattr(nn, activation)(h))
+    h_BTF = functools.reduce(operator.mul, branches)
+    h_BTF = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      h_BTF, deterministic=deterministic
+    )
+    h_BTF = sharding.constrain(h_BTF, (axes.BATCH, axes.LENGTH, axes.MLP))
+    return Dense(x_BTD.shape[-1], (axes.MLP, axes.EMBED), self.dtype, name='wo')(h_BTF)
+
+
+class Embed(nn.Module):
+  """The token table shared by encoder and decoder.
+
+  Attributes:
+    vocab_size: V.
+    emb_dim: D.
+    dtype: dtype of the vectors.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  dtype: DType = jnp.float32
+
+  def setup(self):
+    self.embedding = param_with_axes(
+      'embedding',
+      nn.initializers.normal(stddev=1.0),
+      (self.vocab_size, self.emb_dim),
+      jnp.float32,
+      axes=(axes.VOCAB, axes.EMBED),
+    )
+
+  def __call__(self, tokens: Array) -> Array:
+    """Looks up int `[B, T]`; returns `[B, T, D]`."""
+    tokens = tokens.astype(jnp.int32)  # t5x.eval and t5x.infer initialise with floats.
+    x_BTD = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(self.dtype)
+    return sharding.constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
+
+  def attend(self, x_BTD: Array) -> Array:
+    """Returns float32 logits `[B, T, V]` against the table."""
+    return jnp.dot(x_BTD.astype(jnp.float32), self.embedding.T)
+
+
+def relative_position_buckets(
+  bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+  """Returns the bucket of every relative position, as a table made once in NumPy.
+
+  Half of the buckets hold one distance each, the rest grow logarithmically; all
+  distances of `max_distance` and more share the last. Bidirectional attention
+  splits the buckets between the two directions; causal attention has none for
+  the future (bucket 0).
+
+  Args:
+    bidirectional: whether keys after the query are seen.
+    num_buckets: number of buckets.
+    max_distance: first distance (tokens) of the last bucket.
+
+  Returns:
+    int32 `[2 * max_distance + 1]`; entry `max_distance + d` is the bucket of key
+    position minus query position = d, d clipped to +-max_distance.
+
+  Source: T5 (Raffel et al. 2020, section 2.1).
+  """
+  d = np.arange(-max_distance, max_distance + 1, dtype=np.int32)
+  half = num_buckets // 2 if bidirectional else num_buckets
+  distance = np.abs(d) if bidirectional else np.maximum(-d, 0)
+  exact = half // 2
+  # float32 and the epsilon are T5X's: they decide on which side a boundary falls.
+  log_ratio = np.log(
+    distance.astype(np.float32) / exact + np.finfo(np.float32).eps
+  ) / np.log(max_distance / exact)
+  far = np.minimum(exact + (log_ratio * (half - exact)).astype(np.int32), half - 1)
+  bucket = np.where(distance < exact, distance, far)
+  if bidirectional:
+    bucket = bucket + np.where(d > 0, half, 0)
+  return bucket.astype(np.int32)
+
+
+class RelativePositionBiases(nn.Module):
+  """T5's learned attention bias by relative position, one value a head.
+
+  Attributes:
+    num_heads: N.
+    bidirectional: True in the encoder.
+    dtype: dtype of the biases.
+    num_buckets: rows of the table.
+    max_distance: distances (tokens) from here on share a bucket.
+  """
+
+  num_heads: int
+  bidirectional: bool
+  dtype: DType = jnp.float32
+  num_buckets: int = 32
+  max_distance: int = 128
+
+  @nn.compact
+  def __call__(self, query_positions_BT: Array, key_positions_S: Array) -> Array:
+    """Returns the biases of queries and keys by their positions.
+
+    Args:
+      query_positions_BT: int32 `[B, T]`, or `[1, T]` when all rows are alike.
+      key_positions_S: int32 `[S]`.
+
+    Returns:
+      `[B, N, T, S]` (or `[1, N, T, S]`), to be added to the attention logits.
+    """
+    table_NR = param_with_axes(
+      'rel_embedding',
+      nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+      axes=(axes.HEADS, axes.RELPOS_BUCKETS),
+    )
+    distance_BTS = key_positions_S - query_positions_BT[..., None]
+    buckets = relative_position_buckets(
+      self.bidirectional, self.num_buckets, self.max_distance
+    )
+    clipped = jnp.clip(distance_BTS, -self.max_distance, self.max_distance)
+    bucket_BTS = jnp.take(jnp.asarray(buckets), clipped + self.max_distance)
+    bias_NBTS = jnp.take(table_NR.astype(self.dtype), bucket_BTS, axis=1)
+    return jnp.swapaxes(bias_NBTS, 0, 1)
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention and MLP, each behind a layer norm and with a residual.
+
+  Attributes:
+    config: a `network.T5Config`, as in all that follows.
+  """
+
+  config: Any
+
+  @nn.compact
+  def __call__(self, x_BTD, mask, bias, deterministic):
+    cfg = self.config
+    y = LayerNorm(cfg.dtype, name='pre_attention_layer_norm')(x_BTD)
+    y = _attention(cfg, cfg.encoder_kv, 'attention')(
+      y, y, mask, bias, deterministic=deterministic
+    )
+    x_BTD = x_BTD + dropout(cfg, y, deterministic)
+    return x_BTD + _mlp(cfg, x_BTD, deterministic)
+
+
+class DecoderLayer(nn.Module):
+  """Self-attention, cross-attention and MLP."""
+
+  config: Any
+
+  @nn.compact
+  def __call__(self, x_BTD, encoded_BSD, masks, bias, cache_index, deterministic):
+    cfg = self.config
+    self_mask, cross_mask = masks
+    y = LayerNorm(cfg.dtype, name='pre_self_attention_layer_norm')(x_BTD)
+    y = _attention(cfg, cfg.self_kv, 'self_attention')(
+      y, y, self_mask, bias, cache_index=cache_index, deterministic=deterministic
+    )
+    x_BTD = x_BTD + dropout(cfg, y, deterministic)
+    y = LayerNorm(cfg.dtype, name='pre_cross_attention_layer_norm')(x_BTD)
+    y = _attention(cfg, cfg.cross_kv, 'encoder_decoder_attention')(
+      y, encoded_BSD, cross_mask, deterministic=deterministic
+    )
+    x_BTD = x_BTD + dropout(cfg, y, deterministic)
+    return x_BTD + _mlp(cfg, x_BTD, deterministic)
+
+
+def _attention(cfg: Any, num_kv_heads: int, name: str) -> nn.Module:
+  return attention.GroupedQueryAttention(
+    num_heads=cfg.num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=cfg.head_dim,
+    dtype=cfg.dtype,
+    dropout_rate=cfg.dropout_rate,
+    float32_logits=cfg.float32_attention_logits,
+    name=name,
+  )
+
+
+def _mlp(cfg: Any, x_BTD: Array, deterministic: bool) -> Array:
+  y = LayerNorm(cfg.dtype, name='pre_mlp_layer_norm')(x_BTD)
+  y = MlpBlock(
+    cfg.mlp_dim, cfg.mlp_activations, cfg.dropout_rate, cfg.dtype, name='mlp'
+  )(y, deterministic)
+  return dropout(cfg, y, deterministic)
+
+
+def dropout(cfg: Any, x_BTD: Array, deterministic: bool) -> Array:
+  """Dropout that T5 broadcasts over the length."""
+  return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(
+    x_BTD, deterministic=deterministic
+  )

@@ -1,0 +1,329 @@
+"""The T5 encoder-decoder with any number of key/value heads, and its sizes by name.
+
+`Transformer` is what T5X calls: its methods and their argument names are T5X's.
+With `num_kv_heads = num_heads` its parameters are those of T5X's own network.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from gqa_t5x.model import axes, decode_cache, layers, recent, sharding
+from gqa_t5x.model.dense import Dense
+from gqa_t5x.model.sizes import SIZES, VOCAB_SIZE
+
+Array = jax.Array
+
+
+@struct.dataclass
+class T5Config:
+  """Hyperparameters: T5X's fields under T5X's names, then those of this project.
+
+  Attributes:
+    num_kv_heads: K of decoder self- and cross-attention; None means all heads (MHA).
+    self_attention_num_kv_heads: K of decoder self-attention alone, if it differs.
+    cross_attention_num_kv_heads: K of cross-attention alone, if it differs.
+    encoder_num_kv_heads: K of the encoder; None means all heads, as in the paper.
+    remat_policy: what a layer keeps for the backward pass: 'none' recomputes
+      nothing, 'minimal' keeps the results of weight matrix products, 'full' keeps
+      only each layer's input.
+
+  Raises:
+    ValueError: for heads that do not divide, or an unknown policy.
+  """
+
+  vocab_size: int
+  dtype: Any = jnp.float32
+  emb_dim: int = 512
+  num_heads: int = 8
+  num_encoder_layers: int = 6
+  num_decoder_layers: int = 6
+  head_dim: int = 64
+  mlp_dim: int = 2048
+  mlp_activations: Sequence[str] = ('relu',)
+  dropout_rate: float = 0.1
+  logits_via_embedding: bool = False
+  float32_attention_logits: bool = False
+  num_kv_heads: int | None = None
+  self_attention_num_kv_heads: int | None = None
+  cross_attention_num_kv_heads: int | None = None
+  encoder_num_kv_heads: int | None = None
+  remat_policy: str = 'none'
+
+  def __post_init__(self):
+    for num_kv_heads in (self.encoder_kv, self.self_kv, self.cross_kv):
+      axes.check_heads(self.num_heads, num_kv_heads)
+    if self.remat_policy not in REMAT_POLICIES:
+      known = ', '.join(REMAT_POLICIES)
+      raise ValueError(f'remat_policy={self.remat_policy!r}; choose one of {known}.')
+
+  # K of each attention kind.
+  @property
+  def self_kv(self) -> int:
+    return self.self_attention_num_kv_heads or self.num_kv_heads or self.num_heads
+
+  @property
+  def cross_kv(self) -> int:
+    return self.cross_attention_num_kv_heads or self.num_kv_heads or self.num_heads
+
+  @property
+  def encoder_kv(self) -> int:
+    return self.encoder_num_kv_heads or self.num_heads
+
+
+REMAT_POLICIES = {
+  'none': None,
+  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def config(size: str, **overrides) -> T5Config:
+  """Returns the configuration of a model by its name.
+
+  Args:
+    size: a key of `sizes.SIZES`; what it leaves open is T5.1.1's.
+    **overrides: fields of `T5Config`; None leaves what the size has.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    ValueError: for an unknown size.
+  """
+  if size not in SIZES:
+    raise ValueError(f'size={size!r} is unknown; choose one of {", ".join(SIZES)}.')
+  t5_1_1 = dict(
+    vocab_size=VOCAB_SIZE, mlp_activations=('gelu', 'linear'), dropout_rate=0.0
+  )
+  given = {name: value for name, value in overrides.items() if value is not None}
+  return T5Config(**(t5_1_1 | SIZES[size] | given))
+
+
+def _remat(layer: type[nn.Module], cfg: T5Config, static_argnums: tuple[int, ...]):
+  """Returns the layer class, recomputing in the backward pass as configured."""
+  if cfg.remat_policy == 'none':
+    return layer
+  policy = REMAT_POLICIES[cfg.remat_policy]
+  return nn.remat(layer, policy=policy, static_argnums=static_argnums)
+
+
+class Encoder(nn.Module):
+  """The stack of encoder layers, with one relative position bias for all."""
+
+  config: T5Config
+  shared_embedding: nn.Module
+
+  @nn.compact
+  def __call__(self, tokens_BS: Array, mask: Array, deterministic: bool) -> Array:
+    """Encodes int `[B, S]` under a bool mask `[B, 1, S, S]` to `[B, S, D]`."""
+    cfg = self.config
+    length = tokens_BS.shape[1]
+    bias = layers.RelativePositionBiases(
+      cfg.num_heads, bidirectional=True, dtype=cfg.dtype, name='relpos_bias'
+    )(jnp.arange(length)[None], jnp.arange(length))
+    x_BSD = layers.dropout(cfg, self.shared_embedding(tokens_BS), deterministic)
+    layer = _remat(layers.EncoderLayer, cfg, static_argnums=(4,))
+    for i in range(cfg.num_encoder_layers):
+      x_BSD = layer(cfg, name=f'layers_{i}')(x_BSD, mask, bias, deterministic)
+    x_BSD = layers.LayerNorm(cfg.dtype, name='encoder_norm')(x_BSD)
+    # Here T5X drops single units, not whole columns.
+    return nn.Dropout(cfg.dropout_rate)(x_BSD, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+  """The stack of decoder layers; it alone knows how far the cache is filled."""
+
+  config: T5Config
+  shared_embedding: nn.Module
+
+  @nn.compact
+  def __call__(
+    self,
+    encoded_BSD: Array,
+    tokens_BT: Array,
+    self_mask: Array | None,
+    cross_mask: Array,
+    *,
+    deterministic: bool,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+    prefill_lengths: Array | None = None,
+  ) -> Array:
+    """Returns float32 logits `[B, T, V]`; see `Transformer.decode`."""
+    cfg = self.config
+    T = tokens_BT.shape[1]
+    cache_index, positions_BT, positions_S = None, jnp.arange(T)[None], jnp.arange(T)
+    if decode:
+      cache_index = self._advance_cache_index(T, prefill_lengths)
+      positions_BT = decode_cache.query_positions(cache_index, T)
+      positions_S = jnp.arange(max_decode_length or T)
+      if self.has_variable('cache', 'recent_positions'):
+        positions_P = self.get_variable('cache', 'recent_positions')
+        positions_S = recent.key_positions(max_decode_length, positions_P)
+        cache_index -= positions_P[0]
+      self_mask = decode_cache.causal_mask(positions_BT, positions_S)
+    bias = layers.RelativePositionBiases(
+      cfg.num_heads, bidirectional=False, dtype=cfg.dtype, name='relpos_bias'
+    )(positions_BT, positions_S)
+    if decode and self.has_variable('cache', 'slots'):
+      slots_BnS = self.get_variable('cache', 'slots')
+      self_mask = decode_cache.beam_mask(slots_BnS, positions_BT, positions_S)
+      bias = jnp.repeat(bias, slots_BnS.shape[1], axis=-1)
+    if decode:  # Once for all layers.
+      _, _, heads = axes.kv_axes(cfg.num_heads, cfg.self_kv)
+      free = jax.sharding.PartitionSpec.UNCONSTRAINED
+      bias = sharding.constrain(bias, (free, heads, free, free))
+
+    x_BTD = layers.dropout(cfg, self.shared_embedding(tokens_BT), deterministic)
+    layer = _remat(layers.DecoderLayer, cfg, static_argnums=(6,))
+    for i in range(cfg.num_decoder_layers):
+      x_BTD = layer(cfg, name=f'layers_{i}')(
+        x_BTD, encoded_BSD, (self_mask, cross_mask), bias, cache_index, deterministic
+      )
+    x_BTD = layers.LayerNorm(cfg.dtype, name='decoder_norm')(x_BTD)
+    x_BTD = layers.dropout(cfg, x_BTD, deterministic)
+    if cfg.logits_via_embedding:
+      return self.shared_embedding.attend(x_BTD) / jnp.sqrt(cfg.emb_dim)
+    return Dense(
+      cfg.vocab_size, (axes.EMBED, axes.VOCAB), jnp.float32, name='logits_dense'
+    )(x_BTD)
+
+  def _advance_cache_index(self, T: int, prefill_lengths: Array | None) -> Array:
+    """Returns how many positions are cached, and counts the new ones."""
+    exists = self.has_variable('cache', 'cache_index')
+    index = self.variable('cache', 'cache_index', jnp.zeros, (), jnp.int32)
+    start = index.value
+    if prefill_lengths is not None:
+      index.value = prefill_lengths.astype(jnp.int32)
+    elif exists:
+      index.value = start + T
+    return start
+
+
+class Transformer(nn.Module):
+  """T5.1.1; encode, decode and __call__ take T5X's arguments."""
+
+  config: T5Config
+
+  def setup(self):
+    cfg = self.config
+    self.shared_embedding = layers.Embed(
+      cfg.vocab_size, cfg.emb_dim, cfg.dtype, name='token_embedder'
+    )
+    self.encoder = Encoder(cfg, self.shared_embedding)
+    self.decoder = Decoder(cfg, self.shared_embedding)
+
+  def encode(
+    self,
+    encoder_input_tokens: Array,
+    encoder_segment_ids: Array | None = None,
+    enable_dropout: bool = True,
+  ) -> Array:
+    """Encodes int tokens `[B, S]` (0 is padding) to `[B, S, D]`.
+
+    Packed examples come with `encoder_segment_ids`, int `[B, S]`. Dropout needs an
+    rng named 'dropout'.
+    """
+    mask = _pair_mask(encoder_input_tokens > 0, encoder_input_tokens > 0)
+    if encoder_segment_ids is not None:
+      mask &= _pair_mask(encoder_segment_ids, encoder_segment_ids, jnp.equal)
+    return self.encoder(encoder_input_tokens, mask, deterministic=not enable_dropout)
+
+  def decode(
+    self,
+    encoded: Array,
+    encoder_input_tokens: Array,
+    decoder_input_tokens: Array,
+    decoder_target_tokens: Array,
+    encoder_segment_ids: Array | None = None,
+    decoder_segment_ids: Array | None = None,
+    decoder_positions: Array | None = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+    prefill: bool = False,
+    prefill_lengths: Array | None = None,
+  ) -> Array:
+    """Returns float32 logits `[B, T, V]`.
+
+    Args:
+      encoded: `[B, S, D]`; ignored once cross-attention K and V are kept.
+      encoder_input_tokens: int `[B, S]`, for the padding mask.
+      decoder_input_tokens: int `[B, T]`: targets shifted right, or the next tokens.
+      decoder_target_tokens: int `[B, T]`, for masks; its shape while decoding.
+      encoder_segment_ids: int `[B, S]` if packed.
+      decoder_segment_ids: int `[B, T]` if packed.
+      decoder_positions: not used: T5 knows relative positions only.
+      decode: use the `cache` collection. The first call makes it (zeros) for T
+        positions, each later one appends its tokens.
+      max_decode_length: length of the cache; needed for all calls but the first.
+      prefill: fill the cache from a prompt in one pass.
+      prefill_lengths: int `[B]`, tokens of each prompt; decoding goes on there.
+
+    Raises:
+      ValueError: for packed examples while decoding, or a length that is not the
+        cache's.
+    """
+    decode = decode or prefill
+    if decode and encoder_segment_ids is not None:
+      raise ValueError(
+        'encoder_segment_ids were given while decoding: packed examples cannot be'
+        ' decoded; set pack = False for this dataset.'
+      )
+    if decode:  # Every token counts, and the decoder masks by position.
+      self_mask, cross_mask = None, (encoder_input_tokens > 0)[:, None, None, :]
+    else:
+      valid = decoder_target_tokens > 0
+      cross_mask = _pair_mask(valid, encoder_input_tokens > 0)
+      self_mask = _pair_mask(valid, valid) & jnp.tri(valid.shape[1], dtype=bool)
+      if decoder_segment_ids is not None:
+        self_mask &= _pair_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
+        cross_mask &= _pair_mask(decoder_segment_ids, encoder_segment_ids, jnp.equal)
+    return self.decoder(
+      encoded,
+      decoder_input_tokens,
+      self_mask,
+      cross_mask,
+      deterministic=not enable_dropout,
+      decode=decode,
+      max_decode_length=max_decode_length,
+      prefill_lengths=prefill_lengths,
+    )
+
+  def __call__(
+    self,
+    encoder_input_tokens: Array,
+    decoder_input_tokens: Array,
+    decoder_target_tokens: Array,
+    encoder_segment_ids: Array | None = None,
+    decoder_segment_ids: Array | None = None,
+    encoder_positions: Array | None = None,
+    decoder_positions: Array | None = None,
+    *,
+    enable_dropout: bool = True,
+    decode: bool = False,
+  ) -> Array:
+    """Encodes and decodes; arguments and result as in `encode` and `decode`."""
+    del encoder_positions
+    encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
+    return self.decode(
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids=encoder_segment_ids,
+      decoder_segment_ids=decoder_segment_ids,
+      decoder_positions=decoder_positions,
+      enable_dropout=enable_dropout,
+      decode=decode,
+    )
+
+
+def _pair_mask(query_BT: Array, key_BS: Array, compare=jnp.logical_and) -> Array:
+  """Compares every query position with every key position: bool `[B, 1, T, S]`."""
+  return compare(query_BT[:, None, :, None], key_BS[:, None, None, :])

@@ -1,0 +1,1 @@
+"""The experiments of the papers as stages: models, scales, targets."""

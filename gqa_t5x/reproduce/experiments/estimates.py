@@ -1,0 +1,69 @@
+"""How many chip-hours a run takes, by the cost model, before it is started.
+
+Of what a chip can do at best, a training run reaches `UTILISATION`: with that number
+the formula gives the 600 TPUv3 chip-days that the paper reports for uptraining T5-XXL,
+alpha = 0.05 (a test says so). Analytic; no more than a plan needs.
+"""
+
+from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.analysis.tpu.chips import CHIPS
+from gqa_t5x.model import network
+
+UTILISATION = 0.3  # of the peak FLOP/s, in training
+BANDWIDTH_SHARE = 0.5  # of the peak bytes/s, in decoding
+HOUR_S = 3600
+
+
+def training_hours(
+  size: str,
+  num_kv_heads: int | None,
+  batch_size: int,
+  input_length: int,
+  target_length: int,
+  steps: int,
+  chip: str,
+) -> float:
+  """Returns the chip-hours of training steps.
+
+  Args:
+    size: a key of sizes.SIZES.
+    num_kv_heads: K; None for all heads.
+    batch_size: rows a step.
+    input_length: tokens of each row's inputs.
+    target_length: tokens of each row's targets.
+    steps: how many.
+    chip: a key of chips.CHIPS.
+  """
+  cfg = network.config(size, num_kv_heads=num_kv_heads)
+  flops = formulas.training_step(cfg, batch_size, input_length, target_length).flops
+  return steps * flops / (UTILISATION * CHIPS[chip].flops) / HOUR_S
+
+
+def decoding_hours(
+  size: str,
+  num_kv_heads: int | None,
+  num_samples: int,
+  batch_size: int,
+  input_length: int,
+  output_length: int,
+  chip: str,
+) -> float:
+  """Returns the chip-hours of decoding, every output at its full length.
+
+  Args:
+    size: a key of sizes.SIZES.
+    num_kv_heads: K; None for all heads.
+    num_samples: inputs.
+    batch_size: inputs decoded together.
+    input_length: tokens of each.
+    output_length: tokens decoded for each.
+    chip: a key of chips.CHIPS.
+  """
+  cfg = network.config(size, num_kv_heads=num_kv_heads, dtype='bfloat16')
+  encode = formulas.prepare_flops(cfg, batch_size, input_length)
+  step = formulas.decode_step(
+    cfg, batch_size, input_length, output_length, param_itemsize=2
+  )
+  seconds = encode / (UTILISATION * CHIPS[chip].flops)
+  seconds += output_length * step.bytes / (BANDWIDTH_SHARE * CHIPS[chip].bandwidth)
+  return num_samples / batch_size * seconds / HOUR_S

@@ -1,0 +1,1 @@
+"""The report: one document writer, one file a table."""

@@ -1,0 +1,161 @@
+"""A report in Markdown, and the same as one HTML page that needs no other file.
+
+Every number of our own is tagged: its tag leads to its source (measured, compiled,
+analytic) and to the command that made it.
+"""
+
+import base64
+import html
+import pathlib
+import re
+from collections.abc import Sequence
+
+import markdown
+
+from gqa_t5x.reproduce.results.results import Measured
+
+NOT_RUN = 'not run'
+FIGURES = 'figures'
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+  :root { color-scheme: light; }
+  body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+         max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
+  h1, h2, h3 { line-height: 1.25; margin: 2em 0 0.6em; }
+  h1 { margin-top: 0; }
+  h2 { border-bottom: 1px solid #ccc; padding-bottom: 0.2em; }
+  .wide { overflow-x: auto; }
+  table { border-collapse: collapse; font-size: 0.875rem; margin: 1em 0;
+          font-variant-numeric: tabular-nums; }
+  th, td { padding: 0.3em 0.55em; border-bottom: 1px solid #ddd; text-align: left;
+           white-space: nowrap; }
+  th { border-bottom: 2px solid #888; }
+  img { width: 42rem; max-width: 100%; height: auto; }
+  code, pre { font: 0.8125rem/1.5 ui-monospace, monospace; }
+  code { overflow-wrap: anywhere; }
+  pre { background: #f5f5f5; padding: 0.8em; overflow-x: auto; }
+  summary { cursor: pointer; }
+  sup { line-height: 0; }
+  em { color: #444; }
+  @media print { details { display: none; } body { margin: 0; max-width: none; } }
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+class Document:
+  """Collects the parts of a report, in order."""
+
+  def __init__(self, title: str):
+    """Begins with a title."""
+    self._title = title
+    self._parts = [f'# {title}']
+    self._tags: dict[tuple[str, tuple[str, ...]], str] = {}
+
+  def text(self, *parts: str) -> None:
+    """Adds paragraphs, or headings with their signs, in Markdown."""
+    self._parts += parts
+
+  def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Adds a table; all columns but the first are set to the right.
+
+    Args:
+      head: of the columns.
+      rows: cells.
+    """
+    lines = [head, ['---', *['---:'] * (len(head) - 1)], *rows]
+    self._parts.append('\n'.join(f'| {" | ".join(line)} |' for line in lines))
+
+  def figure(self, name: str, caption: str) -> None:
+    """Adds a figure.
+
+    Args:
+      name: of its file, in the folder FIGURES beside the report.
+      caption: what it shows; also its text for those who cannot see it.
+    """
+    self._parts += [f'![{caption}]({FIGURES}/{name})', f'*{caption}*']
+
+  def commands(self, commands: Sequence[str]) -> None:
+    """Adds what was not run, folded up."""
+    if not commands:
+      return
+    unique = list(dict.fromkeys(commands))
+    noun = 'command' if len(unique) == 1 else 'commands'
+    text = '\n'.join(unique)
+    self._parts.append(
+      f'<details markdown="1"><summary>Not run: {len(unique)} {noun}</summary>\n\n'
+      f'```\n{text}\n```\n\n</details>'
+    )
+
+  def number(
+    self, number: Measured | None, digits: int, paper: float | None = None
+  ) -> str:
+    """Returns a cell: our number, its difference from the paper's, spread and tag.
+
+    Args:
+      number: ours, or None.
+      digits: after the point.
+      paper: theirs.
+    """
+    if number is None:
+      return NOT_RUN
+    text = f'{number.mean:.{digits}f}'
+    if number.spread is not None:
+      text += f' ± {number.spread:.{digits}f} (n = {len(number.values)})'
+    if paper is not None:
+      text += f' ({number.mean - paper:+.{digits}f})'
+    return text + self.tag(number)
+
+  def tag(self, number: Measured) -> str:
+    """Returns the tag of a number."""
+    key = number.source, number.commands
+    if key not in self._tags:
+      count = sum(source == number.source for source, _ in self._tags)
+      self._tags[key] = f'{number.source[0]}{count + 1}'
+    name = self._tags[key]
+    return f' <sup>[{name}](#{name})</sup>'
+
+  def markdown(self) -> str:
+    """Returns the whole report."""
+    parts = list(self._parts)
+    if self._tags:
+      parts += ['## Sources', 'Each number of ours has a tag: where it comes from.']
+      lines = []
+      for (source, commands), name in self._tags.items():
+        text = '<br>'.join(f'<code>{html.escape(c)}</code>' for c in commands)
+        lines.append(f'- <a id="{name}"></a>**{name}** {source}: {text}')
+      parts.append('\n'.join(lines))
+    return '\n\n'.join(parts) + '\n'
+
+  def html(self, folder: pathlib.Path) -> str:
+    """Returns the report as a page with its figures inside.
+
+    Args:
+      folder: of the report.
+    """
+    body = markdown.markdown(
+      self.markdown(), extensions=['tables', 'fenced_code', 'md_in_html']
+    )
+    body = re.sub(
+      r'src="([^":]+\.png)"',
+      lambda match: f'src="{_data_uri(folder / match[1])}"',
+      body,
+    )
+    body = re.sub(
+      r'<table>.*?</table>', r'<div class="wide">\g<0></div>', body, flags=re.S
+    )
+    return PAGE.replace('{title}', html.escape(self._title)).replace('{body}', body)
+
+
+def _data_uri(path: pathlib.Path) -> str:
+  return 'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,262 @@
+"""Reads what runs left, and names what cannot be used instead of using it."""
+
+import ast
+import dataclasses
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from gqa_t5x.reproduce.experiments.lab import Lab, step_of
+from gqa_t5x.reproduce.experiments.models import Model
+from gqa_t5x.reproduce.results import events
+from gqa_t5x.reproduce.runner.stages import Stage
+from gqa_t5x.training import best_checkpoint
+
+Row = dict[str, Any]
+SOURCES = ('measured', 'compiled', 'analytic')
+# What every run of a model must agree on with its command, besides its macros.
+CHECKED = ('MODEL_SIZE', 'NUM_KV_HEADS', 'RANDOM_SEED', 'MIXTURE_OR_TASK_NAME', 'TASK')
+
+
+class Unusable(Exception):
+  """A result is corrupt, partial or of something else; the message names the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """A number of our own.
+
+  Attributes:
+    values: one a seed, or one.
+    source: one of SOURCES.
+    commands: what made them.
+  """
+
+  values: tuple[float, ...]
+  source: str
+  commands: tuple[str, ...]
+
+  @property
+  def mean(self) -> float:
+    """Their mean."""
+    return statistics.fmean(self.values)
+
+  @property
+  def spread(self) -> float | None:
+    """Their standard deviation; None of a single one."""
+    return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+class Results:
+  """Reads results, and collects what is wrong with them.
+
+  Attributes:
+    problems: one sentence for each file or folder that was skipped.
+  """
+
+  def __init__(self):
+    self.problems: list[str] = []
+
+  def score(self, lab: Lab, model: Model, task: str) -> Measured | None:
+    """Returns the best dev score of a model on a task, of every seed that was run.
+
+    Args:
+      lab: knows where its runs are.
+      model: which one.
+      task: the seqio task.
+
+    Returns:
+      One value a seed; None if none was run to its end.
+    """
+    values, commands = [], []
+    for seed in lab.scale.seeds_of(model):
+      stage = lab.stage(lab.finetuned(model, task, seed))
+      if not stage.result.parent.exists():
+        continue
+      try:
+        values.append(_best_score(lab, stage, model, task))
+      except Unusable as error:
+        self._skip(error)
+        continue
+      commands.append(str(stage))
+    return Measured(tuple(values), 'measured', tuple(commands)) if values else None
+
+  def translation(self, lab: Lab, size: str, beams: int) -> Measured | None:
+    """Returns BLEU of the test set of one of Shazeer's models.
+
+    Args:
+      lab: knows where its runs are.
+      size: of the model.
+      beams: decoded with.
+    """
+    lab.translated(size)
+    stage = lab.stage(lab.translation_scores(size, beams))
+    if not stage.result.exists():
+      return None
+    folder = stage.result.parent.parent
+    try:
+      scores = _read_scores(folder, 'wmt14_en_de_shazeer', 'bleu')
+    except Unusable as error:
+      self._skip(error)
+      return None
+    return Measured((scores[max(scores)],), 'measured', (str(stage),))
+
+  def events(self, stage: Stage) -> dict[str, float] | None:
+    """Returns what a run's trainer has found in its loss; None if it was not run.
+
+    Args:
+      stage: the run's.
+    """
+    if not stage.result.exists():
+      return None
+    try:
+      return events.stability(stage.result.parent)
+    except events.BadEvents as error:
+      self._skip(Unusable(str(error)))
+      return None
+
+  def rows(self, path: Any, kind: str, **expected: Any) -> list[Row]:
+    """Returns the rows of a file, or none if they cannot be used together.
+
+    Args:
+      path: a JSON list of rows.
+      kind: of all of them.
+      **expected: keys that must have these values.
+    """
+    if not path.exists():
+      return []
+    try:
+      return read_rows(path, kind, expected)
+    except Unusable as error:
+      self._skip(error)
+      return []
+
+  def row(self, path: Any, kind: str, **expected: Any) -> Row | None:
+    """Returns the only row of a file, or None if it cannot be used.
+
+    Args:
+      path: a JSON object.
+      kind: as of `rows`.
+      **expected: as of `rows`.
+    """
+    return next(iter(self.rows(path, kind, **expected)), None)
+
+  def _skip(self, error: Unusable) -> None:
+    if str(error) not in self.problems:
+      self.problems.append(str(error))
+
+
+def read_rows(path: Any, kind: str, expected: Row) -> list[Row]:
+  """Reads rows that were made together.
+
+  Args:
+    path: a JSON list of rows, or one; those of other kinds are passed over.
+    kind: of the rows that are wanted.
+    expected: keys that must have these values.
+
+  Raises:
+    Unusable: the file is damaged, or its rows are not of one device, version or run.
+  """
+  try:
+    found = json.loads(path.read_text())
+    found = [found] if isinstance(found, dict) else found
+    rows = [row for row in found if row['kind'] == kind]
+  except (ValueError, TypeError, KeyError) as error:
+    raise Unusable(f'{path} is damaged ({type(error).__name__}).') from error
+  if not rows:
+    raise Unusable(f'{path} has no row of kind {kind!r}.')
+  for row in rows:
+    if row.get('source') not in SOURCES:
+      raise Unusable(f'{path} has a row whose source is {row.get("source")!r}.')
+    for key, value in expected.items():
+      if row.get(key) != value:
+        raise Unusable(f'{path} has a row with {key}={row.get(key)!r}, not {value!r}.')
+  for key in ('source', 'device', 'versions', 'command'):
+    different = {json.dumps(row.get(key), sort_keys=True) for row in rows}
+    if len(different) > 1:
+      raise Unusable(f'{path} is mixed: its rows differ in {key}.')
+  return rows
+
+
+def _best_score(lab: Lab, stage: Stage, model: Model, task: str) -> float:
+  """The best dev score of one run.
+
+  Raises:
+    Unusable: the run is another one, damaged, or did not come to its end.
+  """
+  folder, last = stage.result.parent, step_of(stage.result)
+  check_config(folder, {'MODEL_SIZE': model.size, **stage.macros})
+  found = _read_scores(folder, task, lab.value('finetune', 'METRIC', task))
+  if last not in found:
+    raise Unusable(f'{folder} is partial: scored to step {max(found)} of {last}.')
+  return found[best_checkpoint.select(found)]
+
+
+def _read_scores(folder: Any, task: str, metric: str) -> dict[int, float]:
+  """Step -> score; raises Unusable if a line is damaged, or no score is a number."""
+  try:
+    damaged = best_checkpoint.damaged_lines(folder, task)
+    found = best_checkpoint.scores(folder, metric, task)
+    best_checkpoint.select(found)
+  except ValueError as error:
+    raise Unusable(f'{folder}: {error}') from error
+  if damaged:
+    raise Unusable(f'{folder}: line {damaged[0]} of the scores of {task} is damaged.')
+  return found
+
+
+def check_config(folder: Any, expected: Row) -> None:
+  """Checks that a run was started as its command says.
+
+  Args:
+    folder: its MODEL_DIR, with the `config.gin` that T5X writes.
+    expected: values of macros.
+
+  Raises:
+    Unusable: the file is missing, or a value is another one.
+  """
+  path = folder / 'config.gin'
+  if not path.exists():
+    raise Unusable(f'{path} is missing: nothing says what was run there.')
+  macros = read_macros(path.read_text())
+  for name in CHECKED:
+    if name in expected and macros.get(name) != expected[name]:
+      raise Unusable(
+        f'{folder} is of another run: {name} is {macros.get(name)!r}, not'
+        f' {expected[name]!r}.'
+      )
+  if 'INITIAL_CHECKPOINT_PATH' in expected:
+    wanted = str(expected['INITIAL_CHECKPOINT_PATH']).split('/')[-2:]
+    given = str(macros.get('INITIAL_CHECKPOINT_PATH')).rstrip('/').split('/')[-2:]
+    if given != wanted:
+      raise Unusable(
+        f'{folder} is of another run: it began from {"/".join(given)}, not'
+        f' {"/".join(wanted)}.'
+      )
+
+
+def read_macros(config: str) -> Row:
+  """Returns the literal macros of the operative configuration that T5X writes.
+
+  Args:
+    config: text of `config.gin`.
+  """
+  values = {}
+  config = re.sub(r'\\\n *', '', config)  # Gin breaks long lines after the sign.
+  for name, text in re.findall(r'^([A-Z_]+) = (.*)$', config, flags=re.MULTILINE):
+    try:
+      values[name] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a reference, or a value of several lines
+      continue
+  return values
+
+
+def mean(numbers: Sequence[Measured | None]) -> Measured | None:
+  """Averages numbers; None unless all of them are there."""
+  if not numbers or None in numbers:
+    return None
+  commands = tuple(dict.fromkeys(c for number in numbers for c in number.commands))
+  value = statistics.fmean(number.mean for number in numbers)
+  return Measured((value,), numbers[0].source, commands)

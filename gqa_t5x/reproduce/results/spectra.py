@@ -1,0 +1,115 @@
+"""How much of each attention module fits into shared heads: the spectra behind svd."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from gqa_t5x.checkpoints import folders
+from gqa_t5x.checkpoints.tree import (
+  TARGET,
+  Architecture,
+  norms_before,
+  read_architecture,
+)
+from gqa_t5x.conversion import sharing
+from gqa_t5x.conversion.input_statistics import InputMoments, open_statistics
+from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
+from gqa_t5x.conversion.recipe import Tensors
+
+DECODER_KINDS = ('self_attention', 'cross_attention')
+SHARES = (0.99, 0.95, 0.90)
+
+
+def rows(
+  source: pathlib.Path,
+  statistics: pathlib.Path,
+  num_kv_heads: Sequence[int],
+) -> Iterator[dict[str, Any]]:
+  """Describes the spectra of a checkpoint's decoder.
+
+  Args:
+    source: the MHA checkpoint.
+    statistics: its file of statistics.
+    num_kv_heads: the K to look at.
+
+  Yields:
+    For each module, K, side ('key' or 'value') and kind of statistics: `dropped_share`,
+    the part of the eigenvalues' sum beyond the head size, and `rank_99`, `rank_95`,
+    `rank_90`, the directions that hold as much of it; lists with one entry a group.
+  """
+  tensors = folders.open_checkpoint(epath.Path(source))
+  shapes = {
+    name.removeprefix(TARGET): tensor.shape
+    for name, tensor in tensors.items()
+    if name.startswith(TARGET)
+  }
+  architecture = read_architecture(shapes)
+  measured = open_statistics(statistics)
+  for kind, path in architecture.attention_modules():
+    if kind not in DECODER_KINDS:
+      continue
+    kernels = {n: tensors[f'{TARGET}{path}/{n}/kernel'].read() for n in ALL_KERNELS}
+    inputs = {
+      'weights': _inputs_of_weights(tensors, kind, path),
+      'calibrated': measured.moments(path),
+    }
+    for K in num_kv_heads:
+      module = _module(architecture, kind, path, K)
+      for name, moments in inputs.items():
+        for side, values in sharing.spectra(kernels, module, moments).items():
+          yield {
+            'layer': int(path.split('/')[1].removeprefix('layers_')),
+            'module': kind,
+            'side': side,
+            'num_kv_heads': K,
+            'statistics': name,
+            **describe(values, architecture.head_dim),
+          }
+
+
+def describe(values: np.ndarray, head_dim: int) -> dict[str, list]:
+  """Sums up spectra.
+
+  Args:
+    values: eigenvalues [K, G*H], falling.
+    head_dim: H, how many are kept.
+
+  Returns:
+    `dropped_share` and `rank_99`, ..., as in `rows`; a spectrum of zeros drops nothing.
+  """
+  total = np.maximum(values.sum(axis=1, keepdims=True), np.finfo(float).tiny)
+  kept = np.cumsum(values, axis=1) / total
+  dropped = values[:, head_dim:].sum(axis=1) / total[:, 0]
+  ranks = {
+    # A hair below, or rounding asks for one direction more.
+    f'rank_{share:.0%}'.rstrip('%'): (kept < share - 1e-12).sum(axis=1) + 1
+    for share in SHARES
+  }
+  return {
+    'dropped_share': dropped.tolist(),
+    **{name: rank.tolist() for name, rank in ranks.items()},
+  }
+
+
+def _module(
+  architecture: Architecture, kind: str, path: str, num_kv_heads: int
+) -> AttentionModule:
+  return AttentionModule(
+    path=path,
+    num_heads=architecture.num_heads,
+    source_num_kv_heads=architecture.num_kv_heads[kind],
+    num_kv_heads=num_kv_heads,
+    head_dim=architecture.head_dim,
+  )
+
+
+def _inputs_of_weights(tensors: Tensors, kind: str, path: str) -> InputMoments:
+  """What the scales of the layer norms in front say of a module's inputs."""
+  query, key = (
+    np.square(tensors[TARGET + norm].read(), dtype=np.float64)
+    for norm in norms_before(kind, path)
+  )
+  return InputMoments(query=query, key=key, value=key)

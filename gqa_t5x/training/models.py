@@ -1,0 +1,159 @@
+"""The T5X adapter of the model: T5X's EncoderDecoderModel with fast decoding.
+
+Written against T5X's API alone: T5X itself and the stand-in t5x_lite both do.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import seqio
+from flax import linen as nn
+from t5x import models
+
+from gqa_t5x.decoding import generate
+
+Array = jax.Array
+
+
+class EncoderDecoderModel(models.EncoderDecoderModel):
+  """T5X's encoder-decoder model; decodes with cross-attention K and V kept.
+
+  Args are T5X's, but for:
+    decode_fn: one of `gqa_t5x.decoding`, or of `t5x.decoding`; greedy by default.
+  """
+
+  def __init__(
+    self,
+    module: nn.Module,
+    input_vocabulary: seqio.Vocabulary,
+    output_vocabulary: seqio.Vocabulary,
+    optimizer_def: Any,
+    decode_fn: Callable[..., Any] = generate.greedy,
+    **kwargs,
+  ):
+    super().__init__(
+      module, input_vocabulary, output_vocabulary, optimizer_def, decode_fn, **kwargs
+    )
+
+  def predict_batch_with_aux(
+    self,
+    params: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    rng: Array | None = None,
+    decoder_params: Mapping[str, Any] | None = None,
+    return_all_decodes: bool | None = None,
+    num_decodes: int | None = None,
+    prompt_with_targets: bool = False,
+  ) -> tuple[Array, Mapping[str, Array]]:
+    """Decodes a batch; see T5X's method for arguments and result.
+
+    Raises:
+      ValueError: for parameters that do not fit the model, what the decode function
+        refuses, and two rngs.
+    """
+    check_params(self, params)
+    defaults = self._default_decoder_params
+    if return_all_decodes is None:
+      return_all_decodes = defaults.return_all_decodes
+    decoder_params = dict(decoder_params or {})
+    eos_id = decoder_params.setdefault('eos_id', self.output_vocabulary.eos_id or 1)
+    if rng is not None:
+      if decoder_params.get('decode_rng') is not None:
+        raise ValueError('rng and decoder_params["decode_rng"] were given; keep one.')
+      decoder_params['decode_rng'] = rng
+    prompts = batch['decoder_input_tokens']
+    # An end marker among the targets must not end the decode.
+    forced = (prompts != eos_id) & prompt_with_targets
+    decodes, scores = generate.generate(
+      self.module,
+      params,
+      batch['encoder_input_tokens'],
+      jnp.where(forced, prompts, 0),
+      self.decode_fn,
+      num_decodes=defaults.num_decodes if num_decodes is None else num_decodes,
+      **decoder_params,
+    )
+    if not return_all_decodes:  # The best is last.
+      decodes, scores = decodes[:, -1], scores[:, -1]
+    return decodes, {'scores': scores}
+
+  def score_batch(self, params, batch, return_intermediates: bool = False):
+    """Returns the log-likelihood of the targets; see T5X's method.
+
+    Raises:
+      ValueError: for parameters that do not fit the model.
+    """
+    check_params(self, params)
+    return super().score_batch(params, batch, return_intermediates)
+
+
+def check_params(
+  model: models.BaseTransformerModel,
+  params: Mapping[str, Any],
+  source: str = 'the checkpoint',
+) -> None:
+  """Checks that parameters have the model's names and shapes.
+
+  T5X's restoring checks no shapes: a checkpoint with other heads surfaces later, in
+  the middle of the network.
+
+  Args:
+    model: the model.
+    params: parameters (arrays, tracers or shapes).
+    source: where they are from, for the message.
+
+  Raises:
+    ValueError: listing every difference, and what to do.
+  """
+  check_same_shapes(_expected_params(model), params, f'parameters of {source}')
+
+
+def check_same_shapes(expected: Any, got: Any, what: str) -> None:
+  """Checks that two trees agree in names and shapes.
+
+  Args:
+    expected: the model's tree of arrays or shapes.
+    got: the checkpoint's.
+    what: what the trees hold, for the message.
+
+  Raises:
+    ValueError: listing every difference, and what to do.
+  """
+  expected, got = _flat_shapes(expected), _flat_shapes(got)
+  differences = [
+    f'  {name}: {got.get(name, "missing")} in the checkpoint,'
+    f' {expected.get(name, "unknown")} in the model'
+    for name in sorted(expected.keys() | got.keys())
+    if expected.get(name) != got.get(name)
+  ]
+  if differences:
+    shown = differences[:8]
+    if len(differences) > len(shown):
+      shown.append(f'  ... and {len(differences) - len(shown)} more')
+    raise ValueError(
+      f'The {what} do not fit the model:\n'
+      + '\n'.join(shown)
+      + '\nIf only key and value kernels differ, set NUM_KV_HEADS to the'
+      " checkpoint's heads, or convert it: python -m gqa_t5x.convert --help. If"
+      ' others do, this is a checkpoint of another model size.'
+    )
+
+
+def _expected_params(model: models.BaseTransformerModel) -> Any:
+  """Returns the shapes of the model's parameters."""
+  tokens = {'encoder_input_tokens': (1, 1), 'decoder_input_tokens': (1, 1)}
+  types = dict.fromkeys(tokens, jnp.int32)
+  return jax.eval_shape(
+    lambda rng: model.get_initial_variables(rng, tokens, types)['params'],
+    jax.random.PRNGKey(0),
+  )
+
+
+def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+    for path, leaf in leaves
+  }

@@ -1,0 +1,69 @@
+"""Checks a checkpoint against the model before T5X opens it.
+
+T5X itself drops the layers that the model lacks without a word, and says of a missing
+or partial checkpoint neither which nor what to do. The gin files pass through here what
+they give to `utils.RestoreCheckpointConfig`; nothing is read but names and shapes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from gqa_t5x.checkpoints import folders
+from gqa_t5x.training import models
+
+_TARGET = 'target/'
+
+
+def checked_path(
+  path: str | Sequence[str], model: Any, model_dir: str | None = None
+) -> str | Sequence[str]:
+  """Returns `path`, once the checkpoint that a run will restore fits its model.
+
+  Args:
+    path: of one checkpoint; an empty list to start from scratch.
+    model: the run's model.
+    model_dir: where a training run saves; its latest checkpoint, if there is one, is
+      restored instead of `path` (resume.py). None for evaluation and inference.
+
+  Raises:
+    ValueError: if the checkpoint is missing, partial, or does not fit the model.
+  """
+  if model_dir and folders.list_checkpoints(epath.Path(model_dir)):
+    return path  # Not what is restored.
+  if isinstance(path, str):
+    check_fits(_checkpoint_folder(path), model)
+  return path
+
+
+def check_fits(path: epath.Path, model: Any) -> None:
+  """Checks a checkpoint's shapes; nothing but names and shapes is read.
+
+  T5X itself drops the layers that the model lacks without a word.
+
+  Args:
+    path: of the checkpoint.
+    model: that will get its parameters.
+
+  Raises:
+    ValueError: a parameter is missing, too many, or of another shape.
+  """
+  shapes = {
+    name.removeprefix(_TARGET): tensor
+    for name, tensor in folders.open_checkpoint(path).items()
+    if name.startswith(_TARGET)
+  }
+  models.check_params(model, shapes, str(path))
+
+
+def _checkpoint_folder(path: str) -> epath.Path:
+  folder = folders.find_checkpoint(epath.Path(path))
+  if not folders.step_is_known(folder):
+    raise ValueError(
+      f'{path} is a Hugging Face model, which T5X cannot restore; convert it first:'
+      ' python -m gqa_t5x.convert --help'
+    )
+  if folder.parent == epath.Path(path):
+    raise ValueError(f'{path} is a folder of checkpoints; give one of them: {folder}')
+  return folder

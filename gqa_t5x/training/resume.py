@@ -1,0 +1,219 @@
+"""What a training run does before the engine opens its checkpoints.
+
+Nobody else may be at work in its folder; a checkpoint that cannot be read is set aside,
+so that the engine takes the one before; and the data goes on where it was. The gin
+files give `get_dataset` to `t5x.train`, which calls it first.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import clu.data
+import jax
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from t5x import utils
+
+from gqa_t5x.checkpoints import folders
+from gqa_t5x.errors import BadInput
+from gqa_t5x.training import restore, run_lock
+
+_PARTS = ('.index', '.data-00000-of-00001')  # the files that tf.train.Checkpoint writes
+_held: dict[str, Any] = {}  # folder -> its lock, until this process ends
+
+
+def get_dataset(
+  cfg: utils.DatasetConfig,
+  shard_id: int,
+  num_shards: int,
+  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  *,
+  model: Any,
+  model_dir: str,
+  save_dataset: bool,
+) -> Any:
+  """Prepares `model_dir`, and returns the training data.
+
+  Args:
+    cfg: T5X's, and so the next three.
+    shard_id: which part of the data this host reads.
+    num_shards: how many parts there are.
+    feature_converter_cls: of the model.
+    model: that is trained.
+    model_dir: the run's folder.
+    save_dataset: whether checkpoints keep the position in the data.
+
+  Returns:
+    Batches: a `tf.data.Dataset`, or an iterator whose position is saved.
+
+  Raises:
+    ValueError: the folder is in use, cannot be written, or none of its checkpoints can
+      be read or fits the model.
+  """
+  folder = epath.Path(model_dir)
+  claim(folder)
+  latest = latest_readable(folder)
+  if latest is not None:
+    restore.check_fits(latest, model)
+  dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
+  return Batches(dataset, folder) if save_dataset else dataset
+
+
+def claim(folder: epath.Path) -> None:
+  """Makes a folder, and keeps other runs out of it until this process ends.
+
+  Args:
+    folder: of the run.
+
+  Raises:
+    ValueError: it is in use, or cannot be written.
+  """
+  if jax.process_index() or os.fspath(folder) in _held:
+    return
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    _held[os.fspath(folder)] = run_lock.hold(folder)
+  except OSError as error:
+    raise ValueError(
+      f'MODEL_DIR={folder} cannot be written ({error.strerror or error}); give a folder'
+      ' that can.'
+    ) from error
+
+
+def latest_readable(folder: epath.Path) -> epath.Path | None:
+  """Returns the latest checkpoint of a folder that can be read, or None without any.
+
+  Those after it are renamed. Each host reads its share of the tensors.
+
+  Args:
+    folder: of the run.
+
+  Raises:
+    ValueError: there are checkpoints, and none can be read.
+  """
+  problems = []
+  for path in reversed(folders.list_checkpoints(folder)):
+    problem = damage(path)
+    if problem is None:
+      if problems:
+        _set_aside([bad for bad, _ in problems], path)
+      return path
+    problems.append((path, problem))
+  if problems:
+    raise ValueError(
+      f'No checkpoint in {folder} can be read: '
+      + '; '.join(f'{path.name}: {problem}' for path, problem in problems)
+      + '. Copy them anew, or remove them to start from the beginning.'
+    )
+  return None
+
+
+def damage(path: epath.Path) -> str | None:
+  """Returns what is wrong with a checkpoint, or None; reads all of it.
+
+  Args:
+    path: of the checkpoint.
+  """
+  problem = ''
+  try:
+    tensors = folders.open_checkpoint(path)
+    for i, name in enumerate(sorted(tensors)):
+      if i % jax.process_count() == jax.process_index():
+        tensors[name].read()
+    _read_position(path)
+  except (BadInput, OSError) as error:
+    problem = ' '.join(str(error).split())
+  bad = multihost_utils.process_allgather(np.array(bool(problem)))
+  return (problem or 'another host cannot read it') if np.any(bad) else None
+
+
+def _read_position(path: epath.Path) -> None:
+  """Reads where this host's data was, if the checkpoint says so.
+
+  Raises:
+    BadInput: the files are damaged.
+  """
+  folder, count = path / 'dataset', jax.process_count()
+  if count > 1:
+    folder /= f'process_{jax.process_index()}-of-{count}'
+  for file in folder.glob('*.index'):
+    prefix = os.fspath(file).removesuffix('.index')
+    try:
+      types = tf.train.load_checkpoint(prefix).get_variable_to_dtype_map()
+      tf.raw_ops.RestoreV2(
+        prefix=prefix,
+        tensor_names=[*types],
+        shape_and_slices=[''] * len(types),
+        dtypes=[*types.values()],
+      )
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+      raise BadInput(f'{prefix} is damaged: {error}') from error
+
+
+def _set_aside(damaged: list[epath.Path], good: epath.Path) -> None:
+  for path in damaged:
+    to = path.with_name(f'damaged_{path.name}')
+    while to.exists():
+      to = to.with_name(f'{to.name}_')
+    logging.warning(
+      'Checkpoint %s cannot be read: it is now %s, and training goes on from %s.',
+      path, to.name, good.name,
+    )  # fmt: skip
+    if not jax.process_index():
+      path.rename(to)
+  multihost_utils.sync_global_devices('damaged checkpoints are set aside')
+
+
+class Batches(clu.data.TfDatasetIterator):
+  """Training data whose position a checkpoint of its own run keeps.
+
+  It differs from clu's iterator in two things. A position is read from checkpoints of
+  this run alone: a converted checkpoint has none, and one of another run is of other
+  data. And the first save of a run that begins is of the beginning: by then, engines
+  have drawn a batch ahead, and trained on none.
+  """
+
+  def __init__(self, dataset: Any, folder: epath.Path):
+    """Starts at the beginning.
+
+    Args:
+      dataset: batches.
+      folder: of the run.
+    """
+    super().__init__(dataset, checkpoint=True)
+    self._folder = folder
+    self._beginning = tempfile.TemporaryDirectory()
+    super().save(epath.Path(self._beginning.name) / 'position')
+
+  def save(self, filename: epath.Path) -> None:
+    """Saves the position; see clu's method."""
+    if self._beginning is None:
+      super().save(filename)
+      return
+    for part in _PARTS:
+      start = epath.Path(self._beginning.name) / f'position{part}'
+      start.copy(epath.Path(f'{os.fspath(filename)}{part}'), overwrite=True)
+    self._beginning = None
+
+  def restore(self, filename: epath.Path) -> None:
+    """Goes to the position of a checkpoint of this run; else stays; see clu's method.
+
+    Raises:
+      ValueError: this run's checkpoint has no position.
+    """
+    if not epath.Path(filename).is_relative_to(self._folder):
+      logging.info('%s is of another run: the data begins anew.', filename)
+      return
+    self._beginning = None
+    if not epath.Path(f'{os.fspath(filename)}.index').exists():
+      raise ValueError(
+        f'{filename} is missing: the checkpoint does not know how far the data was.'
+        ' Give --gin.SAVE_DATASET=False to go on with the data from its beginning.'
+      )
+    super().restore(filename)

@@ -1,0 +1,209 @@
+"""T5X's Trainer with what a long uptraining run needs around it.
+
+It checks a restored checkpoint against the model before the first step and the
+first save, shows progress with the time to go, watches the loss (stability.py), and
+stops to be saved when the machine is taken away (preemption.py).
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from t5x import trainer
+
+from gqa_t5x.training import loss_watch, models, preemption
+
+# Seconds between redraws: few where they would fill a log file.
+_INTERVAL = (
+  {} if sys.stderr.isatty() or 'TQDM_MININTERVAL' in os.environ else {'mininterval': 10}
+)
+# In TensorBoard's `train`: how many there were since the start.
+_SCALARS = {'spike': 'stability/spikes', 'divergence': 'stability/divergences'}
+
+
+class Trainer(trainer.Trainer):
+  """T5X's Trainer.
+
+  Args are T5X's, and:
+    total_steps: the last step of the run, for the progress bar and to refuse a
+      checkpoint of a later step; None for neither.
+    loss_normalizing_factor: the model's. With one of T5X's names, instead of a number
+      or None, nothing says what a token loses, and the loss is not watched.
+    save_period: steps between checkpoints, each of which needs room on a local disk;
+      None if none is saved.
+
+  Raises:
+    ValueError: if restored parameters or optimizer moments do not fit the model, or
+      are of a later step than the last of the run.
+  """
+
+  def __init__(
+    self,
+    model: Any,
+    train_state: Any,
+    partitioner: Any,
+    eval_names: Any,
+    summary_dir: str | None,
+    train_state_axes: Any,
+    rng: jax.Array,
+    learning_rate_fn: Any,
+    num_microbatches: int | None,
+    total_steps: int | None = None,
+    loss_normalizing_factor: float | str | None = None,
+    save_period: int | None = None,
+    **kwargs,
+  ):
+    _check_train_state(model, train_state, total_steps)
+    super().__init__(
+      model=model,
+      train_state=train_state,
+      partitioner=partitioner,
+      eval_names=eval_names,
+      summary_dir=summary_dir,
+      train_state_axes=train_state_axes,
+      rng=rng,
+      learning_rate_fn=learning_rate_fn,
+      num_microbatches=num_microbatches,
+      **kwargs,
+    )
+    self._total_steps, self._model_dir = total_steps, summary_dir
+    self._bar, self._newest = None, None
+    self._notice, self._saves = preemption.Notice(), bool(save_period)
+    self._loss_normalizing_factor = loss_normalizing_factor
+    self._watch = loss_watch.Watch()
+    self._found = dict.fromkeys(_SCALARS, 0)
+
+  def train(self, batch_iter: Iterator[Any], num_steps: int, start_step=None) -> Any:
+    """Trains for `num_steps`; see T5X's method.
+
+    Raises:
+      PreemptionError: the machine has to go; `train_state` is that of the step reached,
+        which T5X saves.
+      SystemExit: the same, and this step is saved already.
+      OSError: the next checkpoint would not fit on the disk.
+    """
+    self._check_room()
+    if start_step is None:
+      start_step = int(self.train_state.step)
+    self._begin_bar(start_step)
+    try:
+      summary = super().train(
+        self._until_preempted(batch_iter, start_step), num_steps, start_step
+      )
+    except trainer.PreemptionError:
+      if self._newest is not None:  # T5X keeps the state to itself until it is through.
+        self.train_state = self._newest
+      raise
+    if not jax.process_index() and not isinstance(self._loss_normalizing_factor, str):
+      # In the thread that wrote the metrics: training does not wait for them.
+      step = start_step + num_steps
+      summary.add_done_callback(lambda done: self._look(step, done))
+    return summary
+
+  def compile_train(self, batch: Any) -> None:
+    """Compiles the training step; see T5X's method."""
+    super().compile_train(batch)
+    step = self._compiled_train_step
+
+    def remembered(train_state, batch):
+      self._newest, metrics = step(train_state, batch)
+      return self._newest, metrics
+
+    self._compiled_train_step = remembered
+
+  def _check_room(self) -> None:
+    if not self._saves or jax.process_index() or '://' in self._model_dir:
+      return
+    needed = sum(x.nbytes for x in jax.tree.leaves(self.train_state))
+    free = shutil.disk_usage(self._model_dir).free
+    if needed > free:
+      raise OSError(
+        f'MODEL_DIR={self._model_dir} has no room for a checkpoint: {needed:,} bytes'
+        f' are needed, {free:,} are free. Free some, or keep fewer (KEEP_CHECKPOINTS);'
+        ' then run the same command again.'
+      )
+
+  def _begin_bar(self, start_step: int) -> None:
+    if self._total_steps is None or self._bar is not None or jax.process_index():
+      return
+    self._bar = tqdm.tqdm(
+      total=self._total_steps,
+      initial=start_step,
+      desc='train',
+      unit='step',
+      **_INTERVAL,
+    )
+
+  def _until_preempted(self, batch_iter: Iterator[Any], step: int) -> Iterator[Any]:
+    """Yields batches; none is drawn and not trained on, so that the data goes on."""
+    while True:
+      if self._notice.reached(step):
+        self._stop(step)
+      batch = next(batch_iter)
+      if self._bar is not None:
+        self._bar.update()  # Before the yield: after the last nobody asks for more.
+      yield batch
+      step += 1
+
+  def _stop(self, step: int) -> None:
+    """Leaves training at a step that is not done yet."""
+    again = 'the same command, run again, goes on from there'
+    folder = epath.Path(self._model_dir or '') / f'checkpoint_{step}'
+    saved = bool(self._model_dir) and folder.exists()
+    if multihost_utils.broadcast_one_to_all(np.int32(saved)):
+      self.close()
+      raise SystemExit(f'SIGTERM at step {step}, which is saved: {again}.')
+    raise trainer.PreemptionError(f'SIGTERM at step {step}: saved, if it can; {again}.')
+
+  def _look(self, step: int, summary: Any) -> None:
+    """Says and writes whether the loss of a period is out of the ordinary."""
+    if summary.exception():
+      return  # T5X raises it.
+    values = {name: metric.value for name, metric in summary.result().items()}
+    loss = loss_watch.nats_per_token(values, self._loss_normalizing_factor)
+    for event in self._watch.add(step, loss):
+      self._found[event.kind] += 1
+      logging.warning(
+        '%s of the loss at step %d: %.3f nats per token; the median was %s',
+        event.kind,
+        event.step,
+        event.loss,
+        'not known yet' if event.median is None else f'{event.median:.3f}',
+      )
+    for kind, number in self._found.items():
+      self.train_metrics_manager.write_scalar(_SCALARS[kind], number, step)
+
+  def lower_train_step(self, batch: Any) -> Any:
+    """Returns a training step, lowered; the state and the batch may be shapes."""
+    return self._partitioned_train_step.lower(self.train_state, batch)
+
+  def close(self) -> None:
+    """Ends the progress bar, and stops the metric threads."""
+    self._notice.close()
+    if self._bar is not None:
+      self._bar.close()
+    super().close()
+
+
+def _check_train_state(model: Any, train_state: Any, total_steps: int | None) -> None:
+  models.check_params(model, train_state.params)
+  expected = jax.eval_shape(model.optimizer_def.init_state, train_state.params)
+  models.check_same_shapes(
+    expected.param_states,
+    train_state.param_states,
+    'optimizer moments of the checkpoint',
+  )
+  step = int(train_state.step)
+  if total_steps is not None and total_steps < step:
+    raise ValueError(
+      f'TRAIN_STEPS={total_steps} is below the step of the checkpoint, {step}.'
+      ' TRAIN_STEPS counts from the first step of pre-training: raise it.'
+    )

@@ -1,0 +1,218 @@
+"""Adafactor's moments after the conversion, by hand and by the shapes of XXL."""
+
+import numpy as np
+import pytest
+
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.checkpoints.tree import flatten
+from gqa_t5x.conversion import adafactor_moments
+from gqa_t5x.conversion.kernels import AttentionModule
+from gqa_t5x.conversion.plan import plan_conversion
+from gqa_t5x.errors import BadInput
+from helpers.trees import UNUSED, flat, tiny_state
+
+
+def module(source, num_kv_heads, head_dim):
+  return AttentionModule('decoder/x', source, source, num_kv_heads, head_dim)
+
+
+def convert(moments, shape, new, rule, head_dim=64):
+  moments = {n: np.asarray(moments.get(n, UNUSED)) for n in adafactor_moments.NAMES}
+  heads = module(shape[1] // head_dim, new[1] // head_dim, head_dim)
+  return adafactor_moments.convert_moments(moments, heads, shape, new, rule)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'axes'),
+  [
+    # Ties: NumPy's argsort, which T5X uses, keeps the order.
+    ((4096, 4096), (0, 1)),
+    ((4096, 512), (1, 0)),
+    ((512, 4096), (0, 1)),
+    ((4096, 64), None),
+    ((512, 384), (1, 0)),
+    ((128, 128), (0, 1)),
+    ((127, 4096), None),
+    ((512,), None),
+  ],
+)
+def test_which_axis_each_vector_runs_along(shape, axes):
+  assert adafactor_moments.factored_axes(shape) == axes
+
+
+V = np.array([[1, 2, 3, 4, 5, 6, 7, 8], [2, 4, 6, 8, 1, 3, 5, 7]], np.float32)
+
+
+@pytest.mark.parametrize(
+  ('rule', 'expected'),
+  [
+    ('sum', [[4, 6, 12, 14], [8, 12, 6, 10]]),
+    ('first', [[1, 2, 5, 6], [2, 4, 1, 3]]),
+    ('reset', [[0, 0, 0, 0], [0, 0, 0, 0]]),
+  ],
+)
+def test_unfactored_by_hand(rule, expected):
+  # Four heads of size two become two.
+  got = convert({'v': V}, (2, 8), (2, 4), rule, head_dim=2)
+  np.testing.assert_array_equal(got['v'], np.array(expected, np.float32))
+  assert got['v'].dtype == np.float32
+  for name in ('m', 'v_row', 'v_col'):
+    np.testing.assert_array_equal(got[name], UNUSED)
+
+
+@pytest.mark.parametrize(
+  ('rule', 'expected'),
+  [
+    ('sum', [[2, 3, 6, 7], [4, 6, 3, 5]]),
+    ('first', [[1, 2, 5, 6], [2, 4, 1, 3]]),
+    ('reset', [[0, 0, 0, 0], [0, 0, 0, 0]]),
+  ],
+)
+def test_momentum_is_averaged_where_second_moments_are_summed(rule, expected):
+  got = convert({'v': V, 'm': V}, (2, 8), (2, 4), rule, head_dim=2)
+  np.testing.assert_array_equal(got['m'], np.array(expected, np.float32))
+
+
+def factored(v_DC):
+  """The vectors that Adafactor would keep of a matrix: means over rows and columns."""
+  row_axis, col_axis = adafactor_moments.factored_axes(v_DC.shape)
+  return {'v_row': v_DC.mean(axis=col_axis), 'v_col': v_DC.mean(axis=row_axis)}
+
+
+def rank_one(shape):
+  """A matrix of which the two vectors say everything."""
+  rng = np.random.default_rng(0)
+  return np.outer(rng.random(shape[0]) + 0.5, rng.random(shape[1]) + 0.5)
+
+
+@pytest.mark.parametrize('rule', ['sum', 'first'])
+@pytest.mark.parametrize(
+  ('shape', 'new'),
+  [
+    ((256, 256), (256, 128)),  # v_row and v_col swap, like XXL's
+    ((512, 384), (512, 192)),  # they do not
+    ((192, 384), (192, 128)),  # they swap
+    ((512, 384), (512, 64)),  # T5.1.1-small to MQA: unfactored
+  ],
+)
+def test_factored_equals_the_same_done_to_the_full_matrix(shape, new, rule):
+  v_DC = rank_one(shape)
+  split_DKGH = v_DC.reshape(shape[0], new[1] // 64, -1, 64)
+  new_DC = split_DKGH.sum(axis=2) if rule == 'sum' else split_DKGH[:, :, 0]
+  new_DC = new_DC.reshape(new)
+  expected = {'v': new_DC} if min(new) < 128 else factored(new_DC)
+  got = convert(factored(v_DC), shape, new, rule)
+  for name in adafactor_moments.NAMES:
+    np.testing.assert_allclose(got[name], expected.get(name, UNUSED), rtol=1e-6)
+
+
+def test_xxl_64_to_8_heads_swaps_row_and_column():
+  along_d = np.arange(1, 4097, dtype=np.float32)
+  along_heads = np.repeat(np.arange(1, 65, dtype=np.float32), 64)
+  along_heads *= along_d.mean() / along_heads.mean()  # of one matrix: same mean
+  got = convert(
+    {'v_row': along_d, 'v_col': along_heads}, (4096, 4096), (4096, 512), 'sum'
+  )
+  np.testing.assert_allclose(got['v_col'], along_d * 8, rtol=1e-6)
+  # Heads 1..8 sum to 36, 9..16 to 100, ...
+  sums = np.repeat(np.arange(8) * 64 + 36, 64) * (2048.5 / 32.5)
+  np.testing.assert_allclose(got['v_row'], sums, rtol=1e-6)
+  assert got['v_row'].dtype == got['v_col'].dtype == np.float32
+  np.testing.assert_array_equal(got['v'], UNUSED)
+
+
+def test_small_to_mqa_becomes_unfactored():
+  # 512 x 384 is taller than wide: v_row runs along the six heads, v_col along D.
+  v_row = np.repeat(np.arange(1, 7, dtype=np.float32), 64)
+  v_col = np.where(np.arange(512) < 256, 3.0, 4.0).astype(np.float32)
+  got = convert({'v_row': v_row, 'v_col': v_col}, (512, 384), (512, 64), 'sum')
+  # outer / mean: half of the rows 3 * 21 / 3.5 = 18, the others 4 * 21 / 3.5 = 24.
+  np.testing.assert_allclose(got['v'][:256], 18.0, rtol=1e-6)
+  np.testing.assert_allclose(got['v'][256:], 24.0, rtol=1e-6)
+  assert got['v'].shape == (512, 64)
+  np.testing.assert_array_equal(got['v_row'], UNUSED)
+  np.testing.assert_array_equal(got['v_col'], UNUSED)
+
+
+def test_reset_lays_zeros_out_for_the_new_shape():
+  got = convert(factored(rank_one((256, 256))), (256, 256), (256, 128), 'reset')
+  np.testing.assert_array_equal(got['v_row'], np.zeros(128))
+  np.testing.assert_array_equal(got['v_col'], np.zeros(256))
+
+
+@pytest.mark.parametrize('new', [(256, 128), (256, 64)])
+def test_moments_that_never_saw_a_step_stay_zero(new):
+  zeros = {'v_row': np.zeros(256, np.float32), 'v_col': np.zeros(256, np.float32)}
+  got = convert(zeros, (256, 256), new, 'sum')
+  for name in adafactor_moments.NAMES:
+    assert np.all(got[name] == 0)
+
+
+def test_unfactored_stays_so_where_adafactor_does_not_factor():
+  got = convert({'v': rank_one((256, 256))}, (256, 256), (256, 128), 'sum')
+  assert got['v'].shape == (256, 128)
+  assert got['v_row'].shape == (1,)
+
+
+class TestWholeState:
+  key = 'state/param_states/decoder/layers_1/self_attention/key/kernel'
+
+  def plan(self, tree, method='mean'):
+    tensors = {path: LazyTensor.of(array) for path, array in flatten(tree)}
+    return plan_conversion(tensors, num_kv_heads=2, method=method)
+
+  def test_moments_follow_their_kernels_and_others_are_copied(self):
+    tree = tiny_state()
+    plan = self.plan(tree)
+    got = {p: a for unit in plan.units for p, a in unit.compute().items()}
+    before = dict(flat(tree))
+    assert set(got) == set(before)
+    changed = {p for p in got if got[p].shape != before[p].shape}
+    # Two layers, two attentions, two kernels, each with its v.
+    assert len(changed) == 16
+    for path in set(got) - changed:
+      np.testing.assert_array_equal(got[path], before[path])
+    v_DNH = before[f'{self.key}/v'].reshape(6, 4, 2)
+    expected = np.stack([v_DNH[:, 0] + v_DNH[:, 1], v_DNH[:, 2] + v_DNH[:, 3]], 1)
+    np.testing.assert_allclose(got[f'{self.key}/v'], expected.reshape(6, 4), rtol=1e-6)
+
+  def test_sizes_are_known_before_anything_is_computed(self):
+    for unit in self.plan(tiny_state()).units:
+      for path, array in unit.compute().items():
+        assert array.shape == unit.outputs[path].shape
+        assert array.dtype == unit.outputs[path].dtype
+
+  def test_log_says_what_was_done(self):
+    path = 'decoder/layers_1/self_attention/key/kernel'
+    done = {
+      'mean': 'summed over each group',
+      'first': "of each group's first head",
+      'random': 'reset to zero',
+    }
+    for method, phrase in done.items():
+      log = self.plan(tiny_state(), method).log
+      assert len(log) == 8
+      assert log[path] == f'v (6, 8) -> v (6, 4), {phrase}'
+
+  def test_without_optimizer_state(self):
+    plan = self.plan(tiny_state(moments=False))
+    assert plan.log == {}
+    assert sum(len(unit.outputs) for unit in plan.units) == 1 + 43
+
+  def test_every_fault_is_listed(self):
+    tree = tiny_state()
+    states = tree['state']['param_states']
+    del states['decoder']['decoder_norm']
+    states['other'] = {'v': UNUSED}
+    kernel = states['decoder']['layers_1']['self_attention']['key']['kernel']
+    kernel['v'] = kernel['v'][:, :4]
+    states['encoder']['encoder_norm']['scale'] = {'mu': UNUSED}
+    with pytest.raises(BadInput) as error:
+      self.plan(tree)
+    assert str(error.value) == (
+      "the optimizer state is not that of T5X's Adafactor:"
+      ' decoder/decoder_norm/scale is missing; other is extra;'
+      ' decoder/layers_1/self_attention/key/kernel has v (6, 4), expected v (6, 8) for'
+      " a kernel of shape (6, 8); encoder/encoder_norm/scale has ['mu'], expected"
+      " Adafactor's ['m', 'v', 'v_col', 'v_row']"
+    )

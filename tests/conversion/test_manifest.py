@@ -1,0 +1,264 @@
+"""The manifest: what it records, and that --verify finds every kind of damage."""
+
+import hashlib
+import json
+import re
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+
+from gqa_t5x import convert
+from gqa_t5x.checkpoints.lazy_tensor import TensorSpec
+from gqa_t5x.conversion import manifest
+from helpers.trees import D, H, tiny_shapes, tiny_state, write_msgpack
+
+KEY = 'target/decoder/layers_1/self_attention/key/kernel'
+OUT = 'target/decoder/layers_1/self_attention/out/kernel'
+MOMENT = 'state/param_states/decoder/layers_1/self_attention/key/kernel/v'
+COPIED = 'target/decoder/layers_0/mlp/wo/kernel'
+
+
+def run(*args):
+  return convert.main(['convert', *map(str, args)])
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  """A checkpoint of 2 heads, made from 4 by mean; chunks are not compressed."""
+  root = tmp_path_factory.mktemp('manifest')
+  source = write_msgpack(root / 'mha' / 'checkpoint_1000', tiny_state())
+  flags = ('--num_kv_heads=2', '--seed=7', '--compression=none')
+  assert run(f'--input={source}', f'--output={root / "gqa"}', *flags) == 0
+  return root / 'gqa' / 'checkpoint_1000'
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+  return shutil.copytree(made, tmp_path / 'gqa' / 'checkpoint_1000')
+
+
+def record(folder):
+  return json.loads((folder / 'gqa_t5x_manifest.json').read_text())
+
+
+def test_says_where_the_checkpoint_is_from(made):
+  got = record(made)
+  assert got['format'] == 1
+  assert got['method'] == {
+    'name': 'mean',
+    'grouping': 'contiguous',
+    'seed': 7,
+    'statistics': None,
+  }
+  heads = {'encoder': 4, 'self_attention': 2, 'cross_attention': 2}
+  assert got['num_kv_heads'] == got['architecture']['num_kv_heads'] == heads
+  assert got['source']['path'] == str(made.parent.parent / 'mha' / 'checkpoint_1000')
+  assert got['source']['step'] == 1000
+  assert got['source']['num_kv_heads'] == {**heads, **dict.fromkeys(heads, 4)}
+  # Of each parameter four moments, and the step.
+  count = 5 * len(tiny_shapes()) + 1
+  assert got['source']['num_tensors'] == got['result']['num_tensors'] == count
+  assert got['source']['shapes_sha256'] != got['result']['shapes_sha256']
+  assert got['compression'] == 'none'
+  assert got['versions'].keys() == {'gqa_t5x', 'python', 'numpy', 'tensorstore'}
+  assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00', got['created'])
+
+
+def test_lists_what_is_not_a_copy(made):
+  """Checksums of the chunk files themselves: they hold the rows and nothing else."""
+  changed = record(made)['changed']
+  kernels = [
+    f'decoder/layers_{layer}/{module}/{name}/kernel'
+    for layer in (0, 1)
+    for module in ('self_attention', 'encoder_decoder_attention')
+    for name in ('key', 'value')
+  ]
+  moments = [f'{path}/{n}' for path in kernels for n in ('m', 'v', 'v_col', 'v_row')]
+  expected = {f'target/{path}' for path in kernels}
+  expected |= {f'state/param_states/{path}' for path in moments}
+  assert changed.keys() == expected
+  for path in (KEY, MOMENT):
+    chunk = (made / path.replace('/', '.') / '0.0').read_bytes()
+    assert changed[path] == {
+      'shape': [D, 2 * H],
+      'dtype': 'float32',
+      'sha256': hashlib.sha256(chunk).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16, np.int32])
+def test_checksum_is_of_the_rows(dtype):
+  rows = np.arange(6).reshape(2, 3).astype(dtype)
+  wanted = hashlib.sha256(b''.join(row.tobytes() for row in rows)).hexdigest()
+  column_major = np.asfortranarray(rows)
+  assert manifest.describe_tensor(column_major) == {
+    'shape': [2, 3],
+    'dtype': np.dtype(dtype).name,
+    'sha256': wanted,
+  }
+  assert manifest.describe_tensor(np.asarray(dtype(3)))['shape'] == []
+
+
+def test_fingerprint_knows_names_shapes_and_dtypes():
+  f4, i4 = np.dtype(np.float32), np.dtype(np.int32)
+  base = {'a': TensorSpec((2, 3), f4), 'b': TensorSpec((), i4)}
+  text = 'a [2, 3] float32\nb [] int32\n'
+  assert manifest.fingerprint(dict(reversed(base.items()))) == {
+    'num_tensors': 2,
+    'shapes_sha256': hashlib.sha256(text.encode()).hexdigest(),
+  }
+  for other in (
+    {**base, 'a': TensorSpec((3, 2), f4)},
+    {**base, 'a': TensorSpec((2, 3), i4)},
+    {'a': base['a'], 'c': base['b']},
+  ):
+    assert manifest.fingerprint(other) != manifest.fingerprint(base)
+
+
+@pytest.mark.parametrize('path', ['checkpoint', 'model_dir'])
+def test_verify_says_in_one_line_that_all_is_well(path, made, capsys):
+  given = made if path == 'checkpoint' else made.parent
+  assert run(f'--verify={given}') == 0
+  out, err = capsys.readouterr()
+  count = 5 * len(tiny_shapes()) + 1
+  assert (out, err) == (
+    f'{made} is whole: 40 tensors made by mean have their checksums,'
+    f' all {count} their shapes\n',
+    '',
+  )
+
+
+def folder_of(checkpoint, path):
+  return checkpoint / path.replace('/', '.')
+
+
+def flip_a_bit(checkpoint):
+  for path in (KEY, MOMENT):
+    chunk = folder_of(checkpoint, path) / '0.0'
+    data = bytearray(chunk.read_bytes())
+    data[17] ^= 1
+    chunk.write_bytes(data)
+
+
+def truncate(checkpoint):
+  chunk = folder_of(checkpoint, KEY) / '0.0'
+  chunk.write_bytes(chunk.read_bytes()[:10])
+
+
+def lose_a_chunk(checkpoint):
+  (folder_of(checkpoint, MOMENT) / '0.0').unlink()
+
+
+def lose_a_copied_tensor(checkpoint):
+  shutil.rmtree(folder_of(checkpoint, COPIED))
+
+
+def rewrite(checkpoint, edit):
+  """Changes the msgpack."""
+  from flax import serialization
+
+  file = checkpoint / 'checkpoint'
+  tree = serialization.msgpack_restore(file.read_bytes())
+  edit(tree['optimizer'])
+  file.write_bytes(serialization.msgpack_serialize(tree))
+
+
+def drop_a_copied_tensor(checkpoint):
+  rewrite(checkpoint, lambda t: t['target']['decoder']['layers_0']['mlp'].pop('wo'))
+
+
+def drop_a_changed_tensor(checkpoint):
+  rewrite(
+    checkpoint, lambda t: t['target']['decoder']['layers_1'].pop('self_attention')
+  )
+
+
+def drop_a_copied_moment(checkpoint):
+  rewrite(checkpoint, lambda t: t['state']['param_states'].pop('token_embedder'))
+
+
+def another_shape(checkpoint):
+  def edit(tree):
+    norm = tree['target']['decoder']['layers_0']['mlp']['wo']
+    norm['kernel'] = np.ones((3, 6), np.float32)
+    kernel = tree['target']['decoder']['layers_1']['self_attention']['key']
+    kernel['kernel'] = np.ones((D, H), np.float32)
+
+  rewrite(checkpoint, edit)
+
+
+def damage_the_manifest(checkpoint):
+  file = checkpoint / manifest.NAME
+  file.write_text(file.read_text()[:100])
+
+
+def of_the_future(checkpoint):
+  (checkpoint / manifest.NAME).write_text('{"format": 2}')
+
+
+def lose_the_manifest(checkpoint):
+  (checkpoint / manifest.NAME).unlink()
+
+
+DAMAGE = [
+  (flip_a_bit, [f'{KEY} has another checksum', f'{MOMENT} has another checksum']),
+  (truncate, [f'{KEY} cannot be read (cannot read the tensor {KEY} of {{path}}']),
+  (lose_a_chunk, [f'{MOMENT} cannot be read']),
+  (lose_a_copied_tensor, ['cannot open 1 of', COPIED]),
+  (drop_a_copied_tensor, [f'says, convert again: {COPIED} is missing']),
+  (
+    drop_a_changed_tensor,
+    [f'{KEY} is missing', f'{OUT} is missing'],
+  ),
+  (drop_a_copied_moment, ['it has 212 tensors, the manifest lists 216']),
+  (
+    another_shape,
+    [
+      f'{COPIED} has shape (3, 6), not (5, 6)',
+      f'{KEY} is float32 [6, 2], not float32 [6, 4]',
+    ],
+  ),
+  (damage_the_manifest, [f'{{path}}/{manifest.NAME} is truncated or damaged: ']),
+  (of_the_future, ['is of format 2, this version of gqa_t5x reads 1']),
+  (lose_the_manifest, [f'{{path}} has no {manifest.NAME}: only what this version']),
+]
+
+
+@pytest.mark.parametrize(('damage', 'messages'), DAMAGE)
+def test_verify_finds_damage(damage, messages, copy, capsys):
+  damage(copy)
+  assert run(f'--verify={copy}') == 1
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert err.startswith('error: ')
+  assert err.count('\n') == 1
+  for message in messages:
+    assert message.format(path=copy) in err
+
+
+def test_only_the_damaged_are_named(copy, capsys):
+  truncate(copy)
+  assert run(f'--verify={copy}') == 1
+  named = set(re.findall(r'(?:target|state)/[\w/]+', capsys.readouterr().err))
+  assert named == {KEY}
+
+
+def test_what_has_no_manifest_is_said_so(made, capsys):
+  mha = made.parent.parent / 'mha' / 'checkpoint_1000'
+  assert run(f'--verify={mha}') == 1
+  assert f'error: {mha} has no gqa_t5x_manifest.json' in capsys.readouterr().err
+  assert run(f'--verify={made / "nowhere"}') == 1
+  assert 'there is no checkpoint at' in capsys.readouterr().err
+
+
+def test_a_converted_checkpoint_converts_again(made, tmp_path):
+  """The manifest of the first is not taken for a part of the checkpoint."""
+  output = tmp_path / 'mqa' / 'checkpoint_1000'
+  assert run(f'--input={made}', f'--output={output}', '--num_kv_heads=1') == 0
+  got = manifest.verify(epath.Path(output))
+  assert got['source']['num_kv_heads']['self_attention'] == 2
+  assert got['source']['shapes_sha256'] == record(made)['result']['shapes_sha256']
+  assert got['num_kv_heads']['cross_attention'] == 1

@@ -1,0 +1,252 @@
+"""The maths of the conversion, against tensors written out by hand."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gqa_t5x.conversion.kernels import AttentionModule
+from gqa_t5x.conversion.methods import METHODS, convert_module
+from gqa_t5x.conversion.plan import convert_params
+from gqa_t5x.errors import BadInput
+from helpers.trees import D, H, N, flat, tiny_params
+
+# Two rows (D = 2), four heads of size two: row 0 counts, row 1 does not.
+KEY = np.array(
+  [[1, 2, 3, 4, 5, 6, 7, 8], [10, -10, 0, 4, 8, 1, -2, 3]], dtype=np.float32
+)
+VALUE = np.array(
+  [[2, 0, 0, 2, 4, 4, 8, 8], [1, 1, 3, 5, -1, -1, -1, -3]], dtype=np.float32
+)
+CHANGED = [
+  f'decoder/layers_{i}/{a}/{k}/kernel'
+  for i in (0, 1)
+  for a in ('self_attention', 'encoder_decoder_attention')
+  for k in ('key', 'value')
+]
+
+
+def module(num_kv_heads, *, source=4, seed=0, path='decoder/layers_0/self_attention'):
+  return AttentionModule(path, 4, source, num_kv_heads, 2, seed)
+
+
+def kernels(key=KEY, value=VALUE):
+  query = np.arange(16, dtype=np.float32).reshape(2, 8)
+  return {'query': query, 'key': key, 'value': value, 'out': query.T + 1}
+
+
+@pytest.mark.parametrize(
+  ('method', 'num_kv_heads', 'key', 'value'),
+  [
+    (
+      'mean',
+      2,
+      [[2, 3, 6, 7], [5, -3, 3, 2]],
+      [[1, 1, 6, 6], [2, 3, -1, -2]],
+    ),
+    ('mean', 1, [[4, 5], [4, -0.5]], [[3.5, 3.5], [0.5, 0.5]]),
+    ('mean', 4, KEY, VALUE),
+    (
+      'first',
+      2,
+      [[1, 2, 5, 6], [10, -10, 8, 1]],
+      [[2, 0, 4, 4], [1, 1, -1, -1]],
+    ),
+    ('first', 1, [[1, 2], [10, -10]], [[2, 0], [1, 1]]),
+    ('first', 4, KEY, VALUE),
+  ],
+)
+def test_by_hand(method, num_kv_heads, key, value):
+  before = kernels()
+  got = convert_module(before, module(num_kv_heads), method)
+  np.testing.assert_array_equal(got['key'], np.array(key, np.float32))
+  np.testing.assert_array_equal(got['value'], np.array(value, np.float32))
+  assert got['key'].dtype == got['value'].dtype == np.float32
+  assert got['query'] is before['query']
+  assert got['out'] is before['out']
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('method', ['mean', 'first'])
+@pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
+def test_heads_equal_within_a_group_stay_exactly(method, num_kv_heads, dtype):
+  rng = np.random.default_rng(0)
+  shared_DKH = rng.normal(size=(5, num_kv_heads, 2)).astype(dtype)
+  equal = np.repeat(shared_DKH, 4 // num_kv_heads, axis=1).reshape(5, 8)
+  got = convert_module({'key': equal, 'value': -equal}, module(num_kv_heads), method)
+  np.testing.assert_array_equal(got['key'], shared_DKH.reshape(5, -1))
+  np.testing.assert_array_equal(got['value'], -shared_DKH.reshape(5, -1))
+  assert got['key'].dtype == dtype
+
+
+def test_mean_composes():
+  twice = convert_module(kernels(), module(2), 'mean')
+  twice = convert_module(twice, module(1, source=2), 'mean')
+  once = convert_module(kernels(), module(1), 'mean')
+  np.testing.assert_array_equal(twice['key'], once['key'])
+  np.testing.assert_array_equal(twice['value'], once['value'])
+
+
+class TestRandom:
+  wide = np.zeros((400, 8), np.float32)
+
+  def draw(self, **kwargs):
+    start = kernels(self.wide, self.wide)
+    return convert_module(start, module(2, **kwargs), 'random')
+
+  def test_standard_deviation_is_that_of_t5(self):
+    got = self.draw()
+    assert got['key'].shape == (400, 4)
+    assert got['key'].dtype == np.float32
+    # 1 / sqrt(400) = 0.05; 1,600 draws: three standard errors are 0.0027.
+    assert abs(got['key'].std() - 0.05) < 0.0027
+    assert abs(got['key'].mean()) < 0.004
+
+  def test_depends_on_seed_path_and_kernel_alone(self):
+    first = self.draw()
+    np.testing.assert_array_equal(first['key'], self.draw()['key'])
+    others = [
+      first['value'],
+      self.draw(seed=1)['key'],
+      self.draw(path='decoder/layers_1/self_attention')['key'],
+    ]
+    for other in others:
+      assert abs(np.corrcoef(first['key'].ravel(), other.ravel())[0, 1]) < 0.1
+
+
+class TestWholeModel:
+  @pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
+  def test_mean_against_a_loop_over_heads(self, num_kv_heads):
+    params = tiny_params()
+    got = dict(flat(convert_params(params, num_kv_heads=num_kv_heads, method='mean')))
+    group = N // num_kv_heads
+    for path, before in flat(params):
+      expected = before
+      if path in CHANGED:
+        expected = np.zeros((D, num_kv_heads * H))
+        for n in range(N):
+          k = n // group
+          expected[:, k * H : (k + 1) * H] += before[:, n * H : (n + 1) * H] / group
+      np.testing.assert_allclose(got[path], expected, rtol=1e-6, atol=1e-7)
+      assert got[path].dtype == np.float32
+    assert list(got) == [path for path, _ in flat(params)]
+
+  @pytest.mark.parametrize(
+    ('flags', 'expected'),
+    [
+      ({'num_kv_heads': 2}, (4, 2, 2)),
+      ({'num_kv_heads': 2, 'self_attention_num_kv_heads': 1}, (4, 1, 2)),
+      ({'num_kv_heads': 2, 'cross_attention_num_kv_heads': 4}, (4, 2, 4)),
+      ({'num_kv_heads': None, 'cross_attention_num_kv_heads': 1}, (4, 4, 1)),
+      ({'num_kv_heads': 1, 'encoder_num_kv_heads': 1}, (1, 1, 1)),
+      ({'num_kv_heads': None}, (4, 4, 4)),
+    ],
+  )
+  def test_each_kind_of_attention_is_set_alone(self, flags, expected):
+    got = dict(flat(convert_params(tiny_params(), method='first', **flags)))
+    modules = (
+      'encoder/layers_0/attention',
+      'decoder/layers_1/self_attention',
+      'decoder/layers_1/encoder_decoder_attention',
+    )
+    for path, heads in zip(modules, expected, strict=True):
+      assert got[f'{path}/key/kernel'].shape == (D, heads * H)
+      assert got[f'{path}/value/kernel'].shape == (D, heads * H)
+      assert got[f'{path}/query/kernel'].shape == (D, N * H)
+
+  def test_gqa_to_fewer_heads(self):
+    params = tiny_params()
+    middle = convert_params(params, num_kv_heads=2, method='mean')
+    twice = dict(flat(convert_params(middle, num_kv_heads=1, method='mean')))
+    once = dict(flat(convert_params(params, num_kv_heads=1, method='mean')))
+    for path, expected in once.items():
+      np.testing.assert_allclose(twice[path], expected, rtol=1e-6, atol=1e-7)
+
+  def test_random_differs_between_layers_but_not_with_what_else_changes(self):
+    alone = {'num_kv_heads': None, 'self_attention_num_kv_heads': 2}
+    one = dict(flat(convert_params(tiny_params(), method='random', **alone)))
+    all_ = convert_params(tiny_params(), method='random', num_kv_heads=2)
+    path = 'decoder/layers_0/self_attention/key/kernel'
+    np.testing.assert_array_equal(one[path], dict(flat(all_))[path])
+    assert not np.allclose(one[path], one[path.replace('layers_0', 'layers_1')])
+
+  def test_jax_arrays_and_frozen_dicts(self):
+    import flax
+    import jax
+
+    params = tiny_params()
+    frozen = flax.core.freeze(jax.tree.map(jax.numpy.asarray, params))
+    got = dict(flat(convert_params(frozen, num_kv_heads=1, method='mean')))
+    expected = dict(flat(convert_params(params, num_kv_heads=1, method='mean')))
+    for path, value in expected.items():
+      np.testing.assert_array_equal(got[path], value)
+
+
+@pytest.mark.parametrize(
+  ('source', 'flags', 'message'),
+  [
+    (
+      4,
+      {'num_kv_heads': 3},
+      'num_heads=4 is not divisible by num_kv_heads=3; choose one of 1, 2, 4',
+    ),
+    (
+      4,
+      {'num_kv_heads': 0},
+      'num_heads=4 is not divisible by num_kv_heads=0; choose one of 1, 2, 4',
+    ),
+    (
+      4,
+      {'num_kv_heads': 2, 'encoder_num_kv_heads': 8},
+      'num_heads=4 is not divisible by encoder_num_kv_heads=8; choose one of 1, 2, 4',
+    ),
+    (
+      2,
+      {'num_kv_heads': 4},
+      "num_kv_heads=4 is more than the checkpoint's 2 key/value heads; choose one of"
+      ' 1, 2',
+    ),
+  ],
+)
+def test_heads_that_do_not_divide(source, flags, message):
+  with pytest.raises(BadInput) as error:
+    convert_params(tiny_params(source), method='mean', **flags)
+  assert str(error.value) == message
+
+
+def test_key_value_heads_that_do_not_divide_although_the_query_heads_do():
+  from gqa_t5x.checkpoints.tree import Architecture
+  from gqa_t5x.conversion.plan import choose_num_kv_heads
+
+  heads = {'encoder': 12, 'self_attention': 4, 'cross_attention': 4}
+  source = Architecture(9, 9, 9, 12, 9, 32, {'encoder': 1, 'decoder': 1}, heads)
+  with pytest.raises(BadInput) as error:
+    choose_num_kv_heads(source, 3)
+  assert str(error.value) == (
+    "the checkpoint's 4 key/value heads are not divisible by num_kv_heads=3;"
+    ' choose one of 1, 2, 4'
+  )
+  with pytest.raises(BadInput) as error:
+    choose_num_kv_heads(source, None, encoder_num_kv_heads=5)
+  assert str(error.value) == (
+    'num_heads=12 is not divisible by encoder_num_kv_heads=5;'
+    ' choose one of 1, 2, 3, 4, 6, 12'
+  )
+
+
+def test_unknown_method_lists_the_known():
+  with pytest.raises(BadInput) as error:
+    convert_params(tiny_params(), num_kv_heads=2, method='avg')
+  known = 'mean, first, random, procrustes, procrustes_rms, refit, svd'
+  assert str(error.value) == f"unknown method 'avg'; choose one of {known}"
+  assert list(METHODS) == known.split(', ')
+
+
+def test_bfloat16_kept_as_integers_is_refused():
+  params = tiny_params()
+  norm = params['encoder']['encoder_norm']
+  norm['scale'] = norm['scale'].astype(np.uint16)
+  with pytest.raises(BadInput) as error:
+    convert_params(params, num_kv_heads=2, method='mean')
+  assert str(error.value) == (
+    'parameters must be floating point: target/encoder/encoder_norm/scale is uint16'
+  )

@@ -1,0 +1,384 @@
+"""Beam search against a plain loop over full forward passes, and what it costs."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqa_t5x.decoding import beam_search, generate
+from gqa_t5x.model import decode_cache, network, sharding
+from helpers import model_oracle as oracle
+
+B, LENGTH = oracle.B, oracle.DECODE_LENGTH
+NONE = -1.0e7  # The score of a result that is not there.
+
+
+def search(log_probs, prompts, length, n, eos_id, alpha):
+  """The oracle: T5X's rules in plain Python, for one batch.
+
+  Args:
+    log_probs: (row, tokens so far) -> log-probabilities `[V]` of the next token.
+    prompts: the forced tokens of each row.
+    length: most tokens of a result, n: beams.
+
+  Returns:
+    (results, steps): for each row n pairs (score, tokens), the best last.
+  """
+  rows = [([(0.0, ())], []) for _ in prompts]  # Live and ended (score, tokens).
+  for step in range(length):
+    if all(is_settled(*row, n, length, alpha) for row in rows):
+      return [results(*row, n) for row in rows], step
+    for b, prompt in enumerate(prompts):
+      live, ended = rows[b]
+      if step < len(prompt):
+        longer = [(0.0, (*live[0][1], prompt[step]))]
+      else:
+        longer = [
+          (score + x, (*tokens, v))
+          for score, tokens in live
+          for v, x in enumerate(log_probs(b, tokens))
+        ]
+      longer = sorted(longer, reverse=True)[: 2 * n]
+      penalty = ((5 + step + 1) / 6) ** alpha
+      ended += [(s / penalty, tokens) for s, tokens in longer if tokens[-1] == eos_id]
+      live = [(s, tokens) for s, tokens in longer if tokens[-1] != eos_id]
+      rows[b] = live[:n], sorted(ended, reverse=True)[:n]
+  return [results(*row, n) for row in rows], length
+
+
+def is_settled(live, ended, n, length, alpha):
+  """Whether no live beam can become better than the worst of n ended ones."""
+  best = max((score for score, _ in live), default=NONE)
+  bound = best / ((5 + length + 1) / 6) ** alpha
+  return len(ended) == n and min(ended)[0] > bound
+
+
+def results(live, ended, n):
+  best = ended or live
+  return sorted([*best, *[(NONE, ())] * (n - len(best))])
+
+
+def assert_decodes(tokens, scores, expected):
+  for b, row in enumerate(expected):
+    padded = [[*tokens, *[0] * LENGTH][:LENGTH] for _, tokens in row]
+    np.testing.assert_array_equal(tokens[b], padded, err_msg=f'row {b}')
+    np.testing.assert_allclose(scores[b], [s for s, _ in row], rtol=1e-5, atol=1e-4)
+
+
+# The network.
+
+PROMPTS = ((7, 3, 9), (), (5, 2, 8, 3, 3), (6,))
+
+
+@pytest.mark.parametrize(
+  ('K', 'n', 'platform'),
+  [
+    (1, 4, 'cpu'),
+    (2, 1, 'cpu'),
+    (2, 2, 'cpu'),
+    (2, 4, 'cpu'),
+    (4, 4, 'cpu'),
+    (2, 4, 'tpu'),
+    (4, 4, 'tpu'),
+  ],
+)
+def test_equals_a_loop_over_the_forward_pass(monkeypatch, K, n, platform):
+  """With and without prompts, a marker that ends some beams, and a penalty."""
+  cfg = oracle.config(K)
+  monkeypatch.setattr(sharding, 'platform', lambda: platform)
+  run = oracle.decode.__wrapped__(cfg, 'beam_search', n)
+  log_probs = functools.partial(oracle.next_log_probs, cfg)
+  unended, _ = search(log_probs, [()] * B, LENGTH, n, -1, 0.6)
+  third = unended[0][-1][1][2]  # Of the best beam of the first row.
+  for prompts, eos_id, alpha in (
+    ([()] * B, -1, 0.6),
+    ([()] * B, third, 0.6),
+    (PROMPTS, third, 0.0),
+    (PROMPTS, third, 0.6),
+  ):
+    expected, _ = search(log_probs, prompts, LENGTH, n, eos_id, alpha)
+    tokens, scores = run(
+      oracle.params(cfg), oracle.prompt_batch(prompts), eos_id, alpha=alpha
+    )
+    assert tokens.shape == (B, n, LENGTH)
+    assert (tokens.dtype, scores.dtype) == (jnp.int32, jnp.float32)
+    assert_decodes(tokens, scores, expected)
+    ended = [eos_id in x for row in expected for _, x in row]
+    assert any(ended) == (eos_id != -1)
+
+
+def test_enough_beams_find_the_best_of_all_sequences():
+  """Of two tokens: of 2500 pairs the 50 best, in their order."""
+  cfg, length = oracle.config(2), 2
+  tokens, scores = oracle.decode(cfg, 'beam_search', oracle.V)(
+    oracle.params(cfg), oracle.prompt_batch(length=length), -1
+  )
+  for b in range(B):
+    first = oracle.next_log_probs(cfg, b, ())
+    both = [first[v] + oracle.next_log_probs(cfg, b, (v,)) for v in range(oracle.V)]
+    both = np.concatenate(both)
+    best = np.argsort(both)[-oracle.V :]
+    np.testing.assert_array_equal(
+      tokens[b], np.stack([best // oracle.V, best % oracle.V], axis=1)
+    )
+    np.testing.assert_allclose(scores[b], both[best], atol=1e-4)
+
+
+# A model whose next token hangs on the last one and the row.
+
+
+def table(seed, rows, size):
+  """Returns log-probabilities `[row, last token, V]`."""
+  logits = 1.5 * np.random.default_rng(seed).standard_normal((rows, size, size))
+  return np.log(oracle.softmax(logits))
+
+
+@functools.cache
+def table_search(n):
+  """Compiles `(table, prompts, eos_id, **options) -> (tokens, scores, steps)`."""
+  taken = []
+
+  @oracle.jit
+  def run(table, prompts, eos_id, **options):
+    rows = jnp.arange(len(prompts) * n) // n
+
+    def tokens_to_logits(state):
+      jax.debug.callback(lambda: taken.append(1))
+      logits = table[rows, state.cur_token[:, 0]]
+      # Some rows' logits are moved: only differences count.
+      return logits + (jnp.arange(len(rows)) % 2)[:, None], state.cache
+
+    cache = {
+      'cache_index': jnp.zeros((), jnp.int32),
+      'cached_value': jnp.zeros((2, 1, 1, 1)),
+    }
+    return beam_search.beam_search(
+      prompts, {'decoder': cache}, tokens_to_logits, eos_id, n, **options
+    )
+
+  def call(*args, **options):
+    taken.clear()
+    tokens, scores = run(*args, **options)
+    jax.effects_barrier()
+    return np.asarray(tokens), np.asarray(scores), len(taken)
+
+  return call
+
+
+def table_prompts(prompts, length):
+  padded = [[0, *prompt, *[0] * length][:length] for prompt in prompts]
+  return np.array(padded, np.int32)
+
+
+def test_many_small_models():
+  """Random tables, prompts and markers; the steps taken are the rule's, too."""
+  n, size, seeds = 3, 7, 60
+  rng = np.random.default_rng(0)
+  steps, ended = [], []
+  for seed in range(seeds):
+    log_probs = table(seed, 2, size)
+    eos_id, alpha = int(rng.integers(size)), float(rng.choice([0.0, 0.6, 1.5]))
+    others = np.setdiff1d(np.arange(1, size), eos_id)
+    prompts = [tuple(rng.choice(others, rng.integers(0, 4))) for _ in range(2)]
+    expected, expected_steps = search(
+      lambda b, tokens, p=log_probs: p[b, tokens[-1] if tokens else 0],
+      prompts,
+      LENGTH,
+      n,
+      eos_id,
+      alpha,
+    )
+    tokens, scores, taken = table_search(n)(
+      log_probs, table_prompts(prompts, LENGTH), eos_id, alpha=alpha
+    )
+    assert_decodes(tokens, scores, expected)
+    assert taken == expected_steps, seed
+    steps.append(taken)
+    ended.append(sum(score > NONE for row in expected for score, _ in row))
+  assert len(set(steps)) > 3  # Some searches stop early, some do not.
+  assert len(set(ended)) > 2
+
+
+@pytest.mark.parametrize(('ratio', 'steps'), [(1.62, 2), (1.70, 1)])
+def test_the_bound_on_what_live_beams_may_reach(ratio, steps):
+  """It has the penalty of 9 tokens, ((5 + 9) / 6)^0.6 = 1.66, where 8 fit; T5X's rule.
+
+  The first step ends a beam; the live one has `ratio` times its log-probability.
+  """
+  ends, goes_on, eos_id = 0.3, 0.3**ratio, 6
+  probabilities = np.full((7, 7), 0.098)
+  probabilities[:, [1, eos_id]] = 0.5, 0.01
+  probabilities[0] = (1 - ends - goes_on) / 5
+  probabilities[0, [1, eos_id]] = goes_on, ends
+  tokens, scores, taken = table_search(1)(
+    np.log([probabilities] * 2), table_prompts([(), ()], LENGTH), eos_id, alpha=0.6
+  )
+  assert taken == steps
+  np.testing.assert_array_equal(tokens[:, 0], [[eos_id, *[0] * (LENGTH - 1)]] * 2)
+  np.testing.assert_allclose(scores, np.log([[ends]] * 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
+def test_no_beam_is_lost_among_enough(alpha):
+  """With five tokens, 40 beams hold all sequences of three: 21 of them end."""
+  eos_id, size, length = 3, 5, 3
+  log_probs = table(3, 2, size)
+  tokens, scores, _ = table_search(40)(
+    log_probs, table_prompts([(), ()], length), eos_id, alpha=alpha
+  )
+  for b in range(2):
+    every = []
+    for count in range(1, length + 1):
+      for start in itertools.product(range(size), repeat=count - 1):
+        if eos_id not in start:
+          row = [0, *start, eos_id]
+          total = sum(log_probs[b, x, y] for x, y in itertools.pairwise(row))
+          padded = [*row[1:], *[0] * (length - count)]
+          every.append((total / ((5 + count) / 6) ** alpha, padded))
+    every.sort()
+    assert len(every) == 1 + 4 + 16
+    np.testing.assert_array_equal(tokens[b, -21:], [x for _, x in every])
+    np.testing.assert_allclose(scores[b, -21:], [s for s, _ in every], rtol=1e-5)
+    assert (scores[b, :-21] < NONE / 5).all()
+
+
+@pytest.mark.parametrize(
+  ('limit', 'steps'), [(-1, LENGTH), (3, 3), (1, 1), (99, LENGTH)]
+)
+def test_most_steps(limit, steps):
+  """Forced tokens count as steps."""
+  log_probs, prompts = table(0, 2, 7), [(4, 2), ()]
+  tokens, _, taken = table_search(3)(
+    log_probs, table_prompts(prompts, LENGTH), -1, alpha=0.6, max_decode_step=limit
+  )
+  expected, _ = search(
+    lambda b, tokens: log_probs[b, tokens[-1] if tokens else 0],
+    [prompt[:steps] for prompt in prompts],
+    steps,
+    3,
+    -1,
+    0.6,
+  )
+  assert taken == steps
+  for b in range(2):
+    real = [tokens for score, tokens in expected[b] if score > NONE]
+    np.testing.assert_array_equal(tokens[b, -len(real) :, :steps], real)
+  assert not tokens[:, :, steps:].any()
+
+
+@pytest.mark.parametrize(
+  ('alpha', 'length', 'expected'),
+  [(0.0, 9, 1.0), (1.0, 1, 1.0), (1.0, 7, 2.0), (0.5, 19, 2.0), (0.6, 7, 2**0.6)],
+)
+def test_brevity_penalty(alpha, length, expected):
+  assert float(beam_search.brevity_penalty(alpha, length)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'num_decodes': 0}, 'num_decodes=0 must be at least 1.'),
+    ({'num_decodes': -2}, 'num_decodes=-2 must be at least 1.'),
+    ({'cache_offset': 1}, 'cache_offset=1: layers are not scanned here; use 0.'),
+  ],
+)
+def test_bad_input(options, message):
+  with pytest.raises(ValueError) as error:
+    beam_search.beam_search(jnp.zeros((1, 3), jnp.int32), {}, None, 1, **options)
+  assert str(error.value) == message
+
+
+# What it costs: K and V are neither repeated nor moved.
+
+BEAMS, INPUT_LENGTH = 4, 40
+BIG = 64  # Head size, so that keys and values outgrow all else.
+
+
+def every_equation(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from every_equation(inner)
+
+
+def trace(decode_fn, K):
+  """Returns the jaxpr of a decode step, and the shapes that it sees."""
+  module = network.Transformer(oracle.config(K, head_dim=BIG))
+  params = oracle.initial_shapes(module.config)['params']
+  seen = {}
+
+  def spied(cache, tokens_to_logits, **kwargs):
+    def spy(state):
+      seen.update(oracle.flat(jax.tree.map(jnp.shape, state.cache)))
+      seen['rows'] = state.cur_token.shape
+      return tokens_to_logits(state)
+
+    return decode_fn(cache=cache, tokens_to_logits=spy, **kwargs)
+
+  inputs = jax.ShapeDtypeStruct((B, INPUT_LENGTH), jnp.int32)
+  prompts = jax.ShapeDtypeStruct((B, LENGTH), jnp.int32)
+  jaxpr = jax.make_jaxpr(
+    lambda *args: generate.generate(module, *args, spied, eos_id=1, num_decodes=BEAMS)
+  )(params, inputs, prompts)
+  (loop,) = (x for x in every_equation(jaxpr.jaxpr) if x.primitive.name == 'while')
+  return loop.params['body_jaxpr'].jaxpr, seen
+
+
+def largest(step):
+  """Returns the size of the largest array that a step reads or computes."""
+  computed = [x for equation in every_equation(step) for x in equation.outvars]
+  return max(x.aval.size for x in [*step.invars, *computed])
+
+
+def operations_on_caches(step, K):
+  """Returns the names of operations with a whole cache as result."""
+  size = B * K * LENGTH * BEAMS * BIG
+  return {
+    equation.primitive.name
+    for equation in every_equation(step)
+    for x in equation.outvars
+    if x.aval.size == size
+  }
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_keys_and_values_are_neither_repeated_nor_moved(K):
+  step, seen = trace(beam_search.beam_search, K)
+  layer = 'decoder/layers_1/self_attention'
+  assert seen['rows'] == (B * BEAMS, 1)
+  assert seen['decoder/slots'] == (B, BEAMS, LENGTH)
+  assert seen[f'{layer}/cached_key'] == (B, K, BIG, LENGTH * BEAMS)
+  assert seen[f'{layer}/cached_value'] == (B, K, LENGTH * BEAMS, BIG)
+  shapes = [x.aval.shape for x in step.invars]
+  key, value = (B, K, BIG, INPUT_LENGTH), (B, K, INPUT_LENGTH, BIG)
+  assert shapes.count(key) == shapes.count(value) == oracle.DECODER_LAYERS
+  assert largest(step) < BEAMS * np.prod(value)  # What T5X's beams read.
+  assert operations_on_caches(step, K) == {'dynamic_update_slice'}
+
+
+def test_repeating_and_moving_would_be_found(monkeypatch):
+  def gathering(cache, origin_Bn):
+    def gather(x):
+      if x.ndim < 4:
+        return x
+      shape = B, x.shape[1], LENGTH, BEAMS, BIG
+      index = origin_Bn[:, None, None, :, None]
+      return jnp.take_along_axis(x.reshape(shape), index, axis=3).reshape(x.shape)
+
+    return jax.tree.map(gather, cache)
+
+  K = 2
+  monkeypatch.setattr(decode_cache, 'reorder', gathering)
+  assert 'gather' in operations_on_caches(trace(beam_search.beam_search, K)[0], K)
+
+  def repeating(tokens_to_logits, **kwargs):
+    def repeat(state):
+      jnp.repeat(jnp.zeros((B, K, INPUT_LENGTH, BIG)), BEAMS, axis=0)
+      return tokens_to_logits(state)
+
+    return beam_search.beam_search(tokens_to_logits=repeat, **kwargs)
+
+  assert largest(trace(repeating, K)[0]) == B * BEAMS * K * INPUT_LENGTH * BIG

@@ -1,0 +1,397 @@
+"""Step by step equals all at once; greedy decoding equals a plain loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.decoding import generate
+from gqa_t5x.model import network
+from helpers import model_oracle as oracle
+
+B, T = oracle.B, oracle.T
+PROMPT_LENGTHS = np.array([3, 0, 4, 1])
+
+
+def empty_cache(module, params, inputs, length):
+  """Makes the cache as T5X does: by a call on tokens that are all ones."""
+  ones = jnp.ones((inputs.shape[0], length), jnp.int32)
+  _, variables = module.apply(
+    {'params': params},
+    encoder_input_tokens=jnp.ones_like(inputs),
+    decoder_input_tokens=ones,
+    decoder_target_tokens=ones,
+    mutable=['cache'],
+    decode=True,
+    enable_dropout=False,
+  )
+  return variables['cache']
+
+
+def with_index(cache, index):
+  return cache | {'decoder': cache['decoder'] | {'cache_index': index}}
+
+
+@functools.cache
+def decode_steps(cfg, index_shape=(), prefill=False):
+  """Compiles `(params, batch, starts) -> (logits [step, B, V], prefill's, cache)`.
+
+  Row b is fed its tokens from position starts[b] on, one at a time.
+  """
+  module = network.Transformer(cfg)
+
+  def call(params, cache, encoded, batch, tokens, **kwargs):
+    return module.apply(
+      {'params': params, 'cache': cache},
+      encoded,
+      batch['encoder_input_tokens'],
+      tokens,
+      jnp.ones_like(tokens),
+      enable_dropout=False,
+      mutable=['cache'],
+      method=module.decode,
+      **kwargs,
+    )
+
+  @oracle.jit
+  def run(params, batch, starts):
+    inputs, tokens = batch['encoder_input_tokens'], batch['decoder_input_tokens']
+    encoded = module.apply(
+      {'params': params}, inputs, enable_dropout=False, method=module.encode
+    )
+    cache, prefill_logits = empty_cache(module, params, inputs, T), None
+    if prefill:
+      prompt = jnp.where(jnp.arange(T) <= starts[:, None], tokens, 0)
+      lengths = jnp.sum(prompt != 0, axis=1)
+      prefill_logits, variables = call(
+        params, cache, encoded, batch, prompt, prefill=True, prefill_lengths=lengths
+      )
+      cache = variables['cache']
+    index = jnp.broadcast_to(
+      cache['decoder']['cache_index'], (B,) if index_shape else ()
+    )
+    cache = with_index(cache, index.reshape(index_shape))
+
+    def step(cache, i):
+      position = jnp.minimum(starts + i, T - 1)
+      token = jnp.take_along_axis(tokens, position[:, None], axis=1)
+      logits, variables = call(
+        params, cache, encoded, batch, token, decode=True, max_decode_length=T
+      )
+      return variables['cache'], logits[:, 0]
+
+    cache, logits = jax.lax.scan(step, cache, jnp.arange(T))
+    return logits, prefill_logits, cache
+
+  return run
+
+
+def assert_steps(steps, cfg, starts, tolerance=1e-4):
+  """Compares `[step, B, V]` with the oracle at every real position from starts on."""
+  for b, expected in enumerate(oracle.expected_logits(cfg)):
+    got = np.asarray(steps)[: max(len(expected) - starts[b], 0), b]
+    np.testing.assert_allclose(
+      got, expected[starts[b] :], atol=tolerance, rtol=tolerance, err_msg=f'row {b}'
+    )
+
+
+@pytest.mark.parametrize(
+  ('K', 'index_shape'), [(1, ()), (2, ()), (4, ()), (2, (B,)), (1, (2, 2))]
+)
+def test_steps_equal_the_full_forward_pass(K, index_shape):
+  cfg = oracle.config(K)
+  starts = np.zeros(B, np.int32)
+  steps, _, cache = decode_steps(cfg, index_shape)(
+    oracle.params(cfg), oracle.batch(), starts
+  )
+  assert_steps(steps, cfg, starts)
+  full = oracle.forward(cfg)(oracle.params(cfg), oracle.batch())
+  row = np.argmax(oracle.TARGET_LENGTHS)
+  np.testing.assert_allclose(steps[:, row], full[row], atol=1e-4, rtol=1e-4)
+  np.testing.assert_array_equal(
+    cache['decoder']['cache_index'], np.full(index_shape, T, np.int32)
+  )
+
+
+@pytest.mark.parametrize(
+  ('K', 'index_shape'), [(1, (B,)), (2, (B,)), (4, (B,)), (2, (2, 2)), (4, (2, 2))]
+)
+def test_steps_after_a_prefill_equal_the_full_forward_pass(K, index_shape):
+  """Prompts of 3, 0, 4 and 1 tokens after the start token, then steps."""
+  cfg = oracle.config(K)
+  batch = oracle.batch(pairs_of_full_length())
+  expected = expected_of_full_length(cfg)
+  run = decode_steps(cfg, index_shape, prefill=True)
+  steps, prefilled, cache = run(oracle.params(cfg), batch, PROMPT_LENGTHS)
+  for b, start in enumerate(PROMPT_LENGTHS):
+    np.testing.assert_allclose(
+      prefilled[b, : start + 1], expected[b][: start + 1], atol=1e-4, rtol=1e-4
+    )
+    np.testing.assert_allclose(
+      steps[: T - start, b], expected[b][start:], atol=1e-4, rtol=1e-4
+    )
+  np.testing.assert_array_equal(
+    np.ravel(cache['decoder']['cache_index']), PROMPT_LENGTHS + T
+  )
+
+
+@functools.cache
+def pairs_of_full_length():
+  rng = np.random.default_rng(5)
+  return [(inputs, rng.integers(2, oracle.V, T)) for inputs, _ in oracle.examples()]
+
+
+@functools.cache
+def expected_of_full_length(cfg):
+  return [
+    oracle.oracle_logits(oracle.params(cfg), x, oracle.shift_right(y))
+    for x, y in pairs_of_full_length()
+  ]
+
+
+@functools.cache
+def kept_steps(cfg):
+  """Compiles `(params, batch) -> ([step, B, V], first cache, kept K and V)`."""
+  module = network.Transformer(cfg)
+
+  @oracle.jit
+  def run(params, batch):
+    inputs = batch['encoder_input_tokens']
+    first_cache, kept = generate.prepare(module, params, inputs, T)
+
+    def step(cache, token):
+      logits, cache = generate.step(module, params, kept, cache, inputs, token, T)
+      return cache, logits
+
+    _, logits = jax.lax.scan(step, first_cache, batch['decoder_input_tokens'].T)
+    return logits, first_cache, kept
+
+  return run
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_steps_with_kept_cross_attention_equal_the_full_forward_pass(K):
+  cfg = oracle.config(K)
+  steps, _, _ = kept_steps(cfg)(oracle.params(cfg), oracle.batch())
+  assert_steps(steps, cfg, np.zeros(B, int))
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_what_is_kept(K):
+  """The first cache is empty; cross K and V are those of the encoded inputs."""
+  cfg = oracle.config(K)
+  params, batch = oracle.params(cfg), oracle.batch()
+  _, cache, kept = kept_steps(cfg)(params, batch)
+  kept = oracle.flat(kept['encoded_kv'])
+  module = network.Transformer(cfg)
+  inputs = batch['encoder_input_tokens']
+  encoded = np.asarray(
+    module.apply({'params': params}, inputs, enable_dropout=False, method=module.encode)
+  )
+  assert len(kept) == 2 * oracle.DECODER_LAYERS
+  for name in ('key', 'value'):
+    path = f'decoder/layers_1/encoder_decoder_attention/{name}'
+    expected = encoded @ oracle.flat(params)[f'{path}/kernel']
+    expected = expected.reshape(B, oracle.S, K, oracle.H)
+    expected = np.einsum('BSKH->BKHS' if name == 'key' else 'BSKH->BKSH', expected)
+    np.testing.assert_allclose(kept[path], expected, atol=1e-5, rtol=1e-5)
+  assert_empty(cache, K)
+
+
+def assert_empty(cache, K):
+  leaves = oracle.flat(cache)
+  assert len(leaves) == 1 + 2 * oracle.DECODER_LAYERS
+  shapes = {
+    'cache_index': (),
+    'cached_key': (B, K, oracle.H, T),
+    'cached_value': (B, K, T, oracle.H),
+  }
+  for name, leaf in leaves.items():
+    assert leaf.shape == shapes[name.rpartition('/')[2]], name
+    np.testing.assert_array_equal(leaf, np.zeros_like(leaf), err_msg=name)
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_the_cache_made_on_ones_holds_no_trace_of_them(K):
+  cfg = oracle.config(K)
+  module = network.Transformer(cfg)
+  make = oracle.jit(functools.partial(empty_cache, module, length=T))
+  inputs = oracle.batch()['encoder_input_tokens']
+  assert_empty(make(oracle.params(cfg), inputs=inputs), K)
+
+
+@pytest.mark.parametrize('logits_via_embedding', [False, True])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_transposed_kernels_change_nothing(dtype, logits_via_embedding):
+  """The CPU has them, an accelerator does not: one step with and without."""
+  cfg = oracle.config(2, dtype=dtype, logits_via_embedding=logits_via_embedding)
+  params = jax.tree.map(lambda x: x.astype(dtype), oracle.params(cfg))
+  inputs = jnp.asarray(oracle.batch()['encoder_input_tokens'])
+  module = network.Transformer(cfg)
+  cache, kept = generate.prepare(module, params, inputs, T)
+  transposed = kept.pop('transposed')
+  kernels = oracle.flat(transposed)
+  assert sum(x.size for x in kernels.values()) == formulas.step_kernels(cfg)
+  for path, kernel in kernels.items():
+    np.testing.assert_array_equal(kernel.T, oracle.flat(params)[path])
+
+  def logits(**more):
+    args = {**kept, **more}, cache, inputs, jnp.arange(2, 2 + B), T
+    return generate.step(module, params, *args)[0]
+
+  plain, scale = logits(), float(jnp.abs(logits()).max())
+  tolerance = 1e-5 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
+  got = logits(transposed=transposed)
+  np.testing.assert_allclose(got, plain, atol=tolerance * scale)
+  wrong = logits(transposed=jax.tree.map(jnp.zeros_like, transposed))
+  assert float(jnp.abs(wrong - plain).max()) > 0.1 * scale
+
+
+def test_bfloat16_steps_equal_bfloat16_forward():
+  """Both round alike, but for the order of sums: sqrt(40) roundings, as for the
+  whole model against float32 (test_network.py)."""
+  cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=True)
+  params, batch = oracle.params(oracle.config(2)), oracle.batch()
+  steps, cache, _ = kept_steps(cfg)(params, batch)
+  full = np.asarray(oracle.forward(cfg)(params, batch))
+  assert oracle.flat(cache)['decoder/layers_0/self_attention/cached_key'].dtype == (
+    jnp.bfloat16
+  )
+  real = batch['decoder_target_tokens'] > 0
+  difference = (np.swapaxes(steps, 0, 1) - full)[real]
+  relative = np.sqrt(np.mean(difference**2) / np.mean(full[real] ** 2))
+  assert relative < np.sqrt(40) * float(jnp.finfo(jnp.bfloat16).eps) / 2
+
+
+def test_decoding_has_float32_attention_logits_in_any_case():
+  params = oracle.params(oracle.config(2))
+  inputs = jnp.asarray(oracle.batch()['encoder_input_tokens'])
+  logits, token = [], jnp.arange(2, 2 + B)
+  for asked_for in (False, True):
+    cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=asked_for)
+    module = network.Transformer(cfg)
+    if not logits:  # The encoder does as it is told, so both decode from the same.
+      cache, kept = generate.prepare(module, params, inputs, T)
+    logits += [generate.step(module, params, kept, cache, inputs, token, T)[0]]
+  np.testing.assert_array_equal(*logits)
+
+
+def decode_once(**overrides):
+  """Traces one step with arguments that a test gets wrong."""
+  cfg = oracle.config(2)
+  module, params = network.Transformer(cfg), oracle.params(cfg)
+  inputs = jnp.asarray(oracle.batch()['encoder_input_tokens'])
+
+  def step():
+    cache = empty_cache(module, params, inputs, T)
+    arguments = {
+      'encoded': jnp.zeros((B, oracle.S, oracle.D)),
+      'encoder_input_tokens': inputs,
+      'decoder_input_tokens': inputs[:, :1],
+      'decoder_target_tokens': inputs[:, :1],
+      'enable_dropout': False,
+      'decode': True,
+      'max_decode_length': T,
+    }
+    return module.apply(
+      {'params': params, 'cache': cache},
+      **(arguments | overrides),
+      mutable=['cache'],
+      method=module.decode,
+    )[0]
+
+  return jax.eval_shape(step)
+
+
+def test_decode_with_packed_examples():
+  assert decode_once().shape == (B, 1, oracle.V)
+  with pytest.raises(ValueError, match='packed examples cannot be decoded; set pack'):
+    decode_once(encoder_segment_ids=jnp.ones((B, oracle.S), jnp.int32))
+
+
+@pytest.mark.parametrize('length', [1, T - 1, T + 1])
+def test_decode_with_another_length_than_the_cache(length):
+  message = f'cache was made for 6 positions, but this call is for {length}; pass'
+  with pytest.raises(ValueError, match=message):
+    decode_once(max_decode_length=length)
+
+
+# Greedy decoding.
+
+LENGTH = oracle.DECODE_LENGTH
+
+
+@functools.cache
+def greedy_loop(cfg, eos_id=-1):
+  """The oracle: the whole forward pass anew for every token; `[B, 1, T]` and scores."""
+  tokens, scores = np.zeros((B, 1, LENGTH), int), np.zeros((B, 1))
+  for b in range(B):
+    prefix = ()
+    for t in range(LENGTH):
+      log_probs = oracle.next_log_probs(cfg, b, prefix)
+      tokens[b, 0, t] = best = int(np.argmax(log_probs))
+      scores[b] += log_probs[best]
+      prefix += (best,)
+      if best == eos_id:
+        break
+  return tokens, scores
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_greedy_equals_a_loop_over_the_forward_pass(K):
+  cfg = oracle.config(K)
+  expected_tokens, expected_scores = greedy_loop(cfg)
+  tokens, scores = oracle.decode(cfg)(oracle.params(cfg), oracle.prompt_batch(), -1)
+  assert len(np.unique(expected_tokens)) > 4  # The model does not repeat itself only.
+  assert (tokens.dtype, scores.dtype) == (jnp.int32, jnp.float32)
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_greedy_stops_rows_at_the_end_marker(K):
+  """The marker is a token that some row emits early; zeros follow it."""
+  cfg = oracle.config(K)
+  eos_id = int(greedy_loop(cfg)[0][0, 0, 1])
+  expected_tokens, expected_scores = greedy_loop(cfg, eos_id)
+  tokens, scores = oracle.decode(cfg)(oracle.params(cfg), oracle.prompt_batch(), eos_id)
+  assert (expected_tokens[0, 0, 2:] == 0).all()
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+
+
+def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
+  """Four equal rows end together; no step is taken after that."""
+  cfg = oracle.config(2)
+  inputs = np.tile(oracle.batch()['encoder_input_tokens'][:1], (B, 1))
+  row = greedy_loop(cfg)[0][0, 0]
+  eos_id = int(row[3])
+  last = list(row).index(eos_id)
+  taken, step = [], generate.step
+
+  def counted(*args):
+    jax.debug.callback(lambda: taken.append(1))
+    return step(*args)
+
+  monkeypatch.setattr(generate, 'step', counted)
+  module = network.Transformer(cfg)
+  prompts = oracle.prompt_batch()
+  tokens, _ = oracle.jit(
+    lambda params: generate.generate(
+      module, params, inputs, prompts, generate.greedy, eos_id=eos_id
+    )
+  )(oracle.params(cfg))
+  expected = np.where(np.arange(LENGTH) <= last, row, 0)
+  np.testing.assert_array_equal(tokens, np.tile(expected, (B, 1, 1)))
+  jax.effects_barrier()
+  assert len(taken) == last + 1 < LENGTH
+
+
+def test_no_room_for_a_token():
+  module = network.Transformer(oracle.config(2))
+  args = module, {}, np.ones((1, 2)), np.zeros((1, 0)), generate.greedy
+  with pytest.raises(ValueError, match=r'of shape \(1, 0\) leave no token to decode'):
+    generate.generate(*args, eos_id=1)

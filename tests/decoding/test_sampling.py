@@ -1,0 +1,355 @@
+"""Sampling against NumPy: what may be drawn, how often, scores, and when it stops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gqa_t5x.decoding import sampling
+from helpers import model_oracle as oracle
+
+B, LENGTH = oracle.B, oracle.DECODE_LENGTH
+KEY = jax.random.PRNGKey(11)
+
+
+def rules(log_probs, temperature=1.0, topk=0, topp=0.0):
+  """Returns the probabilities `[V]` to draw with, from those of the model."""
+  if temperature == 0 or topk == 1:
+    return np.eye(len(log_probs))[np.argmax(log_probs)]
+  probabilities = oracle.softmax(log_probs / temperature)
+  kept = np.argsort(-probabilities)
+  if topk:
+    kept = kept[:topk]
+  elif topp:
+    total = 0.0
+    for count, token in enumerate(kept):
+      total += probabilities[token]
+      if total >= topp:
+        kept = kept[: count + 1]
+        break
+  allowed = np.isin(np.arange(len(log_probs)), kept)
+  return np.where(allowed, probabilities, 0) / probabilities[kept].sum()
+
+
+# The network: every token against the whole forward pass in NumPy.
+
+
+def check_row(cfg, b, row, score, prompt, eos_id, *, steps=LENGTH, rescale, **drawn):
+  """Checks one decode of example b; returns whether it has ended by the marker."""
+  expected, last = 0.0, min(LENGTH, len(prompt) + steps)
+  for t in range(last):
+    if t < len(prompt):
+      assert row[t] == prompt[t]
+      continue
+    log_probs = oracle.next_log_probs(cfg, b, tuple(int(x) for x in row[:t]))
+    probabilities = rules(log_probs, **drawn)
+    assert probabilities[row[t]] > 0, (b, t, row)
+    expected += np.log(probabilities[row[t]]) if rescale else log_probs[row[t]]
+    if row[t] == eos_id:
+      last = t + 1
+      break
+  assert not row[last:].any()
+  assert score == pytest.approx(expected, abs=1e-4)
+  return last > 0 and row[last - 1] == eos_id
+
+
+def decode_and_check(K, options, temperatures, prompts, traced):
+  """Decodes with a marker that is drawn, and forced in the third row, and checks."""
+  cfg = oracle.config(K)
+  options = {'num_decodes': 2, **options}
+  run = functools.partial(
+    oracle.decode(cfg, 'temperature_sample', **options),
+    oracle.params(cfg),
+    decode_rng=KEY,
+    **traced,
+  )
+  eos_id = int(run(oracle.prompt_batch(prompts), -1)[0][1, 0, 2])
+  prompts = (*prompts[:2], (eos_id, 5, eos_id), prompts[3])
+  tokens, scores = (np.asarray(x) for x in run(oracle.prompt_batch(prompts), eos_id))
+  assert tokens.shape == (B, options['num_decodes'], LENGTH)
+  assert (tokens.dtype, scores.dtype) == (np.int32, np.float32)
+  rescale = options.get('rescale_log_probs', True)
+  drawn = {name: options[name] for name in ('topk', 'topp') if name in options}
+  steps = options.get('max_decode_steps', LENGTH)
+  ended = [
+    check_row(
+      cfg,
+      b,
+      tokens[b, i],
+      scores[b, i],
+      prompts[b],
+      eos_id,
+      rescale=rescale,
+      steps=steps,
+      temperature=temperatures[b],
+      **drawn,
+    )
+    for b in range(B)
+    for i in range(options['num_decodes'])
+  ]
+  assert any(ended)
+  assert not all(ended)
+  assert (np.diff(scores) >= 0).all()
+  return tokens, scores
+
+
+PROMPTS = ((7, 3, 9), (), (4, 5, 4), (6,))
+
+
+@pytest.mark.parametrize(
+  ('K', 'options'),
+  [
+    (1, {'num_decodes': 3, 'topk': 5}),
+    (2, {'temperature': 0.7, 'topk': 0, 'topp': 0.8, 'rescale_log_probs': False}),
+    (4, {'temperature': 1.5, 'topk': 0}),
+    (4, {'num_decodes': 1, 'topk': 4, 'max_decode_steps': 4}),
+  ],
+)
+def test_every_token_is_one_that_may_be_drawn(K, options):
+  """With forced tokens of several lengths, and decodes that end."""
+  temperatures = [options.get('temperature', 1.0)] * B
+  tokens, _ = decode_and_check(K, options, temperatures, PROMPTS, {})
+  if options.get('num_decodes') != 1:  # Decodes of an input differ.
+    assert all(len(np.unique(row, axis=0)) == len(row) for row in tokens)
+
+
+def test_a_temperature_for_each_row():
+  """Decodes at temperature 0 are alike, and greedy."""
+  temperatures = np.array([0, 0.5, 2, 1], np.float32)
+  tokens, scores = decode_and_check(
+    2, {'topk': 0}, temperatures, PROMPTS, {'temperature': temperatures}
+  )
+  np.testing.assert_array_equal(tokens[0, 0], tokens[0, 1])
+  np.testing.assert_array_equal(scores[0], [0, 0])
+
+
+def test_bfloat16_has_float32_scores():
+  """Against float64 on the same tokens.
+
+  Whole-model rounding is sqrt(40) roundings of eps / 2 of the logits' size
+  (test_network.py); log-probabilities differ by two such errors, scores by those of
+  all tokens, each independent of the other. Three deviations are allowed.
+  """
+  cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=True)
+  tokens, scores = oracle.decode(cfg, 'temperature_sample', 2, topk=0)(
+    oracle.params(oracle.config(2)), oracle.prompt_batch(), -1, decode_rng=KEY
+  )
+  assert scores.dtype == jnp.float32
+  assert (scores != scores.astype(jnp.bfloat16)).all()
+  eps = float(jnp.finfo(jnp.bfloat16).eps)
+  size = np.std(np.concatenate(oracle.expected_logits(oracle.config(2))))
+  bound = 3 * np.sqrt(2 * LENGTH) * np.sqrt(40) * eps / 2 * size
+  for b, i in np.ndindex(B, 2):
+    row = [int(token) for token in tokens[b, i]]
+    log_probs = [
+      oracle.next_log_probs(oracle.config(2), b, tuple(row[:t]))[row[t]]
+      for t in range(LENGTH)
+    ]
+    assert 0 < abs(float(scores[b, i]) - sum(log_probs)) < bound < -sum(log_probs) / 4
+
+
+# Frequencies: a model of four tokens, each of which hangs on the last one alone.
+
+CHAIN = np.log(
+  [
+    [0.4, 0.3, 0.2, 0.1],
+    [0.1, 0.2, 0.3, 0.4],
+    [0.5, 0.2, 0.2, 0.1],
+    [0.2, 0.2, 0.3, 0.3],
+  ]
+)
+CHAIN += np.arange(4)[:, None]  # Logits, not log-probabilities.
+DRAWS = 8000
+
+
+def chain(table):
+  table = jnp.asarray(table, jnp.float32)
+  return lambda state: (table[state.cur_token[:, 0]], state.cache)
+
+
+def pairs(**drawn):
+  """Returns the probabilities of the first two tokens, `[16]`."""
+  log_probs = np.log(oracle.softmax(CHAIN))
+  first = rules(log_probs[0], **drawn)
+  return np.concatenate([first[i] * rules(log_probs[i], **drawn) for i in range(4)])
+
+
+def draw(temperature, num_inputs=1, **options):
+  """Returns DRAWS pairs of tokens of each input, and their scores."""
+
+  @oracle.jit
+  def run(**traced):
+    return sampling.temperature_sample(
+      jnp.zeros((num_inputs, 2), jnp.int32),
+      {},
+      chain(CHAIN),
+      eos_id=-1,
+      decode_rng=KEY,
+      num_decodes=DRAWS,
+      **(options | traced),
+    )
+
+  if isinstance(temperature, float):
+    options['temperature'] = temperature
+    return [np.asarray(x) for x in run()]
+  return [np.asarray(x) for x in run(temperature=temperature)]
+
+
+def chi_square(counts, probabilities):
+  """Returns how far counts are off, 1 being what one chance in 10,000 exceeds."""
+  likely = probabilities > 0
+  if counts[~likely].any():
+    return np.inf
+  expected = counts.sum() * probabilities[likely]
+  distance = np.sum((counts[likely] - expected) ** 2 / expected)
+  return distance / stats.chi2.ppf(0.9999, likely.sum() - 1)
+
+
+def assert_frequencies(tokens, temperature, **drawn):
+  counts = np.bincount(tokens[:, 0] * 4 + tokens[:, 1], minlength=16)
+  assert chi_square(counts, pairs(temperature=temperature, **drawn)) < 1
+  # The bound is tight enough to tell another temperature.
+  other = 1.6 * min(temperature, 5)
+  assert chi_square(counts, pairs(temperature=other, **drawn)) > 1
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'temperature': 1.0, 'topk': 0},
+    {'temperature': 0.6, 'topk': 0},
+    {'temperature': 1e6, 'topk': 0},
+    {'temperature': 1.0, 'topk': 3},
+    {'temperature': 0.8, 'topk': 0, 'topp': 0.65},
+  ],
+)
+def test_frequencies(options):
+  """Of both tokens together, so that they are drawn independently."""
+  tokens, scores = draw(**options)
+  assert_frequencies(tokens[0], **options)
+  expected = np.log(pairs(**options)[tokens[0, :, 0] * 4 + tokens[0, :, 1]])
+  np.testing.assert_allclose(scores[0], expected, atol=1e-5)
+
+
+def test_frequencies_of_a_temperature_for_each_row():
+  tokens, _ = draw(np.array([0.5, 0.0, 2.0], np.float32), num_inputs=3, topk=0)
+  assert_frequencies(tokens[0], temperature=0.5)
+  assert_frequencies(tokens[2], temperature=2.0)
+  np.testing.assert_array_equal(tokens[1], np.zeros((DRAWS, 2)))
+
+
+@pytest.mark.parametrize(
+  'options', [{'topk': 4}, {'topk': 9}, {'topk': 0, 'topp': 1.0}]
+)
+def test_cuts_that_leave_all_tokens(options):
+  expected, _ = draw(1.0, topk=0)
+  np.testing.assert_array_equal(draw(1.0, **options)[0], expected)
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'temperature': 1.0},  # T5X's default is topk = 1.
+    {'temperature': 1e-5, 'topk': 0},
+    {'temperature': np.float32(0), 'topk': 3},
+    {'temperature': 1.0, 'topk': 0, 'topp': 1e-6},
+  ],
+)
+@pytest.mark.parametrize('rescale', [False, True])
+def test_settings_that_are_greedy(options, rescale):
+  tokens, scores = draw(**options, rescale_log_probs=rescale)
+  np.testing.assert_array_equal(tokens, np.zeros((1, DRAWS, 2)))
+  expected = 0.0 if rescale else 2 * np.log(0.4)
+  np.testing.assert_allclose(scores, np.full((1, DRAWS), expected), atol=1e-6)
+
+
+# Stopping: after 0, 1, 2, 3 come 1, 2, 3, 1, with a probability of 0.9.
+
+CYCLE = np.log(np.full((4, 5), 0.025))
+CYCLE[np.arange(4), [1, 2, 3, 1]] = np.log(0.9)
+FORCED = np.array([[0, 0, 0, 0, 0, 0, 0], [0, 3, 0, 0, 0, 0, 0], [0, 2, 3, 3, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+  ('eos_id', 'limit', 'steps', 'expected', 'free'),
+  [
+    (
+      3,
+      None,
+      6,
+      [[1, 2, 3, 0, 0, 0, 0], [3, 1, 2, 3, 0, 0, 0], [2, 3, 3, 1, 2, 3, 0]],
+      [3, 3, 3],
+    ),
+    (
+      4,
+      None,
+      7,
+      [[1, 2, 3, 1, 2, 3, 1], [3, 1, 2, 3, 1, 2, 3], [2, 3, 3, 1, 2, 3, 1]],
+      [7, 6, 4],
+    ),
+    (
+      3,
+      2,
+      5,
+      [[1, 2, 0, 0, 0, 0, 0], [3, 1, 2, 0, 0, 0, 0], [2, 3, 3, 1, 2, 0, 0]],
+      [2, 2, 2],
+    ),
+    (
+      1,
+      None,
+      4,
+      [[1, 0, 0, 0, 0, 0, 0], [3, 1, 0, 0, 0, 0, 0], [2, 3, 3, 1, 0, 0, 0]],
+      [1, 1, 1],
+    ),
+  ],
+)
+@pytest.mark.parametrize('decode_fn', ['greedy', 'temperature_sample'])
+def test_stopping(decode_fn, eos_id, limit, steps, expected, free):
+  """A forced end marker ends nothing; no step is taken once all rows have ended."""
+  taken = []
+  table = jnp.asarray(CYCLE, jnp.float32)
+  options = {} if decode_fn == 'greedy' else {'rescale_log_probs': False}
+
+  def tokens_to_logits(state):
+    jax.debug.callback(lambda: taken.append(1))
+    token = state.sequences[jnp.arange(3), state.cur_index]
+    return table[token], state.cache
+
+  prompts = jnp.asarray(FORCED)
+  decode = functools.partial(getattr(sampling, decode_fn), **options)
+  tokens, scores = oracle.jit(
+    lambda: decode(prompts, {}, tokens_to_logits, eos_id, max_decode_steps=limit)
+  )()
+  jax.effects_barrier()
+  np.testing.assert_array_equal(tokens, np.array(expected)[:, None])
+  expected_scores = np.log(0.9) * np.array(free)[:, None]
+  np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
+  assert len(taken) == steps
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'topk': 2, 'topp': 0.5}, 'topk=2 and topp=0.5 were given; set one of them to 0.'),
+    ({'topk': -1}, 'topk=-1 must be 0 or more, topp=0.0 from 0 to 1.'),
+    ({'topk': 0, 'topp': -0.1}, 'topk=0 must be 0 or more, topp=-0.1 from 0 to 1.'),
+    ({'topk': 0, 'topp': 1.5}, 'topk=0 must be 0 or more, topp=1.5 from 0 to 1.'),
+    ({'num_decodes': 0}, 'num_decodes=0 must be at least 1.'),
+    ({'cache_offset': 1}, 'cache_offset=1: layers are not scanned here; use 0.'),
+  ],
+)
+def test_bad_input(options, message):
+  with pytest.raises(ValueError) as error:
+    sampling.temperature_sample(FORCED, {}, chain(CHAIN), 1, **options)
+  assert str(error.value) == message
+
+
+def test_bad_input_of_greedy():
+  with pytest.raises(ValueError, match=r'^num_decodes=4, but greedy decoding') as error:
+    sampling.greedy(FORCED, {}, chain(CHAIN), 1, num_decodes=4)
+  assert 'choose decode_fn temperature_sample or beam_search' in str(error.value)
+  with pytest.raises(ValueError, match=r'^cache_offset=1: layers are not scanned'):
+    sampling.greedy(FORCED, {}, chain(CHAIN), 1, cache_offset=1)

@@ -1,0 +1,268 @@
+"""Every gin file: parsed, finalised, and its model's shapes worked out (no memory)."""
+
+import itertools
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from t5x import utils
+
+import gin
+from gqa_t5x import convert
+from gqa_t5x.model import sizes
+from helpers import commands, gin_cases
+from helpers.gin_cases import CHECKPOINT, OUTPUT, RUNS, START, TRAIN
+
+# File -> function, what must be given, number of parameters. T5.1.1 as published
+# has 11,135,332,352; fewer K/V heads leave out 2 kernels of 4096 x 64 a head in 2
+# attention layers of 24 decoder layers: 25,165,824 a head.
+RUNNABLE = {
+  'gin/uptrain_gqa8.gin': ('train', TRAIN | START, 11_135_332_352 - 56 * 25_165_824),
+  'gin/uptrain_mqa.gin': ('train', TRAIN | START, 11_135_332_352 - 63 * 25_165_824),
+  'gin/calibrate.gin': ('calibrate', CHECKPOINT | OUTPUT, 11_135_332_352),
+  # A head here: 2 kernels of 128 x 16 in 2 attention layers of 4 decoder layers.
+  'gin/local/pretrain_mha.gin': ('train', {}, 2_296_576),
+  'gin/local/uptrain_mha.gin': ('train', {}, 2_296_576),
+  'gin/local/uptrain_gqa2.gin': ('train', {}, 2_296_576 - 6 * 32_768),
+  'gin/local/uptrain_mqa.gin': ('train', {}, 2_296_576 - 7 * 32_768),
+  'gin/local/finetune.gin': ('train', TRAIN | START, 2_296_576),
+  'gin/local/calibrate.gin': ('calibrate', CHECKPOINT | OUTPUT, 2_296_576),
+  'gin/local/study_pretrain.gin': ('train', {}, 2_296_576),
+  'gin/local/study_uptrain.gin': ('train', {}, 2_296_576),
+  'gin/local/study_mini_pretrain.gin': ('train', {}, 12_589_568),
+  'gin/local/study_mini_uptrain.gin': ('train', {}, 12_589_568),
+}
+# Files of gin/models. Published numbers; those of Shazeer's: test_network.py.
+MODELS = {
+  't5_1_1_tiny': 9_472_768,
+  't5_1_1_mini': 26_941_952,
+  't5_1_1_small': 76_961_152,
+  't5_1_1_base': 247_577_856,
+  't5_1_1_large': 783_150_080,
+  't5_1_1_xl': 2_849_757_184,
+  't5_1_1_xxl': 11_135_332_352,
+}
+SHAZEERS = {'shazeer_mha': 209_748_480, 'shazeer_mqa': 209_748_480}
+# What other files include.
+PARTS = {'train', 'checkpoint', 'decoded_eval'}
+BEST = 'gin/runs/best_checkpoint.gin'
+INFER_TEXT = 'gin/infer_text.gin'  # reads its input: test_infer_text.py
+# Name -> files, function, required values, number of parameters.
+CASES = {file: ([file], *row) for file, row in RUNNABLE.items()}
+for _model, _run in itertools.product(MODELS | SHAZEERS, RUNS):
+  if (_model in SHAZEERS) == (_run == 'translate'):
+    _name, _task, _given = RUNS[_run]
+    CASES[f'{_model}-{_run}'] = (
+      gin_cases.files(_model, _task, _run),
+      _name,
+      _given,
+      (MODELS | SHAZEERS)[_model],
+    )
+# A way to decode comes after the run, for Shazeer's models, too.
+for _decoding in ('beam_search', 'sample'):
+  CASES[f'shazeer_mqa-infer-{_decoding}'] = (
+    gin_cases.files(
+      'shazeer_mqa', gin_cases.WMT, 'infer', f'gin/decoding/{_decoding}.gin'
+    ),
+    'infer',
+    gin_cases.INFER | gin_cases.VOCABULARY,
+    SHAZEERS['shazeer_mqa'],
+  )
+
+
+def is_runnable(file: str) -> bool:
+  """Whether a file alone makes a run: it has a model and what is done with it."""
+  included = commands.includes(file)
+  return all(
+    any(i.startswith(f'gin/{p}/') for i in included) for p in ('models', 'runs')
+  )
+
+
+def test_every_runnable_file_has_a_row():
+  assert {file for file in commands.gin_files() if is_runnable(file)} == set(RUNNABLE)
+
+
+def test_every_model_and_run_is_combined():
+  folder = pathlib.Path(commands.ROOT, 'gin')
+  names = {path.stem for path in (folder / 'models').glob('*.gin')}
+  assert names - {'encoder_decoder', 't5_1_1'} == MODELS.keys() | SHAZEERS.keys()
+  names = {name.removeprefix('t5_1_1_') for name in MODELS}
+  assert sizes.SIZES.keys() == names | SHAZEERS.keys()
+  runs = {path.stem for path in (folder / 'runs').glob('*.gin')}
+  assert runs == {*RUNS, *PARTS, 'best_checkpoint'}
+
+
+def test_every_part_is_used():
+  roots = {file for files, *_ in CASES.values() for file in files}
+  used = roots.union(*map(commands.includes, roots))
+  # gin/tasks and best_checkpoint.gin: test_gin_papers.py.
+  tasks = {file for file in commands.gin_files() if file.startswith('gin/tasks/')}
+  assert set(commands.gin_files()) == used | tasks | {BEST, INFER_TEXT}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_parses_finalises_and_has_the_right_shapes(case):
+  files, name, required, expected = CASES[case]
+  with gin_cases.parsed(files, required) as arguments_of:
+    arguments = arguments_of(name)
+    shapes = gin_cases.known_shapes(name, arguments)
+  assert gin_cases.count(shapes.params) == expected
+  config = arguments['model'].module.config
+  kernel = shapes.params['decoder']['layers_0']['encoder_decoder_attention']['key']
+  assert kernel['kernel'].shape == (config.emb_dim, config.cross_kv * config.head_dim)
+  if name == 'train':
+    assert shapes.param_states is not None
+    assert arguments['trainer_cls'].__module__ == 'gqa_t5x.training.trainer'
+    assert arguments['checkpoint_cfg'].save.period > 0
+    assert arguments['stats_period'] == 100
+    # Otherwise T5X calls the schedule's first warm-up steps anew after each restart.
+    assert arguments.get('relative_steps') is None
+  else:
+    assert arguments['restore_checkpoint_cfg'].path == CHECKPOINT['CHECKPOINT_PATH']
+    assert arguments['output' if name == 'calibrate' else 'output_dir'] == (
+      'gs://bucket/out'
+    )
+  # What is restored goes through gqa_t5x.restore, with the run's own model.
+  restored = arguments.get('restore_checkpoint_cfg')
+  restored = restored or arguments['checkpoint_cfg'].restore
+  if restored.path:
+    ((model, path),) = arguments_of.checked
+    assert path == restored.path
+    assert model.module.config == config
+  else:
+    assert 'pretrain' in case or 'translate' in case
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    'gin/uptrain_gqa8.gin',
+    'shazeer_mha-translate',
+    *(f't5_1_1_tiny-{run}' for run in RUNS if run != 'translate'),
+  ],
+)
+def test_what_is_required_is_named(case):
+  files, name, required, _ = CASES[case]
+  for missing in required:
+    given = {k: v for k, v in required.items() if k != missing}
+    with pytest.raises((ValueError, RuntimeError), match=rf'\b{missing}\b'):
+      with gin_cases.parsed(files, given) as arguments_of:
+        arguments_of(name)
+
+
+@pytest.mark.parametrize('run', [run for run in RUNS if run != 'translate'])
+def test_a_run_without_a_task_names_what_a_task_gives(run):
+  _, _, required = RUNS[run]
+  files = ['gin/models/t5_1_1_tiny.gin', f'gin/runs/{run}.gin']
+  task = {'MIXTURE_OR_TASK_NAME': 'words', 'TASK_FEATURE_LENGTHS': {'inputs': 1}}
+  for missing in task:
+    given = required | {k: v for k, v in task.items() if k != missing}
+    with pytest.raises(ValueError, match=rf'^{missing}/macro.value set to .*REQUIRED'):
+      with gin_cases.parsed(files, given):
+        pass
+
+
+@pytest.mark.parametrize(
+  'case', [c for c, (_, name, *_) in CASES.items() if name == 'train']
+)
+def test_task_and_model_agree_on_the_vocabulary(case, monkeypatch):
+  def no_files(*args, **kwargs):
+    raise AssertionError('a vocabulary is read or built')
+
+  files, name, required, _ = CASES[case]
+  with gin_cases.parsed(files, required) as arguments_of:
+    arguments = arguments_of(name)
+    monkeypatch.setattr('tensorflow.io.gfile.GFile', no_files)
+    model, data = arguments['model'], arguments['train_dataset_cfg']
+    utils.verify_matching_vocabs(data, model)
+    assert utils.get_vocabulary(data)[1] == model.output_vocabulary
+    assert gin.query_parameter('VOCAB_SIZE/macro.value') == (
+      model.module.config.vocab_size
+    )
+
+
+@pytest.mark.parametrize(
+  ('file', 'task', 'lengths'),
+  [
+    ('gin/calibrate.gin', 'c4_v220', {'inputs': 512, 'targets': 114}),
+    ('gin/local/calibrate.gin', 'pydocs', {'inputs': 128, 'targets': 29}),
+  ],
+)
+def test_calibration_is_on_packed_training_data(file, task, lengths):
+  with gin_cases.parsed([file], CHECKPOINT | OUTPUT) as arguments_of:
+    arguments = arguments_of('calibrate')
+  data = arguments['dataset_cfg']
+  assert data.mixture_or_task_name == f'{task}_span_corruption'
+  assert data.task_feature_lengths == lengths
+  assert (data.split, data.pack, data.shuffle) == ('train', True, False)
+  assert (arguments['num_sequences'], arguments['include_encoder']) == (512, False)
+  utils.verify_matching_vocabs(data, arguments['model'])
+
+
+# --- The commands in the files ------------------------------------------------
+
+
+def example_commands(file: str) -> list[list[str]]:
+  """The words of each command in a file's first comment."""
+  head = itertools.takewhile(
+    lambda s: s.startswith('#'), commands.gin_files()[file].splitlines()
+  )
+  text = '\n'.join(line.removeprefix('#') for line in head).replace('\\\n', ' ')
+  found = re.findall(r'^ +(python -m .*)$', text, flags=re.MULTILINE)
+  return [shlex.split(command, comments=True)[1:] for command in found]
+
+
+WITH_COMMANDS = [
+  *(f'gin/runs/{run}.gin' for run in (*RUNS, 'best_checkpoint')),
+  *(file for file in RUNNABLE if not file.startswith('gin/local/')),
+]
+
+
+@pytest.mark.parametrize('file', WITH_COMMANDS)
+def test_a_file_shows_its_command(file):
+  engines = set()
+  for words in example_commands(file):
+    if words[:2] == ['-m', 'gqa_t5x.convert']:
+      assert convert.define_flags()(words[1:]) == words[1:2]
+      continue
+    gin_files = re.findall(r'--gin_file=(\S+)', ' '.join(words))
+    if file not in gin_files:
+      continue
+    engines.add(words[1])
+    given = [word.removeprefix('--gin.') for word in words if word.startswith('--gin.')]
+    flags = {word.split('=')[0] for word in words[2:] if not word.startswith('--gin.')}
+    assert flags <= {'--gin_file', '--tfds_data_dir'}
+    with commands.gin_config(
+      gin_files, [word.replace('=', ' = ', 1) for word in given]
+    ):
+      assert gin.query_parameter('TASK_FEATURE_LENGTHS/macro.value')['inputs'] >= 256
+  (engine,) = engines
+  kind = {'best_checkpoint': 't5x.eval', 'eval': 't5x.eval', 'infer': 't5x.infer'}
+  kind['calibrate'] = 'gqa_t5x.calibrate'
+  assert engine == kind.get(pathlib.Path(file).stem, 't5x.train')
+
+
+# --- The folder ---------------------------------------------------------------
+
+
+def test_import_gin_is_the_package():
+  done = subprocess.run(
+    [sys.executable, '-c', 'import gin; print(gin.REQUIRED, gin.__file__)'],
+    cwd=commands.ROOT,
+    env=commands.environment(),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert not str(gin.__file__).startswith(str(commands.ROOT / 'gin'))
+  assert str(commands.ROOT / 'gin') not in done.stdout
+  assert not list((commands.ROOT / 'gin').rglob('*.py'))
+
+
+def test_gin_files_do_not_include_those_of_t5x():
+  """The stand-in has none, and pip users have no checkout of T5X."""
+  files = commands.gin_files()
+  assert all(commands.includes(file) <= set(files) for file in files)

@@ -1,0 +1,365 @@
+"""Every experiment of the papers, composed of gin files: what reaches the engine."""
+
+import itertools
+import json
+
+import pytest
+from jax.sharding import PartitionSpec
+from t5x import utils
+
+import gin
+from gqa_t5x.checkpoints import folders
+from gqa_t5x.training import partitioning
+from helpers import commands, gin_cases
+from helpers.gin_cases import C4, CNN, START, TRAIN, WMT
+
+LARGE, XXL = 783_150_080, 11_135_332_352
+# A key and a value kernel of D x 64 a head, in 2 attention layers of 24 layers.
+LARGE_HEAD, XXL_HEAD = 6_291_456, 25_165_824
+BY_2D = ('gin/partitioning/2d.gin', {'MODEL_PARTITIONS': 8})
+# Model of table 1 -> file, K, parameters, further files and values.
+MODELS = {
+  'MHA-Large': ('t5_1_1_large', None, LARGE, (), {}),
+  'MHA-XXL': ('t5_1_1_xxl', None, XXL, *BY_2D),
+  'MQA-XXL': ('t5_1_1_xxl', 1, XXL - 63 * XXL_HEAD, *BY_2D),
+  'GQA-8-XXL': ('t5_1_1_xxl', 8, XXL - 56 * XXL_HEAD, *BY_2D),
+}
+MODELS = {
+  name: (file, K, n, [more] if more else [], values)
+  for name, (file, K, n, more, values) in MODELS.items()
+}
+# Task -> input and output length, and the metric.
+TASKS = {
+  'cnn_dailymail': (512, 256, 'rouge1'),
+  'arxiv': (2048, 512, 'rouge1'),
+  'pubmed': (2048, 512, 'rouge1'),
+  'mediasum': (2048, 512, 'rouge1'),
+  'multi_news': (2048, 512, 'rouge1'),
+  'wmt14_en_de': (512, 256, 'bleu'),
+  'trivia_qa': (2048, 32, 'f1'),
+}
+CELLS = list(itertools.product(MODELS, TASKS))
+
+
+def cell(model: str, task: str, run: str) -> tuple[list[str], dict, int]:
+  """Files, values and number of parameters of a cell of table 1."""
+  name, K, parameters, more, values = MODELS[model]
+  files = gin_cases.files(name, f'gin/tasks/{task}.gin', run, *more)
+  return files, values | ({} if K is None else {'NUM_KV_HEADS': K}), parameters
+
+
+def macro(name: str):
+  return gin.query_parameter(f'{name}/macro.value')
+
+
+def schedule():
+  """The learning rate by step that the trainer gets."""
+  bound = gin.query_parameter('gqa_t5x.training.trainer.Trainer.learning_rate_fn')
+  return bound.scoped_configurable_fn()
+
+
+# --- Table 1 ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('model', 'task'), CELLS)
+def test_fine_tuning_is_the_papers(model, task):
+  files, values, parameters = cell(model, task, 'finetune')
+  inputs, outputs, _ = TASKS[task]
+  with gin_cases.parsed(files, values | TRAIN | START) as arguments_of:
+    arguments = arguments_of('train')
+    rate = schedule()
+    assert [float(rate(step)) for step in (1_000_000, 1_050_000)] == (
+      pytest.approx([0.001, 0.001])
+    )
+    shapes = gin_cases.known_shapes('train', arguments)
+  assert gin_cases.count(shapes.params) == parameters
+  train, dev = (arguments[f'{name}_dataset_cfg'] for name in ('train', 'infer_eval'))
+  for data, split, packed in ((train, 'train', True), (dev, 'validation', False)):
+    assert data.mixture_or_task_name == task
+    assert data.task_feature_lengths == {'inputs': inputs, 'targets': outputs}
+    assert (data.batch_size, data.pack, data.split) == (128, packed, split)
+  assert arguments['model'].module.config.dropout_rate == 0.1
+  assert arguments['model']._loss_normalizing_factor == 233472
+  assert arguments['model'].decode_fn.__name__ == 'greedy'
+  assert arguments['total_steps'] == 1_050_000
+  assert arguments['checkpoint_cfg'].save.keep is None
+  assert arguments['checkpoint_cfg'].restore.path == 'gs://bucket/checkpoint_1000000'
+  utils.verify_matching_vocabs(train, arguments['model'])
+
+
+@pytest.mark.parametrize(
+  ('model', 'task', 'run'), [(*c, run) for c in CELLS for run in ('eval', 'infer')]
+)
+def test_evaluation_and_inference_are_the_papers(model, task, run):
+  files, values, parameters = cell(model, task, run)
+  name, _, required = gin_cases.RUNS[run]
+  inputs, outputs, metric = TASKS[task]
+  with gin_cases.parsed(files, values | required) as arguments_of:
+    arguments = arguments_of(name)
+    shapes = gin_cases.known_shapes(name, arguments)
+    assert macro('METRIC') == metric
+  assert gin_cases.count(shapes.params) == parameters
+  data = arguments['dataset_cfg']
+  assert data.mixture_or_task_name == task
+  assert data.task_feature_lengths == {'inputs': inputs, 'targets': outputs}
+  assert (data.batch_size, data.pack, data.split) == (32, False, 'validation')
+  assert arguments['model'].decode_fn.__name__ == 'greedy'
+  ((_, path),) = arguments_of.checked
+  assert path == arguments['restore_checkpoint_cfg'].path
+
+
+@pytest.mark.parametrize('run', ['eval', 'infer'])
+def test_the_best_checkpoint_of_a_fine_tuning(run, tmp_path):
+  rows = [(1_001_000, 40.0, 9.0), (1_002_000, 42.5, 8.0), (1_003_000, 41.0, 9.5)]
+  (tmp_path / 'inference_eval').mkdir()
+  (tmp_path / 'inference_eval' / 'cnn_dailymail-metrics.jsonl').write_text(
+    ''.join(
+      json.dumps({'step': step, 'rouge1': rouge1, 'rouge2': rouge2}) + '\n'
+      for step, rouge1, rouge2 in rows
+    )
+  )
+  for step, *_ in rows:
+    (tmp_path / f'checkpoint_{step}').mkdir()
+  files, values, _ = cell('GQA-8-XXL', 'cnn_dailymail', run)
+  name, _, required = gin_cases.RUNS[run]
+  values |= {k: v for k, v in required.items() if k != 'CHECKPOINT_PATH'}
+  files.append('gin/runs/best_checkpoint.gin')
+  for given, best in (({}, 1_002_000), ({'METRIC': 'rouge2'}, 1_003_000)):
+    given = values | given | {'MODEL_DIR': str(tmp_path)}
+    listed = folders.list_checkpoints
+    with gin_cases.parsed(files, given, listed) as arguments_of:
+      path = arguments_of(name)['restore_checkpoint_cfg'].path
+    assert path == f'{tmp_path}/checkpoint_{best}'
+  with pytest.raises(ValueError, match=r'^MODEL_DIR/macro.value set to'):
+    with gin_cases.parsed(files, values):
+      pass
+
+
+@pytest.mark.parametrize(
+  ('given', 'expected'),
+  [
+    ({'FINETUNE_STEPS': 300}, 1_000_300),
+    ({'TRAIN_STEPS': 1_100_000}, 1_100_000),
+    ({'INITIAL_CHECKPOINT_PATH': 'gs://b/checkpoint_7/', 'FINETUNE_STEPS': 3}, 10),
+    ({'INITIAL_CHECKPOINT_PATH': 'gs://b/hugging_face', 'TRAIN_STEPS': 9}, 9),
+  ],
+)
+def test_fine_tuning_ends_so_many_steps_after_its_checkpoint(given, expected):
+  files = gin_cases.files('t5_1_1_large', CNN, 'finetune')
+  with gin_cases.parsed(files, TRAIN | START | given) as arguments_of:
+    assert arguments_of('train')['total_steps'] == expected
+
+
+# --- Uptraining, figures 4 and 5 ----------------------------------------------
+
+
+@pytest.fixture
+def paper():
+  """What t5x.train gets from gin/uptrain_gqa8.gin, and the bindings in force."""
+  with gin_cases.parsed(['gin/uptrain_gqa8.gin'], TRAIN | START) as arguments_of:
+    yield arguments_of('train')
+
+
+def test_uptraining_is_the_papers(paper):
+  train, evaluation = paper['train_dataset_cfg'], paper['train_eval_dataset_cfg']
+  for data, split in ((train, 'train'), (evaluation, 'validation')):
+    assert data.mixture_or_task_name == 'c4_v220_span_corruption'
+    assert data.task_feature_lengths == {'inputs': 512, 'targets': 114}
+    assert (data.batch_size, data.pack, data.split) == (2048, True, split)
+  assert train.shuffle
+  assert paper['total_steps'] == 1_050_000
+  assert paper['model_dir'] == 'gs://bucket/out'
+  assert paper['run_eval_before_training'] is True
+  restore, save = paper['checkpoint_cfg'].restore, paper['checkpoint_cfg'].save
+  assert (restore.path, restore.mode) == (START['INITIAL_CHECKPOINT_PATH'], 'specific')
+  assert (save.period, paper['eval_period']) == (1000, 1000)
+  assert save.save_dataset
+
+
+def test_model_is_the_papers(paper):
+  config = paper['model'].module.config
+  assert (config.emb_dim, config.mlp_dim) == (4096, 10240)
+  assert (config.num_encoder_layers, config.num_decoder_layers) == (24, 24)
+  assert (config.num_heads, config.head_dim) == (64, 64)
+  assert (config.self_kv, config.cross_kv, config.encoder_kv) == (8, 8, 64)
+  assert (config.dropout_rate, config.remat_policy) == (0.0, 'full')
+  assert (config.vocab_size, config.dtype) == (32128, 'bfloat16')
+  shapes = gin_cases.known_shapes('train', paper)
+  attention = {
+    ('encoder', 'attention'): 4096,
+    ('decoder', 'self_attention'): 512,
+    ('decoder', 'encoder_decoder_attention'): 512,
+  }
+  for (stack, kind), width in attention.items():
+    for layer in range(24):
+      kernels = shapes.params[stack][f'layers_{layer}'][kind]
+      assert kernels['query']['kernel'].shape == (4096, 4096)
+      for name in ('key', 'value'):
+        assert kernels[name]['kernel'].shape == (4096, width)
+
+
+def test_optimizer_and_schedule_are_the_papers(paper):
+  optimizer = paper['model'].optimizer_def
+  assert type(optimizer).__name__ == 'Adafactor'
+  assert optimizer.hyper_params.decay_rate == 0.8
+  assert optimizer.hyper_params.step_offset == 0
+  assert paper['model']._loss_normalizing_factor == 2048 * 114 == 233472
+  assert paper['model']._z_loss == 1e-4
+  assert paper['model']._label_smoothing == 0.0
+  rate = schedule()
+  rates = {0: 0.01, 10_000: 0.01, 40_000: 0.005, 1_000_000: 0.001}
+  assert {step: float(rate(step)) for step in rates} == pytest.approx(rates)
+  assert 2048 % macro('NUM_MICROBATCHES') == 0
+
+
+@pytest.mark.parametrize(
+  ('model', 'K', 'parameters'),
+  [
+    ('t5_1_1_large', 1, LARGE - 15 * LARGE_HEAD),
+    ('t5_1_1_large', 8, LARGE - 8 * LARGE_HEAD),
+    ('t5_1_1_xxl', 1, XXL - 63 * XXL_HEAD),
+    ('t5_1_1_xxl', 8, XXL - 56 * XXL_HEAD),
+  ],
+)
+def test_uptraining_to_all_alphas_by_composition(model, K, parameters):
+  """0.01, 0.02, 0.05 and 0.1 are steps of one run; what differs is the model."""
+  with gin_cases.parsed(['gin/uptrain_gqa8.gin'], TRAIN | START) as arguments_of:
+    whole = arguments_of('train')
+  more, values = BY_2D if model == 't5_1_1_xxl' else (None, {})
+  files = gin_cases.files(model, C4, 'uptrain', *([more] if more else []))
+  given = TRAIN | START | values
+  given |= {'NUM_KV_HEADS': K, 'TRAIN_STEPS': 1_100_000, 'CHECKPOINT_PERIOD': 10_000}
+  with gin_cases.parsed(files, given) as arguments_of:
+    composed = arguments_of('train')
+    shapes = gin_cases.known_shapes('train', composed)
+    assert float(schedule()(1_000_000)) == pytest.approx(0.001)
+  assert gin_cases.count(shapes.params) == parameters
+  assert composed['total_steps'] == 1_100_000
+  save = composed['checkpoint_cfg'].save
+  assert (save.period, save.keep) == (10_000, None)
+  for name in ('train_dataset_cfg', 'train_eval_dataset_cfg'):
+    assert composed[name] == whole[name]
+  assert composed['model']._loss_normalizing_factor == 233472
+  assert composed['run_eval_before_training'] is True
+
+
+@pytest.mark.parametrize(
+  ('files', 'values', 'num_partitions', 'kv_axis', 'kept_rows'),
+  [
+    (['gin/uptrain_gqa8.gin'], {}, 8, 'model', 'data'),
+    (['gin/uptrain_gqa8.gin'], {'MODEL_PARTITIONS': 16}, 16, None, ('data', 'model')),
+    (['gin/uptrain_mqa.gin'], {}, 8, None, ('data', 'model')),
+    (['gin/uptrain_mqa.gin'], {'KV_SHARDING': 'replicated'}, 8, None, 'data'),
+    (*cell('GQA-8-XXL', 'arxiv', 'finetune')[:2], 8, 'model', 'data'),
+  ],
+)
+def test_every_kv_head_stays_whole(files, values, num_partitions, kv_axis, kept_rows):
+  """8 heads are split over 8 partitions; 1 head is not cut."""
+  with gin_cases.parsed(files, TRAIN | START | values) as arguments_of:
+    arguments = arguments_of('train')
+    assert macro('MODEL_PARTITIONS') == num_partitions
+    _, axes = gin_cases.state_shapes('train', arguments)
+  assert isinstance(arguments['partitioner'], partitioning.Partitioner)
+  rules = dict(reversed(arguments['partitioner'].logical_axis_rules))  # first counts
+  assert rules['kv_heads'] == rules['joined_kv_heads'] == kv_axis
+  assert rules['cache_batch'] == kept_rows
+  assert rules['heads'] == rules['joined_kv'] == 'model'
+  attention = axes.params['decoder']['layers_23']['encoder_decoder_attention']
+  assert attention['query']['kernel'] == PartitionSpec('data', 'model')
+  for name in ('key', 'value'):
+    assert attention[name]['kernel'] == PartitionSpec('data', kv_axis)
+
+
+def test_a_submesh_of_a_tpu():
+  files, given = ['gin/uptrain_gqa8.gin'], TRAIN | START
+  submesh = {'MODEL_PARALLEL_SUBMESH': (2, 2, 1, 2)}
+  with gin_cases.parsed(files, given | submesh) as arguments_of:
+    partitioner = arguments_of('train')['partitioner']
+  assert partitioner.model_parallel_submesh == (2, 2, 1, 2)
+  with gin_cases.parsed(files, given | submesh | {'MODEL_PARTITIONS': 4}) as arguments:
+    with pytest.raises(ValueError, match=r'has 8 devices, and num_partitions is 4'):
+      arguments('train')
+
+
+# --- Appendix A, and Shazeer --------------------------------------------------
+
+
+def test_pre_training_from_scratch_is_t5s():
+  files = gin_cases.files('t5_1_1_large', C4, 'pretrain')
+  with gin_cases.parsed(files, TRAIN | {'NUM_KV_HEADS': 1}) as arguments_of:
+    arguments = arguments_of('train')
+    shapes = gin_cases.known_shapes('train', arguments)
+    rate = schedule()
+  assert gin_cases.count(shapes.params) == LARGE - 15 * LARGE_HEAD
+  rates = {0: 0.01, 10_000: 0.01, 40_000: 0.005}
+  assert {step: float(rate(step)) for step in rates} == pytest.approx(rates)
+  data = arguments['train_dataset_cfg']
+  assert data.task_feature_lengths == {'inputs': 512, 'targets': 114}
+  assert (data.batch_size, data.pack) == (2048, True)
+  assert arguments['total_steps'] == 1_000_000
+  assert arguments['model'].module.config.dropout_rate == 0.0
+  assert arguments['model']._loss_normalizing_factor == 233472
+  assert arguments['checkpoint_cfg'].restore.path == []
+
+
+@pytest.mark.parametrize(
+  ('model', 'K', 'F'), [('shazeer_mha', 8, 4096), ('shazeer_mqa', 1, 5440)]
+)
+def test_translation_is_shazeers(model, K, F):
+  files = gin_cases.files(model, WMT, 'translate')
+  with gin_cases.parsed(files, TRAIN | gin_cases.VOCABULARY) as arguments_of:
+    arguments = arguments_of('train')
+    rules = dict(arguments['partitioner'].logical_axis_rules)
+    rate = schedule()
+    assert float(rate(100_000)) == pytest.approx(100_000**-0.5)
+    assert macro('METRIC') == 'bleu'
+  config = arguments['model'].module.config
+  assert (config.emb_dim, config.mlp_dim, config.vocab_size) == (1024, F, 32768)
+  assert (config.num_heads, config.head_dim) == (8, 128)
+  assert (config.self_kv, config.cross_kv, config.encoder_kv) == (K, K, K)
+  assert (config.num_encoder_layers, config.num_decoder_layers) == (6, 6)
+  assert config.mlp_activations == ('relu',)
+  assert config.logits_via_embedding
+  assert (config.dropout_rate, arguments['model']._label_smoothing) == (0.1, 0.1)
+  assert rules['kv_heads'] == 'model'  # of one partition
+  train, dev = (arguments[f'{name}_dataset_cfg'] for name in ('train', 'infer_eval'))
+  for data, packed in ((train, True), (dev, False)):
+    assert data.mixture_or_task_name == 'wmt14_en_de_shazeer'
+    assert data.task_feature_lengths == {'inputs': 256, 'targets': 256}
+    assert (data.batch_size, data.pack) == (128, packed)
+  assert arguments['total_steps'] == 100_000
+
+
+def test_one_head_of_shazeers_is_not_cut():
+  files = gin_cases.files('shazeer_mqa', WMT, 'translate')
+  given = TRAIN | gin_cases.VOCABULARY | {'MODEL_PARTITIONS': 2}
+  with gin_cases.parsed(files, given) as arguments_of:
+    arguments = arguments_of('train')
+    _, axes = gin_cases.state_shapes('train', arguments)
+  for stack, kind in (('encoder', 'attention'), ('decoder', 'self_attention')):
+    attention = axes.params[stack]['layers_5'][kind]
+    assert attention['query']['kernel'] == PartitionSpec(None, 'model')
+    assert attention['key']['kernel'] == PartitionSpec(None, None)
+
+
+def test_beams_are_shazeers():
+  files = gin_cases.files('shazeer_mqa', WMT, 'eval', 'gin/decoding/beam_search.gin')
+  given = gin_cases.EVAL | gin_cases.VOCABULARY
+  with gin_cases.parsed(files, given) as arguments_of:
+    model = arguments_of('evaluate')['model']
+    alpha = gin.query_parameter('gqa_t5x.decoding.beam_search.beam_search.alpha')
+    assert str(alpha) == '%BREVITY_PENALTY'
+    assert macro('BREVITY_PENALTY') == 0.6
+  assert model.decode_fn.__name__ == 'beam_search'
+  assert model._default_decoder_params.num_decodes == 4
+
+
+# --- All files ----------------------------------------------------------------
+
+
+def test_every_task_file_is_tried():
+  tasks = {file for file in commands.gin_files() if file.startswith('gin/tasks/')}
+  tried = {f'gin/tasks/{task}.gin' for task in TASKS} | {C4, WMT}
+  # What tasks include, and gin/local/finetune.gin (test_gin.py).
+  others = {'gin/tasks/benchmark.gin', 'gin/tasks/pydocs_summarize.gin'}
+  assert tasks == tried | others

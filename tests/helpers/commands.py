@@ -1,0 +1,185 @@
+"""What the tests of gin files and command lines share: runs, readers, a tiny model."""
+
+import contextlib
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from unittest import mock
+
+TESTS = pathlib.Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+
+# The tiny T5.1.1 with fewer layers, on bytes: a user's own gin file.
+TINY_GIN = """
+from __gin__ import dynamic_registration
+
+from helpers import tiny_task
+from gqa_t5x.model import network
+
+include 'gin/models/t5_1_1_tiny.gin'
+
+VOCABULARY = @tiny_task.vocabulary()
+VOCAB_SIZE = 384
+ACTIVATION_DTYPE = 'float32'
+network.config:
+  num_encoder_layers = 1
+  num_decoder_layers = 2
+"""
+TASK_GIN = """
+MIXTURE_OR_TASK_NAME = 'tiny_words'
+TASK_FEATURE_LENGTHS = {'inputs': 24, 'targets': 8}
+BATCH_SIZE = 8
+"""
+TRAIN_GIN = """
+RANDOM_SEED = 0
+EVAL_STEPS = 1
+WARMUP_STEPS = 100
+LOSS_NORMALIZING_FACTOR = None
+"""
+
+
+def environment() -> dict[str, str]:
+  """The environment of a command: the same engine, and this repository's code."""
+  paths = [os.environ.get('PYTHONPATH', ''), str(ROOT), str(TESTS)]
+  # Unbuffered: lines of both streams in the order in which they were written.
+  more = {'PYTHONPATH': os.pathsep.join(filter(None, paths)), 'PYTHONUNBUFFERED': '1'}
+  return {**os.environ, **more}
+
+
+def run(folder, *args, timeout=240) -> subprocess.CompletedProcess:
+  """Runs `python ARGS` in a folder; the output is text, both streams together."""
+  return subprocess.run(
+    [sys.executable, *map(str, args)],
+    cwd=folder,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+    timeout=timeout,
+  )
+
+
+def engine_args(module: str, files, search_path=ROOT, **macros) -> list[str]:
+  """The arguments of `python` for t5x.train, t5x.eval or t5x.infer."""
+  return [
+    '-m',
+    module,
+    f'--gin_search_paths={search_path},.',
+    *(f'--gin_file={file}' for file in files),
+    *(f'--gin.{name}={value!r}' for name, value in macros.items()),
+  ]
+
+
+def engine(folder, module: str, run_file: str, more_files=(), **macros) -> str:
+  """Runs an engine's command on the tiny model and task; returns what it printed."""
+  write_gin(folder)
+  files = ['tiny.gin', f'gin/runs/{run_file}.gin', 'task.gin', *more_files]
+  if module == 't5x.train':
+    files.append('train.gin')
+  done = run(folder, *engine_args(module, files, **macros))
+  assert done.returncode == 0, done.stdout[-6000:]
+  return done.stdout
+
+
+def write_gin(folder) -> None:
+  """Writes the tiny model's gin files into a folder."""
+  for name, text in (('tiny', TINY_GIN), ('task', TASK_GIN), ('train', TRAIN_GIN)):
+    (pathlib.Path(folder) / f'{name}.gin').write_text(text)
+
+
+def scalars(folder) -> dict[tuple[str, int], float]:
+  """Returns the TensorBoard scalars in a folder by tag and step."""
+  import tensorflow as tf
+  from tensorboard.backend.event_processing import event_accumulator
+
+  events = event_accumulator.EventAccumulator(
+    str(folder), size_guidance={event_accumulator.TENSORS: 0}
+  )
+  events.Reload()
+  return {
+    (tag, event.step): float(tf.make_ndarray(event.tensor_proto))
+    for tag in events.Tags()['tensors']
+    for event in events.Tensors(tag)
+    if event.tensor_proto.dtype == tf.float32.as_datatype_enum
+  }
+
+
+def steps(model_dir) -> list[int]:
+  """Returns the steps of the checkpoints in a folder, in order."""
+  found = pathlib.Path(model_dir).glob('checkpoint_*')
+  return sorted(int(path.name.removeprefix('checkpoint_')) for path in found)
+
+
+def shapes(checkpoint_folder) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a checkpoint's tensors by name."""
+  from etils import epath
+
+  from gqa_t5x.checkpoints import folders
+
+  tensors = folders.open_checkpoint(epath.Path(checkpoint_folder))
+  return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def gin_files() -> dict[str, str]:
+  """Returns the text of every gin file by its path from the repository's root."""
+  return {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in sorted((ROOT / 'gin').rglob('*.gin'))
+  }
+
+
+def includes(file: str) -> set[str]:
+  """Returns the files that a gin file includes, directly or not."""
+  direct = set(re.findall(r"^include '(.+)'", gin_files()[file], flags=re.MULTILINE))
+  return direct.union(*map(includes, direct))
+
+
+@functools.cache
+def recorders() -> dict:
+  """Stand-ins of the engines' functions, which return what gin passes to them."""
+  from t5x import eval as eval_lib
+  from t5x import infer as infer_lib
+  from t5x import train as train_lib
+
+  def recorder(function):
+    @functools.wraps(function)
+    def record(**kwargs):
+      return kwargs
+
+    return record
+
+  functions = (train_lib.train, eval_lib.evaluate, infer_lib.infer)
+  return {function.__name__: recorder(function) for function in functions}
+
+
+@contextlib.contextmanager
+def gin_config(files, bindings=(), search_path=ROOT):
+  """Parses and finalises gin files as an engine does, then forgets them again.
+
+  Args:
+    files: as given to `--gin_file`.
+    bindings: as given to `--gin_bindings`.
+    search_path: as given to `--gin_search_paths`.
+
+  Yields:
+    A function from `train`, `evaluate` or `infer` to the arguments that it would get.
+  """
+  from t5x import gin_utils
+
+  import __main__
+  import gin
+
+  gin.clear_config()
+  with contextlib.ExitStack() as stack:
+    stack.callback(gin.clear_config)
+    # Outside of the engines, `import __main__ as train_script` finds nothing.
+    for name, function in recorders().items():
+      stack.enter_context(mock.patch.object(__main__, name, function, create=True))
+    prefixes = mock.patch.object(gin.config, '_LOCATION_PREFIXES', [])
+    stack.enter_context(prefixes)
+    gin_utils.parse_gin_flags([str(search_path)], list(files), list(bindings))
+    yield lambda name: gin.get_configurable(recorders()[name])()

@@ -1,0 +1,115 @@
+"""Tiny T5.1.1 checkpoints.
+
+The names and shapes below are written out by hand, after T5X's minimal T5.1.1.
+"""
+
+import pathlib
+
+import numpy as np
+
+V, D, F, N, H = 11, 6, 5, 4, 2
+STEP = 1000
+UNUSED = np.zeros((1,), np.float32)  # a moment that Adafactor does not keep
+
+
+def tiny_shapes(num_kv_heads=N, *, encoder_kv_heads=N, decoder_layers=2):
+  """Path -> shape of a T5.1.1 of one encoder and two decoder layers."""
+  shapes = {
+    'token_embedder/embedding': (V, D),
+    'encoder/relpos_bias/rel_embedding': (N, 32),
+    'encoder/layers_0/pre_attention_layer_norm/scale': (D,),
+    'encoder/layers_0/attention/query/kernel': (D, N * H),
+    'encoder/layers_0/attention/key/kernel': (D, encoder_kv_heads * H),
+    'encoder/layers_0/attention/value/kernel': (D, encoder_kv_heads * H),
+    'encoder/layers_0/attention/out/kernel': (N * H, D),
+    'encoder/layers_0/pre_mlp_layer_norm/scale': (D,),
+    'encoder/layers_0/mlp/wi_0/kernel': (D, F),
+    'encoder/layers_0/mlp/wi_1/kernel': (D, F),
+    'encoder/layers_0/mlp/wo/kernel': (F, D),
+    'encoder/encoder_norm/scale': (D,),
+    'decoder/relpos_bias/rel_embedding': (N, 32),
+    'decoder/decoder_norm/scale': (D,),
+    'decoder/logits_dense/kernel': (D, V),
+  }
+  for i in range(decoder_layers):
+    layer = f'decoder/layers_{i}'
+    shapes |= {
+      f'{layer}/pre_self_attention_layer_norm/scale': (D,),
+      f'{layer}/pre_cross_attention_layer_norm/scale': (D,),
+      f'{layer}/pre_mlp_layer_norm/scale': (D,),
+      f'{layer}/mlp/wi_0/kernel': (D, F),
+      f'{layer}/mlp/wi_1/kernel': (D, F),
+      f'{layer}/mlp/wo/kernel': (F, D),
+    }
+    for name in ('self_attention', 'encoder_decoder_attention'):
+      shapes |= {
+        f'{layer}/{name}/query/kernel': (D, N * H),
+        f'{layer}/{name}/key/kernel': (D, num_kv_heads * H),
+        f'{layer}/{name}/value/kernel': (D, num_kv_heads * H),
+        f'{layer}/{name}/out/kernel': (N * H, D),
+      }
+  return shapes
+
+
+def nest(flat):
+  """{"a/b": x} -> {"a": {"b": x}}."""
+  tree = {}
+  for path, value in flat.items():
+    *parents, last = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = value
+  return tree
+
+
+def flat(tree, prefix=''):
+  """The reverse of nest."""
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from flat(value, f'{prefix}{key}/')
+    else:
+      yield prefix + key, value
+
+
+def tiny_params(num_kv_heads=N, seed=0, **kwargs):
+  """Random float32 parameters, nested."""
+  rng = np.random.default_rng(seed)
+  shapes = tiny_shapes(num_kv_heads, **kwargs)
+  return nest({p: rng.normal(size=s).astype(np.float32) for p, s in shapes.items()})
+
+
+def tiny_state(num_kv_heads=N, *, moments=True, **kwargs):
+  """A train state as T5X saves it: parameters, step and Adafactor's moments."""
+  params = tiny_params(num_kv_heads, **kwargs)
+  rng = np.random.default_rng(1)
+  state = {'step': np.asarray(STEP, np.int32)}
+  if moments:
+    unused = {k: np.zeros((1,), np.float32) for k in ('m', 'v_row', 'v_col')}
+    state['param_states'] = nest(
+      {
+        path: {**unused, 'v': rng.random(p.shape, np.float32)}
+        for path, p in flat(params)
+      }
+    )
+  return {'target': params, 'state': state}
+
+
+def write_msgpack(folder: pathlib.Path, tree):
+  """T5X's legacy layout with everything in the msgpack."""
+  from flax import serialization
+
+  folder.mkdir(parents=True)
+  data = serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+  (folder / 'checkpoint').write_bytes(data)
+  return folder
+
+
+def write_orbax(folder: pathlib.Path, tree):
+  """T5X's Orbax layout, written by Orbax as T5X's checkpoint manager does."""
+  import orbax.checkpoint as ocp
+
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder.absolute() / 'state', args=ocp.args.PyTreeSave(tree))
+  return folder

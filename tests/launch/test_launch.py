@@ -1,0 +1,360 @@
+"""The scripts of launch/: the commands that they print, and the loop that they run."""
+
+import importlib.util
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / 'launch'
+SETTING = {
+  'PROJECT': 'a-project',
+  'ZONE': 'us-central2-b',
+  'NAME': 'gqa',
+  'ACCELERATOR_TYPE': 'v4-16',
+  'DEVICES': '8',
+  'PROVISIONING': 'spot',
+  'BUCKET': 'gs://bucket',
+  'REPOSITORY': 'https://host/gqa_t5x.git',
+  'COMMIT': '0123abc',
+}
+WHERE = ['--project=a-project', '--zone=us-central2-b']
+QUEUED = ['gcloud', 'compute', 'tpus', 'queued-resources']
+SSH = ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'gqa', *WHERE]
+IN_REPOSITORY = '--command=cd /opt/gqa_t5x && source .venv/bin/activate && '
+
+
+def tpu(*args, folder=None, env_file='env.example.sh', **changes):
+  """Runs launch/tpu.sh in an environment of its own."""
+  setting = {name: v for name, v in (SETTING | changes).items() if v is not None}
+  path = f'{folder}:{os.environ["PATH"]}' if folder else os.environ['PATH']
+  return subprocess.run(
+    ['bash', str(LAUNCH / 'tpu.sh'), *args],
+    env={'PATH': path, 'ENV_FILE': str(LAUNCH / env_file), **setting},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=60,
+  )
+
+
+def printed(*args, **changes):
+  """The commands of a dry run, as words; what is a comment is left out."""
+  done = tpu('--dry_run', *args, **changes)
+  assert done.returncode == 0, done.stderr
+  lines = (line for line in done.stdout.splitlines() if not line.startswith('#'))
+  return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+  ('provisioning', 'tier'),
+  [('spot', ['--spot']), ('reserved', ['--reserved']), ('on-demand', [])],
+)
+def test_create(provisioning, tier):
+  (words,) = printed('create', PROVISIONING=provisioning, TRAIN='a b, c')
+  start = [
+    *QUEUED,
+    'create',
+    'gqa',
+    *WHERE,
+    '--node-id=gqa',
+    '--accelerator-type=v4-16',
+  ]
+  start += ['--runtime-version=tpu-ubuntu2204-base', *tier, '--scopes=cloud-platform']
+  assert words[: len(start)] == start
+  script, metadata = words[len(start) :]
+  assert script == f'--metadata-from-file=startup-script={LAUNCH}/startup.sh'
+  assert metadata == (
+    '--metadata=^|^bucket=gs://bucket|name=gqa|repository=https://host/gqa_t5x.git'
+    '|commit=0123abc|devices=8|train=a b, c'
+  )
+
+
+@pytest.mark.parametrize(
+  ('accelerator', 'version'),
+  [
+    ('v3-32', 'tpu-ubuntu2204-base'),
+    ('v5litepod-8', 'v2-alpha-tpuv5-lite'),
+    ('v5p-8', 'v2-alpha-tpuv5'),
+    ('v6e-4', 'v2-alpha-tpuv6e'),
+  ],
+)
+def test_runtimes(accelerator, version):
+  (words,) = printed('create', ACCELERATOR_TYPE=accelerator)
+  assert f'--runtime-version={version}' in words
+
+
+@pytest.mark.parametrize(
+  ('args', 'expected'),
+  [
+    (['status'], [[*QUEUED, 'describe', 'gqa', *WHERE, '--format=value(state.state)']]),
+    (['delete'], [[*QUEUED, 'delete', 'gqa', *WHERE, '--force', '--quiet']]),
+    (['logs'], [['gcloud', 'storage', 'cat', 'gs://bucket/logs/gqa/worker-0.log']]),
+    (
+      ['logs', '3'],
+      [['gcloud', 'storage', 'cat', 'gs://bucket/logs/gqa/worker-3.log']],
+    ),
+    (
+      ['check'],
+      [
+        [
+          *SSH,
+          '--worker=all',
+          f'{IN_REPOSITORY}timeout 300 python launch/check_devices.py 8',
+        ]
+      ],
+    ),
+    (
+      ['benchmark', '--size=xxl', '--num_kv_heads=8,1'],
+      [
+        [
+          *SSH,
+          '--worker=0',
+          f'{IN_REPOSITORY}python launch/trace.py gs://bucket/traces/gqa'
+          ' decode --size=xxl --num_kv_heads=8\\,1 ',
+        ]
+      ],
+    ),
+  ],
+)
+def test_commands(args, expected):
+  assert printed(*args) == expected
+
+
+def test_run_sees_first_that_all_hosts_are_there():
+  check, run = printed('run', 'python', '-m', 't5x.train', "--gin.X='a b'")
+  assert 'check_devices.py 8' in check[-1]
+  assert run[:-1] == [*SSH, '--worker=all']
+  command = run[-1].removeprefix(IN_REPOSITORY)
+  assert shlex.split(command) == ['python', '-m', 't5x.train', "--gin.X='a b'"]
+
+
+def test_watch_prints_what_it_would_do():
+  commands = printed('watch')
+  assert commands[0] == ['gcloud', 'storage', 'ls', 'gs://bucket/done/gqa']
+  assert [words[4] for words in commands[1:]] == ['describe', 'delete', 'create']
+
+
+GCLOUD = """#!/usr/bin/env bash
+echo "$*" >> {folder}/calls
+case "$*" in
+  *'storage ls'*) (( $(grep -c 'storage ls' {folder}/calls) > 4 )) ;;
+  *describe*)
+    n=$(grep -c describe {folder}/calls)
+    states=(x '' WAITING_FOR_RESOURCES ACTIVE SUSPENDED)
+    [[ -n "${{states[$n]}}" ]] && echo "${{states[$n]}}"
+    ;;
+esac
+"""
+
+
+def test_watch_creates_what_was_taken_away(tmp_path):
+  """With a gcloud that has no TPU, then one that waits, works, and is taken away."""
+  fake = tmp_path / 'gcloud'
+  fake.write_text(GCLOUD.format(folder=tmp_path))
+  fake.chmod(0o755)
+  done = tpu('watch', folder=tmp_path, WATCH_S='0')
+  assert done.returncode == 0, done.stderr
+  calls = (tmp_path / 'calls').read_text().splitlines()
+  verbs = [next(w for w in c.split() if w in VERBS) for c in calls]
+  wait = ['ls', 'describe']
+  assert verbs == [
+    *wait, 'create', *wait, *wait, *wait, 'delete', 'create', 'ls', 'delete',
+  ]  # fmt: skip
+  assert 'has done its work' in done.stdout
+
+
+VERBS = ('ls', 'describe', 'create', 'delete')
+
+
+@pytest.mark.parametrize(
+  ('args', 'changes', 'message'),
+  [
+    (['create'], {'ZONE': None, 'BUCKET': None}, 'error: not set: ZONE BUCKET. Copy'),
+    (['create'], {'DEVICES': None, 'COMMIT': ''}, 'error: not set: DEVICES COMMIT.'),
+    (['status'], {'PROJECT': None}, 'error: not set: PROJECT.'),
+    (['create'], {'PROVISIONING': 'cheap'}, 'choose spot, reserved or on-demand'),
+    (['create'], {'ACCELERATOR_TYPE': 'h100-8'}, 'h100-8 is none of v3-*, v4-*'),
+    (['status'], {'BUCKET': 'bucket'}, 'BUCKET=bucket is no bucket; write gs://NAME'),
+    (['start'], {}, 'start is no command; see launch/tpu.sh --help'),
+    (['run'], {}, 'run what?'),
+    (['watch'], {'TRAIN': ' ', 'NAME': None, 'PROJECT': None}, 'not set: PROJECT.'),
+  ],
+)
+def test_bad_input(args, changes, message):
+  done = tpu('--dry_run', *args, **changes)
+  assert done.returncode == 1
+  assert done.stdout == ''
+  assert message in done.stderr
+  assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('args', [[], ['--help']])
+def test_help(args):
+  done = tpu(*args, PROJECT=None)
+  assert done.returncode == 0
+  assert done.stdout.startswith('Usage: launch/tpu.sh [--dry_run] COMMAND')
+
+
+def test_a_file_of_ones_own_and_the_environment_before_it(tmp_path):
+  file = tmp_path / 'env.sh'
+  file.write_text(': "${PROJECT:=from-file}"\n: "${ZONE:=from-file}"\n')
+  done = tpu('--dry_run', 'status', env_file=file, PROJECT=None)
+  assert '--project=from-file --zone=us-central2-b' in done.stdout
+
+
+def test_jobset():
+  done = tpu('jobset', TRAIN='python -m t5x.train --gin.X="\'gs://b\'"', GKE_HOSTS='4')
+  assert done.returncode == 0, done.stderr
+  jobset = yaml.safe_load(done.stdout)
+  assert (jobset['apiVersion'], jobset['kind']) == (
+    'jobset.x-k8s.io/v1alpha2',
+    'JobSet',
+  )
+  assert jobset['metadata']['name'] == 'gqa'
+  assert jobset['spec']['failurePolicy']['maxRestarts'] > 0
+  (job,) = jobset['spec']['replicatedJobs']
+  job = job['template']['spec']
+  assert (job['parallelism'], job['completions'], job['backoffLimit']) == (4, 4, 0)
+  pod = job['template']['spec']
+  assert pod['terminationGracePeriodSeconds'] >= 60
+  assert pod['nodeSelector'] == {
+    'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
+    'cloud.google.com/gke-tpu-topology': '2x4',
+  }
+  (container,) = pod['containers']
+  assert container['resources']['limits'] == {'google.com/tpu': 4}
+  script = container['args'][0].splitlines()
+  assert script[0].startswith('git clone https://host/gqa_t5x.git ')
+  assert script[1] == 'git checkout 0123abc'
+  # exec: so SIGTERM reaches training.
+  assert script[-1] == 'exec python -m t5x.train --gin.X="\'gs://b\'"'
+  assert '{' not in done.stdout
+
+
+def test_the_commands_train_as_gin_reads_them():
+  """What the hosts run, after two shells: strings with gin's own quotes."""
+  (words,) = printed('create')
+  train = words[-1].partition('|train=')[2]
+  done = subprocess.run(
+    ['bash', '-c', f'set -- {train}; printf "%s\\n" "$@"'],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  args = done.stdout.splitlines()
+  assert args[:4] == ['python', '-m', 't5x.train', '--multiprocess_gpu']
+  assert "--gin.MODEL_DIR='gs://bucket/uptrain_gqa8'" in args
+  checkpoint = "'gs://bucket/xxl_gqa8/checkpoint_1000000'"
+  assert f'--gin.INITIAL_CHECKPOINT_PATH={checkpoint}' in args
+
+
+# --- The loop of the hosts ------------------------------------------------------
+
+
+def hosts_loop(folder, script, command):
+  """Starts until_done of startup.sh on a script; it counts its starts in a file."""
+  job = folder / 'job.sh'
+  job.write_text(f'echo x >> {folder}/starts\nn=$(wc -l < {folder}/starts)\n{script}\n')
+  text = f'source {LAUNCH}/startup.sh; {command} bash {job}'
+  return subprocess.Popen(
+    ['bash', '-c', text],
+    env={'PATH': os.environ['PATH'], 'PAUSE_S': '0', 'LIMIT': '3', 'QUICK_S': '1'},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+
+def starts(folder) -> int:
+  return len((folder / 'starts').read_text().splitlines())
+
+
+def test_training_is_run_again_until_it_is_done(tmp_path):
+  process = hosts_loop(tmp_path, '(( n > 2 ))', 'until_done')
+  said, _ = process.communicate(timeout=30)
+  assert process.returncode == 0
+  assert starts(tmp_path) == 3
+  assert said.count('ended badly; again in') == 2
+
+
+def test_a_mistake_is_not_run_for_ever(tmp_path):
+  process = hosts_loop(tmp_path, 'exit 1', 'until_done')
+  said, _ = process.communicate(timeout=30)
+  assert process.returncode == 1
+  assert starts(tmp_path) == 3
+  assert 'given up after 3 quick failures in a row' in said
+
+
+def test_slow_failures_do_not_count(tmp_path):
+  script = '(( n == 3 )) && sleep 1.2 && exit 1; (( n > 5 ))'
+  process = hosts_loop(tmp_path, script, 'until_done')
+  process.communicate(timeout=30)
+  assert process.returncode == 0  # two quick ones, a slow one, two quick ones, success
+  assert starts(tmp_path) == 6
+
+
+def test_training_gets_the_signal_and_time_to_save(tmp_path):
+  script = f'trap "sleep 0.5; echo saved > {tmp_path}/saved; exit 7" TERM\n'
+  script += f'echo > {tmp_path}/ready; while true; do sleep 0.1; done'
+  process = hosts_loop(tmp_path, script, 'as_child')
+  while not (tmp_path / 'ready').exists():
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=30) == 7
+  assert (tmp_path / 'saved').read_text() == 'saved\n'
+
+
+# --- Python, and style ----------------------------------------------------------
+
+
+def load(name):
+  spec = importlib.util.spec_from_file_location(name, LAUNCH / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_a_trace(tmp_path, monkeypatch, capsys):
+  trace = load('trace')
+  folder = tmp_path / 'trace'
+
+  def measure(argv):
+    assert argv == ['benchmark', 'decode', '--size=tiny']
+    assert not list(folder.rglob('*.xplane.pb'))
+    return 3
+
+  monkeypatch.setattr(trace.benchmark, 'main', measure)
+  assert trace.main(['trace.py', str(folder), 'decode', '--size=tiny']) == 3
+  assert len(list(folder.rglob('*.xplane.pb'))) == 1
+  assert trace.main(['trace.py']) == 2
+  assert 'Usage: python launch/trace.py FOLDER' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('expected', [8, 4])
+def test_devices_are_counted(monkeypatch, capsys, expected):
+  check_devices = load('check_devices')
+  monkeypatch.setattr(check_devices.jax.distributed, 'initialize', lambda: None)
+  assert check_devices.main(expected) == int(expected != 8)
+  said = capsys.readouterr().out
+  assert 'host 0 of 1: 8 of 8 devices are here' in said
+  assert ('error: 4 devices are expected' in said) == (expected == 4)
+
+
+def test_scripts_are_clean():
+  shellcheck = shutil.which('shellcheck', path=f'{pathlib.Path(sys.executable).parent}')
+  shellcheck = shellcheck or shutil.which('shellcheck')
+  assert shellcheck, 'shellcheck is missing; make setup installs it'
+  scripts = sorted(map(str, LAUNCH.glob('*.sh')))
+  assert len(scripts) >= 3
+  done = subprocess.run(
+    [shellcheck, *scripts], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stdout

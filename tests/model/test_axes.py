@@ -1,0 +1,225 @@
+"""Every dimension has a sharding rule, and no rule cuts inside a K/V head."""
+
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from flax.linen import partitioning as nn_partitioning
+from t5x import partitioning
+
+from gqa_t5x.model import axes
+from helpers import model_oracle as oracle
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NAMES = [
+  value
+  for name, value in vars(axes).items()
+  if name.isupper() and isinstance(value, str)
+]
+DIMENSIONS = list(itertools.product((1, 2), (1, 2)))
+
+
+def rules(num_kv_heads, num_partitions, kv_sharding=None, dimensions=(1, 1)):
+  return partitioning.standard_logical_axis_rules(
+    *dimensions,
+    additional_rules=axes.kv_head_rules(num_kv_heads, num_partitions, kv_sharding),
+  )
+
+
+def resolve(names, *args):
+  """Returns the mesh axes as T5X's partitioner finds them, None for replicated."""
+  return tuple(nn_partitioning.logical_to_mesh_axes(names, rules(*args)))
+
+
+@pytest.mark.parametrize(
+  ('num_heads', 'num_kv_heads', 'expected'),
+  [
+    (8, 8, ('heads', 'joined_kv', 'heads')),
+    (8, 4, ('kv_heads', 'joined_kv_heads', 'cache_heads')),
+    (8, 1, ('kv_heads', 'joined_kv_heads', 'cache_heads')),
+    (1, 1, ('heads', 'joined_kv', 'heads')),
+  ],
+)
+def test_kv_axes(num_heads, num_kv_heads, expected):
+  assert axes.kv_axes(num_heads, num_kv_heads) == expected
+
+
+# What splits keys and values -> mesh axes of: the kernel; keys in training; keys that
+# are kept; queries that meet them.
+BOTH = ('data', 'model')
+LAYOUTS = {
+  'heads': (
+    (None, 'model'),
+    ('data', 'model', None, None),
+    ('data', 'model', None, None),
+    ('data', None, 'model', None),
+  ),
+  'batch': (
+    (None, None),
+    ('data', None, None, None),
+    (BOTH, None, None, None),
+    (BOTH, None, None, None),
+  ),
+  'replicated': (
+    (None, None),
+    ('data', None, None, None),
+    ('data', None, None, None),
+    ('data', None, 'model', None),
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ('num_kv_heads', 'num_partitions', 'kv_sharding', 'expected'),
+  [
+    (8, 1, None, 'heads'),
+    (8, 2, None, 'heads'),
+    (8, 8, None, 'heads'),
+    (8, 16, None, 'batch'),
+    (4, 8, None, 'batch'),
+    (6, 4, None, 'batch'),
+    (1, 1, None, 'heads'),
+    (1, 2, None, 'batch'),
+    (2, 2, None, 'heads'),
+    (None, 1, None, 'heads'),
+    (None, 8, None, 'heads'),
+    # Overruled.
+    (8, 8, 'heads', 'heads'),
+    (8, 8, 'batch', 'batch'),
+    (8, 8, 'replicated', 'replicated'),
+    (1, 8, 'batch', 'batch'),
+    (1, 8, 'replicated', 'replicated'),
+    (None, 8, 'heads', 'heads'),
+  ],
+)
+def test_kv_head_rules(num_kv_heads, num_partitions, kv_sharding, expected):
+  def resolved(*names):
+    return resolve(names, num_kv_heads, num_partitions, kv_sharding)
+
+  kernel, trained, kept, queries = LAYOUTS[expected]
+  assert resolved('embed', 'joined_kv_heads') == kernel
+  assert resolved('batch', 'kv_heads', 'length', 'kv') == trained
+  assert resolved('cache_batch', 'kv_heads', 'length', 'kv') == kept
+  assert resolved('cache_batch', 'length', 'cache_heads', 'kv') == queries
+  # Layers with all heads are split over them whatever the others do.
+  assert resolved('cache_batch', 'heads', 'length', 'kv') == LAYOUTS['heads'][2]
+  assert resolved('cache_batch', 'length', 'heads', 'kv') == LAYOUTS['heads'][3]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ((0, 1), 'num_kv_heads=0 and num_partitions=1 must both be at least 1.'),
+    ((-1, 2), 'num_kv_heads=-1 and num_partitions=2 must both be at least 1.'),
+    ((4, 0), 'num_kv_heads=4 and num_partitions=0 must both be at least 1.'),
+    ((None, 0), 'num_kv_heads=None and num_partitions=0 must both be at least 1.'),
+    (
+      (4, 8, 'rows'),
+      "kv_sharding='rows' is unknown; choose one of heads, batch, replicated.",
+    ),
+    (
+      (6, 4, 'heads'),
+      "kv_sharding='heads' would cut inside a head: num_kv_heads=6 is not divisible by"
+      ' num_partitions=4; choose one of 1, 2, 3, 6 partitions, or'
+      " kv_sharding='batch' or 'replicated'.",
+    ),
+    (
+      (None, 8, 'batch'),
+      "kv_sharding='batch' is for fewer key/value heads than query heads, and"
+      ' num_kv_heads is None: give num_kv_heads, or no kv_sharding.',
+    ),
+  ],
+)
+def test_kv_head_rules_of_bad_input(arguments, message):
+  with pytest.raises(ValueError) as error:
+    axes.kv_head_rules(*arguments)
+  assert str(error.value) == message
+
+
+def test_no_head_is_cut():
+  """Over all counts: a partition gets a whole number of K/V heads, or all of them."""
+  split = set()
+  for K, partitions in itertools.product(range(1, 17), range(1, 17)):
+    _, mesh_axis = resolve(('embed', 'joined_kv_heads'), K, partitions)
+    if mesh_axis is None:
+      assert K % partitions
+    else:
+      split.add((K, partitions))
+  assert split == {(K, p) for p in range(1, 17) for K in range(p, 17, p)}
+
+
+@pytest.mark.parametrize('kv_sharding', LAYOUTS)
+@pytest.mark.parametrize('dimensions', DIMENSIONS)
+def test_every_name_has_a_rule(kv_sharding, dimensions):
+  known = {name for name, _ in rules(2, 2, kv_sharding, dimensions)}
+  assert len(NAMES) == 13
+  assert set(NAMES) <= known
+  assert list(axes.KV_SHARDINGS) == list(LAYOUTS)
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('dimensions', DIMENSIONS)
+def test_every_axis_of_the_model_has_a_rule(K, dimensions):
+  variables = oracle.initial_shapes(oracle.config(K, encoder_num_kv_heads=K))
+  names = oracle.axis_names(variables)
+  assert names.keys() == oracle.flat(variables['params']).keys()
+  known = {name for name, _ in rules(K, 2, None, dimensions)}
+  assert {axis for axes_ in names.values() for axis in axes_} <= known
+
+
+# Path -> mesh axes of a model with 4 query heads on 2 partitions.
+SHARDED = {
+  1: {'query': (None, 'model'), 'key': (None, None), 'out': ('model', None)},
+  2: {'query': (None, 'model'), 'key': (None, 'model'), 'out': ('model', None)},
+  4: {'query': (None, 'model'), 'key': (None, 'model'), 'out': ('model', None)},
+}
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_what_the_model_resolves_to(K):
+  names = oracle.axis_names(oracle.initial_shapes(oracle.config(K)))
+  expected = SHARDED[K] | {'value': SHARDED[K]['key']}
+  for name, mesh_axes in expected.items():
+    for kind in ('self_attention', 'encoder_decoder_attention'):
+      path = f'decoder/layers_1/{kind}/{name}/kernel'
+      assert resolve(names[path], K, 2) == mesh_axes, path
+  others = {
+    'encoder/layers_0/attention/key/kernel': (None, 'model'),
+    'encoder/relpos_bias/rel_embedding': ('model', None),
+    'decoder/layers_0/mlp/wi_0/kernel': (None, 'model'),
+    'decoder/layers_0/mlp/wo/kernel': ('model', None),
+    'decoder/logits_dense/kernel': (None, 'model'),
+    'token_embedder/embedding': ('model', None),
+    'decoder/decoder_norm/scale': (None,),
+  }
+  assert {path: resolve(names[path], K, 2) for path in others} == others
+
+
+IMPORT = """
+import sys, time
+import jax
+start = time.perf_counter()
+from gqa_t5x.model import network
+from gqa_t5x.decoding import generate
+seconds = time.perf_counter() - start
+heavy = {'tensorflow', 'seqio', 'gin', 't5x', 't5', 'tensorflow_text', 'clu'}
+print(seconds, *sorted(heavy & sys.modules.keys()))
+"""
+
+
+def test_import_is_light():
+  """Best of three, because other processes may be at work on the machine."""
+  seconds = []
+  for _ in range(3):
+    done = subprocess.run(
+      [sys.executable, '-c', IMPORT], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    time, *heavy = done.stdout.split()
+    assert heavy == []
+    seconds.append(float(time))
+    if seconds[-1] < 2:
+      break
+  assert min(seconds) < 2

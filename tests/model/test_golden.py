@@ -1,0 +1,92 @@
+"""Equal to T5X where T5X is not installed: files that it wrote (make_golden.py)."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from helpers import make_golden
+from helpers import model_oracle as oracle
+
+
+@functools.cache
+def golden():
+  with np.load(make_golden.PATH) as file:
+    return dict(file)
+
+
+def test_the_file_is_small_and_made_from_these_batches():
+  assert make_golden.PATH.stat().st_size < 200_000
+  for kind, batch in (('padded', oracle.batch()), ('packed', oracle.packed_batch())):
+    for name, value in batch.items():
+      np.testing.assert_array_equal(golden()[f'{kind}/{name}'], value)
+
+
+def test_parameters_of_all_heads_are_those_of_t5x():
+  """Names, shapes, dtypes and logical axes."""
+  expected = json.loads(str(golden()['parameters']))
+  assert make_golden.describe(oracle.initial_shapes(oracle.config())) == expected
+  assert len(expected) == 1 + (2 + 9) + (3 + 2 * 14)
+
+
+@pytest.mark.parametrize('K', [1, 2])
+def test_parameters_of_fewer_heads_differ_in_keys_and_values_alone(K):
+  expected = json.loads(str(golden()['parameters']))
+  for layer in range(oracle.DECODER_LAYERS):
+    for kind in ('self_attention', 'encoder_decoder_attention'):
+      for name in ('key', 'value'):
+        path = f'decoder/layers_{layer}/{kind}/{name}/kernel'
+        shape, axes = [oracle.D, K * oracle.H], ['embed', 'joined_kv_heads']
+        expected[path] = [shape, 'float32', axes]
+  assert make_golden.describe(oracle.initial_shapes(oracle.config(K))) == expected
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_padded_logits(K):
+  cfg = oracle.config(K)
+  logits = np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.batch()))
+  expected = golden()[f'padded/logits/{K}']
+  real = oracle.batch()['decoder_target_tokens'] > 0
+  np.testing.assert_allclose(logits[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_packed_logits(K):
+  cfg, batch = oracle.config(K), oracle.packed_batch()
+  logits = np.asarray(oracle.forward(cfg)(oracle.params(cfg), batch))
+  real = batch['decoder_target_tokens'] > 0
+  expected = golden()[f'packed/logits/{K}']
+  np.testing.assert_allclose(logits[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_stored_decodes_are_worth_comparing():
+  """They are of all functions and heads; some end and some do not."""
+  eos_id = make_golden.PROMPTS['prompted'][1]
+  ended = []
+  for name, K in make_golden.DECODES_AND_HEADS:
+    tokens = golden()[f'{name}/prompted/tokens/{K}']
+    num_decodes = make_golden.DECODES[name][1]
+    assert tokens.shape == (oracle.B, num_decodes, oracle.DECODE_LENGTH)
+    ended.extend((tokens == eos_id).any(-1).ravel())
+  assert len(ended) / 4 < sum(ended) < len(ended)
+  names, heads = zip(*make_golden.DECODES_AND_HEADS, strict=True)
+  assert (set(names), set(heads)) == (set(make_golden.DECODES), set(oracle.KV_HEADS))
+
+
+@pytest.mark.parametrize(('name', 'K'), make_golden.DECODES_AND_HEADS)
+def test_decodes(name, K):
+  """Ours equals T5X's; drawn with the same key."""
+  cfg = oracle.config(K)
+  function, num_decodes, options = make_golden.DECODES[name]
+  run = oracle.decode(cfg, function, num_decodes, **options)
+  for kind, (prompts, eos_id) in make_golden.PROMPTS.items():
+    tokens, scores = run(
+      oracle.params(cfg),
+      oracle.prompt_batch(prompts),
+      eos_id,
+      decode_rng=make_golden.RNG,
+    )
+    np.testing.assert_array_equal(tokens, golden()[f'{name}/{kind}/tokens/{K}'])
+    expected = golden()[f'{name}/{kind}/scores/{K}']
+    np.testing.assert_allclose(scores, expected, atol=1e-4)

@@ -1,0 +1,223 @@
+"""The layers around attention against NumPy, and T5X's where it is installed."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqa_t5x.model import layers
+from gqa_t5x.model.dense import Dense
+from helpers import model_oracle as oracle
+
+B, T, D, F, V = 2, 3, 5, 7, 11
+
+
+def random(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def kernels(**shapes):
+  return {
+    name: {'kernel': random(*shape, seed=i + 1)}
+    for i, (name, shape) in enumerate(shapes.items())
+  }
+
+
+@pytest.mark.parametrize('scale', [1.0, 100.0, 1e-3])
+def test_layer_norm(scale):
+  """Root mean square: a mean of 3 is not removed; the epsilon shows at 1e-3."""
+  x = scale * (random(B, T, D) + 3)
+  weights = random(D, seed=1)
+  got = layers.LayerNorm().apply({'params': {'scale': weights}}, x)
+  x = x.astype(np.float64)
+  expected = weights * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layer_norm_is_float32_inside():
+  """The squares of 300, 400 do not fit float16; bfloat16 would round them."""
+  x = np.array([[300.0, 400.0]], np.float16)
+  params = {'scale': np.array([1.0, 2.0], np.float32)}
+  got = layers.LayerNorm(jnp.float16).apply({'params': params}, x)
+  assert got.dtype == jnp.float16
+  expected = np.array([[300.0, 800.0]]) / math.sqrt((300**2 + 400**2) / 2)
+  np.testing.assert_allclose(got, expected, rtol=2 * np.finfo(np.float16).eps)
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(
+  ('activations', 'names', 'expected'),
+  [
+    (('relu',), ('wi',), lambda a: np.maximum(a, 0)),
+    (('gelu', 'linear'), ('wi_0', 'wi_1'), lambda a, b: oracle.gelu(a) * b),
+    (('silu', 'linear'), ('wi_0', 'wi_1'), lambda a, b: a * sigmoid(a) * b),
+  ],
+)
+def test_mlp(activations, names, expected):
+  x = random(B, T, D)
+  params = kernels(**{name: (D, F) for name in names}, wo=(F, D))
+  got = layers.MlpBlock(F, activations).apply({'params': params}, x)
+  branches = [x.astype(np.float64) @ params[name]['kernel'] for name in names]
+  np.testing.assert_allclose(
+    got, expected(*branches) @ params['wo']['kernel'], atol=1e-5, rtol=1e-5
+  )
+
+
+def test_mlp_dropout_is_broadcast_over_length():
+  """`wo` is the identity, so the output shows the hidden units."""
+  rate, size = 0.5, 64
+  block = layers.MlpBlock(size, ('linear',), dropout_rate=rate)
+  params = {name: {'kernel': np.eye(size, dtype=np.float32)} for name in ('wi', 'wo')}
+  x = np.ones((B, T, size), np.float32)
+  got = np.asarray(
+    block.apply({'params': params}, x, rngs={'dropout': jax.random.PRNGKey(0)})
+  )
+  assert set(np.unique(got)) == {0.0, 2.0}
+  np.testing.assert_array_equal(got, got[:, :1].repeat(T, axis=1))
+  assert (got[0] != got[1]).any()
+  assert abs((got[:, 0] == 0).mean() - rate) < 4 * math.sqrt(0.25 / (B * size))
+
+
+def test_embed():
+  table = random(V, D)
+  module = layers.Embed(V, D)
+  tokens = np.array([[0, 3, 10], [7, 7, 1]])
+  got = module.apply({'params': {'embedding': table}}, tokens)
+  np.testing.assert_array_equal(got, table[tokens])
+  x = random(B, T, D, seed=1)
+  logits = module.apply({'params': {'embedding': table}}, x, method=module.attend)
+  expected = np.einsum('btd,vd->btv', x.astype(np.float64), table)
+  np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_embed_in_bfloat16_attends_in_float32():
+  table = random(V, D)
+  module = layers.Embed(V, D, jnp.bfloat16)
+  variables = {'params': {'embedding': table}}
+  got = module.apply(variables, np.array([[2]]))
+  np.testing.assert_array_equal(got, table[[[2]]].astype(jnp.bfloat16))
+  logits = module.apply(variables, got, method=module.attend)
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(
+    logits, np.asarray(got, np.float64) @ table.T, atol=1e-5, rtol=1e-5
+  )
+
+
+# Relative positions.
+
+
+@pytest.mark.parametrize('bidirectional', [True, False])
+@pytest.mark.parametrize(
+  ('num_buckets', 'max_distance'), [(32, 128), (32, 20), (8, 40)]
+)
+def test_buckets_equal_the_formula(bidirectional, num_buckets, max_distance):
+  got = layers.relative_position_buckets(bidirectional, num_buckets, max_distance)
+  distances = range(-max_distance, max_distance + 1)
+  expected = [
+    oracle.bucket(d, bidirectional, num_buckets, max_distance) for d in distances
+  ]
+  np.testing.assert_array_equal(got, expected)
+  assert got.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+  ('distance', 'bidirectional', 'expected'),
+  [
+    # One bucket a distance up to 7 (16 if causal), the future from 16 on.
+    *[(-d, True, d) for d in range(8)],
+    *[(d, True, 16 + d) for d in range(1, 8)],
+    *[(-d, False, d) for d in range(16)],
+    *[(d, False, 0) for d in (0, 1, 50, 128)],
+    # Then powers: 8 * 16 ** (i / 8), and 16 * 8 ** (i / 16).
+    *[(-8, True, 8), (-11, True, 8), (-12, True, 9), (-16, True, 10), (-32, True, 12)],
+    *[(-64, True, 14), (-90, True, 14), (-91, True, 15), (-128, True, 15)],
+    *[(8, True, 24), (64, True, 30), (128, True, 31)],
+    *[(-16, False, 16), (-18, False, 16), (-19, False, 17), (-32, False, 21)],
+    *[(-112, False, 30), (-113, False, 31), (-128, False, 31)],
+  ],
+)
+def test_buckets_by_hand(distance, bidirectional, expected):
+  got = layers.relative_position_buckets(bidirectional, 32, 128)
+  assert got[128 + distance] == expected
+
+
+@pytest.mark.parametrize('bidirectional', [True, False])
+@pytest.mark.parametrize(('num_buckets', 'max_distance'), [(32, 128), (16, 50)])
+def test_buckets_equal_t5x(bidirectional, num_buckets, max_distance):
+  t5 = pytest.importorskip('t5x.examples.t5.layers')
+  distances = np.arange(-max_distance, max_distance + 1)
+  expected = t5.RelativePositionBiases._relative_position_bucket(
+    distances, bidirectional, num_buckets, max_distance
+  )
+  got = layers.relative_position_buckets(bidirectional, num_buckets, max_distance)
+  np.testing.assert_array_equal(got, expected)
+  beyond = t5.RelativePositionBiases._relative_position_bucket(
+    np.array([-10 * max_distance, 10 * max_distance]),
+    bidirectional,
+    num_buckets,
+    max_distance,
+  )
+  np.testing.assert_array_equal(got[[0, -1]], beyond)
+
+
+N = 3
+TABLE = {'rel_embedding': random(N, 32)}
+
+
+def biases(bidirectional, positions, keys, dtype=jnp.float32):
+  module = layers.RelativePositionBiases(N, bidirectional, dtype)
+  return np.asarray(
+    module.apply({'params': TABLE}, jnp.asarray(positions), jnp.asarray(keys))
+  )
+
+
+@pytest.mark.parametrize('bidirectional', [True, False])
+@pytest.mark.parametrize(('length', 'keys'), [(6, 6), (4, 9), (150, 150)])
+def test_bias_by_position(bidirectional, length, keys):
+  got = biases(bidirectional, np.arange(length)[None], np.arange(keys))
+  expected = oracle.position_bias(TABLE['rel_embedding'], length, keys, bidirectional)
+  np.testing.assert_allclose(got, expected[None], atol=1e-6)
+
+
+def test_bias_of_decode_rows_is_a_slice_of_the_whole():
+  whole = biases(False, np.arange(140)[None], np.arange(140))
+  rows = [[3, 4], [0, 1], [137, 138]]
+  keys = [5, 0, 139, 1, 1]
+  got = biases(False, rows, keys)
+  assert got.shape == (3, N, 2, 5)
+  np.testing.assert_array_equal(got, whole[0][:, rows][..., keys].swapaxes(0, 1))
+
+
+def test_bias_in_bfloat16_is_the_rounded_table():
+  got = biases(True, np.arange(5)[None], np.arange(4), jnp.bfloat16)
+  expected = oracle.position_bias(TABLE['rel_embedding'], 5, 4, True)
+  np.testing.assert_array_equal(got[0], expected.astype(jnp.bfloat16))
+
+
+def test_low_precision_parameters_are_not_widened():
+  """float32 out of bfloat16 factors: products are exact, sums are in float32."""
+  rng = np.random.default_rng(0)
+  x, kernel = (
+    jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    for shape in ((3, 40), (40, 5))
+  )
+  dense = Dense(5, ('embed', 'vocab'), jnp.float32)
+
+  def apply(x):
+    return dense.apply({'params': {'kernel': kernel}}, x)
+
+  exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+  got = apply(x)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5)
+  eqns = jax.make_jaxpr(apply)(x).eqns
+  assert [e.primitive.name for e in eqns] == ['dot_general']
+  # A float32 input is not rounded to the parameters' precision.
+  fine = np.asarray(rng.standard_normal((3, 40)), np.float32)
+  exact = fine.astype(np.float64) @ np.asarray(kernel, np.float64)
+  np.testing.assert_allclose(apply(fine), exact, rtol=1e-5, atol=1e-5)

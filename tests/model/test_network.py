@@ -1,0 +1,343 @@
+"""The whole model: logits against the oracle, shapes, counts, gradients."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqa_t5x.conversion import plan as conversion
+from gqa_t5x.model import network, sizes
+from helpers import model_oracle as oracle
+
+KINDS = {
+  'encoder': 'encoder/layers_0/attention',
+  'self': 'decoder/layers_1/self_attention',
+  'cross': 'decoder/layers_1/encoder_decoder_attention',
+}
+
+
+@functools.cache
+def padded_logits(K):
+  cfg = oracle.config(K)
+  return np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.batch()))
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_padded_logits_equal_the_oracle_of_unpadded_examples(K):
+  logits = padded_logits(K)
+  assert logits.shape == (oracle.B, oracle.T, oracle.V)
+  assert logits.dtype == np.float32
+  assert np.isfinite(logits).all()
+  oracle.assert_logits(logits, oracle.config(K))
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_packed_examples_equal_the_same_examples_unpacked(K):
+  cfg = oracle.config(K)
+  packed = np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.packed_batch()))
+  first, second = oracle.TARGET_LENGTHS[::2], oracle.TARGET_LENGTHS[1::2]
+  unpacked = []
+  for row, a, b in zip(packed, first, second, strict=True):
+    unpacked += [row[:a], row[a : a + b]]
+  for b, got in enumerate(unpacked):
+    expected = oracle.expected_logits(cfg)[b]
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+    alone = padded_logits(K)[b, : len(got)]
+    np.testing.assert_allclose(got, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_after_the_end_change_nothing_before():
+  """Causality: new last tokens leave the earlier logits as they are."""
+  cfg = oracle.config(2)
+  batch = oracle.batch()
+  for name in ('decoder_input_tokens', 'decoder_target_tokens'):
+    batch[name] = batch[name].copy()
+    batch[name][:, 3:] = 7
+  logits = np.asarray(oracle.forward(cfg)(oracle.params(cfg), batch))
+  before = [0, 1, 2]  # These have at least three targets.
+  np.testing.assert_allclose(
+    logits[before, :3], padded_logits(2)[before, :3], atol=1e-5
+  )
+  assert np.abs(logits[before, 3:] - padded_logits(2)[before, 3:]).max() > 0.1
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_initial_variables(K):
+  """No collections but parameters and their axes; T5X would save or refuse others."""
+  variables = oracle.initial_shapes(oracle.config(K))
+  assert variables.keys() == {'params', 'params_axes'}
+  leaves = oracle.flat(variables['params'])
+  assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize(
+  ('heads', 'expected'),
+  [
+    ({}, (4, 4, 4)),
+    ({'num_kv_heads': 2}, (4, 2, 2)),
+    ({'num_kv_heads': 1}, (4, 1, 1)),
+    ({'self_attention_num_kv_heads': 2}, (4, 2, 4)),
+    ({'cross_attention_num_kv_heads': 1}, (4, 4, 1)),
+    ({'encoder_num_kv_heads': 2}, (2, 4, 4)),
+    ({'num_kv_heads': 2, 'self_attention_num_kv_heads': 4}, (4, 4, 2)),
+    ({'num_kv_heads': 1, 'cross_attention_num_kv_heads': 2}, (4, 1, 2)),
+    ({'num_kv_heads': 1, 'encoder_num_kv_heads': 1}, (1, 1, 1)),
+  ],
+)
+def test_heads_of_each_kind(heads, expected):
+  shapes = oracle.flat(oracle.initial_shapes(oracle.config(**heads))['params'])
+  for path, K in zip(KINDS.values(), expected, strict=True):
+    assert shapes[f'{path}/query/kernel'].shape == (oracle.D, oracle.N * oracle.H)
+    assert shapes[f'{path}/key/kernel'].shape == (oracle.D, K * oracle.H)
+    assert shapes[f'{path}/value/kernel'].shape == (oracle.D, K * oracle.H)
+    assert shapes[f'{path}/out/kernel'].shape == (oracle.N * oracle.H, oracle.D)
+
+
+def test_each_kind_with_other_heads_equals_the_oracle():
+  cfg = oracle.config(2, self_attention_num_kv_heads=1, encoder_num_kv_heads=2)
+  logits = oracle.forward(cfg)(oracle.params(cfg), oracle.batch())
+  oracle.assert_logits(logits, cfg)
+
+
+def test_logits_via_embedding():
+  """The same as an output projection that is the scaled table."""
+  tied, separate = oracle.config(2, logits_via_embedding=True), oracle.config(2)
+  params = oracle.params(tied)
+  assert 'logits_dense' not in params['decoder']
+  got = oracle.forward(tied)(params, oracle.batch())
+  kernel = params['token_embedder']['embedding'].T / np.sqrt(oracle.D)
+  decoder = params['decoder'] | {'logits_dense': {'kernel': kernel}}
+  expected = oracle.forward(separate)(params | {'decoder': decoder}, oracle.batch())
+  np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
+# bfloat16 keeps 8 bits. Eight residual branches of about five roundings each add up
+# like a random walk: sqrt(40) * eps / 2 of the size of the logits.
+BFLOAT16_ERROR = np.sqrt(40) * float(jnp.finfo(jnp.bfloat16).eps) / 2
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_bfloat16_is_close_to_float32(K):
+  cfg = oracle.config(K, dtype=jnp.bfloat16, float32_attention_logits=True)
+  logits = np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.batch()))
+  assert logits.dtype == np.float32
+  real = oracle.batch()['decoder_target_tokens'] > 0
+  error = np.sqrt(np.mean((logits - padded_logits(K))[real] ** 2))
+  size = np.sqrt(np.mean(padded_logits(K)[real] ** 2))
+  assert 1e-4 < error / size < BFLOAT16_ERROR
+
+
+def small_loss(remat_policy, K=2):
+  """Returns a loss of one layer a stack, and its parameters."""
+  layers = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
+  batch = oracle.batch()
+  weights = np.random.default_rng(0).standard_normal((oracle.B, oracle.T, oracle.V))
+  weights *= batch['decoder_target_tokens'][..., None] > 0
+  module = network.Transformer(oracle.config(K, remat_policy=remat_policy, **layers))
+
+  def loss(params):
+    logits = module.apply({'params': params}, **batch, enable_dropout=False)
+    return jnp.sum(logits * weights) / logits.size
+
+  return loss, oracle.params(oracle.config(K, **layers))
+
+
+@functools.cache
+def gradients(remat_policy):
+  loss, params = small_loss(remat_policy)
+  return oracle.flat(oracle.jit(jax.grad(loss))(params))
+
+
+@pytest.mark.parametrize('remat_policy', ['minimal', 'full'])
+def test_rematerialisation_leaves_gradients_as_they_are(remat_policy):
+  expected, got = gradients('none'), gradients(remat_policy)
+  assert got.keys() == expected.keys()
+  for name, gradient in expected.items():
+    assert np.abs(gradient).max() > 1e-6, name
+    np.testing.assert_allclose(got[name], gradient, atol=1e-6, rtol=1e-5, err_msg=name)
+
+
+def test_what_rematerialisation_computes_again():
+  """'minimal' only what has no weights: two products an attention, of three; 'full'
+  also query, key, value of each and two products an MLP, of two."""
+  counts = {}
+  for policy in network.REMAT_POLICIES:
+    loss, params = small_loss(policy)
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    counts[policy] = text.count('dot_general')
+  assert counts['minimal'] - counts['none'] == 2 * 3
+  assert counts['full'] - counts['minimal'] >= 3 * 3 + 2 * 2
+
+
+def repeated_within_groups(K):
+  """Returns MHA parameters whose decoder K/V heads are equal within K groups."""
+  return oracle.repeat_kv_heads(oracle.params(oracle.config(K)), K)
+
+
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('method', ['mean', 'first'])
+def test_converting_equal_heads_leaves_the_logits(K, method):
+  mha, gqa = oracle.config(), oracle.config(K)
+  before = repeated_within_groups(K)
+  after = conversion.convert_params(before, num_kv_heads=K, method=method)
+  expected_shapes = oracle.flat(oracle.initial_shapes(gqa)['params'])
+  got_shapes = {path: leaf.shape for path, leaf in oracle.flat(after).items()}
+  assert got_shapes == {path: leaf.shape for path, leaf in expected_shapes.items()}
+  np.testing.assert_allclose(
+    oracle.forward(gqa)(after, oracle.batch()),
+    oracle.forward(mha)(before, oracle.batch()),
+    atol=1e-4,
+    rtol=1e-4,
+  )
+
+
+def test_converting_to_all_heads_changes_nothing():
+  before = oracle.params(oracle.config())
+  after = conversion.convert_params(before, num_kv_heads=oracle.N, method='mean')
+  before, after = oracle.flat(before), oracle.flat(after)
+  assert before.keys() == after.keys()
+  for name, value in before.items():
+    np.testing.assert_array_equal(after[name], value)
+
+
+# Parameter counts: V, D, F, N, H, encoder and decoder layers, exact count for MHA (the
+# released T5.1.1), for MQA, and for one K between.
+COUNTS = {
+  'tiny': ((32128, 128, 256, 8, 16, 2, 4), 9_472_768, {1: 9_243_392, 2: 9_276_160}),
+  'mini': ((32128, 256, 512, 8, 64, 2, 6), 26_941_952, {1: 24_189_440, 4: 25_369_088}),
+  'small': (
+    (32128, 512, 1024, 6, 64, 8, 8),
+    76_961_152,
+    {1: 71_718_272, 2: 72_766_848},
+  ),
+  'base': ((32128, 768, 2048, 12, 64, 12, 12), 247_577_856, {1: 221_625_600}),
+  'large': ((32128, 1024, 2816, 16, 64, 24, 24), 783_150_080, {8: 732_818_432}),
+  'xl': ((32128, 2048, 5120, 32, 64, 24, 24), 2_849_757_184, {8: 2_547_767_296}),
+  'xxl': ((32128, 4096, 10240, 64, 64, 24, 24), 11_135_332_352, {8: 9_726_046_208}),
+}
+
+
+def count_by_formula(sizes, K):
+  V, D, F, N, H, encoder_layers, decoder_layers = sizes
+  mlp = 3 * D * F + D
+  multi_head = 4 * D * N * H + D
+  grouped = 2 * D * N * H + 2 * D * K * H + D
+  stacks = encoder_layers * (multi_head + mlp) + decoder_layers * (2 * grouped + mlp)
+  return stacks + 2 * V * D + 2 * (32 * N + D)
+
+
+def count(cfg):
+  leaves = oracle.flat(oracle.initial_shapes(cfg)['params']).values()
+  return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+
+# Shazeer (2019), by hand: table (and output projection), attention with its norm, MLP
+# with its norm, position biases of 32 buckets and last norms. One key/value head of 8
+# leaves out 2 x 7 x 128 columns in all 18 attention layers, and 1344 more units fill
+# 12 MLPs: 18 * 1792 = 12 * 2 * 1344 columns of 1024.
+SHAZEER = {
+  'shazeer_mha': 32768 * 1024
+  + 18 * (4 * 1024 * 1024 + 1024)
+  + 12 * (2 * 1024 * 4096 + 1024)
+  + 2 * (32 * 8 + 1024),
+  'shazeer_mqa': 32768 * 1024
+  + 18 * (2 * 1024 * 1024 + 2 * 1024 * 128 + 1024)
+  + 12 * (2 * 1024 * 5440 + 1024)
+  + 2 * (32 * 8 + 1024),
+}
+
+
+def test_every_size_has_a_row():
+  assert sizes.SIZES.keys() == COUNTS.keys() | SHAZEER.keys()
+
+
+def test_shazeers_models_have_as_many_parameters():
+  counts = {size: count(network.config(size)) for size in SHAZEER}
+  assert counts == SHAZEER
+  assert set(counts.values()) == {209_748_480}
+
+
+@pytest.mark.parametrize(
+  ('size', 'heads', 'expected'),
+  [
+    ('shazeer_mha', {}, (8, 8, 8)),
+    ('shazeer_mqa', {}, (1, 1, 1)),
+    ('shazeer_mqa', {'num_kv_heads': None}, (1, 1, 1)),
+    ('shazeer_mqa', {'num_kv_heads': 1}, (1, 1, 1)),
+    ('shazeer_mqa', {'num_kv_heads': 8, 'encoder_num_kv_heads': 8}, (8, 8, 8)),
+    ('large', {'num_kv_heads': None}, (16, 16, 16)),
+    ('large', {'num_kv_heads': 8}, (16, 8, 8)),
+  ],
+)
+def test_heads_of_a_size(size, heads, expected):
+  cfg = network.config(size, **heads)
+  assert (cfg.encoder_kv, cfg.self_kv, cfg.cross_kv) == expected
+
+
+@pytest.mark.parametrize('size', COUNTS)
+def test_parameter_counts(size):
+  sizes, mha, others = COUNTS[size]
+  N = sizes[3]
+  assert count(network.config(size)) == mha
+  assert count_by_formula(sizes, N) == mha
+  for K, expected in others.items():
+    assert count(network.config(size, num_kv_heads=K)) == expected
+    assert count_by_formula(sizes, K) == expected
+
+
+@pytest.mark.parametrize(
+  ('size', 'K'),
+  [
+    (size, K)
+    for size, (sizes, _, _) in COUNTS.items()
+    for K in range(1, sizes[3] + 1)
+    if sizes[3] % K == 0
+  ],
+)
+def test_parameter_counts_of_all_heads(size, K):
+  """At one and two layers: the tests above count whole models."""
+  cfg = network.config(size, num_kv_heads=K, num_encoder_layers=1, num_decoder_layers=2)
+  assert count(cfg) == count_by_formula((*COUNTS[size][0][:5], 1, 2), K)
+
+
+def test_config_of_a_size():
+  cfg = network.config('base', num_kv_heads=3, dropout_rate=0.2)
+  assert (cfg.num_heads, cfg.head_dim, cfg.emb_dim, cfg.mlp_dim) == (12, 64, 768, 2048)
+  assert (cfg.self_kv, cfg.cross_kv, cfg.encoder_kv) == (3, 3, 12)
+  assert (cfg.dropout_rate, cfg.mlp_activations) == (0.2, ('gelu', 'linear'))
+  assert cfg.vocab_size == sizes.VOCAB_SIZE == 32128 == 251 * 128
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (
+      lambda: network.config('huge'),
+      "size='huge' is unknown; choose one of tiny, mini, small, base, large, xl, xxl,"
+      ' shazeer_mha, shazeer_mqa.',
+    ),
+    (
+      lambda: oracle.config(remat_policy='some'),
+      "remat_policy='some'; choose one of none, minimal, full.",
+    ),
+    (
+      lambda: oracle.config(3),
+      'num_heads=4 is not divisible by num_kv_heads=3; choose one of 1, 2, 4.',
+    ),
+    (
+      lambda: oracle.config(encoder_num_kv_heads=8),
+      'num_heads=4 is not divisible by num_kv_heads=8; choose one of 1, 2, 4.',
+    ),
+    (
+      lambda: network.config('base', cross_attention_num_kv_heads=5),
+      'num_heads=12 is not divisible by num_kv_heads=5;'
+      ' choose one of 1, 2, 3, 4, 6, 12.',
+    ),
+  ],
+)
+def test_bad_configs(make, message):
+  with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+    make()

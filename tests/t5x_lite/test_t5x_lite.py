@@ -1,0 +1,243 @@
+"""The stand-in for T5X: its mathematics and layouts, against independent oracles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+t5x = pytest.importorskip('t5x')
+if not t5x.__version__.endswith('lite'):
+  pytest.skip('the stand-in is not installed', allow_module_level=True)
+
+from t5x import (  # noqa: E402
+  adafactor,
+  gin_utils,
+  losses,
+  partitioning,
+  utils,
+)
+
+from helpers import t5x_parity_task as tiny  # noqa: E402
+
+RNG = np.random.default_rng(0)
+
+
+# --- Adafactor ----------------------------------------------------------------
+
+
+def _adafactor_oracle(
+  p, grads, lr, factored, beta1, clip, scale, eps1=1e-30, eps2=1e-3
+):
+  """Adafactor step by step, as the paper's algorithms 4 and 5 state it."""
+  p, m = p.astype(np.float64), np.zeros(p.shape)
+  v = np.zeros(p.shape)
+  r, c = (np.zeros(p.shape[0]), np.zeros(p.shape[-1])) if factored else (None, None)
+  for t, g in enumerate(grads, start=1):
+    decay = 1 - t**-0.8
+    g = g.astype(np.float64)
+    square = g * g + eps1
+    if factored:
+      r = decay * r + (1 - decay) * square.mean(axis=1)
+      c = decay * c + (1 - decay) * square.mean(axis=0)
+      v = np.outer(r, c) / r.mean()
+    else:
+      v = decay * v + (1 - decay) * square
+    u = g / np.sqrt(v)
+    if clip is not None:
+      u = u / max(1.0, np.sqrt((u * u).mean()) / clip)
+    step = lr * u * (max(eps2, np.sqrt((p * p).mean())) if scale else 1.0)
+    m = beta1 * m + (1 - beta1) * step if beta1 is not None else step
+    p = p - m
+  return p, r, c, v
+
+
+@pytest.mark.parametrize(
+  ('shape', 'factored'),
+  [
+    ((130, 140), True),
+    ((140, 130), True),
+    ((128, 128), True),
+    ((127, 300), False),
+    ((4, 5), False),
+    ((7,), False),
+  ],
+)
+@pytest.mark.parametrize(
+  ('beta1', 'clip', 'scale'), [(None, 1.0, True), (0.9, 0.5, True), (None, None, False)]
+)
+def test_adafactor_equals_the_paper(shape, factored, beta1, clip, scale):
+  optimizer = adafactor.Adafactor(
+    beta1=beta1, clipping_threshold=clip, multiply_by_parameter_scale=scale
+  )
+  param = RNG.normal(size=shape).astype(np.float32)
+  grads = [(RNG.normal(size=shape) ** 3).astype(np.float32) for _ in range(3)]
+  params = {'a': {'kernel': jnp.asarray(param)}}
+  state = optimizer.init_state(params)
+  hyper_params = optimizer.update_hyper_params(learning_rate=0.1)
+  for grad in grads:
+    tree = {'a': {'kernel': jnp.asarray(grad)}}
+    params, state = optimizer.apply_gradient(hyper_params, params, state, tree)
+  p, r, c, v = _adafactor_oracle(param, grads, 0.1, factored, beta1, clip, scale)
+  np.testing.assert_allclose(params['a']['kernel'], p, rtol=1e-5, atol=1e-6)
+  moments = state.param_states['a']['kernel']
+  assert int(state.step) == 3
+  if factored:
+    # T5X: the larger side is averaged out of v_row; equal sides keep their order.
+    row, col = (r, c) if shape[0] <= shape[1] else (c, r)
+    np.testing.assert_allclose(moments.v_row, row, rtol=1e-5)
+    np.testing.assert_allclose(moments.v_col, col, rtol=1e-5)
+    assert moments.v.shape == (1,)
+  else:
+    np.testing.assert_allclose(moments.v, v, rtol=1e-5)
+    assert moments.v_row.shape == moments.v_col.shape == (1,)
+  assert moments.m.shape == (shape if beta1 is not None else (1,))
+
+
+# --- Schedules and losses -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('factors', 'step', 'expected'),
+  [
+    ('constant', 7, 2.0),
+    ('constant * linear_warmup', 25, 0.5),
+    ('constant * linear_warmup', 1000, 2.0),
+    ('constant * rsqrt_decay', 0, 0.2),
+    ('constant * rsqrt_decay', 400, 0.1),
+    ('constant * rsqrt_normalized_decay', 400, 1.0),
+    ('linear_decay', 50, 1.0),
+    ('linear_decay', 101, 1.0),
+    ('constant * decay_every', 41, 0.5),
+    ('constant * cosine_decay', 100, 2.0),
+    ('constant * cosine_decay', 110, 1.0),
+    ('linear_decay', 10_000, 1e-8),
+  ],
+)
+def test_learning_rate(factors, step, expected):
+  schedule = utils.create_learning_rate_scheduler(
+    factors,
+    base_learning_rate=2.0,
+    warmup_steps=100,
+    decay_factor=0.5,
+    steps_per_decay=20,
+    steps_per_cycle=20,
+  )
+  np.testing.assert_allclose(schedule(jnp.asarray(step)), expected, rtol=1e-6)
+
+
+def test_learning_rate_rejects_an_unknown_factor():
+  with pytest.raises(ValueError, match='warmup_liner'):
+    utils.create_learning_rate_scheduler('constant * warmup_liner')
+
+
+def _loss_oracle(logits, targets, weights, smoothing, z_loss):
+  """A loop over tokens."""
+  total, total_z = 0.0, 0.0
+  vocab = logits.shape[-1]
+  for b, t in np.ndindex(targets.shape):
+    x = logits[b, t].astype(np.float64)
+    log_z = np.log(np.exp(x).sum())
+    q = np.full(vocab, smoothing / (vocab - 1))
+    q[targets[b, t]] = 1 - smoothing
+    entropy = -(q[q > 0] * np.log(q[q > 0])).sum()
+    z = z_loss * log_z**2
+    total += weights[b, t] * (-(q * (x - log_z)).sum() + z - entropy)
+    total_z += weights[b, t] * z
+  return total, total_z
+
+
+@pytest.mark.parametrize(('smoothing', 'z_loss'), [(0.0, 0.0), (0.1, 0.0), (0.1, 1e-2)])
+def test_loss(smoothing, z_loss):
+  logits = RNG.normal(size=(2, 3, 5)).astype(np.float32) * 3
+  targets = RNG.integers(0, 5, (2, 3))
+  weights = np.array([[1, 1, 0], [1, 0, 0]], np.float32)
+
+  def loss(x):
+    return losses.compute_weighted_cross_entropy(
+      x, targets, weights, smoothing, z_loss, loss_normalizing_factor=4.0
+    )
+
+  total, z, weight_sum = loss(logits)
+  expected = _loss_oracle(logits, targets, weights, smoothing, z_loss)
+  np.testing.assert_allclose([total, z], np.array(expected) / 4, rtol=1e-5)
+  assert float(weight_sum) == 3.0
+  grad = jax.grad(lambda x: loss(x)[0])(jnp.asarray(logits))
+  for index in ((0, 1, 2), (1, 0, 4)):
+    moved = []
+    for delta in (1e-3, -1e-3):
+      x = logits.astype(np.float64)
+      x[index] += delta
+      moved.append(_loss_oracle(x, targets, weights, smoothing, z_loss)[0] / 4)
+    np.testing.assert_allclose(grad[index], (moved[0] - moved[1]) / 2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('factor', 'number', 'weights'),
+  [
+    (3.5, 3.5, None),
+    (None, None, None),
+    ('NUM_REAL_TARGET_TOKENS', 5, [[1, 1, 1, 0], [1, 1, 0, 0]]),
+    ('num_total_target_tokens', 8, [[1, 1, 1, 0], [1, 1, 0, 0]]),
+    ('AVERAGE_PER_SEQUENCE', 3, [[0.5, 0.5, 1, 0], [0.5, 0.5, 0, 0]]),
+  ],
+)
+def test_loss_normalizing_factor(factor, number, weights):
+  batch = {
+    'decoder_target_tokens': jnp.array([[5, 1, 1, 0], [7, 1, 0, 0]]),
+    'decoder_segment_ids': jnp.array([[1, 1, 2, 0], [1, 1, 0, 0]]),
+    'decoder_positions': jnp.array([[0, 1, 0, 0], [0, 1, 0, 0]]),
+  }
+  got, got_weights = losses.get_loss_normalizing_factor_and_weights(factor, batch)
+  assert (got is None and number is None) or float(got) == pytest.approx(number)
+  if weights is None:
+    assert got_weights is None
+  else:
+    np.testing.assert_allclose(got_weights, weights)
+
+
+def test_loss_normalizing_factor_rejects_an_unknown_name():
+  with pytest.raises(ValueError, match='AVERAGE_PER_SEQUENCE'):
+    losses.get_loss_normalizing_factor_and_weights('PER_WORD', {})
+
+
+# --- Partitioning -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('parameter_dims', 'table', 'out'),
+  [(1, ('model', None), (None, 'model')), (2, ('model', 'data'), ('data', 'model'))],
+)
+def test_partition_specs(parameter_dims, table, out):
+  rules = partitioning.standard_logical_axis_rules(1, parameter_dims, [('mine', None)])
+  assert rules[-1] == ('mine', None)
+  axes = tiny.toy_initializer(
+    tiny.toy_model(), logical_axis_rules=rules
+  ).train_state_axes
+  assert tuple(axes.params['table']) == table
+  assert tuple(axes.params['out']) == out
+  # Factored moments are replicated; full ones are laid out like their parameter.
+  assert axes.param_states['table'].v_row is None
+  assert axes.param_states['table'].v is None
+  assert tuple(axes.param_states['scale'].v) == tuple(axes.params['scale'])
+  assert axes.step is None
+
+
+def test_partitioner_rejects_bad_sizes(monkeypatch):
+  with pytest.raises(ValueError, match='exactly one'):
+    partitioning.PjitPartitioner(num_partitions=2, model_parallel_submesh=(1, 1, 1, 2))
+  with pytest.raises(ValueError, match='activation_partitioning_dims=3'):
+    partitioning.standard_logical_axis_rules(3, 1)
+  mesh = jax.sharding.AbstractMesh((4, 2), ('data', 'model'))
+  partitioner = partitioning.PjitPartitioner(num_partitions=1)
+  partitioner.mesh = mesh
+  partitioner.check_batch_size(8)
+  with pytest.raises(ValueError, match=r'batch size 6 .* multiple of 4'):
+    partitioner.check_batch_size(6)
+
+
+def test_gin_arguments_are_rewritten():
+  args = ['x', '--gin.A=1', "--gin.b.C='d=e'", '--gin_file=f']
+  expected = ['x', '--gin_bindings=A = 1', "--gin_bindings=b.C = 'd=e'", '--gin_file=f']
+  assert gin_utils.rewrite_gin_args(args) == expected
+  with pytest.raises(ValueError, match=r'--gin\.A=VALUE'):
+    gin_utils.rewrite_gin_args(['--gin.A'])

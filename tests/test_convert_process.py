@@ -1,0 +1,166 @@
+"""The command as a process: killed at any moment, on a full disk, in little memory."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from gqa_t5x import convert
+from helpers import commands
+from helpers.trees import nest, tiny_shapes, tiny_state, write_msgpack
+
+WIDTH, MLP, VOCABULARY, HEADS, HEAD_DIM = 320, 1024, 1000, 8, 40
+
+
+def run(*args):
+  return convert.main(['convert', *map(str, args)])
+
+
+def write_wide(folder, num_layers):
+  """An uncompressed checkpoint in the legacy layout: zarr's files written by hand."""
+  from flax import serialization
+
+  sizes = {6: WIDTH, 5: MLP, 11: VOCABULARY, 4: HEADS, 8: WIDTH, 32: 32}
+  rng, leaves = np.random.default_rng(0), {}
+  noise = rng.standard_normal(MLP * WIDTH, np.float32)
+  for path, shape in tiny_shapes(decoder_layers=num_layers).items():
+    shape = [sizes[n] for n in shape]  # N * H = 8 there, D here
+    key = f'target.{path.replace("/", ".")}'
+    zarray = {'chunks': shape, 'shape': shape, 'dtype': '<f4', 'order': 'C'}
+    zarray |= {'compressor': None, 'fill_value': None, 'filters': None}
+    (folder / key).mkdir(parents=True)
+    (folder / key / '.zarray').write_text(json.dumps({**zarray, 'zarr_format': 2}))
+    noise[: int(np.prod(shape))].tofile(folder / key / '.'.join('0' * len(shape)))
+    leaves[f'target/{path}'] = {
+      'driver': 'zarr',
+      'dtype': 'float32',
+      'kvstore': {'driver': 'file', 'path': f'{key}/'},
+      'metadata': {'shape': shape, 'chunks': shape, 'compressor': None},
+    }
+  leaves['state/step'] = np.asarray(1000, np.int32)
+  data = serialization.msgpack_serialize({'version': 3, 'optimizer': nest(leaves)})
+  (folder / 'checkpoint').write_bytes(data)
+
+
+FULL = """
+import resource, sys
+from gqa_t5x import convert
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+sys.exit(convert.main(sys.argv))
+"""
+
+
+def test_disk_that_takes_no_more(tmp_path):
+  """No file may grow above 1 MiB: the write of an MLP kernel fails."""
+  source = tmp_path / 'mha' / 'checkpoint_1000'
+  write_wide(source, 1)
+  flags = (f'--input={source}', f'--output={tmp_path / "out"}', '--num_kv_heads=2')
+  done = subprocess.run(
+    [sys.executable, '-c', FULL, *flags],
+    env=commands.environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 1
+  path = f'{tmp_path}/out/checkpoint_1000'
+  pattern = rf'error: cannot write {path}: .*/target\.[\w.]+/0\.0'
+  assert re.match(pattern, done.stderr), done.stderr
+  assert 'File too large' in done.stderr
+  assert done.stderr.count('\n') == 1
+  assert not (tmp_path / 'out').exists()
+
+
+# --- Killed -------------------------------------------------------------------
+
+
+def convert_and_exit(args):
+  """The command, in a process that is going to be killed."""
+  sys.exit(run(*args))
+
+
+def test_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(tmp_path, capfd):
+  state = tiny_state(decoder_layers=3)
+  source = write_msgpack(tmp_path / 'mha' / 'checkpoint_1000', state)
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload([__name__, 'flax.serialization', 'tensorstore'])
+
+  def start(output):
+    args = (f'--input={source}', f'--output={output}', '--num_kv_heads=2')
+    process = context.Process(target=convert_and_exit, args=(args,))
+    process.start()
+    return process
+
+  def seconds(output):
+    """From the first trace of the run to its end."""
+    process = start(output)
+    while process.is_alive() and not output.exists():
+      time.sleep(0.001)
+    begin = time.monotonic()
+    process.join(30)
+    assert process.exitcode == 0
+    return time.monotonic() - begin
+
+  whole = seconds(tmp_path / 'first')
+  rng, outcomes = random.Random(0), []
+  for i in range(20):
+    output = tmp_path / f'out{i}'
+    process = start(output)
+    while process.is_alive() and not output.exists():
+      time.sleep(0.001)
+    time.sleep(whole * (i + rng.random()) / 12)
+    process.kill()
+    process.join(30)
+    names = os.listdir(output) if output.exists() else []
+    outcomes.append(names)
+    assert set(names) <= {'checkpoint_1000', 'checkpoint_1000.tmp-convert'}
+    if 'checkpoint_1000' not in names:
+      # Whoever runs the command again gets the checkpoint, and no remains.
+      args = (f'--input={source}', f'--output={output}', '--num_kv_heads=2')
+      assert run(*args) == 0
+    assert os.listdir(output) == ['checkpoint_1000']
+    assert run(f'--verify={output}') == 0, capfd.readouterr().err
+  assert ['checkpoint_1000.tmp-convert'] in outcomes  # some came in the middle
+
+
+# --- Memory -------------------------------------------------------------------
+
+# getrusage's ru_maxrss would begin with the memory of the process that starts this one.
+PEAK = """
+import re, sys
+from gqa_t5x import convert
+assert convert.main(sys.argv) == 0
+status = open('/proc/self/status').read()
+print('peak', int(re.search(r'VmHWM:\\s+(\\d+) kB', status)[1]) * 1024)
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_layers(tmp_path):
+  peaks = {}
+  for num_layers in (2, 8, 24):
+    source = tmp_path / f'{num_layers}' / 'checkpoint_1000'
+    write_wide(source, num_layers)
+    flags = (f'--input={source}', f'--output={tmp_path / "out"}', '--num_kv_heads=2')
+    done = subprocess.run(
+      [sys.executable, '-c', PEAK, *flags, '--compression=none'],
+      env=commands.environment(),
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    peaks[num_layers] = int(re.search(r'peak (\d+)', done.stdout)[1])
+    shutil.rmtree(source)
+    shutil.rmtree(tmp_path / 'out')
+  # An attention module; no tensor is larger.
+  largest = 4 * 4 * WIDTH * HEADS * HEAD_DIM
+  # The checkpoint of 24 layers has 160 MB more than that of 2.
+  assert peaks[24] - peaks[2] < largest + 32 * 2**20, peaks
+  assert peaks[8] - peaks[2] < largest + 32 * 2**20, peaks
+  assert max(peaks.values()) < 2**30 + 3 * largest, peaks

@@ -1,0 +1,201 @@
+"""Inference on users' files: what is read, what is refused, what comes out."""
+
+import json
+
+import pytest
+import tensorflow as tf
+
+import gin
+from gqa_t5x.training import infer_text
+from helpers import commands, tiny_task
+
+TEXT, JSON = None, 'inputs'
+
+
+@pytest.mark.parametrize(
+  ('line', 'key', 'expected'),
+  [
+    (b'two words', TEXT, 'two words'),
+    (b'{"inputs": "x"}', TEXT, '{"inputs": "x"}'),
+    ('größer'.encode(), TEXT, 'größer'),
+    (b'{"inputs": "a\\nb", "more": 3}', JSON, 'a\nb'),
+    (b'{"question": "why"}', 'question', 'why'),
+  ],
+)
+def test_lines(line, key, expected):
+  assert infer_text.read_line(line, key) == expected
+
+
+@pytest.mark.parametrize(
+  ('line', 'key', 'why'),
+  [
+    (b'', TEXT, 'empty'),
+    (b' \t', TEXT, 'empty'),
+    (b'ab\xff', TEXT, 'not UTF-8 at byte 2'),
+    (b'', JSON, 'empty'),
+    (b'{"inputs": " "}', JSON, 'empty'),
+    (b'{"inputs": x}', JSON, 'not JSON at column 12'),
+    (b'"inputs"', JSON, "no text under 'inputs'"),
+    (b'{"input": "x"}', JSON, "no text under 'inputs'"),
+    (b'{"inputs": 3}', JSON, "no text under 'inputs'"),
+  ],
+)
+def test_unreadable_lines(line, key, why):
+  with pytest.raises(infer_text.Unreadable, match=f'^{why}$'):
+    infer_text.read_line(line, key)
+
+
+@pytest.fixture
+def register(tmp_path):
+  """Registers a file of some lines."""
+
+  def register(lines, name='in.txt', **kwargs):
+    path = tmp_path / name
+    path.write_bytes(b'\n'.join(lines) + b'\n')
+    arguments = {
+      'path': str(path),
+      'vocabulary': tiny_task.vocabulary(),
+      'output_dir': str(tmp_path / 'out'),
+      'checkpoint': 'checkpoint_7',
+    }
+    return infer_text.task(**arguments | kwargs)
+
+  return register
+
+
+def examples(name, **lengths):
+  import seqio
+
+  lengths = {'inputs': 32, 'targets': 8} | lengths
+  task = seqio.get_mixture_or_task(name)
+  return list(task.get_dataset(lengths, 'infer', shuffle=False).as_numpy_iterator())
+
+
+def test_a_task_has_the_lines_in_order(register, tmp_path):
+  name = register([b'abc', b'x' * 50, b'de'], prefix='say: ')
+  found = examples(name)
+  assert [e['line'] for e in found] == [1, 2, 3]
+  texts = [e['inputs_pretokenized'].decode() for e in found]
+  assert texts == ['say: abc', 'say: ' + 'x' * 50, 'say: de']
+  vocabulary = tiny_task.vocabulary()
+  expected = [*vocabulary.encode('say: abc'), vocabulary.eos_id]
+  assert found[0]['inputs'].tolist() == expected
+  assert len(found[1]['inputs']) == 32
+  assert [p.name for p in (tmp_path / 'out').iterdir()] == [f'{name}.tfrecord']
+
+
+def test_the_name_tells_contents_and_checkpoint(register):
+  names = [
+    register([b'abc']),
+    register([b'abcd']),
+    register([b'abc'], checkpoint='checkpoint_8'),
+    register([b'abc'], prefix='say: '),
+    register([b'abc'], name='my in.1.txt'),
+  ]
+  assert len(set(names)) == 5
+  assert register([b'abc']) == names[0]
+  assert names[0].startswith('text_in_')
+  assert names[-1].startswith('text_my_in_1_')
+
+
+def test_unreadable_lines_are_refused_by_number(register, tmp_path):
+  with pytest.raises(ValueError, match=r'unreadable lines: 2 .empty., 4 .not UTF-8 at'):
+    register([b'a', b'', b'c', b'\xff'])
+  many = [b'{"inputs": 1}'] * 12 + [b'{"inputs": "x"}']
+  message = r"10 \(no text under 'inputs'\) and 2 more. Mend them, .*'skip'"
+  with pytest.raises(ValueError, match=message):
+    register(many, name='in.jsonl')
+  assert list((tmp_path / 'out').iterdir()) == []
+
+
+def test_unreadable_lines_are_skipped_and_reported(register, capsys):
+  lines = [b'{"q": "a"}', b'{', b'', b'{"q": "b"}\r']
+  name = register(lines, name='in.jsonl', key='q', unreadable='skip')
+  found = examples(name)
+  assert [(e['line'], e['inputs_pretokenized']) for e in found] == [
+    (1, b'a'),
+    (4, b'b'),
+  ]
+  assert (
+    'in.jsonl: 2 unreadable lines are skipped, 2 are left.' in capsys.readouterr().out
+  )
+
+
+@pytest.mark.parametrize(
+  ('lines', 'changes', 'message'),
+  [
+    ([b'a'], {'unreadable': 'drop'}, "UNREADABLE='drop'; choose one of refuse, skip"),
+    ([b'a'], {'path': 'nowhere.txt'}, 'INPUT_FILE=nowhere.txt: there is no such file'),
+    ([b'', b' '], {'unreadable': 'skip'}, 'in.txt has no line to infer on'),
+  ],
+)
+def test_bad_input(register, lines, changes, message):
+  with pytest.raises(ValueError, match=message):
+    register(lines, **changes)
+
+
+def test_several_decodes_are_lists(tmp_path):
+  """What T5X gives: tokens and scores of each decode."""
+  vocabulary = tiny_task.vocabulary()
+  words = [vocabulary.encode(word) for word in ('ab', 'cd')]
+  examples = tf.data.Dataset.from_tensors(
+    {'line': tf.constant(5, tf.int64), 'inputs_pretokenized': 'x'}
+  )
+  path = str(tmp_path / 'out.jsonl')
+  for tokens, scores in (([words], [[-1.0, -0.5]]), ([words[1]], [-0.5])):
+    infer_text.write(
+      path, (tokens, {'scores': scores}), examples, 'predict_with_aux', vocabulary
+    )
+    row = json.loads((tmp_path / 'out.jsonl').read_text())
+    several = len(tokens[0][0:1]) and isinstance(tokens[0][0], list)
+    assert row == {
+      'line': 5,
+      'input': 'x',
+      'prediction': ['ab', 'cd'] if several else 'cd',
+      'score': scores[0],
+    }
+  with pytest.raises(ValueError, match="mode='score'; scores need predict_with_aux"):
+    infer_text.write(path, ([], {}), examples, 'score', vocabulary)
+
+
+MACROS = {'CHECKPOINT_PATH': 'mha/checkpoint_2', 'INFER_OUTPUT_DIR': 'out'}
+
+
+def test_the_gin_file(tmp_path, monkeypatch):
+  commands.write_gin(tmp_path)
+  (tmp_path / 'in.txt').write_text('a\nb\n')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('gqa_t5x.training.restore.check_fits', lambda folder, model: None)
+  monkeypatch.setattr('gqa_t5x.training.restore._checkpoint_folder', lambda path: path)
+  macros = MACROS | {'INPUT_FILE': 'in.txt'}
+  bindings = [f'{name} = {value!r}' for name, value in macros.items()]
+  files = [str(tmp_path / 'tiny.gin'), 'gin/infer_text.gin']
+  with commands.gin_config(files, bindings) as arguments_of:
+    found = arguments_of('infer')
+    assert gin.query_parameter('UNREADABLE/macro.value') == 'refuse'
+  assert found['mode'] == 'predict_with_aux'
+  assert found['dataset_cfg'].split == 'infer'
+  assert len(examples(found['dataset_cfg'].mixture_or_task_name)) == 2
+  assert found['write_fn'].__module__ == 'gqa_t5x.training.infer_text'
+  assert found['checkpoint_ds_iter'] is False
+  assert found['output_dir'] == str(tmp_path / 'out')
+
+
+@pytest.mark.slow
+def test_from_file_to_file(tmp_path):
+  """Each line gets what it gets at another place, in another batch and file."""
+  commands.engine(tmp_path, 't5x.train', 'pretrain', MODEL_DIR='mha', TRAIN_STEPS=2)
+  lines = ['one', 'two words', 'three words more', 'größer', 'five']
+  (tmp_path / 'in.txt').write_text('\n'.join([*lines, *reversed(lines)]) + '\n')
+  macros = MACROS | {'INPUT_FILE': 'in.txt', 'BATCH_SIZE': 3, 'CHECKPOINT_PERIOD': 1}
+  files = ['tiny.gin', 'gin/infer_text.gin']
+  done = commands.run(tmp_path, *commands.engine_args('t5x.infer', files, **macros))
+  assert done.returncode == 0, done.stdout[-3000:]
+  (file,) = (tmp_path / 'out').glob('text_in_*.jsonl-00000-of-00001')
+  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  assert [row['line'] for row in rows] == list(range(1, 11))
+  assert [row['input'] for row in rows] == [*lines, *reversed(lines)]
+  for row, mirrored in zip(rows, reversed(rows), strict=True):
+    assert row['prediction'] == mirrored['prediction']
+    assert row['score'] == pytest.approx(mirrored['score'], rel=1e-4)
+    assert row['score'] < 0

@@ -1,0 +1,207 @@
+"""Spikes and divergence of the loss: on series made by hand, and in a trainer."""
+
+import concurrent.futures
+import math
+import types
+
+import numpy as np
+import pytest
+from absl import logging
+
+from gqa_t5x.training import loss_watch, trainer
+
+PERIOD = 100  # steps
+NAN, INF = math.nan, math.inf
+
+
+def curve(n: int, noise: float = 0.01) -> list[float]:
+  """A loss that falls from 10 towards 2, with the noise of a period's mean."""
+  rng = np.random.default_rng(0)
+  return [2 + 8 / (1 + i / 5) + noise * e for i, e in enumerate(rng.standard_normal(n))]
+
+
+def flat(n: int, level: float = 2.0, noise: float = 0.01) -> list[float]:
+  return list(level + noise * np.random.default_rng(1).standard_normal(n))
+
+
+def found(losses) -> list[tuple[str, int]]:
+  """(kind, index of the period) of each event."""
+  series = {PERIOD * (i + 1): loss for i, loss in enumerate(losses)}
+  return [(event.kind, event.step // PERIOD - 1) for event in loss_watch.find(series)]
+
+
+def changed(losses, at: int, values) -> list[float]:
+  return [*losses[:at], *values, *losses[at + len(values) :]]
+
+
+# Up to 7 nats, and back again within five periods.
+HIGH = [5.0, 7.0, 4.0, 3.0, 2.5]
+
+
+@pytest.mark.parametrize(
+  ('losses', 'expected'),
+  [
+    ([], []),
+    ([2.0], []),
+    (curve(500), []),
+    (curve(500, noise=0.05), []),
+    (flat(1000), []),
+    (flat(1000, noise=0.1), []),
+    ([2.0] * 100, []),
+    # Less than RISE above, however quiet the run.
+    (changed([2.0] * 100, 60, [2.09]), []),
+    (changed([2.0] * 100, 60, [2.11]), [('spike', 60)]),
+    # Less than six times the noise of 0.1.
+    (changed(flat(200, noise=0.1), 60, [2.4]), []),
+    (changed(flat(200, noise=0.1), 60, [3.2]), [('spike', 60)]),
+    # One spike, however long it takes to come back, unless it takes too long.
+    (changed(curve(500), 300, HIGH), [('spike', 300)]),
+    (changed(flat(300), 100, [4.0] * 19), [('spike', 100)]),
+    (changed(flat(300), 100, [4.0] * 20), [('spike', 100), ('divergence', 119)]),
+    (
+      changed(changed(flat(300), 100, HIGH), 200, HIGH),
+      [('spike', 100), ('spike', 200)],
+    ),
+    # While the loss falls steeply, a rise is seen.
+    (changed(curve(100), 15, [8.0]), [('spike', 15)]),
+    # The first ten periods are not judged.
+    (changed(flat(100), 9, [9.0]), []),
+    (changed(flat(100), 10, [9.0]), [('spike', 10)]),
+    ([*flat(9), 9.0], []),
+    # A climb that stays, at once or slowly.
+    ([*flat(100), *flat(100, level=6.0)], [('spike', 100), ('divergence', 119)]),
+    ([2.0] * 100 + [2.0 + 0.001 * i for i in range(1000)], [('divergence', 620)]),
+    # Not a number: at once, once, and also at the start.
+    (changed(flat(100), 50, [NAN]), [('divergence', 50)]),
+    ([*flat(100), *[NAN] * 50], [('divergence', 100)]),
+    ([INF, NAN, 2.0], [('divergence', 0)]),
+    (changed(flat(100), 50, [NAN, 2.0, INF]), [('divergence', 50), ('divergence', 52)]),
+  ],
+)
+def test_find(losses, expected):
+  assert found(losses) == expected
+
+
+def test_an_event_says_what_was_seen():
+  losses = changed([2.0] * 100, 60, [4.5])
+  losses[80] = NAN
+  spike, divergence = loss_watch.find(enumerate(losses))
+  assert spike == loss_watch.Event('spike', 60, 4.5, 2.0)
+  assert (divergence.kind, divergence.step, divergence.median) == (
+    'divergence',
+    80,
+    2.0,
+  )
+  assert math.isnan(divergence.loss)
+  (first,) = loss_watch.find([(7, INF)])
+  assert first == loss_watch.Event('divergence', 7, INF, None)
+
+
+def test_steps_of_a_mapping_are_sorted():
+  series = {step: 2.0 for step in range(50)} | {30: 9.0}
+  backwards = dict(sorted(series.items(), reverse=True))
+  assert loss_watch.find(backwards) == loss_watch.find(sorted(series.items()))
+  assert [event.step for event in loss_watch.find(backwards)] == [30]
+
+
+def test_watching_is_finding():
+  losses = changed(flat(300), 100, [4.0] * 30)
+  watch = loss_watch.Watch()
+  seen = [e for step, loss in enumerate(losses) for e in watch.add(step, loss)]
+  assert seen == loss_watch.find(enumerate(losses))
+  assert [event.kind for event in seen] == ['spike', 'divergence']
+
+
+@pytest.mark.parametrize(
+  ('factor', 'expected'),
+  # 4 x 10 positions, 30 of them real, 2.5 nats each.
+  [(None, 2.5), (2048 * 114, 2.5 * 2048 * 114)],
+)
+def test_nats_per_token(factor, expected):
+  metrics = {
+    'loss': 99.0,
+    'cross_ent_loss_per_all_target_tokens': 30 * 2.5 / 40,
+    'non_padding_fraction/loss_weights': 30 / 40,
+  }
+  assert loss_watch.nats_per_token(metrics, factor) == pytest.approx(expected)
+  empty = metrics | {'non_padding_fraction/loss_weights': 0.0}
+  assert math.isnan(loss_watch.nats_per_token(empty, factor))
+
+
+# --- In the trainer -----------------------------------------------------------
+
+
+class Recorder:
+  """Stands for T5X's metrics manager; remembers scalars."""
+
+  def __init__(self):
+    self.scalars = []
+
+  def write_scalar(self, key, val, step):
+    self.scalars.append((key, val, step))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """Has a trainer train periods of given losses; returns scalars and warnings."""
+  said = []
+  monkeypatch.setattr(logging, 'warning', lambda text, *args: said.append(text % args))
+
+  def train(losses, factor=None, start=1000):
+    made = trainer.Trainer.__new__(trainer.Trainer)
+    made._total_steps = made._bar = made._notice = None
+    made._saves = False
+    made._loss_normalizing_factor = factor
+    made._watch, made._found = loss_watch.Watch(), dict.fromkeys(trainer._SCALARS, 0)
+    made.train_metrics_manager = Recorder()
+
+    def one_period(self, batches, num_steps, start_step):
+      loss = next(series) / (factor if isinstance(factor, int) else 1)
+      names = (
+        'cross_ent_loss_per_all_target_tokens',
+        'non_padding_fraction/loss_weights',
+      )
+      values = zip(names, (loss / 2, 0.5), strict=True)
+      done = concurrent.futures.Future()
+      done.set_result({k: types.SimpleNamespace(value=v) for k, v in values})
+      return done
+
+    monkeypatch.setattr(trainer.trainer.Trainer, 'train', one_period)
+    series = iter(losses)
+    for i in range(len(losses)):
+      summary = made.train(iter(()), PERIOD, start_step=start + i * PERIOD)
+      assert summary.result().keys() == {
+        'cross_ent_loss_per_all_target_tokens',
+        'non_padding_fraction/loss_weights',
+      }
+    return made.train_metrics_manager.scalars, said
+
+  return train
+
+
+@pytest.mark.parametrize('factor', [None, 233472])
+def test_the_trainer_says_and_writes_what_it_sees(trained, factor):
+  losses = changed([2.0] * 40, 20, [4.5])
+  losses[30] = NAN
+  scalars, said = trained(losses, factor)
+  assert len(scalars) == 2 * len(losses)
+  steps = [1000 + PERIOD * (i + 1) for i in range(len(losses))]
+  spikes = [(val, step) for key, val, step in scalars if key == 'stability/spikes']
+  assert spikes == [(int(i >= 20), step) for i, step in enumerate(steps)]
+  ends = [(val, step) for key, val, step in scalars if key == 'stability/divergences']
+  assert ends == [(int(i >= 30), step) for i, step in enumerate(steps)]
+  assert said == [
+    'spike of the loss at step 3100: 4.500 nats per token; the median was 2.000',
+    'divergence of the loss at step 4100: nan nats per token; the median was 2.000',
+  ]
+
+
+def test_a_loss_of_unknown_scale_is_not_watched(trained, monkeypatch):
+  monkeypatch.setattr(loss_watch.Watch, 'add', None)
+  assert trained([2.0], 'NUM_REAL_TARGET_TOKENS') == ([], [])
+
+
+def test_a_loss_that_is_nan_from_the_start(trained):
+  scalars, said = trained([NAN])
+  assert scalars == [('stability/spikes', 0, 1100), ('stability/divergences', 1, 1100)]
+  assert said[0].endswith('nan nats per token; the median was not known yet')

@@ -1,0 +1,150 @@
+"""Training that has to stop: the signal, the state that is saved, the room for it."""
+
+import os
+import shutil
+import signal
+import types
+
+import jax
+import numpy as np
+import pytest
+from t5x import trainer as t5x_trainer
+
+from gqa_t5x.training import preemption
+from helpers.trainers import make_state, make_trainer
+
+# --- The signal -----------------------------------------------------------------
+
+
+@pytest.fixture
+def received(monkeypatch):
+  """Signals that reach the handler that was there before."""
+  signals = []
+  before = signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+  yield signals
+  signal.signal(signal.SIGTERM, before)
+
+
+def test_the_first_signal_is_a_notice_and_the_second_is_not(received):
+  notice = preemption.Notice()
+  assert not notice.reached(1)
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert notice.reached(1)
+  assert notice.reached(2)
+  assert received == []
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert received == [signal.SIGTERM]
+
+
+def test_the_signal_is_given_back(received):
+  notice = preemption.Notice()
+  notice.close()
+  notice.close()
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert received == [signal.SIGTERM]
+  assert not notice.reached(1)
+
+
+def test_several_hosts_ask_jax(received, monkeypatch):
+  """JAX's service has the signal, and tells all hosts the same step."""
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(
+    preemption.multihost_utils, 'reached_preemption_sync_point', lambda step: step == 7
+  )
+  notice = preemption.Notice()
+  assert [step for step in range(10) if notice.reached(step)] == [7]
+  os.kill(os.getpid(), signal.SIGTERM)
+  assert received == [signal.SIGTERM]
+
+
+# --- The trainer ----------------------------------------------------------------
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+  """Trains steps that add 1 to a state, as T5X does: it keeps the state to itself."""
+
+  def engine_train(self, batch_iter, num_steps, start_step=None):
+    state = self.train_state
+    for _ in range(num_steps):
+      self.seen.append(next(batch_iter))
+      state, _ = self._compiled_train_step(state, None)
+    self.train_state = state
+    return types.SimpleNamespace(add_done_callback=lambda done: None)
+
+  def engine_compile(self, batch):
+    self._compiled_train_step = lambda state, batch: (
+      state.replace_step(state.step + 1),
+      {},
+    )
+
+  monkeypatch.setattr(t5x_trainer.Trainer, 'train', engine_train)
+  monkeypatch.setattr(t5x_trainer.Trainer, 'compile_train', engine_compile)
+
+  def make(stop_at, **kwargs):
+    made = make_trainer(make_state(), summary_dir=str(tmp_path), **kwargs)
+    made.seen, made.batches = [], iter('abcdefgh')
+    made.compile_train(None)
+    made._notice.close()
+    made._notice = types.SimpleNamespace(
+      reached=lambda step: step >= stop_at, close=lambda: None
+    )
+    return made
+
+  return make
+
+
+def test_what_was_trained_is_what_is_saved(train):
+  """No batch is lost: the data goes on with what was not trained on."""
+  made = train(stop_at=43)
+  with pytest.raises(t5x_trainer.PreemptionError, match='SIGTERM at step 43: saved'):
+    made.train(made.batches, 5, start_step=40)
+  assert int(made.train_state.step) == 3
+  assert made.seen == ['a', 'b', 'c']
+  assert next(made.batches) == 'd'
+  made.close()
+
+
+def test_a_notice_before_the_first_step(train):
+  made = train(stop_at=0)
+  with pytest.raises(t5x_trainer.PreemptionError, match='at step 40'):
+    made.train(made.batches, 5, start_step=40)
+  assert int(made.train_state.step) == 0
+  made.close()
+
+
+def test_what_is_saved_is_not_saved_again(train, tmp_path):
+  """Orbax refuses to save a step twice."""
+  (tmp_path / 'checkpoint_42').mkdir()
+  made = train(stop_at=41)
+  made.train(made.batches, 1, start_step=40)
+  with pytest.raises(t5x_trainer.PreemptionError):
+    made.train(made.batches, 1, start_step=41)
+  with pytest.raises(SystemExit, match='SIGTERM at step 42, which is saved'):
+    made.train(made.batches, 1, start_step=42)
+
+
+def test_nothing_happens_without_a_notice(train):
+  made = train(stop_at=1000)
+  made.train(made.batches, 5, start_step=40)
+  assert int(made.train_state.step) == 5
+  made.close()
+
+
+@pytest.mark.parametrize(('save_period', 'refused'), [(10, True), (None, False)])
+def test_a_full_disk(train, tmp_path, monkeypatch, save_period, refused):
+  made = train(stop_at=1000, save_period=save_period)
+  needed = sum(np.asarray(x).nbytes for x in jax.tree.leaves(made.train_state))
+  usage = shutil.disk_usage(tmp_path)
+  for free in (needed, needed - 1):
+    monkeypatch.setattr(
+      shutil, 'disk_usage', lambda path, n=free: usage._replace(free=n)
+    )
+    if free < needed and refused:
+      message = f'{tmp_path} has no room for a checkpoint: {needed:,} bytes are needed'
+      with pytest.raises(OSError, match=message):
+        made.train(made.batches, 1, start_step=40)
+    else:
+      made.train(made.batches, 1, start_step=40)
+  assert len(made.seen) == (1 if refused else 2)
+  made.close()

@@ -1,0 +1,274 @@
+"""What a run does before its checkpoints are opened: locks, damage, data."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import clu.data
+import numpy as np
+import pytest
+import tensorflow as tf
+from etils import epath
+
+from gqa_t5x.checkpoints import folders
+from gqa_t5x.training import restore, resume, run_lock
+from helpers import commands
+
+# --- One run a folder -----------------------------------------------------------
+
+HOLD = """
+import sys, time
+from etils import epath
+from gqa_t5x.training import run_lock as lock
+held = lock.hold(epath.Path(sys.argv[1]))
+print('held', flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def another(tmp_path):
+  """Another process that holds the folder."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', HOLD, str(tmp_path)],
+    env=commands.environment(),
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'held\n'
+  yield process
+  process.kill()
+  process.wait()
+
+
+def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path, another):
+  message = rf'{tmp_path} is in use by process {another.pid} on .* another MODEL_DIR\.'
+  with pytest.raises(run_lock.InUse, match=message):
+    resume.claim(epath.Path(tmp_path))
+  assert json.loads((tmp_path / run_lock.NAME).read_text())['process'] == another.pid
+  another.kill()  # SIGKILL: nothing of it can clean up.
+  another.wait()
+  resume.claim(epath.Path(tmp_path))
+  resume.claim(epath.Path(tmp_path))  # Its own, as often as it likes.
+  assert json.loads((tmp_path / run_lock.NAME).read_text())['process'] == os.getpid()
+
+
+def test_a_run_that_ends_leaves_no_sign(tmp_path):
+  code = HOLD.replace('time.sleep(60)', '')
+  done = commands.run(tmp_path, '-c', code, tmp_path)
+  assert done.stdout.strip() == 'held'
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_makes_its_folder(tmp_path):
+  resume.claim(epath.Path(tmp_path / 'a' / 'b'))
+  assert (tmp_path / 'a' / 'b').is_dir()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match=r'MODEL_DIR=.*run cannot be written .Not a'):
+    resume.claim(epath.Path(tmp_path / 'file' / 'run'))
+
+
+def test_a_read_only_folder(tmp_path, monkeypatch):
+  def refuse(*args):
+    raise OSError(30, 'Read-only file system', 'x')
+
+  monkeypatch.setattr(run_lock, '_flock', refuse)
+  message = 'cannot be written .Read-only file system.; give a folder that can'
+  with pytest.raises(ValueError, match=message):
+    resume.claim(epath.Path(tmp_path))
+
+
+BEAT_S = 0.2
+
+
+def test_a_bucket_is_held_by_signs_of_life(tmp_path):
+  path = epath.Path(tmp_path / run_lock.NAME)
+  first = run_lock.Heartbeat(path, BEAT_S)
+  with pytest.raises(run_lock.InUse, match=f'process {os.getpid()} on'):
+    run_lock.Heartbeat(path, BEAT_S)
+  first.release()
+  assert not path.exists()
+  start = time.monotonic()
+  second = run_lock.Heartbeat(path, BEAT_S)
+  assert time.monotonic() - start < 2 * BEAT_S  # A folder left in order: no waiting.
+  second.release()
+
+
+def test_a_run_that_was_killed_in_a_bucket_is_waited_for(tmp_path, capsys):
+  path = epath.Path(tmp_path / run_lock.NAME)
+  path.write_text('{"host": "gone", "process": 1, "since": "yesterday"}\n17')
+  start = time.monotonic()
+  held = run_lock.Heartbeat(path, BEAT_S)
+  assert time.monotonic() - start >= 3 * BEAT_S
+  assert 'waiting' in capsys.readouterr().out
+  held.release()
+
+
+# --- Damaged checkpoints --------------------------------------------------------
+
+
+TRAINED = {
+  'TRAIN_STEPS': 6,
+  'CHECKPOINT_PERIOD': 2,
+  'EVAL_PERIOD': 2,
+  'KEEP_CHECKPOINTS': 2,
+  'KEEP_PERIOD': 4,
+}
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A run that keeps the last two checkpoints, and those of every fourth step."""
+  folder = tmp_path_factory.mktemp('run')
+  commands.engine(folder, 't5x.train', 'pretrain', MODEL_DIR='run', **TRAINED)
+  return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+  """A copy of its folder."""
+  shutil.copytree(trained / 'run', tmp_path / 'run')
+  return epath.Path(tmp_path / 'run')
+
+
+def largest(folder) -> str:
+  files = [p for p in pathlib.Path(folder).rglob('*') if p.is_file()]
+  return str(max(files, key=lambda p: p.stat().st_size))
+
+
+def truncate(path):
+  os.truncate(path, os.path.getsize(path) // 2)
+
+
+DAMAGE = {
+  'values cut': lambda c: truncate(largest(c / 'state')),
+  'values missing': lambda c: os.remove(largest(c / 'state')),
+  'no metadata': lambda c: os.remove(c / 'state' / '_METADATA'),
+  'no state': lambda c: shutil.rmtree(c / 'state'),
+  'position cut': lambda c: truncate(largest(c / 'dataset')),
+}
+
+
+def test_the_last_ones_are_kept_and_those_of_a_period(run):
+  assert commands.steps(run) == [0, 4, 6]
+
+
+def test_a_good_checkpoint_is_left_alone(run):
+  assert resume.latest_readable(run) == run / 'checkpoint_6'
+  assert commands.steps(run) == [0, 4, 6]
+  assert resume.latest_readable(run / 'nowhere') is None
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside(run, kind, caplog):
+  DAMAGE[kind](run / 'checkpoint_6')
+  assert resume.latest_readable(run) == run / 'checkpoint_4'
+  assert commands.steps(run) == [0, 4]
+  assert (run / 'damaged_checkpoint_6').is_dir()
+  # Nor do they hide where one was set aside before.
+  shutil.copytree(run / 'damaged_checkpoint_6', run / 'checkpoint_6')
+  assert resume.latest_readable(run) == run / 'checkpoint_4'
+  assert (run / 'damaged_checkpoint_6_').is_dir()
+
+
+def test_nothing_is_renamed_where_all_are_damaged(run):
+  for step in (0, 4, 6):
+    truncate(largest(run / f'checkpoint_{step}' / 'state'))
+  message = r'No checkpoint in .*checkpoint_6: .*checkpoint_4: .*checkpoint_0: .*remove'
+  with pytest.raises(ValueError, match=message):
+    resume.latest_readable(run)
+  assert commands.steps(run) == [0, 4, 6]
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_the_one_before(trained, run, tmp_path):
+  truncate(largest(run / 'checkpoint_6' / 'state'))
+  macros = TRAINED | {'MODEL_DIR': str(run)}
+  said = commands.engine(tmp_path, 't5x.train', 'pretrain', **macros)
+  assert 'checkpoint_6 cannot be read: it is now damaged_checkpoint_6' in said
+  assert 'training goes on from checkpoint_4' in said
+  assert commands.steps(run) == [0, 4, 6]
+  # The data, too, goes on where it was: the same steps give the same parameters.
+  for name, tensor in folders.open_checkpoint(run / 'checkpoint_6').items():
+    before = folders.open_checkpoint(epath.Path(trained / 'run' / 'checkpoint_6'))
+    np.testing.assert_array_equal(tensor.read(), before[name].read(), err_msg=name)
+
+
+# --- The position in the data ---------------------------------------------------
+
+
+def batches(folder):
+  dataset = tf.data.Dataset.range(1000).shuffle(50, seed=3).batch(2)
+  dataset = dataset.map(lambda x: {'x': x})
+  return resume.Batches(dataset, epath.Path(folder))
+
+
+def draw(iterator, n):
+  return [next(iterator)['x'].tolist() for _ in range(n)]
+
+
+def position(folder, step):
+  path = epath.Path(folder / f'checkpoint_{step}' / 'dataset')
+  path.mkdir(parents=True)
+  return path / 'train_ds-000-of-001'
+
+
+def test_the_first_save_is_of_the_beginning(tmp_path):
+  """An engine draws a batch ahead before it saves, and trains on it after."""
+  first = clu.data.PeekableDatasetIterator(batches(tmp_path))
+  first.peek_async().result()
+  first.save(position(tmp_path, 0))
+  all_drawn = draw(first, 3)
+  first.save(position(tmp_path, 3))
+  all_drawn += draw(first, 4)
+  for step in (0, 3):
+    again = batches(tmp_path)
+    again.restore(tmp_path / f'checkpoint_{step}' / 'dataset' / 'train_ds-000-of-001')
+    assert draw(again, 7 - step) == all_drawn[step:]
+
+
+def test_a_resumed_run_saves_where_it_is(tmp_path):
+  first = batches(tmp_path)
+  first.save(position(tmp_path, 0))
+  expected = draw(first, 6)
+  first = batches(tmp_path)
+  first.restore(tmp_path / 'checkpoint_0' / 'dataset' / 'train_ds-000-of-001')
+  draw(first, 1)
+  first.save(position(tmp_path, 1))
+  again = batches(tmp_path)
+  again.restore(tmp_path / 'checkpoint_1' / 'dataset' / 'train_ds-000-of-001')
+  assert draw(again, 5) == expected[1:]
+
+
+def test_the_position_of_another_run_is_not_taken(tmp_path):
+  other = batches(tmp_path / 'other')
+  draw(other, 3)
+  other.save(position(tmp_path / 'other', 3))
+  own = batches(tmp_path / 'own')
+  for path in (
+    tmp_path / 'other' / 'checkpoint_3' / 'dataset' / 'train_ds-000-of-001',
+    tmp_path / 'nowhere' / 'train_ds-000-of-001',
+  ):
+    own.restore(path)
+  assert draw(own, 2) == draw(batches(tmp_path), 2)
+
+
+def test_an_own_checkpoint_without_a_position(tmp_path):
+  with pytest.raises(ValueError, match=r'train_ds.* is missing: .*SAVE_DATASET=False'):
+    batches(tmp_path).restore(tmp_path / 'checkpoint_3' / 'train_ds-000-of-001')
+
+
+def test_shapes_are_checked_before_the_engine_restores(run, monkeypatch):
+  called = []
+  monkeypatch.setattr(restore, 'check_fits', lambda *args: called.append(args))
+  monkeypatch.setattr(resume.utils, 'get_dataset', lambda *args: args)
+  given = dict(model='a model', model_dir=os.fspath(run), save_dataset=False)
+  assert resume.get_dataset(1, 2, 3, 4, **given) == (1, 2, 3, 4)
+  assert called == [(run / 'checkpoint_6', 'a model')]
