@@ -61,6 +61,7 @@ def test_every_file_has_a_row():
 def test_values_are_the_papers(file):
   name, inputs, targets, metric = TASKS[file]
   arguments, chosen = train_arguments(file)
+  model = arguments['model']
   assert chosen == metric
   for data in (arguments['train_dataset_cfg'], arguments['train_eval_dataset_cfg']):
     assert data.mixture_or_task_name == name
@@ -69,12 +70,6 @@ def test_values_are_the_papers(file):
   if metric:
     (score,) = task.metric_fns
     assert metric in score([['a']] if metric == 'f1' else ['a'], ['a'])
-
-
-@pytest.mark.parametrize('file', TASKS)
-def test_task_and_model_have_the_same_vocabulary(file):
-  arguments, _ = train_arguments(file)
-  model, data = arguments['model'], arguments['train_dataset_cfg']
   utils.verify_matching_vocabs(data, model)
   vocabulary = utils.get_vocabulary(data)[1]
   assert vocabulary == model.output_vocabulary
