@@ -12,7 +12,8 @@ PYTHON ?= python3
 # What is installed stays until ENGINE is given.
 ENGINE ?= $(if $(wildcard .venv/engine-t5x),t5x,lite)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Errors alone are shown; compiling all packages at once uses all cores.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 STAMP := .venv/engine-$(ENGINE)
 
 ifneq ($(filter $(ENGINE),lite t5x),$(ENGINE))
@@ -26,18 +27,19 @@ setup: $(STAMP)
 .venv/packages: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 12) or sys.exit("Python 3.11 or 3.12 is needed, and $(PYTHON) is %d.%d; run make setup PYTHON=python3.11" % v)'
 	@echo 'Installing into .venv (a minute or two) ...'
-	$(PYTHON) -m venv .venv
-	$(PIP) --constraint constraints.txt --editable '.[train,t5x,test]'
-	$(PIP) --constraint constraints.txt --no-deps t5  # It would bring nightlies.
-	touch $@
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --constraint constraints.txt --editable '.[train,t5x,test]'
+	@$(PIP) --constraint constraints.txt --no-deps t5  # It would bring nightlies.
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # Some files are of Python 2.
+	@touch $@
 
 .venv/engine-lite: .venv/packages t5x_lite/setup.py
-	$(PIP) --no-deps --editable ./t5x_lite
-	rm -f .venv/engine-* && touch $@
+	@$(PIP) --no-deps --editable ./t5x_lite
+	@rm -f .venv/engine-* && touch $@
 
 .venv/engine-t5x: .venv/packages requirements-t5x.txt
-	$(PIP) --no-deps --force-reinstall $(if $(T5X_DIR),$(T5X_DIR) $(AIRIO_DIR) $(JESTIMATOR_DIR),--requirement requirements-t5x.txt)
-	rm -f .venv/engine-* && touch $@
+	@$(PIP) --no-deps --force-reinstall $(if $(T5X_DIR),$(T5X_DIR) $(AIRIO_DIR) $(JESTIMATOR_DIR),--requirement requirements-t5x.txt)
+	@rm -f .venv/engine-* && touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -47,8 +49,8 @@ test: setup lint
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .venv/tpu: .venv/packages
-	$(PIP) --constraint constraints.txt 'jax[tpu]'
-	touch $@
+	@$(PIP) --constraint constraints.txt 'jax[tpu]'
+	@touch $@
 
 test-tpu: setup .venv/tpu
 	$(BIN)/python -m pytest -m tpu
