@@ -12,10 +12,10 @@ from t5x import adafactor, partitioning, utils
 
 from gqa_t5x import calibrate
 from gqa_t5x.conversion.input_statistics import open_statistics
-from gqa_t5x.conversion.input_sums import add_sums, input_sums, mean_moments
+from gqa_t5x.conversion.input_sums import add_sums, mean_statistics, sum_inputs
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
-from gqa_t5x.training import models
+from gqa_t5x.training import calibration, models
 from helpers import commands, tiny_task
 
 # As commands.TINY_GIN.
@@ -85,7 +85,7 @@ def texts():
   ]
 
 
-_sums = jax.jit(input_sums, static_argnums=(0, 3))
+_sums = jax.jit(sum_inputs, static_argnums=(0, 3))
 
 
 def measured(values, *batches, config=CONFIG):
@@ -93,7 +93,7 @@ def measured(values, *batches, config=CONFIG):
   totals = {}
   for batch in batches:
     add_sums(totals, _sums(network.Transformer(config), values, batch, True))
-  return mean_moments(totals)
+  return mean_statistics(totals)
 
 
 @jax.jit
@@ -251,7 +251,7 @@ def task_batch(split: str, pack: bool, lengths, count: int):
 
 def assert_file(path, values, batch, info):
   opened = open_statistics(path)
-  got = {module: opened.moments(module) for module in opened.modules}
+  got = {module: opened.read(module) for module in opened.modules}
   assert_moments(got, oracle(values, batch), DECODER)
   count = {
     'encoder': np.count_nonzero(batch['encoder_input_tokens']),
@@ -292,7 +292,7 @@ def test_bad_input(saved, tmp_path, arguments, message):
 
 
 def test_no_data(saved, tmp_path, monkeypatch):
-  monkeypatch.setattr(calibrate, 'read_batches', lambda *args: iter(()))
+  monkeypatch.setattr(calibration, 'read_batches', lambda *args: iter(()))
   check_refused(saved, tmp_path, 'tiny_words has no data in split validation')
 
 

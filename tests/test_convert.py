@@ -317,7 +317,7 @@ def test_imports_nothing_heavy():
 SLOW = """
 import signal, sys, time
 from gqa_t5x import convert
-from gqa_t5x.conversion import writer
+from gqa_t5x.checkpoints import writer
 # What runs in the background of a shell ignores it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 write = writer._TensorWriter.__call__

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -98,7 +98,7 @@ class LazyTensor(TensorSpec):
     name: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
-    spans: Sequence[tuple[int, int]],
+    offset: int,
   ) -> 'LazyTensor':
     """Names a tensor whose bytes, in C order, are in a file, local or gs://.
 
@@ -108,12 +108,12 @@ class LazyTensor(TensorSpec):
       name: of the tensor, for messages.
       shape: of the tensor.
       dtype: of the tensor.
-      spans: (offset, bytes) of its parts in the file.
+      offset: of its first byte in the file.
 
     Returns:
       The tensor.
     """
-    return cls(shape, dtype, lambda: _read(file, name, shape, dtype, spans))
+    return cls(shape, dtype, lambda: _read(file, name, shape, dtype, offset))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,21 +143,19 @@ def _read(
   name: str,
   shape: tuple[int, ...],
   dtype: np.dtype,
-  spans: Sequence[tuple[int, int]],
+  offset: int,
 ) -> np.ndarray:
   array = np.empty(shape, dtype)
   target = memoryview(array.reshape(-1).view(np.uint8))
   try:
     with file.open('rb') as handle:
-      for offset, nbytes in spans:
-        handle.seek(offset)
-        found = _fill(handle, target[:nbytes])
-        if found < nbytes:
-          raise EOFError(
-            f'{nbytes} bytes are expected at {offset}, {found} are there; the file'
-            ' changed after it was opened'
-          )
-        target = target[nbytes:]
+      handle.seek(offset)
+      found = _fill(handle, target)
+    if found < len(target):
+      raise EOFError(
+        f'{len(target)} bytes are expected at {offset}, {found} are there; the file'
+        ' changed after it was opened'
+      )
   except Exception as error:  # each kind of file system has its own
     what = (str(error) or type(error).__name__).splitlines()[0]
     raise BadInput(f'cannot read the tensor {name} of {file}: {what}') from error

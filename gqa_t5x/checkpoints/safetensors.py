@@ -57,12 +57,9 @@ def read_index(file: epath.Path) -> dict[str, LazyTensor]:
     raise BadInput(f'{file} is truncated or damaged ({size} bytes): {error}') from error
   tensors = {}
   for name, entry in header.items():
-    begin, end = entry['data_offsets']
     dtype = dtype_of(file, name, entry['dtype'])
-    span = (start + begin, end - begin)
-    tensors[name] = LazyTensor.in_file(
-      file, name, tuple(entry['shape']), dtype, (span,)
-    )
+    offset = start + entry['data_offsets'][0]
+    tensors[name] = LazyTensor.in_file(file, name, tuple(entry['shape']), dtype, offset)
   return tensors
 
 

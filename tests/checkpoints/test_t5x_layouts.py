@@ -235,7 +235,7 @@ class TestDamage:
 
   def test_optimizer_that_is_no_tree(self, tmp_path):
     write_msgpack(tmp_path / 'checkpoint_1000', np.arange(3))
-    assert 'is damaged: optimizer is no tree of tens' in self.broken(
+    assert 'is damaged: it does not hold a tree of t' in self.broken(
       tmp_path / 'checkpoint_1000'
     )
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gqa_t5x.conversion.grouping import similar_heads
-from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import permute_heads
 from gqa_t5x.conversion.methods import METHODS, convert_module
 from helpers.module_oracle import (
@@ -196,7 +196,7 @@ def test_inputs_of_no_more_dimensions_than_a_head_lose_nothing(S, K, rank, group
       kernels,
       module(S, K),
       'svd',
-      InputMoments(second[0], second[1], second[1]),
+      InputStatistics(second[0], second[1], second[1]),
       grouping,
     )
   np.testing.assert_allclose(

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from gqa_t5x import convert
+from gqa_t5x.checkpoints import writer
 from gqa_t5x.checkpoints.lazy_tensor import TensorSpec
 from gqa_t5x.conversion import manifest
 from helpers.trees import D, H, tiny_shapes, tiny_state, write_msgpack
@@ -94,12 +95,12 @@ def test_checksum_is_of_the_rows(dtype):
   rows = np.arange(6).reshape(2, 3).astype(dtype)
   wanted = hashlib.sha256(b''.join(row.tobytes() for row in rows)).hexdigest()
   column_major = np.asfortranarray(rows)
-  assert manifest.describe_tensor(column_major) == {
+  assert writer.describe_tensor(column_major) == {
     'shape': [2, 3],
     'dtype': np.dtype(dtype).name,
     'sha256': wanted,
   }
-  assert manifest.describe_tensor(np.asarray(dtype(3)))['shape'] == []
+  assert writer.describe_tensor(np.asarray(dtype(3)))['shape'] == []
 
 
 def test_fingerprint_knows_names_shapes_and_dtypes():

@@ -5,7 +5,7 @@ import pytest
 
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.tree import flatten, unflatten
-from gqa_t5x.conversion.input_statistics import InputMoments, write_statistics
+from gqa_t5x.conversion.input_statistics import InputStatistics, write_statistics
 from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule, permute_heads
 from gqa_t5x.conversion.methods import METHODS, convert_module
 from gqa_t5x.conversion.plan import convert_params, plan_conversion
@@ -103,7 +103,7 @@ def test_as_many_heads_as_before_leave_the_logits_unchanged(method):
   before = after = model_params()
   rng = np.random.default_rng(1)
   scales = rng.uniform(0.5, 2, (2, oracle.D))
-  inputs = InputMoments(scales[0], scales[1], scales[1])
+  inputs = InputStatistics(scales[0], scales[1], scales[1])
   for path in attention_modules(before, 'self_attention', CROSS):
     kernels = kernels_of(before, path)
     if path.endswith(CROSS):
@@ -212,7 +212,7 @@ def test_the_weights_alone_give_the_scales_of_the_norms_in_front(method, groupin
   leaves = dict(flat(before))
   for path, (query, key) in MODULES.items():
     query, key = (leaves[norm].astype(np.float64) ** 2 for norm in (query, key))
-    inputs = InputMoments(query, key, key)
+    inputs = InputStatistics(query, key, key)
     assert_converted(got, before, path, inputs, method, grouping)
 
 
@@ -226,7 +226,9 @@ def write_random_statistics(path, width=D, without=()):
 
   modules = attention_modules(tiny_params(), 'attention', 'self_attention', CROSS)
   moments = {
-    m: InputMoments(moment(), moment(), moment()) for m in modules if m not in without
+    m: InputStatistics(moment(), moment(), moment())
+    for m in modules
+    if m not in without
   }
   write_statistics(path, moments, {'checkpoint': 'here', 'step': 7})
   return moments
