@@ -42,6 +42,7 @@ be converted again, to fewer heads. Nothing is left behind when a run fails; aft
 power cut, run the same command again.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -121,28 +122,16 @@ def _define_method(command: Command) -> None:
 
 
 def _request(args: flags.FlagValues) -> run.Request:
-  """What the flags ask for; BadInput if one is missing."""
-  for name in ('input',) if args.dry_run else ('input', 'output'):
-    if not args[name].value:
-      raise BadInput(f'--{name} is missing; see --help for an example')
-  of_kinds = {
-    f'{kind}_num_kv_heads': args[f'{kind}_num_kv_heads'].value for kind in _KINDS
-  }
-  if all(number is None for number in (args.num_kv_heads, *of_kinds.values())):
-    raise BadInput('--num_kv_heads is missing; see --help for an example')
-  return run.Request(
-    input=args.input,
-    output=args.output,
-    num_kv_heads=args.num_kv_heads,
-    **of_kinds,
-    method=args.method,
-    grouping=args.grouping,
-    statistics=args.statistics,
-    seed=args.seed,
-    compression=args.compression,
-    dry_run=args.dry_run,
-    verbose=args.verbose,
+  """What the flags ask for, each by its name; BadInput if one is missing."""
+  request = run.Request(
+    **{field.name: args[field.name].value for field in dataclasses.fields(run.Request)}
   )
+  for name in ('input',) if request.dry_run else ('input', 'output'):
+    if not getattr(request, name):
+      raise BadInput(f'--{name} is missing; see --help for an example')
+  if all(number is None for number in request.head_counts().values()):
+    raise BadInput('--num_kv_heads is missing; see --help for an example')
+  return request
 
 
 def _act(args: flags.FlagValues) -> None:

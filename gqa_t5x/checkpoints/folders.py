@@ -126,10 +126,8 @@ def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
       f'{path / STATE} has neither {METADATA} nor {MSGPACK}: the checkpoint is only'
       ' partly written or copied'
     )
-  if file.name == MSGPACK:
-    return t5x_layouts.open_legacy(file)
-  if file.name == METADATA:
-    return t5x_layouts.open_orbax(file)
+  if file.name in (MSGPACK, METADATA):
+    return t5x_layouts.open_tree(file)
   return huggingface.open_folder(file)
 
 

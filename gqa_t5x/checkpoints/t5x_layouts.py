@@ -22,7 +22,7 @@ from etils import epath
 
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, StoredTensor
 from gqa_t5x.checkpoints.tree import flatten
-from gqa_t5x.errors import BadInput
+from gqa_t5x.errors import BadInput, first_line
 
 MSGPACK = 'checkpoint'
 STATE = 'state'
@@ -43,31 +43,6 @@ def kvstore(path: epath.Path) -> dict[str, Any]:
     bucket, _, key = text.removeprefix('gs://').partition('/')
     return {'driver': 'gcs', 'bucket': bucket, 'path': key.rstrip('/') + '/'}
   return {'driver': 'file', 'path': text.rstrip('/') + '/'}
-
-
-def open_legacy(file: epath.Path) -> dict[str, LazyTensor]:
-  """Opens a legacy checkpoint.
-
-  Args:
-    file: its msgpack.
-
-  Raises:
-    BadInput: a part is missing or damaged, or the msgpack does not fit in memory; the
-      message names file and tensor.
-  """
-  return _open_tree(file, _legacy_leaves(file))
-
-
-def open_orbax(file: epath.Path) -> dict[str, LazyTensor]:
-  """Opens an Orbax checkpoint.
-
-  Args:
-    file: its _METADATA.
-
-  Raises:
-    BadInput: a part is missing or damaged; the message names file and tensor.
-  """
-  return _open_tree(file, _orbax_leaves(file))
 
 
 def _legacy_leaves(file: epath.Path) -> dict[str, Any]:
@@ -125,15 +100,22 @@ def _orbax_leaves(file: epath.Path) -> dict[str, Any]:
     raise BadInput(f'{file} is truncated or damaged: {_one_line(error)}') from error
 
 
-def _open_tree(file: epath.Path, leaves: dict[str, Any]) -> dict[str, LazyTensor]:
-  """Opens every leaf, all at once; reads no tensor.
+def open_tree(file: epath.Path) -> dict[str, LazyTensor]:
+  """Opens a checkpoint of T5X.
 
   Args:
-    file: where the leaves are listed; TensorStore's folders are next to it.
-    leaves: path -> tensor, number, TensorStore spec, or Orbax placeholder.
+    file: where its tensors are listed: the msgpack, or Orbax's _METADATA.
+
+  Returns:
+    Path -> tensor; TensorStore opens all its tensors at once.
+
+  Raises:
+    BadInput: a part is missing or damaged, or the msgpack does not fit in memory; the
+      message names file and tensor.
   """
   import tensorstore as ts
 
+  leaves = _legacy_leaves(file) if file.name == MSGPACK else _orbax_leaves(file)
   folder = file.parent
   base = kvstore(folder)
   ocdbt = (folder / _OCDBT).exists()
@@ -244,5 +226,4 @@ def _stored(path: str, array: Any, dtype: np.dtype) -> StoredTensor | None:
 
 def _one_line(error: Exception) -> str:
   """The first line of an error, without TensorStore's appendix of source places."""
-  text = str(error) or type(error).__name__
-  return text.splitlines()[0].split(' [tensorstore_spec=')[0].split(' [source ')[0]
+  return first_line(error).split(' [tensorstore_spec=')[0].split(' [source ')[0]

@@ -20,7 +20,7 @@ from gqa_t5x.checkpoints.jobs import BUDGET, Job, run_jobs
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
 from gqa_t5x.checkpoints.t5x_layouts import MSGPACK, kvstore
 from gqa_t5x.checkpoints.tree import TARGET, unflatten
-from gqa_t5x.errors import BadInput
+from gqa_t5x.errors import BadInput, first_line
 
 # What T5X, by TensorStore, reads in tensors; gzip is what it writes itself.
 COMPRESSORS = {
@@ -148,7 +148,7 @@ def _clear_errors(path: epath.Path, nbytes: int) -> Iterator[None]:
   except BadInput:
     raise
   except (OSError, ValueError) as error:  # TensorStore raises ValueError
-    text = str(error).splitlines()[0]
+    text = first_line(error)
     if 'No space left on device' in text or 'Disk quota exceeded' in text:
       raise _no_space(path, nbytes, 'it ran out while writing, ') from error
     if isinstance(error, OSError) or 'os_error_code' in text:

@@ -21,7 +21,7 @@ from etils import epath
 from gqa_t5x import files
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.tree import TARGET, norms_before
-from gqa_t5x.errors import BadInput
+from gqa_t5x.errors import BadInput, first_line
 
 _INDEX = 'index.json'
 _FORMAT = 1
@@ -231,8 +231,7 @@ def _damage(path: epath.Path, part: str) -> Iterator[None]:
   try:
     yield
   except _DAMAGE as error:
-    text = str(error) or type(error).__name__
     raise BadInput(
       f'{path} is truncated, damaged or no file of statistics: cannot read {part}'
-      f' ({text.splitlines()[0]})'
+      f' ({first_line(error)})'
     ) from error

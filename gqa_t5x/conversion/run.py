@@ -2,10 +2,9 @@
 
 import collections
 import dataclasses
-import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from etils import epath
@@ -59,6 +58,15 @@ class Request:
   dry_run: bool = False
   verbose: bool = False
 
+  def head_counts(self) -> dict[str, int | None]:
+    """The numbers of key/value heads, by name."""
+    return {
+      'num_kv_heads': self.num_kv_heads,
+      'self_attention_num_kv_heads': self.self_attention_num_kv_heads,
+      'cross_attention_num_kv_heads': self.cross_attention_num_kv_heads,
+      'encoder_num_kv_heads': self.encoder_num_kv_heads,
+    }
+
 
 def convert(request: Request) -> None:
   """Converts, and prints what was done; or, of a dry run, what would be.
@@ -76,14 +84,11 @@ def convert(request: Request) -> None:
   statistics = request.statistics and str(_absolute(request.statistics))
   plan = plan_conversion(
     tensors,
-    num_kv_heads=request.num_kv_heads,
     method=request.method,
     seed=request.seed,
     grouping=request.grouping,
     statistics=statistics,
-    self_attention_num_kv_heads=request.self_attention_num_kv_heads,
-    cross_attention_num_kv_heads=request.cross_attention_num_kv_heads,
-    encoder_num_kv_heads=request.encoder_num_kv_heads,
+    **request.head_counts(),
   )
   if request.dry_run:
     _preview(request.method, plan, source, target, tensors)
@@ -226,14 +231,37 @@ def _preview(
   target: epath.Path | None,
   tensors: Mapping[str, TensorSpec],
 ) -> None:
-  """Prints what --dry_run is for."""
-  for line in describe_plan(plan, tensors, method, folders.dataset_state(source)):
-    print(line)
+  """Prints what --dry_run is for: what is converted, kept and dropped, and saved."""
+  outputs = plan.outputs
+  kept = [path for path in sorted(outputs) if outputs[path] is tensors.get(path)]
+  changed = sorted(outputs.keys() - set(kept))
+  print(f'Converted: {len(changed)} tensors, {_nbytes(outputs, changed):,} bytes')
+  _print_parameters(
+    {p: f'{_shape(tensors[p])} -> {_shape(outputs[p])}  {method}' for p in changed}
+  )
+  for line in group_layers(plan.log):
+    print(f'  moments of {line}')
+  print(f'Kept: {len(kept)} tensors, {_nbytes(outputs, kept):,} bytes')
+  _print_parameters({path: _shape(tensors[path]) for path in kept})
+  if moments := sum(path.startswith(PARAM_STATES) for path in kept):
+    print(f'  moments of these, {moments} tensors')
+  print(f'Dropped: {", ".join(folders.dataset_state(source)) or "nothing"}')
+  before, after = _nbytes(tensors, tensors), plan.nbytes
+  print(
+    f'Checkpoint: {before:,} -> {after:,} bytes uncompressed, {before - after:,} saved'
+  )
   print(_describe_sizes(plan))
   if target is not None and not str(target).startswith('gs://'):
     free = writer.free_bytes(target)
     print(f'Disk at {target}: {plan.nbytes:,} bytes needed at most, {free:,} free')
   print('Nothing was written')
+
+
+def _print_parameters(entries: Mapping[str, str]) -> None:
+  """Prints the lines of all but Adafactor's moments."""
+  shown = {p: text for p, text in entries.items() if not p.startswith(PARAM_STATES)}
+  for line in group_layers(shown):
+    print(f'  {line}')
 
 
 def _report(
@@ -256,40 +284,6 @@ def _report(
   print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
 
 
-def describe_plan(
-  plan: Plan, tensors: Mapping[str, TensorSpec], method: str, dropped: Sequence[str]
-) -> Iterator[str]:
-  """Lists what is converted, kept and dropped, and what that saves.
-
-  Args:
-    plan: the conversion.
-    tensors: of the source, path -> shape and dtype.
-    method: its name.
-    dropped: names of what the source has and the result has not.
-
-  Yields:
-    Lines of text, one for layers that are alike.
-  """
-  outputs = plan.outputs
-  kept = [path for path in sorted(outputs) if outputs[path] is tensors.get(path)]
-  changed = sorted(outputs.keys() - set(kept))
-  yield f'Converted: {len(changed)} tensors, {_nbytes(outputs, changed):,} bytes'
-  yield from _parameter_lines(
-    {p: f'{_shape(tensors[p])} -> {_shape(outputs[p])}  {method}' for p in changed}
-  )
-  for line in _group_layers(plan.log):
-    yield f'  moments of {line}'
-  yield f'Kept: {len(kept)} tensors, {_nbytes(outputs, kept):,} bytes'
-  yield from _parameter_lines({path: _shape(tensors[path]) for path in kept})
-  if moments := sum(path.startswith(PARAM_STATES) for path in kept):
-    yield f'  moments of these, {moments} tensors'
-  yield f'Dropped: {", ".join(dropped) if dropped else "nothing"}'
-  before, after = _nbytes(tensors, tensors), _nbytes(outputs, outputs)
-  yield (
-    f'Checkpoint: {before:,} -> {after:,} bytes uncompressed, {before - after:,} saved'
-  )
-
-
 def _describe_sizes(plan: Plan) -> str:
   """One line: parameters and decode cache, before and after."""
   before, after = plan.source, plan.target
@@ -304,14 +298,7 @@ def _describe_sizes(plan: Plan) -> str:
   )
 
 
-def _parameter_lines(entries: Mapping[str, str]) -> Iterator[str]:
-  """Lines of all but Adafactor's moments."""
-  shown = {p: text for p, text in entries.items() if not p.startswith(PARAM_STATES)}
-  for line in _group_layers(shown):
-    yield f'  {line}'
-
-
-def _group_layers(entries: Mapping[str, str]) -> list[str]:
+def group_layers(entries: Mapping[str, str]) -> list[str]:
   """Joins the lines that differ in the number of the layer only.
 
   Args:
@@ -345,4 +332,4 @@ def _shape(spec: TensorSpec) -> str:
 
 
 def _nbytes(specs: Mapping[str, TensorSpec], paths: Collection[str]) -> int:
-  return sum(math.prod(specs[p].shape) * specs[p].dtype.itemsize for p in paths)
+  return sum(specs[path].nbytes for path in paths)

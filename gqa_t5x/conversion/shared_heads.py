@@ -13,8 +13,12 @@ and its error is, with S = E[kcat^T kcat] and M_i = E[q_i^T q_i] (values: O_i O_
   residual = sum_i E |q_i k_i^T - q_i A_i (kcat F)^T|^2
            = sum_i tr M_i (E_i - F A_i^T)^T S (E_i - F A_i^T),  E_i selecting head i.
 
-`svd`, `refit` and `procrustes` solve for the sharing of one group, in float64;
-`share_heads` applies one of them to the kernels of a module. Letters: G heads of a
+`svd`, `refit` and `procrustes` solve for the sharing of one group, in float64, from
+
+  S_GHGH   [G, H, G, H], second moments of its keys (values), concatenated,
+  M_GHH    [G, H, H], second moments of the queries (outputs) of each head,
+
+and `share_heads` applies one of them to the kernels of a module. Letters: G heads of a
 group, R query heads that read one of them, D width, H head size.
 """
 
@@ -52,17 +56,12 @@ class Sharing:
   absorb_GHH: np.ndarray
 
 
-# (S [G, H, G, H], M [G, H, H]) -> the sharing of one group: S are second moments of its
-# keys (values), M those of the queries (outputs) of each head.
+# (S_GHGH, M_GHH) -> the sharing of one group.
 Solver = Callable[[np.ndarray, np.ndarray], Sharing]
 
 
 def spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Solves the eigenproblem behind `svd`.
-
-  Args:
-    S_GHGH: second moments of the concatenated keys (values) of the group.
-    M_GHH: second moments of the queries (outputs) of each head.
 
   Returns:
     Eigenvalues [G*H], falling, and eigenvectors [G*H, G*H] (columns) of R S R with
@@ -74,12 +73,7 @@ def spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def weigh(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> np.ndarray:
-  """R S R with R = blockdiag(M_i^1/2), [G, H, G, H]: moments as the residual sees them.
-
-  Args:
-    S_GHGH: second moments of the concatenated keys (values).
-    M_GHH: second moments of the queries (outputs) of each head.
-  """
+  """R S R with R = blockdiag(M_i^1/2), [G, H, G, H]: S as the residual sees it."""
   root_GHH, (G, H, _) = _sqrt(M_GHH), M_GHH.shape
 
   def times_root(matrix):
@@ -97,10 +91,6 @@ def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   least when all kernels change by a small part of their norm, as a step of training
   changes them.
 
-  Args:
-    S_GHGH: second moments of the keys (values) of the group.
-    M_GHH: second moments of the queries (outputs) of each head.
-
   Returns:
     The sharing; its residual is the sum of the eigenvalues after the H-th.
   """
@@ -116,11 +106,6 @@ def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
 
 def refit(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   """The mean of the heads, and the best that queries (outputs) can absorb for it.
-
-  Args:
-    S_GHGH: second moments of the keys (values) of the group.
-    M_GHH: second moments of the queries (outputs) of each head; only their shape
-      matters.
 
   Returns:
     F_i = I / G, A_i = E_i^T S F (F^T S F)^-1: the least-squares fit of k_i to the
@@ -138,11 +123,8 @@ def procrustes(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   """Rotates the heads of a group towards each other, then takes their mean.
 
   Generalised orthogonal Procrustes: rotations R_i that maximise
-  sum_{i, j} tr(R_i^T S_ij R_j), one head after the other until nothing moves.
-
-  Args:
-    S_GHGH: second moments of the keys (values) of the group.
-    M_GHH: not used.
+  sum_{i, j} tr(R_i^T S_ij R_j), one head after the other until nothing moves. M_GHH
+  is not used.
 
   Returns:
     merge R_i / G, absorb R_i.
