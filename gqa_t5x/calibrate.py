@@ -132,9 +132,8 @@ def _act(args: flags.FlagValues) -> None:
   tf.config.set_visible_devices([], 'GPU')  # they are JAX's
   if args.tfds_data_dir:
     seqio.set_tfds_data_dir_override(args.tfds_data_dir)
-  configured = gin.configurable(calibrate)
   gin_command.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)
-  configured()
+  gin.get_configurable(calibrate)()
 
 
 def main(argv: Sequence[str]) -> int:
