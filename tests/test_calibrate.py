@@ -161,8 +161,10 @@ def assert_moments(got, expected, modules):
 
 
 def test_moments_are_those_of_the_loops(values, texts):
-  """In two packed batches of unequal numbers of tokens."""
+  """In two packed batches of unequal numbers of tokens; padding does not count."""
   batches = [rows(part, packed=3) for part in (texts[:2], texts[2:])]
+  for batch in batches:
+    batch['decoder_input_tokens'][batch['decoder_target_tokens'] == 0] = 77
   assert_moments(measured(values, *batches), oracle(values, *batches), MODULES)
 
 
@@ -171,13 +173,6 @@ def test_packing_changes_nothing(values, texts):
   expected = {path: (m.query, m.key, m.value) for path, m in alone.items()}
   for packed in (2, 3):
     assert_moments(measured(values, rows(texts, packed)), expected, MODULES)
-
-
-def test_padding_changes_nothing(values, texts):
-  batch = rows(texts, packed=2)
-  expected = oracle(values, batch)
-  batch['decoder_input_tokens'][batch['decoder_target_tokens'] == 0] = 77
-  assert_moments(measured(values, batch), expected, MODULES)
 
 
 def test_recomputed_layers_are_watched_too(values, texts):

@@ -227,13 +227,10 @@ class TestTwoLayouts:
   def test_legacy_and_orbax(self, tmp_path):
     folder = write_msgpack(tmp_path / 'checkpoint_1000', tiny_state())
     write_orbax(folder, tiny_state())
+    message = f'{folder}/checkpoint and {folder}/state/_METADATA; keep one'
     for call in (folders.find_checkpoint, folders.open_checkpoint):
-      with pytest.raises(BadInput) as error:
+      with pytest.raises(BadInput, match=message):
         call(epath.Path(folder))
-      assert str(error.value) == (
-        f'{folder} has two checkpoints, {folder / "checkpoint"} and'
-        f' {folder / "state/_METADATA"}; keep one'
-      )
 
   def test_orbax_with_the_msgpack_of_older_versions(self, tmp_path):
     folder = write_orbax(tmp_path / 'checkpoint_1000', tiny_state())

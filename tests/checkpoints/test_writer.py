@@ -191,16 +191,6 @@ def test_disk_that_fills_up(error, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_remains_of_a_killed_run_are_cleared(tmp_path):
-  remains = tmp_path / 'checkpoint_1000.tmp-convert'
-  (remains / 'target.other').mkdir(parents=True)
-  (remains / 'checkpoint').write_text('half')
-  folder = write_t5x(tmp_path / 'checkpoint_1000', tiny_state())
-  assert [p.name for p in tmp_path.iterdir()] == ['checkpoint_1000']
-  assert not (folder / 'target.other').exists()
-  assert_same(read(folder), tiny_state())
-
-
 def test_two_conversions_do_not_write_the_same_checkpoint(tmp_path):
   target = epath.Path(tmp_path / 'checkpoint_1000')
   inner = []

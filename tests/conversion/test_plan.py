@@ -74,19 +74,6 @@ def test_by_hand(method, num_kv_heads, key, value):
   assert got['out'] is before['out']
 
 
-@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize('method', ['mean', 'first'])
-@pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
-def test_heads_equal_within_a_group_stay_exactly(method, num_kv_heads, dtype):
-  rng = np.random.default_rng(0)
-  shared_DKH = rng.normal(size=(5, num_kv_heads, 2)).astype(dtype)
-  equal = np.repeat(shared_DKH, 4 // num_kv_heads, axis=1).reshape(5, 8)
-  got = convert_module({'key': equal, 'value': -equal}, module(num_kv_heads), method)
-  np.testing.assert_array_equal(got['key'], shared_DKH.reshape(5, -1))
-  np.testing.assert_array_equal(got['value'], -shared_DKH.reshape(5, -1))
-  assert got['key'].dtype == dtype
-
-
 def mean_of(kernels, source_heads, num_kv_heads):
   heads = AttentionModule('decoder/x', 64, source_heads, num_kv_heads, head_dim=4)
   return convert_module(kernels, heads, 'mean')
