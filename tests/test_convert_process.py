@@ -1,5 +1,6 @@
 """The command as a process: killed at any moment, on a full disk, in little memory."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -82,7 +83,6 @@ def test_disk_that_takes_no_more(tmp_path):
 
 def convert_and_exit(args, seconds_per_tensor=0.0, errors=os.devnull):
   """The command, in a process that is going to be stopped; errors go to a file."""
-  sys.stderr = open(errors, 'w', buffering=1)  # noqa: SIM115
   # What runs in the background of a shell ignores it.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   write = writer._TensorWriter.__call__
@@ -92,7 +92,8 @@ def convert_and_exit(args, seconds_per_tensor=0.0, errors=os.devnull):
     return write(*args)
 
   writer._TensorWriter.__call__ = slow
-  sys.exit(run(*args))
+  with open(errors, 'w') as file, contextlib.redirect_stderr(file):
+    sys.exit(run(*args))
 
 
 def start(source, output, *more):
