@@ -25,38 +25,32 @@ The model is sharded as in training; nothing is left behind when a run fails, an
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import seqio
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import flags
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
-from t5x import gin_utils, models, partitioning, utils
 from tqdm import tqdm
 
 import gin
 import gqa_t5x
-from gqa_t5x.checkpoints import folders
-from gqa_t5x.conversion import input_statistics
-from gqa_t5x.conversion.input_sums import add_sums, input_sums, mean_moments
+from gqa_t5x.command_line import Command
+from gqa_t5x.conversion import input_statistics, input_sums
 from gqa_t5x.errors import BadInput
-
-Array = jax.Array
-Batch = Mapping[str, np.ndarray]
+from gqa_t5x.training import calibration, gin_command
 
 
 def calibrate(
   *,
-  model: models.BaseTransformerModel,
-  dataset_cfg: utils.DatasetConfig,
-  restore_checkpoint_cfg: utils.RestoreCheckpointConfig,
-  partitioner: partitioning.PjitPartitioner,
+  model: Any,
+  dataset_cfg: Any,
+  restore_checkpoint_cfg: Any,
+  partitioner: Any,
   output: str,
   num_sequences: int,
   include_encoder: bool,
@@ -65,8 +59,9 @@ def calibrate(
 
   Args:
     model: of `gqa_t5x.training.models`.
-    dataset_cfg: the data.
-    restore_checkpoint_cfg: the checkpoint, mode "specific".
+    dataset_cfg: the data, T5X's DatasetConfig.
+    restore_checkpoint_cfg: the checkpoint, T5X's RestoreCheckpointConfig of mode
+      "specific".
     partitioner: T5X's.
     output: the file to write.
     num_sequences: rows to run, at most.
@@ -80,24 +75,24 @@ def calibrate(
     raise BadInput(f'{target} exists already; choose another OUTPUT')
   if num_sequences < 1:
     raise BadInput(f'NUM_SEQUENCES={num_sequences} must be at least 1')
-  utils.verify_matching_vocabs(dataset_cfg, model)
-  path, dtype = restore_checkpoint_cfg.path, restore_checkpoint_cfg.dtype
-  values, layout, step = restore_params(model, partitioner, path, dtype)
-  sum_inputs = partitioner.partition(
-    lambda values, batch: input_sums(model.module, values, batch, include_encoder),
-    (layout, partitioner.data_partition_spec),
-    None,
+  step, batches = calibration.map_batches(
+    lambda values, batch: input_sums.sum_inputs(
+      model.module, values, batch, include_encoder
+    ),
+    model=model,
+    dataset_cfg=dataset_cfg,
+    restore_checkpoint_cfg=restore_checkpoint_cfg,
+    partitioner=partitioner,
+    num_sequences=num_sequences,
   )
-  sharding = NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
   totals, rows = {}, 0
   first_host = jax.process_index() == 0
   with tqdm(
     total=num_sequences, unit='sequence', desc='Calibrating', disable=not first_host
   ) as progress:
-    for size, batch in read_batches(model, dataset_cfg, num_sequences):
-      sums = sum_inputs(values, _to_devices(batch, sharding))
+    for size, sums in batches:
       if first_host:
-        add_sums(totals, sums)
+        input_sums.add_sums(totals, sums)
       rows += size
       progress.update(size)
   if not rows:
@@ -105,17 +100,16 @@ def calibrate(
       f'{dataset_cfg.mixture_or_task_name} has no data in split {dataset_cfg.split}'
     )
   if first_host:
+    path = restore_checkpoint_cfg.path
     info = {'checkpoint': path, 'step': step, **_describe(dataset_cfg, totals, rows)}
-    moments = mean_moments(totals)
-    input_statistics.write_statistics(target, moments, info)
+    statistics = input_sums.mean_statistics(totals)
+    input_statistics.write_statistics(target, statistics, info)
     if rows < num_sequences:
       print(f'NUM_SEQUENCES={num_sequences}, but the data has {rows}: all were used')
-    print(f'Statistics of {len(moments)} attention modules are in {target}')
+    print(f'Statistics of {len(statistics)} attention modules are in {target}')
 
 
-def _describe(
-  cfg: utils.DatasetConfig, totals: Mapping[str, np.ndarray], rows: int
-) -> dict[str, Any]:
+def _describe(cfg: Any, totals: Mapping[str, np.ndarray], rows: int) -> dict[str, Any]:
   """What the statistics are from, for their file."""
   return {
     'task': str(cfg.mixture_or_task_name),
@@ -132,127 +126,33 @@ def _describe(
   }
 
 
-def restore_params(
-  model: models.BaseTransformerModel,
-  partitioner: partitioning.PjitPartitioner,
-  path: str,
-  dtype: str | None,
-) -> tuple[Any, Any, int]:
-  """Reads the parameters of a checkpoint onto the devices, laid out as in training.
-
-  Args:
-    model: the model that they fit.
-    partitioner: says what is where.
-    path: the checkpoint folder, of any layout that `gqa_t5x.convert` reads.
-    dtype: of the parameters; None for the checkpoint's.
-
-  Returns:
-    (parameters, their PartitionSpecs, the checkpoint's step).
-  """
-  tokens = {'encoder_input_tokens': (1, 1), 'decoder_input_tokens': (1, 1)}
-  initializer = utils.TrainStateInitializer(
-    optimizer_def=None,
-    init_fn=model.get_initial_variables,
-    input_shapes=tokens,
-    partitioner=partitioner,
-    input_types=dict.fromkeys(tokens, jnp.int32),
-  )
-  tensors = folders.open_checkpoint(epath.Path(path))
-
-  def put(keys, shape, spec):
-    name = jax.tree_util.keystr(keys, simple=True, separator='/')
-    value = tensors[f'target/{name}'].read()
-    value = value.astype(dtype or value.dtype)
-    sharding = NamedSharding(partitioner.mesh, spec or PartitionSpec())
-    return jax.make_array_from_callback(shape.shape, sharding, lambda i: value[i])
-
-  layout = initializer.train_state_axes.params
-  shapes = initializer.global_train_state_shape.params
-  values = jax.tree_util.tree_map_with_path(put, shapes, layout)
-  return values, layout, int(tensors['state/step'].read())
-
-
-def read_batches(
-  model: models.BaseTransformerModel, cfg: utils.DatasetConfig, num_sequences: int
-) -> Iterator[tuple[int, Batch]]:
-  """Yields batches of model features; every host reads all of them.
-
-  Args:
-    model: gives the feature converter.
-    cfg: the data.
-    num_sequences: rows to read, at most.
-
-  Yields:
-    (rows, batch); a batch is filled up to its size with rows of padding.
-  """
-  dataset = seqio.get_dataset(
-    cfg.mixture_or_task_name,
-    cfg.task_feature_lengths,
-    dataset_split=cfg.split,
-    shuffle=cfg.shuffle,
-    num_epochs=1,
-    feature_converter=model.FEATURE_CONVERTER_CLS(pack=cfg.pack),
-    use_cached=cfg.use_cached,
-    seed=cfg.seed,
-  )
-  for batch in dataset.take(num_sequences).batch(cfg.batch_size).as_numpy_iterator():
-    rows = len(batch['encoder_input_tokens'])
-    missing = ((0, cfg.batch_size - rows), (0, 0))
-    yield rows, {name: np.pad(array, missing) for name, array in batch.items()}
-
-
-def _to_devices(batch: Batch, sharding: NamedSharding) -> dict[str, Array]:
-  return {
-    name: jax.make_array_from_callback(x.shape, sharding, lambda i, x=x: x[i])
-    for name, x in batch.items()
-  }
-
-
-def _define_flags() -> None:
-  text = 'A gin file. May be repeated; later files override earlier ones.'
-  flags.DEFINE_multi_string('gin_file', [], text)
-  text = 'NAME = VALUE, applied after the files; --gin.NAME=VALUE is short for it.'
-  flags.DEFINE_multi_string('gin_bindings', [], text)
-  text = 'Comma-separated folders that hold the gin files.'
-  flags.DEFINE_list('gin_search_paths', ['.'], text)
-  text = "Folder of TensorFlow Datasets; overrides every task's own."
-  flags.DEFINE_string('tfds_data_dir', None, text)
+def _act(args: flags.FlagValues) -> None:
+  if not args.gin_file:
+    raise BadInput('--gin_file is missing; see --help for an example')
+  tf.config.set_visible_devices([], 'GPU')  # they are JAX's
+  if args.tfds_data_dir:
+    seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+  gin_command.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)
+  gin.get_configurable(calibrate)()
 
 
 def main(argv: Sequence[str]) -> int:
   """The command.
 
   Args:
-    argv: program name, and what is left of the arguments after the flags.
+    argv: program name and flags.
 
   Returns:
-    Exit code: 0, or 1 for bad input.
+    Exit code: 0, 1 for bad input, 130 or 143 when stopped by a signal.
   """
-  values = flags.FLAGS
-  try:
-    if len(argv) > 1:
-      raise ValueError(f'unexpected argument {argv[1]!r}; see --help')
-    if not values.gin_file:
-      raise ValueError('--gin_file is missing; see --help for an example')
-    tf.config.set_visible_devices([], 'GPU')  # they are JAX's
-    if values.tfds_data_dir:
-      seqio.set_tfds_data_dir_override(values.tfds_data_dir)
-    configured = gin.configurable(calibrate)
-    folders = [*values.gin_search_paths, gqa_t5x.gin_search_path()]
-    gin_utils.parse_gin_flags(folders, values.gin_file, values.gin_bindings)
-    configured()
-    return 0
-  except (ValueError, OSError) as error:  # BadInput is a ValueError
-    logging.debug('Where the error comes from:', exc_info=True)
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 1
+  command = Command('gqa_t5x.calibrate', __doc__)
+  gin_command.gin_flags(command)
+  command.text(
+    'tfds_data_dir', None, "Folder of TensorFlow Datasets; overrides every task's own."
+  )
+  # gin, seqio and T5X say of bad input by ValueErrors of their own.
+  return command.run(argv, _act, expected=(ValueError,))
 
 
 if __name__ == '__main__':
-  _define_flags()
-  app.run(
-    main,
-    flags_parser=lambda argv: app.parse_flags_with_usage(
-      list(gin_utils.rewrite_gin_args(argv))
-    ),
-  )
+  sys.exit(main(sys.argv))

@@ -1,26 +1,26 @@
 """The command as a process: killed at any moment, on a full disk, in little memory."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pytest
 
-from gqa_t5x import convert
+from gqa_t5x.checkpoints import writer
 from helpers import commands
 from helpers.trees import nest, tiny_shapes, tiny_state, write_msgpack
+from helpers.trees import run_convert as run
 
 WIDTH, MLP, VOCABULARY, HEADS, HEAD_DIM = 320, 1024, 1000, 8, 40
-
-
-def run(*args):
-  return convert.main(['convert', *map(str, args)])
 
 
 def write_wide(folder, num_layers):
@@ -78,44 +78,68 @@ def test_disk_that_takes_no_more(tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-# --- Killed -------------------------------------------------------------------
+# --- Stopped and killed ---------------------------------------------------------
 
 
-def convert_and_exit(args):
-  """The command, in a process that is going to be killed."""
-  sys.exit(run(*args))
+def convert_and_exit(args, seconds_per_tensor=0.0, errors=os.devnull):
+  """The command, in a process that is going to be stopped; errors go to a file."""
+  # What runs in the background of a shell ignores it.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  write = writer._TensorWriter.__call__
+
+  def slow(*args):
+    time.sleep(seconds_per_tensor)
+    return write(*args)
+
+  writer._TensorWriter.__call__ = slow
+  with open(errors, 'w') as file, contextlib.redirect_stderr(file):
+    sys.exit(run(*args))
 
 
-def test_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(tmp_path, capfd):
-  state = tiny_state(decoder_layers=3)
-  source = write_msgpack(tmp_path / 'mha' / 'checkpoint_1000', state)
+def start(source, output, *more):
+  """Starts a conversion; returns its process once it has begun to write."""
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload([__name__, 'flax.serialization', 'tensorstore'])
+  flags = (f'--input={source}', f'--output={output}', '--num_kv_heads=2')
+  process = context.Process(target=convert_and_exit, args=(flags, *more))
+  process.start()
+  while process.is_alive() and not output.exists():
+    time.sleep(0.001)
+  return process
 
-  def start(output):
-    args = (f'--input={source}', f'--output={output}', '--num_kv_heads=2')
-    process = context.Process(target=convert_and_exit, args=(args,))
-    process.start()
-    return process
 
-  def seconds(output):
-    """From the first trace of the run to its end."""
-    process = start(output)
-    while process.is_alive() and not output.exists():
-      time.sleep(0.001)
-    begin = time.monotonic()
-    process.join(30)
-    assert process.exitcode == 0
-    return time.monotonic() - begin
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('mha') / 'checkpoint_1000'
+  return write_msgpack(folder, tiny_state(decoder_layers=3))
 
-  whole = seconds(tmp_path / 'first')
+
+@pytest.mark.parametrize(
+  ('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_signal_in_the_middle_leaves_nothing(number, code, source, tmp_path):
+  output, errors = tmp_path / 'gqa', tmp_path / 'errors'
+  process = start(source, output, 0.1, errors)
+  temporary = output / 'checkpoint_1000.tmp-convert'
+  while process.is_alive() and not list(temporary.glob('target.*')):
+    time.sleep(0.01)
+  os.kill(process.pid, number)
+  process.join(30)
+  assert process.exitcode == code
+  assert not output.exists()
+  assert errors.read_text() == 'stopped; nothing was written\n'
+
+
+def test_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(source, tmp_path):
+  process, begin = start(source, tmp_path / 'first'), time.monotonic()
+  process.join(30)
+  assert process.exitcode == 0
+  whole = time.monotonic() - begin
   rng, outcomes = random.Random(0), []
-  for i in range(20):
+  for i in range(10):
     output = tmp_path / f'out{i}'
-    process = start(output)
-    while process.is_alive() and not output.exists():
-      time.sleep(0.001)
-    time.sleep(whole * (i + rng.random()) / 12)
+    process = start(source, output)
+    time.sleep(whole * (i + rng.random()) / 6)
     process.kill()
     process.join(30)
     names = os.listdir(output) if output.exists() else []
@@ -126,7 +150,7 @@ def test_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(tmp_path, capfd
       args = (f'--input={source}', f'--output={output}', '--num_kv_heads=2')
       assert run(*args) == 0
     assert os.listdir(output) == ['checkpoint_1000']
-    assert run(f'--verify={output}') == 0, capfd.readouterr().err
+    assert run(f'--verify={output}') == 0
   assert ['checkpoint_1000.tmp-convert'] in outcomes  # some came in the middle
 
 
@@ -144,7 +168,7 @@ print('peak', int(re.search(r'VmHWM:\\s+(\\d+) kB', status)[1]) * 1024)
 
 def test_peak_memory_does_not_grow_with_the_layers(tmp_path):
   peaks = {}
-  for num_layers in (2, 8, 24):
+  for num_layers in (2, 24):
     source = tmp_path / f'{num_layers}' / 'checkpoint_1000'
     write_wide(source, num_layers)
     flags = (f'--input={source}', f'--output={tmp_path / "out"}', '--num_kv_heads=2')
@@ -162,5 +186,4 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path):
   largest = 4 * 4 * WIDTH * HEADS * HEAD_DIM
   # The checkpoint of 24 layers has 160 MB more than that of 2.
   assert peaks[24] - peaks[2] < largest + 32 * 2**20, peaks
-  assert peaks[8] - peaks[2] < largest + 32 * 2**20, peaks
   assert max(peaks.values()) < 2**30 + 3 * largest, peaks

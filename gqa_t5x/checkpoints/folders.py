@@ -9,12 +9,19 @@ Paths are local or gs:// (pytorch_model.bin: local).
 """
 
 import re
+from typing import Any
 
 from etils import epath
 
 from gqa_t5x.checkpoints import huggingface, t5x_layouts
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.t5x_layouts import METADATA, MSGPACK, STATE
+from gqa_t5x.checkpoints.tree import (
+  Architecture,
+  parameters,
+  read_architecture,
+  unflatten,
+)
 from gqa_t5x.errors import BadInput
 
 _STEP = re.compile(r'checkpoint_(\d+)')
@@ -119,8 +126,23 @@ def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
       f'{path / STATE} has neither {METADATA} nor {MSGPACK}: the checkpoint is only'
       ' partly written or copied'
     )
-  if file.name == MSGPACK:
-    return t5x_layouts.open_legacy(file)
-  if file.name == METADATA:
-    return t5x_layouts.open_orbax(file)
+  if file.name in (MSGPACK, METADATA):
+    return t5x_layouts.open_tree(file)
   return huggingface.open_folder(file)
+
+
+def read_params(path: epath.PathLike) -> tuple[dict[str, Any], Architecture]:
+  """Reads the parameters of a checkpoint of any layout into memory.
+
+  Args:
+    path: the checkpoint folder, local or gs://.
+
+  Returns:
+    The parameters, nested dicts down to arrays as T5X names them, and the sizes.
+
+  Raises:
+    BadInput: a part is missing or damaged, or it is not of T5.1.1.
+  """
+  tensors = parameters(open_checkpoint(epath.Path(path)))
+  architecture = read_architecture({name: t.shape for name, t in tensors.items()})
+  return unflatten({name: t.read() for name, t in tensors.items()}), architecture

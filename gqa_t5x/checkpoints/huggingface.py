@@ -22,7 +22,7 @@ from etils import epath
 
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.safetensors import dtype_of, read_index
-from gqa_t5x.errors import BadInput
+from gqa_t5x.errors import BadInput, first_line
 
 CONFIG = 'config.json'
 # As transformers does: safetensors goes first if the folder has both formats.
@@ -258,7 +258,7 @@ def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
   try:
     state = torch.load(str(file), map_location='cpu', mmap=True, weights_only=True)
   except Exception as error:  # of many types, for many kinds of damage
-    raise BadInput(f'cannot read {file}: {_one_line(error)}; {_SAVE}') from error
+    raise BadInput(f'cannot read {file}: {first_line(error)}; {_SAVE}') from error
 
   def read(name: str, dtype: np.dtype) -> np.ndarray:
     try:
@@ -268,7 +268,7 @@ def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
       return np.array(bits.numpy()).view(dtype)
     except Exception as error:  # the file changed, or is damaged inside
       raise BadInput(
-        f'cannot read the tensor {name} of {file}: {_one_line(error)}'
+        f'cannot read the tensor {name} of {file}: {first_line(error)}'
       ) from error
 
   tensors = {}
@@ -278,7 +278,3 @@ def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
     read_it = functools.partial(read, name, dtype)
     tensors[name] = LazyTensor(tuple(tensor.shape), dtype, read_it)
   return tensors
-
-
-def _one_line(error: Exception) -> str:
-  return (str(error) or type(error).__name__).splitlines()[0]

@@ -4,11 +4,9 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from typing import BinaryIO
+from collections.abc import Callable
 
 import numpy as np
-from etils import epath
 
 from gqa_t5x.errors import BadInput
 
@@ -91,30 +89,6 @@ class LazyTensor(TensorSpec):
     """Wraps an array that is in memory already."""
     return cls(tuple(array.shape), np.dtype(array.dtype), lambda: array)
 
-  @classmethod
-  def in_file(
-    cls,
-    file: epath.Path,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    spans: Sequence[tuple[int, int]],
-  ) -> 'LazyTensor':
-    """Names a tensor whose bytes, in C order, are in a file, local or gs://.
-
-    Args:
-      file: the file; each `read` opens it anew, and raises BadInput if it is
-        no longer there or shorter than it was.
-      name: of the tensor, for messages.
-      shape: of the tensor.
-      dtype: of the tensor.
-      spans: (offset, bytes) of its parts in the file.
-
-    Returns:
-      The tensor.
-    """
-    return cls(shape, dtype, lambda: _read(file, name, shape, dtype, spans))
-
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
@@ -136,38 +110,3 @@ class Unit:
   def nbytes(self) -> int:
     """Bytes of the outputs, uncompressed."""
     return sum(spec.nbytes for spec in self.outputs.values())
-
-
-def _read(
-  file: epath.Path,
-  name: str,
-  shape: tuple[int, ...],
-  dtype: np.dtype,
-  spans: Sequence[tuple[int, int]],
-) -> np.ndarray:
-  array = np.empty(shape, dtype)
-  target = memoryview(array.reshape(-1).view(np.uint8))
-  try:
-    with file.open('rb') as handle:
-      for offset, nbytes in spans:
-        handle.seek(offset)
-        found = _fill(handle, target[:nbytes])
-        if found < nbytes:
-          raise EOFError(
-            f'{nbytes} bytes are expected at {offset}, {found} are there; the file'
-            ' changed after it was opened'
-          )
-        target = target[nbytes:]
-  except Exception as error:  # each kind of file system has its own
-    what = (str(error) or type(error).__name__).splitlines()[0]
-    raise BadInput(f'cannot read the tensor {name} of {file}: {what}') from error
-  return array
-
-
-def _fill(handle: BinaryIO, target: memoryview) -> int:
-  """Reads until `target` is full or the file ends; returns how many bytes."""
-  if hasattr(handle, 'readinto'):
-    return handle.readinto(target)
-  data = handle.read(len(target))  # a file in a bucket
-  target[: len(data)] = data
-  return len(data)

@@ -12,6 +12,7 @@ from wherever etils opens a file.
 Source: the format's text, https://github.com/huggingface/safetensors#format.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -21,8 +22,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
-from gqa_t5x.errors import BadInput
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
+from gqa_t5x.errors import BadInput, first_line
 
 _DTYPES = {
   'F16': np.dtype(np.float16),
@@ -57,12 +58,11 @@ def read_index(file: epath.Path) -> dict[str, LazyTensor]:
     raise BadInput(f'{file} is truncated or damaged ({size} bytes): {error}') from error
   tensors = {}
   for name, entry in header.items():
-    begin, end = entry['data_offsets']
     dtype = dtype_of(file, name, entry['dtype'])
-    span = (start + begin, end - begin)
-    tensors[name] = LazyTensor.in_file(
-      file, name, tuple(entry['shape']), dtype, (span,)
-    )
+    spec = TensorSpec(tuple(entry['shape']), dtype)
+    offset = start + entry['data_offsets'][0]
+    read = functools.partial(_read_tensor, file, name, spec, offset)
+    tensors[name] = LazyTensor(spec.shape, dtype, read)
   return tensors
 
 
@@ -82,6 +82,25 @@ def dtype_of(file: epath.Path, name: str, kind: str) -> np.dtype:
       f'{file}: {name} is {kind}; parameters must be floating point, of 16 bits or more'
     )
   return _DTYPES[kind]
+
+
+def _read_tensor(
+  file: epath.Path, name: str, spec: TensorSpec, offset: int
+) -> np.ndarray:
+  try:
+    with file.open('rb') as handle:
+      handle.seek(offset)
+      data = handle.read(spec.nbytes)
+    if len(data) < spec.nbytes:
+      raise EOFError(
+        f'{spec.nbytes} bytes are expected at {offset}, {len(data)} are there; the file'
+        ' changed after it was opened'
+      )
+  except Exception as error:  # each kind of file system has its own
+    raise BadInput(
+      f'cannot read the tensor {name} of {file}: {first_line(error)}'
+    ) from error
+  return np.ndarray(spec.shape, spec.dtype, data)
 
 
 def _read_header(file: epath.Path, size: int) -> tuple[dict[str, Any], int]:

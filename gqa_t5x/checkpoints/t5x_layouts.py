@@ -6,7 +6,10 @@
            checkpoint_N/state/manifest.ocdbt   TensorStore (zarr) in one OCDBT database;
                                                older: one folder a tensor
 
-Either way the result is path -> LazyTensor: nothing is read but names and shapes.
+Either way the result is path -> LazyTensor: of what is in TensorStore, nothing is read
+but names and shapes. The msgpack is read whole, as T5X reads it: T5X keeps only small
+tensors in it. Old or hand-made checkpoints with all tensors in it need memory for that:
+twice the file's size while it is opened, then its size.
 """
 
 import ast
@@ -17,16 +20,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from gqa_t5x.checkpoints import msgpack_index
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, StoredTensor
 from gqa_t5x.checkpoints.tree import flatten
-from gqa_t5x.errors import BadInput
+from gqa_t5x.errors import BadInput, first_line
 
 MSGPACK = 'checkpoint'
 STATE = 'state'
 METADATA = '_METADATA'
 _OCDBT = 'manifest.ocdbt'
 _PLACEHOLDER = 'PLACEHOLDER://'
+# What msgpack, NumPy and flax raise for a damaged msgpack.
+_DAMAGE = (
+  *(ValueError, TypeError, LookupError, AttributeError),
+  *(ArithmeticError, RecursionError),
+)
 
 
 def kvstore(path: epath.Path) -> dict[str, Any]:
@@ -38,30 +45,6 @@ def kvstore(path: epath.Path) -> dict[str, Any]:
   return {'driver': 'file', 'path': text.rstrip('/') + '/'}
 
 
-def open_legacy(file: epath.Path) -> dict[str, LazyTensor]:
-  """Opens a legacy checkpoint.
-
-  Args:
-    file: its msgpack.
-
-  Raises:
-    BadInput: a part is missing or damaged; the message names file and tensor.
-  """
-  return _open_tree(file, _legacy_leaves(file))
-
-
-def open_orbax(file: epath.Path) -> dict[str, LazyTensor]:
-  """Opens an Orbax checkpoint.
-
-  Args:
-    file: its _METADATA.
-
-  Raises:
-    BadInput: a part is missing or damaged; the message names file and tensor.
-  """
-  return _open_tree(file, _orbax_leaves(file))
-
-
 def _legacy_leaves(file: epath.Path) -> dict[str, Any]:
   """Reads the msgpack: path -> tensor, TensorStore spec, or Orbax placeholder."""
   start = b'model_checkpoint_path'
@@ -71,11 +54,29 @@ def _legacy_leaves(file: epath.Path) -> dict[str, Any]:
         f"{file} is of a TensorFlow checkpoint: convert it first with T5X's"
         ' t5x/scripts/convert_tf_checkpoint.py'
       )
-  tree = msgpack_index.read_tree(file)
-  tree = tree.get('optimizer', tree)
+  tree = _read_msgpack(file)
+  tree = tree.get('optimizer', tree) if isinstance(tree, dict) else tree
   if not isinstance(tree, dict):
-    raise BadInput(f'{file} is damaged: optimizer is no tree of tensors')
+    raise BadInput(f'{file} is damaged: it does not hold a tree of tensors')
   return dict(flatten(tree, is_leaf=_is_spec))
+
+
+def _read_msgpack(file: epath.Path) -> Any:
+  from flax import serialization  # here: it imports JAX
+
+  size = file.stat().length
+  try:
+    return serialization.msgpack_restore(file.read_bytes())
+  except MemoryError as error:
+    raise BadInput(
+      f'{file} does not fit in memory: its tensors are in it, instead of in folders of'
+      f' TensorStore, and to read its {size:,} bytes takes twice as much; use a machine'
+      ' with more memory'
+    ) from error
+  except _DAMAGE as error:
+    raise BadInput(
+      f'{file} is truncated or damaged ({size} bytes): {_one_line(error)}'
+    ) from error
 
 
 def _is_spec(node: Any) -> bool:
@@ -99,15 +100,22 @@ def _orbax_leaves(file: epath.Path) -> dict[str, Any]:
     raise BadInput(f'{file} is truncated or damaged: {_one_line(error)}') from error
 
 
-def _open_tree(file: epath.Path, leaves: dict[str, Any]) -> dict[str, LazyTensor]:
-  """Opens every leaf, all at once; reads no tensor.
+def open_tree(file: epath.Path) -> dict[str, LazyTensor]:
+  """Opens a checkpoint of T5X.
 
   Args:
-    file: where the leaves are listed; TensorStore's folders are beside it.
-    leaves: path -> tensor, number, TensorStore spec, or Orbax placeholder.
+    file: where its tensors are listed: the msgpack, or Orbax's _METADATA.
+
+  Returns:
+    Path -> tensor; TensorStore opens all its tensors at once.
+
+  Raises:
+    BadInput: a part is missing or damaged, or the msgpack does not fit in memory; the
+      message names file and tensor.
   """
   import tensorstore as ts
 
+  leaves = _legacy_leaves(file) if file.name == MSGPACK else _orbax_leaves(file)
   folder = file.parent
   base = kvstore(folder)
   ocdbt = (folder / _OCDBT).exists()
@@ -128,9 +136,7 @@ def _open_tree(file: epath.Path, leaves: dict[str, Any]) -> dict[str, LazyTensor
         opening[path] = leaf, ts.open(spec, open=True, read=True, context=context)
       except ValueError as error:
         unreadable.append(f'{path} ({_one_line(error)})')
-    elif isinstance(leaf, LazyTensor):
-      tensors[path] = leaf
-    elif isinstance(leaf, int | float):
+    elif isinstance(leaf, np.ndarray | np.generic | int | float):
       tensors[path] = LazyTensor.of(np.asarray(leaf))
     else:
       raise BadInput(f'{file}: {path} is of type {type(leaf).__name__}, not an array')
@@ -152,7 +158,7 @@ def _open_tree(file: epath.Path, leaves: dict[str, Any]) -> dict[str, LazyTensor
 def _tensor_folder(leaf: dict) -> str:
   """Where a spec says that its tensor is, relative to the checkpoint."""
   store = leaf['kvstore']
-  # Old TensorStore versions kept the path beside the kvstore.
+  # Old TensorStore versions kept the path outside of the kvstore.
   name = store.get('path') if isinstance(store, dict) else None
   name = name or leaf.get('path')
   if not isinstance(name, str):
@@ -220,5 +226,4 @@ def _stored(path: str, array: Any, dtype: np.dtype) -> StoredTensor | None:
 
 def _one_line(error: Exception) -> str:
   """The first line of an error, without TensorStore's appendix of source places."""
-  text = str(error) or type(error).__name__
-  return text.splitlines()[0].split(' [tensorstore_spec=')[0].split(' [source ')[0]
+  return first_line(error).split(' [tensorstore_spec=')[0].split(' [source ')[0]

@@ -215,6 +215,11 @@ def _read_sizes(
   )
 
 
+def parameters(tensors: Mapping[str, Any]) -> dict[str, Any]:
+  """The parameters among all tensors of a checkpoint, their paths without TARGET."""
+  return {p.removeprefix(TARGET): t for p, t in tensors.items() if p.startswith(TARGET)}
+
+
 def _not_t5(problems: list[str]) -> BadInput:
   return BadInput(f'not a T5.1.1 checkpoint: {"; ".join(problems)}')
 

@@ -1,11 +1,12 @@
 """Writes T5X's legacy layout, whole or not at all.
 
-On a local disk everything goes into a temporary folder beside the result, which is
+On a local disk everything goes into a temporary folder next to the result, which is
 renamed at the very end. In a bucket a folder cannot be renamed at once, so tensors go
 to their final place, and the msgpack, without which T5X sees no checkpoint, goes last.
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from gqa_t5x import files
 from gqa_t5x.checkpoints.jobs import BUDGET, Job, run_jobs
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
 from gqa_t5x.checkpoints.t5x_layouts import MSGPACK, kvstore
 from gqa_t5x.checkpoints.tree import TARGET, unflatten
-from gqa_t5x.conversion.manifest import describe_tensor, write_manifest
-from gqa_t5x.errors import BadInput
+from gqa_t5x.errors import BadInput, first_line
 
 # What T5X, by TensorStore, reads in tensors; gzip is what it writes itself.
 COMPRESSORS = {
@@ -33,7 +34,7 @@ _CHUNK_BYTES = 64 * 2**20
 _SUFFIX = '.tmp-convert'
 _UNFINISHED = 'gqa_t5x_unfinished'
 
-# path -> shape, dtype and checksum of a tensor, as the manifest has them.
+# path -> `describe_tensor` of each tensor that is not a copy.
 Changed = Mapping[str, Mapping[str, Any]]
 
 
@@ -44,7 +45,7 @@ def write_checkpoint(
   *,
   source: Mapping[str, TensorSpec] | None = None,
   compression: str = 'zstd',
-  make_manifest: Callable[[Changed], Mapping] | None = None,
+  add_files: Callable[[epath.Path, Changed], None] | None = None,
 ) -> None:
   """Runs the units, several at a time, and writes what they make.
 
@@ -55,7 +56,8 @@ def write_checkpoint(
     source: path -> tensor of the checkpoint that is read. A unit whose output is one of
       these very tensors copies it.
     compression: of the tensors, a name in COMPRESSORS.
-    make_manifest: the tensors that are not copies -> the manifest; None: no manifest.
+    add_files: called at the end with the folder, under its temporary name on a local
+      disk, and the tensors that are not copies: writes what else belongs there.
 
   Raises:
     BadInput: no space, or a part of the source cannot be read. Nothing is left.
@@ -72,8 +74,8 @@ def write_checkpoint(
     for leaves, descriptions in results:
       tree |= leaves
       changed |= descriptions
-    if make_manifest:
-      write_manifest(folder, make_manifest(changed))
+    if add_files:
+      add_files(folder, changed)
     _write_msgpack(folder / MSGPACK, tree)
 
 
@@ -99,6 +101,23 @@ def _unit_job(
     return {name: write(name, array) for name, array in arrays.items()}, described
 
   return Job(run, nbytes)
+
+
+def describe_tensor(array: np.ndarray) -> dict[str, Any]:
+  """What can be checked later of a tensor.
+
+  Args:
+    array: the tensor as it is written.
+
+  Returns:
+    Its shape, its dtype, and the SHA-256 of its elements: row by row, little-endian.
+  """
+  flat = np.ascontiguousarray(array).reshape(-1)
+  return {
+    'shape': list(array.shape),
+    'dtype': array.dtype.name,
+    'sha256': hashlib.sha256(flat.view(np.uint8)).hexdigest(),
+  }
 
 
 def check_space(path: epath.Path, nbytes: int) -> None:
@@ -129,7 +148,7 @@ def _clear_errors(path: epath.Path, nbytes: int) -> Iterator[None]:
   except BadInput:
     raise
   except (OSError, ValueError) as error:  # TensorStore raises ValueError
-    text = str(error).splitlines()[0]
+    text = first_line(error)
     if 'No space left on device' in text or 'Disk quota exceeded' in text:
       raise _no_space(path, nbytes, 'it ran out while writing, ') from error
     if isinstance(error, OSError) or 'os_error_code' in text:
@@ -174,13 +193,19 @@ def _on_disk(path: epath.Path) -> Iterator[epath.Path]:
   lock = None
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
+    folder.mkdir(exist_ok=True)
+    lock = files.lock(folder)
+    if lock is None:
+      raise BadInput(
+        f'another conversion is writing {folder}; wait for it, or choose another'
+        ' --output'
+      )
     _remove_contents(folder)
     yield folder
     os.sync()  # or the rename might survive a power cut that the tensors do not
     os.rename(folder, path)  # epath's refuses an empty folder at `path`
   except BaseException:
-    # `lock` is None here if another conversion holds the folder: then it is not ours.
+    # Without the lock the folder is not ours.
     if lock is not None:
       folder.rmtree(missing_ok=True)
     for parent in made:
@@ -190,22 +215,6 @@ def _on_disk(path: epath.Path) -> Iterator[epath.Path]:
   finally:
     if lock is not None:
       os.close(lock)
-
-
-def _lock(folder: epath.Path) -> int:
-  """Makes the temporary folder ours; the system frees it when the process ends."""
-  import fcntl
-
-  folder.mkdir(exist_ok=True)
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    os.close(handle)
-    raise BadInput(
-      f'another conversion is writing {folder}; wait for it, or choose another --output'
-    ) from error
-  return handle
 
 
 def _remove_contents(folder: epath.Path) -> None:

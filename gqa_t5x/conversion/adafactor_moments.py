@@ -40,37 +40,26 @@ def factored_axes(shape: Shape) -> tuple[int, int] | None:
   return (1, 0) if shape[0] > shape[1] else (0, 1)
 
 
-def moment_shapes(shape: Shape, *, factored: bool, momentum: bool) -> dict[str, Shape]:
-  """The shapes that Adafactor gives the moments of one 2-D kernel.
-
-  Args:
-    shape: of the kernel.
-    factored: whether Adafactor factors where it can.
-    momentum: whether it keeps `m` (beta1 is set).
-
-  Returns:
-    m, v, v_col, v_row -> shape; (1,) for those that are not used.
-  """
-  axes = factored_axes(shape) if factored else None
-  return {
-    'm': shape if momentum else _UNUSED,
-    'v': _UNUSED if axes else shape,
-    'v_col': (shape[axes[1]],) if axes else _UNUSED,
-    'v_row': (shape[axes[0]],) if axes else _UNUSED,
-  }
-
-
 def converted_shapes(moments: Mapping[str, Shape], new: Shape) -> dict[str, Shape]:
-  """Shapes of the moments after the conversion, before anything is read.
+  """Shapes of the moments of one kernel after the conversion.
 
   An unfactored kernel stays unfactored: either it was too narrow, and is narrower now,
-  or factoring is switched off.
+  or factoring is switched off. Momentum stays off where it was off.
+
+  Args:
+    moments: m, v, v_col, v_row -> shape, before.
+    new: shape of the kernel after.
+
+  Returns:
+    The same names -> shape; (1,) for those that are not used.
   """
-  return moment_shapes(
-    new,
-    factored=moments['v'] == _UNUSED,
-    momentum=moments['m'] != _UNUSED,
-  )
+  axes = factored_axes(new) if moments['v'] == _UNUSED else None
+  return {
+    'm': _UNUSED if moments['m'] == _UNUSED else new,
+    'v': _UNUSED if axes else new,
+    'v_col': (new[axes[1]],) if axes else _UNUSED,
+    'v_row': (new[axes[0]],) if axes else _UNUSED,
+  }
 
 
 def layout_problem(moments: Mapping[str, Shape], shape: Shape) -> str | None:

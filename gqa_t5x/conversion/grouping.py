@@ -11,7 +11,7 @@ Letters: J heads of the module, K groups, G = J / K heads of a group, H head siz
 import numpy as np
 
 from gqa_t5x.conversion import head_moments, shared_heads
-from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import Kernels
 
 # Swaps whose residual is computed in one pass, best affinity first: each takes four
@@ -21,7 +21,7 @@ _PASSES = 4
 
 
 def similar_heads(
-  kernels: Kernels, inputs: InputMoments, num_groups: int, head_dim: int
+  kernels: Kernels, inputs: InputStatistics, num_groups: int, head_dim: int
 ) -> np.ndarray:
   """Orders the heads so that contiguous groups hold heads that share well.
 
@@ -30,7 +30,7 @@ def similar_heads(
 
   Args:
     kernels: all four of the module.
-    inputs: second moments of the module's inputs.
+    inputs: statistics of the module's inputs.
     num_groups: K.
     head_dim: H.
 

@@ -1,6 +1,6 @@
 """Second moments of heads, from the kernels and the second moments of their inputs.
 
-With C = E[x^T x] of a module's inputs (statistics.py), keys have E[k_i^T k_j] =
+With C = E[x^T x] of a module's inputs (input_statistics.py), keys have E[k_i^T k_j] =
 K_i^T C K_j, and queries and values likewise; of outputs only the kernel counts:
 O_i O_i^T.
 
@@ -10,18 +10,18 @@ source key/value head (1 in a multi-head checkpoint), H head size. Results are f
 
 import numpy as np
 
-from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import Kernels, heads_of
 
 
 def key_moments(
-  kernels: Kernels, inputs: InputMoments, head_dim: int
+  kernels: Kernels, inputs: InputStatistics, head_dim: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Second moments of the keys, and of the queries that meet them.
 
   Args:
     kernels: of the heads to look at; key and query are used.
-    inputs: second moments of the module's inputs.
+    inputs: statistics of the module's inputs.
     head_dim: H.
 
   Returns:
@@ -35,13 +35,13 @@ def key_moments(
 
 
 def value_moments(
-  kernels: Kernels, inputs: InputMoments, head_dim: int
+  kernels: Kernels, inputs: InputStatistics, head_dim: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Second moments of the values, and the weight that their outputs give them.
 
   Args:
     kernels: of the heads to look at; value and out are used.
-    inputs: second moments of the module's inputs.
+    inputs: statistics of the module's inputs.
     head_dim: H.
 
   Returns:

@@ -1,8 +1,8 @@
-"""The file of calibration statistics: second moments of what attention modules read.
+"""Second moments of what attention modules read: their file, and what stands in for it.
 
 Of the inputs x, not of heads: one file of a checkpoint serves every number of
-key/value heads and every grouping. It is an .npz (np.load reads it) of float32 arrays,
-and an index.json beside them: which array belongs to which module, and where they are
+key/value heads and every grouping. It is an .npz (np.load reads it) of float32 arrays
+and an index.json, which says which array belongs to which module, and where they are
 from. An array that modules share (all cross-attention layers read one encoder output)
 is stored once. `gqa_t5x.calibrate` writes the file.
 """
@@ -18,16 +18,18 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from gqa_t5x.errors import BadInput
+from gqa_t5x import files
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.checkpoints.tree import TARGET, norms_before
+from gqa_t5x.errors import BadInput, first_line
 
 _INDEX = 'index.json'
 _FORMAT = 1
-_SUFFIX = '.tmp-statistics'
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
-class InputMoments:
+class InputStatistics:
   """Second moments of the inputs of one attention module, after the layer norm.
 
   Each is [D, D], or [D] where it is diagonal: without data, the squared scale of the
@@ -45,44 +47,63 @@ class InputMoments:
   value: np.ndarray
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(InputMoments))
+_NAMES = tuple(field.name for field in dataclasses.fields(InputStatistics))
+
+
+def from_norms(
+  tensors: Mapping[str, LazyTensor], kind: str, module: str
+) -> InputStatistics:
+  """What the weights alone say of a module's inputs: as if white before the layer norm.
+
+  Args:
+    tensors: of the checkpoint, path -> tensor; the scales of the layer norms in front
+      of the module are read.
+    kind: of attention, a key of tree.KINDS.
+    module: its path, e.g. "decoder/layers_0/self_attention".
+
+  Returns:
+    float64 [D] each: the squared scales.
+  """
+  query, key = (
+    np.square(tensors[TARGET + norm].read(), dtype=np.float64)
+    for norm in norms_before(kind, module)
+  )
+  return InputStatistics(query=query, key=key, value=key)
 
 
 def write_statistics(
-  path: epath.PathLike, moments: Mapping[str, InputMoments], info: Mapping[str, Any]
+  path: epath.PathLike,
+  statistics: Mapping[str, InputStatistics],
+  info: Mapping[str, Any],
 ) -> None:
   """Writes the file, whole or not at all, one array at a time.
 
   Args:
     path: the file, local or gs://; replaced if it exists.
-    moments: "decoder/layers_0/self_attention" -> its moments. An array that occurs
-      twice (the same object) is written once.
+    statistics: "decoder/layers_0/self_attention" -> its statistics. An array that
+      occurs twice (the same object) is written once.
     info: where they are from, for JSON.
 
   Raises:
     BadInput: a moment is not finite. Nothing is left behind.
   """
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / (path.name + _SUFFIX)
-  try:
-    with temporary.open('wb') as file, zipfile.ZipFile(file, 'w') as archive:
-      index = {'format': _FORMAT, 'info': dict(info)}
-      index['modules'] = _write_arrays(archive, moments)
-      archive.writestr(_INDEX, json.dumps(index, indent=1))
-    temporary.replace(path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
+  with (
+    files.whole(path) as temporary,
+    temporary.open('wb') as file,
+    zipfile.ZipFile(file, 'w') as archive,
+  ):
+    index = {'format': _FORMAT, 'info': dict(info)}
+    index['modules'] = _write_arrays(archive, statistics)
+    archive.writestr(_INDEX, json.dumps(index, indent=1))
 
 
 def _write_arrays(
-  archive: zipfile.ZipFile, moments: Mapping[str, InputMoments]
+  archive: zipfile.ZipFile, statistics: Mapping[str, InputStatistics]
 ) -> dict[str, dict[str, str]]:
   """Writes the arrays; returns module -> moment -> name in the archive."""
   names: dict[int, str] = {}
   modules: dict[str, dict[str, str]] = {}
-  for module, of_module in moments.items():
+  for module, of_module in statistics.items():
     modules[module] = {}
     for moment in _NAMES:
       array = getattr(of_module, moment)
@@ -101,7 +122,7 @@ def _write_arrays(
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
+class StatisticsFile:
   """A file of statistics; arrays are read when asked for.
 
   Attributes:
@@ -115,7 +136,7 @@ class Statistics:
   modules: Mapping[str, Mapping[str, str]]
 
   def check(self, module: str, width: int) -> None:
-    """Raises unless the file has the moments of a module, of the right shape.
+    """Raises unless the file has the statistics of a module, of the right shape.
 
     Args:
       module: its path, e.g. "decoder/layers_0/self_attention".
@@ -140,8 +161,8 @@ class Statistics:
           ' checkpoint'
         )
 
-  def moments(self, module: str) -> InputMoments:
-    """Reads the moments of one attention module.
+  def read(self, module: str) -> InputStatistics:
+    """Reads the statistics of one attention module.
 
     Args:
       module: its path, e.g. "decoder/layers_0/self_attention".
@@ -157,7 +178,7 @@ class Statistics:
       with self._member(module, name) as member:
         arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
     names = self.modules[module]
-    return InputMoments(**{moment: arrays[names[moment]] for moment in _NAMES})
+    return InputStatistics(**{moment: arrays[names[moment]] for moment in _NAMES})
 
   def _names(self, module: str) -> set[str]:
     """Names of a module's arrays in the file."""
@@ -181,7 +202,7 @@ class Statistics:
       yield member
 
 
-def open_statistics(path: epath.PathLike) -> Statistics:
+def open_statistics(path: epath.PathLike) -> StatisticsFile:
   """Opens a file of statistics; reads its index alone.
 
   Args:
@@ -201,7 +222,7 @@ def open_statistics(path: epath.PathLike) -> Statistics:
       index = json.loads(archive.read(_INDEX))
     if index['format'] != _FORMAT:
       raise ValueError(f'format {index["format"]}, expected {_FORMAT}')
-    return Statistics(path, dict(index['info']), dict(index['modules']))
+    return StatisticsFile(path, dict(index['info']), dict(index['modules']))
 
 
 @contextlib.contextmanager
@@ -210,8 +231,7 @@ def _damage(path: epath.Path, part: str) -> Iterator[None]:
   try:
     yield
   except _DAMAGE as error:
-    text = str(error) or type(error).__name__
     raise BadInput(
       f'{path} is truncated, damaged or no file of statistics: cannot read {part}'
-      f' ({text.splitlines()[0]})'
+      f' ({first_line(error)})'
     ) from error

@@ -1,4 +1,4 @@
-"""Second moments of what attention modules read, from a forward pass of the model.
+"""Statistics of what attention modules read, from a forward pass of the model.
 
 The pass is watched from outside (flax's intercept_methods): the model has no code for
 it. Sums over a batch are made on the device, and added up and divided on the host.
@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from gqa_t5x.checkpoints.tree import KINDS
-from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.model.attention import GroupedQueryAttention
 from gqa_t5x.model.network import Encoder
 
@@ -27,7 +27,7 @@ _COLLECTION = 'input_sums'
 _QUERY, _KEY, _VALUE = 'query_sum', 'key_sum', 'value_sum'
 
 
-def input_sums(
+def sum_inputs(
   module: nn.Module, values: Any, batch: Mapping[str, Array], include_encoder: bool
 ) -> dict[str, Array]:
   """Sums x^T x over the real tokens of a batch, for each attention module.
@@ -115,15 +115,15 @@ def add_sums(totals: dict[str, np.ndarray], sums: Mapping[str, Array]) -> None:
       totals[name] = value.astype(np.float64)
 
 
-def mean_moments(totals: dict[str, np.ndarray]) -> dict[str, InputMoments]:
+def mean_statistics(totals: dict[str, np.ndarray]) -> dict[str, InputStatistics]:
   """Divides the totals by the tokens that they are over.
 
   Args:
     totals: what `add_sums` made; emptied on the way, to save memory.
 
   Returns:
-    "decoder/layers_0/self_attention" -> moments, float32. What modules share is one
-    array.
+    "decoder/layers_0/self_attention" -> its statistics, float32. What modules share is
+    one array.
   """
   tokens = {stack: max(int(totals.pop(stack)), 1) for stack in ('encoder', 'decoder')}
   means: dict[str, dict[str, np.ndarray]] = {}
@@ -132,9 +132,9 @@ def mean_moments(totals: dict[str, np.ndarray]) -> dict[str, InputMoments]:
     count = tokens[path.partition('/')[0]]
     means.setdefault(module, {})[name] = (totals.pop(path) / count).astype(np.float32)
   encoded = means.pop('encoder')
-  moments = {}
+  statistics = {}
   for module, own in means.items():
     shared = encoded if _QUERY in own else own
     query = own.get(_QUERY, shared[_VALUE])
-    moments[module] = InputMoments(query, key=shared[_KEY], value=shared[_VALUE])
-  return moments
+    statistics[module] = InputStatistics(query, key=shared[_KEY], value=shared[_VALUE])
+  return statistics

@@ -1,4 +1,4 @@
-"""The record beside a converted checkpoint: where it is from, and what it must hold.
+"""The record in a converted checkpoint: where it is from, and what it must hold.
 
 A JSON file in the checkpoint's folder, which T5X does not look at. It allows to check,
 long after, that the tensors which the conversion made are still what they were.
@@ -14,14 +14,14 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 import gqa_t5x
 from gqa_t5x.checkpoints.folders import open_checkpoint
 from gqa_t5x.checkpoints.jobs import Job, run_jobs
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
-from gqa_t5x.checkpoints.tree import TARGET, Architecture
+from gqa_t5x.checkpoints.tree import TARGET, Architecture, parameters
+from gqa_t5x.checkpoints.writer import describe_tensor
 from gqa_t5x.conversion.plan import Plan
 from gqa_t5x.errors import BadInput
 
@@ -29,23 +29,6 @@ NAME = 'gqa_t5x_manifest.json'
 _FORMAT = 1
 
 Specs = Mapping[str, TensorSpec]
-
-
-def describe_tensor(array: np.ndarray) -> dict[str, Any]:
-  """What the manifest says of a changed tensor.
-
-  Args:
-    array: the tensor as it is written.
-
-  Returns:
-    Its shape, its dtype, and the SHA-256 of its elements: row by row, little-endian.
-  """
-  flat = np.ascontiguousarray(array).reshape(-1)
-  return {
-    'shape': list(array.shape),
-    'dtype': array.dtype.name,
-    'sha256': hashlib.sha256(flat.view(np.uint8)).hexdigest(),
-  }
 
 
 def fingerprint(specs: Specs) -> dict[str, Any]:
@@ -81,12 +64,11 @@ def make_manifest(
     step: of that checkpoint.
     method: its name, its options and the seed, as JSON has them.
     compression: of the tensors.
-    changed: path -> `describe_tensor` of each tensor that is not a copy.
+    changed: path -> `writer.describe_tensor` of each tensor that is not a copy.
 
   Returns:
     What the JSON file holds.
   """
-  outputs = {p: spec for unit in plan.units for p, spec in unit.outputs.items()}
   versions = {n: importlib.metadata.version(n) for n in ('numpy', 'tensorstore')}
   return {
     'format': _FORMAT,
@@ -106,14 +88,9 @@ def make_manifest(
       **versions,
     },
     'architecture': dataclasses.asdict(plan.target),
-    'result': fingerprint(outputs),
+    'result': fingerprint(plan.outputs),
     'changed': dict(sorted(changed.items())),
   }
-
-
-def write_manifest(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
-  """Writes the manifest into a checkpoint's folder."""
-  (folder / NAME).write_text(json.dumps(manifest, indent=1) + '\n')
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
@@ -199,11 +176,10 @@ def _check_job(tensor: LazyTensor | None, wanted: Mapping[str, Any]) -> Job:
 def _wrong_shapes(others: Specs, manifest: Mapping, changed: Mapping) -> list[str]:
   """Compares the parameters that were copied with the architecture."""
   wanted = Architecture(**manifest['architecture']).shapes()
-  found = {p.removeprefix(TARGET): t for p, t in others.items() if p.startswith(TARGET)}
-  changed = {p.removeprefix(TARGET) for p in changed}
+  found, changed = parameters(others), parameters(changed)
   problems = [
     f'{TARGET}{path} is missing'
-    for path in sorted(wanted.keys() - found.keys() - changed)
+    for path in sorted(wanted.keys() - found.keys() - changed.keys())
   ]
   for path in sorted(found):
     shape = tuple(found[path].shape)

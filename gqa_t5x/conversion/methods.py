@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gqa_t5x.conversion import sharing
+from gqa_t5x.conversion import shared_heads
 from gqa_t5x.conversion.grouping import similar_heads
-from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import (
   ALL_KERNELS,
   AttentionModule,
@@ -40,17 +40,17 @@ class Method:
 
   Attributes:
     convert: (kernels, module, inputs) -> the new kernels; names left out stay.
-    moments: what becomes of the Adafactor moments of each changed kernel:
+    adafactor: what becomes of the Adafactor moments of each changed kernel:
       "sum" over the group, "first" of the group, or "reset" to zero.
     summary: a phrase for --help.
     kernels: those that `convert` reads and may change.
-    uses_inputs: whether it asks for the second moments of the module's inputs.
+    uses_inputs: whether it asks for statistics of the module's inputs.
   """
 
   convert: Callable[
-    [Kernels, AttentionModule, InputMoments | None], dict[str, np.ndarray]
+    [Kernels, AttentionModule, InputStatistics | None], dict[str, np.ndarray]
   ]
-  moments: str
+  adafactor: str
   summary: str
   kernels: tuple[str, ...] = ('key', 'value')
   uses_inputs: bool = False
@@ -106,10 +106,10 @@ def random_stream(seed: int, path: str) -> np.random.Generator:
   return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
 
-def _absorbing(solve: sharing.Solver, rms: str, summary: str) -> Method:
+def _absorbing(solve: shared_heads.Solver, rms: str, summary: str) -> Method:
   return Method(
-    functools.partial(sharing.convert, solve, rms),
-    moments='reset',
+    functools.partial(shared_heads.share_heads, solve, rms),
+    adafactor='reset',
     summary=summary,
     kernels=ALL_KERNELS,
     uses_inputs=True,
@@ -121,18 +121,18 @@ METHODS: dict[str, Method] = {
   'first': Method(_first, 'first', "each group's first head"),
   'random': Method(_random, 'reset', 'a fresh initialisation'),
   'procrustes': _absorbing(
-    sharing.procrustes, 'as is', 'the mean after rotating heads towards each other'
+    shared_heads.procrustes, 'as is', 'the mean after rotating heads towards each other'
   ),
   'procrustes_rms': _absorbing(
-    sharing.procrustes, 'restored', "procrustes, scaled up to the old kernels' RMS"
+    shared_heads.procrustes, 'restored', "procrustes, scaled up to the old kernels' RMS"
   ),
   'refit': _absorbing(
-    sharing.refit, 'absorbed', 'the mean, with queries and outputs refitted to it'
+    shared_heads.refit, 'absorbed', 'the mean, with queries and outputs refitted to it'
   ),
-  'svd': _absorbing(sharing.svd, 'absorbed', 'the shared heads of least squared error'),
+  'svd': _absorbing(
+    shared_heads.svd, 'absorbed', 'the shared heads of least squared error'
+  ),
 }
-
-
 GROUPINGS = ('contiguous', 'similarity')
 
 
@@ -157,7 +157,7 @@ def convert_module(
   kernels: Kernels,
   module: AttentionModule,
   method: str,
-  inputs: InputMoments | None = None,
+  inputs: InputStatistics | None = None,
   grouping: str = 'contiguous',
 ) -> dict[str, np.ndarray]:
   """Converts the kernels of one attention module to fewer key/value heads.
@@ -167,8 +167,8 @@ def convert_module(
       the method does not read may be left out.
     module: head counts, path and seed.
     method: a name in METHODS.
-    inputs: second moments of the module's inputs; needed by the methods that use them
-      and by grouping by similarity.
+    inputs: statistics of the module's inputs; needed by the methods that use them and
+      by grouping by similarity.
     grouping: "contiguous", or "similarity": heads are reordered first, which only a
       module without a position bias allows (cross-attention).
 

@@ -9,19 +9,28 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, Unit
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
 from gqa_t5x.checkpoints.tree import (
   PARAM_STATES,
   TARGET,
   Architecture,
   flatten,
+  parameters,
   read_architecture,
   unflatten,
 )
-from gqa_t5x.conversion import adafactor_moments
-from gqa_t5x.conversion.kernels import AttentionModule
-from gqa_t5x.conversion.recipe import Recipe, Tensors
+from gqa_t5x.conversion import adafactor_moments, input_statistics
+from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
+from gqa_t5x.conversion.methods import (
+  METHODS,
+  check_grouping,
+  convert_module,
+  get_method,
+)
 from gqa_t5x.errors import BadInput
+
+Tensors = Mapping[str, LazyTensor]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +48,11 @@ class Plan:
   target: Architecture
   units: list[Unit]
   log: dict[str, str]
+
+  @property
+  def outputs(self) -> dict[str, TensorSpec]:
+    """Path -> tensor of the result; one that is copied is the source's own."""
+    return {path: spec for unit in self.units for path, spec in unit.outputs.items()}
 
   @property
   def nbytes(self) -> int:
@@ -88,13 +102,13 @@ def _check_heads(num_heads: int, source_heads: int, name: str, wish: int) -> Non
   choices = [k for k in range(1, source_heads + 1) if source_heads % k == 0]
   if wish in choices:
     return
-  mend = f'choose one of {", ".join(map(str, choices))}'
+  choose = f'choose one of {", ".join(map(str, choices))}'
   if 0 < wish <= num_heads and num_heads % wish == 0:  # it fits N, but not S
     there = f"the checkpoint's {source_heads} key/value heads"
     if wish > source_heads:
-      raise BadInput(f'{name}={wish} is more than {there}; {mend}')
-    raise BadInput(f'{there} are not divisible by {name}={wish}; {mend}')
-  raise BadInput(f'num_heads={num_heads} is not divisible by {name}={wish}; {mend}')
+      raise BadInput(f'{name}={wish} is more than {there}; {choose}')
+    raise BadInput(f'{there} are not divisible by {name}={wish}; {choose}')
+  raise BadInput(f'num_heads={num_heads} is not divisible by {name}={wish}; {choose}')
 
 
 def plan_conversion(
@@ -116,9 +130,11 @@ def plan_conversion(
     num_kv_heads: K for decoder self- and cross-attention.
     method: a name in methods.METHODS.
     seed: for methods that draw random numbers.
-    grouping: a name in methods.GROUPINGS.
-    statistics: file of `python -m gqa_t5x.calibrate`, for methods that use the moments
-      of the modules' inputs; None: the weights alone.
+    grouping: "contiguous", or "similarity": heads of cross-attention are reordered,
+      those of self-attention, which a position bias tells apart, are not.
+    statistics: file of `python -m gqa_t5x.calibrate`, for methods that use statistics
+      of the modules' inputs; None: the scales of the layer norms in front of a module
+      stand in, as if its inputs were white before them.
     **kinds: self_attention_num_kv_heads, cross_attention_num_kv_heads,
       encoder_num_kv_heads, as in `choose_num_kv_heads`.
 
@@ -133,7 +149,7 @@ def plan_conversion(
 
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 2.2.
   """
-  recipe = Recipe(method, grouping, statistics)
+  recipe = _Recipe(method, grouping, statistics)
   source = _read_source(tensors)
   new_heads = choose_num_kv_heads(source, num_kv_heads, **kinds)
   target = dataclasses.replace(source, num_kv_heads=new_heads)
@@ -157,14 +173,97 @@ def plan_conversion(
   return Plan(source, target, units + copied, log)
 
 
+class _Recipe:
+  """Turns attention modules into units of work, all in the same way."""
+
+  def __init__(self, method: str, grouping: str, statistics: str | None):
+    """Looks everything up and opens the statistics; arguments of `plan_conversion`."""
+    self._name, self._method = method, get_method(method)
+    check_grouping(grouping)
+    self._grouping = grouping
+    if statistics and not (self._method.uses_inputs or grouping == 'similarity'):
+      users = ', '.join(name for name, m in METHODS.items() if m.uses_inputs)
+      raise BadInput(
+        f'statistics={statistics} was given, but method={method} uses none; leave it'
+        f' out, or choose one of {users}'
+      )
+    self._file = input_statistics.open_statistics(statistics) if statistics else None
+
+  def unit(
+    self, tensors: Tensors, module: AttentionModule, kind: str, shapes: Shapes
+  ) -> tuple[Unit, dict[str, str]]:
+    """The work on one attention module: its kernels and their Adafactor moments.
+
+    Args:
+      tensors: the whole source.
+      module: which module, and its head counts.
+      kind: of attention, a key of tree.KINDS.
+      shapes: of all parameters after the conversion.
+
+    Returns:
+      The unit, and path of each changed kernel -> what is done to its moments.
+    """
+    # Self-attention has a position bias: its heads keep their order.
+    reorder = self._grouping == 'similarity' and kind == 'cross_attention'
+    names = ALL_KERNELS if reorder else self._method.kernels
+    rule = 'reset' if reorder else self._method.adafactor
+    uses_inputs = reorder or self._method.uses_inputs
+    paths = {name: f'{module.path}/{name}/kernel' for name in names}
+    if uses_inputs and self._file:
+      self._file.check(module.path, width=shapes[paths['query']][0])
+    outputs, notes = {}, {}
+    for path in paths.values():
+      outputs[TARGET + path] = TensorSpec(shapes[path], tensors[TARGET + path].dtype)
+      if moments := _adafactor_moments(tensors, path):
+        old = {n: moment.shape for n, moment in moments.items()}
+        new = adafactor_moments.converted_shapes(old, shapes[path])
+        outputs |= _in_state(
+          path, {n: TensorSpec(new[n], moments[n].dtype) for n in moments}
+        )
+        notes[path] = adafactor_moments.describe(old, new, rule)
+
+    def compute():
+      kernels = {name: tensors[TARGET + path].read() for name, path in paths.items()}
+      inputs = self._inputs(tensors, module, kind) if uses_inputs else None
+      grouping = 'similarity' if reorder else 'contiguous'
+      new = convert_module(kernels, module, self._name, inputs, grouping)
+      results = {TARGET + path: new[name] for name, path in paths.items()}
+      for name, path in paths.items():
+        if moments := _adafactor_moments(tensors, path):
+          old = {n: moment.read() for n, moment in moments.items()}
+          results |= _in_state(
+            path,
+            adafactor_moments.convert_moments(
+              old, module, kernels[name].shape, shapes[path], rule
+            ),
+          )
+      return results
+
+    return Unit(outputs, compute), notes
+
+  def _inputs(
+    self, tensors: Tensors, module: AttentionModule, kind: str
+  ) -> input_statistics.InputStatistics:
+    if self._file:
+      return self._file.read(module.path)
+    return input_statistics.from_norms(tensors, kind, module.path)
+
+
+def _adafactor_moments(tensors: Tensors, parameter: str) -> dict[str, LazyTensor]:
+  """Name -> Adafactor's moment of a parameter; empty where there are none."""
+  prefix = f'{PARAM_STATES}{parameter}/'
+  found = {name: tensors.get(prefix + name) for name in adafactor_moments.NAMES}
+  return {} if None in found.values() else found
+
+
+def _in_state(parameter: str, moments: Mapping[str, Any]) -> dict[str, Any]:
+  """Name -> moment of a parameter, under their paths in the tree."""
+  return {f'{PARAM_STATES}{parameter}/{name}': m for name, m in moments.items()}
+
+
 def _read_source(tensors: Tensors) -> Architecture:
   """Reads the sizes of the model, and checks that all of it can be converted."""
-  shapes = {
-    path.removeprefix(TARGET): tensor.shape
-    for path, tensor in tensors.items()
-    if path.startswith(TARGET)
-  }
-  source = read_architecture(shapes)
+  source = read_architecture({p: t.shape for p, t in parameters(tensors).items()})
   _check_dtypes(tensors)
   _check_moments(tensors, source)
   return source

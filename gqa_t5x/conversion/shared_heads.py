@@ -1,4 +1,4 @@
-"""The maths of one shared key (or value) head for a group of heads.
+"""One shared key (or value) head for a group of heads; queries and outputs absorb it.
 
 MHA does not change under K_i -> K_i R_i, Q_i -> Q_i R_i^-T, nor under V_i -> V_i S_i,
 O_i -> S_i^-1 O_i, for any invertible R_i and S_i: the basis of each head is arbitrary.
@@ -13,12 +13,29 @@ and its error is, with S = E[kcat^T kcat] and M_i = E[q_i^T q_i] (values: O_i O_
   residual = sum_i E |q_i k_i^T - q_i A_i (kcat F)^T|^2
            = sum_i tr M_i (E_i - F A_i^T)^T S (E_i - F A_i^T),  E_i selecting head i.
 
-Everything here is float64. Letters: G heads of a group, H head size.
+`svd`, `refit` and `procrustes` solve for the sharing of one group, in float64, from
+
+  S_GHGH   [G, H, G, H], second moments of its keys (values), concatenated,
+  M_GHH    [G, H, H], second moments of the queries (outputs) of each head,
+
+and `share_heads` applies one of them to the kernels of a module. Letters: G heads of a
+group, R query heads that read one of them, D width, H head size.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
+
+from gqa_t5x.conversion import head_moments
+from gqa_t5x.conversion.input_statistics import InputStatistics
+from gqa_t5x.conversion.kernels import (
+  ALL_KERNELS,
+  AttentionModule,
+  Kernels,
+  group_kernels,
+  heads_of,
+)
 
 # Directions with less than this share of the largest variance count as absent.
 _NEGLIGIBLE = 1e-12
@@ -39,12 +56,12 @@ class Sharing:
   absorb_GHH: np.ndarray
 
 
+# (S_GHGH, M_GHH) -> the sharing of one group.
+Solver = Callable[[np.ndarray, np.ndarray], Sharing]
+
+
 def spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Solves the eigenproblem behind `svd`.
-
-  Args:
-    S_GHGH: second moments of the concatenated keys (values) of the group.
-    M_GHH: second moments of the queries (outputs) of each head.
 
   Returns:
     Eigenvalues [G*H], falling, and eigenvectors [G*H, G*H] (columns) of R S R with
@@ -56,12 +73,7 @@ def spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def weigh(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> np.ndarray:
-  """R S R with R = blockdiag(M_i^1/2), [G, H, G, H]: moments as the residual sees them.
-
-  Args:
-    S_GHGH: second moments of the concatenated keys (values).
-    M_GHH: second moments of the queries (outputs) of each head.
-  """
+  """R S R with R = blockdiag(M_i^1/2), [G, H, G, H]: S as the residual sees it."""
   root_GHH, (G, H, _) = _sqrt(M_GHH), M_GHH.shape
 
   def times_root(matrix):
@@ -79,12 +91,8 @@ def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   least when all kernels change by a small part of their norm, as a step of training
   changes them.
 
-  Args:
-    S_GHGH: second moments of the keys (values) of the group.
-    M_GHH: second moments of the queries (outputs) of each head.
-
   Returns:
-    The sharing; `residual` is the sum of the eigenvalues after the H-th.
+    The sharing; its residual is the sum of the eigenvalues after the H-th.
   """
   G, H, _ = M_GHH.shape
   values, vectors = spectrum(S_GHGH, M_GHH)
@@ -96,41 +104,34 @@ def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   return Sharing(merge_GHH, absorb_GHH)
 
 
-def refit(S_GHGH: np.ndarray, merge_GHH: np.ndarray) -> Sharing:
-  """The best that queries (outputs) can absorb for a given shared head.
-
-  Args:
-    S_GHGH: second moments of the keys (values) of the group.
-    merge_GHH: how the heads are merged, for instance I / G for the mean.
+def refit(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
+  """The mean of the heads, and the best that queries (outputs) can absorb for it.
 
   Returns:
-    A_i = E_i^T S F (F^T S F)^-1, the least-squares fit of k_i to the shared key.
+    F_i = I / G, A_i = E_i^T S F (F^T S F)^-1: the least-squares fit of k_i to the
+    shared key.
   """
+  G, H, _ = M_GHH.shape
+  merge_GHH = np.broadcast_to(np.eye(H) / G, (G, H, H))
   cross_GHH = np.tensordot(S_GHGH, merge_GHH, 2)
   shared_HH = np.tensordot(merge_GHH, cross_GHH, ((0, 1), (0, 1)))
   inverse_HH = np.linalg.pinv(shared_HH, rcond=_NEGLIGIBLE, hermitian=True)
   return Sharing(merge_GHH, cross_GHH @ inverse_HH)
 
 
-def mean(G: int, H: int) -> np.ndarray:
-  """The merge of mean pooling: I / G for each head, [G, H, H]."""
-  return np.broadcast_to(np.eye(H) / G, (G, H, H)).copy()
-
-
-def procrustes(S_GHGH: np.ndarray) -> Sharing:
+def procrustes(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   """Rotates the heads of a group towards each other, then takes their mean.
 
   Generalised orthogonal Procrustes: rotations R_i that maximise
-  sum_{i, j} tr(R_i^T S_ij R_j), one head after the other until nothing moves.
-
-  Args:
-    S_GHGH: second moments of the keys (values) of the group.
+  sum_{i, j} tr(R_i^T S_ij R_j), one head after the other until nothing moves. M_GHH
+  is not used.
 
   Returns:
     merge R_i / G, absorb R_i.
 
   Source: Align Attention Heads Before Merging Them (arXiv 2412.20677).
   """
+  del M_GHH
   G = len(S_GHGH)
   R_GHH = np.stack([_nearest_rotation(S_GHGH[i, :, 0]) for i in range(G)])
   agreement = -np.inf
@@ -145,26 +146,82 @@ def procrustes(S_GHGH: np.ndarray) -> Sharing:
   return Sharing(R_GHH / G, R_GHH)
 
 
-def residual(S_GHGH: np.ndarray, M_GHH: np.ndarray, sharing: Sharing) -> float:
-  """The expected squared error of a sharing, summed over the heads of the group.
+def share_heads(
+  solve: Solver,
+  rms: str,
+  kernels: Kernels,
+  module: AttentionModule,
+  inputs: InputStatistics,
+) -> dict[str, np.ndarray]:
+  """Merges the heads of a module; queries and outputs absorb what differs.
 
   Args:
-    S_GHGH: second moments of the keys (values) of the group.
-    M_GHH: second moments of the queries (outputs) of each head.
-    sharing: any.
+    solve: `svd`, `refit` or `procrustes`: finds the sharing of a group.
+    rms: what becomes of the RMS of the shared kernels, which Adafactor's steps scale
+      with: "as is"; "restored" to that of the old kernels; or restored and "absorbed",
+      so that the function does not change.
+    kernels: all four.
+    module: head counts.
+    inputs: statistics of the module's inputs.
 
   Returns:
-    Squared logits (keys) or squared outputs (values), per pair or position.
+    All four kernels, in their dtypes.
   """
-  G, H, _ = M_GHH.shape
-  S = S_GHGH.reshape(G * H, G * H)
-  total = 0.0
-  for i in range(G):
-    error = -(sharing.merge_GHH @ sharing.absorb_GHH[i].T)  # [G, H, H]
-    error[i] += np.eye(H)
-    error = error.reshape(G * H, H)
-    total += np.sum(M_GHH[i] * (error.T @ S @ error))
-  return float(total)
+  H, new = module.head_dim, {name: [] for name in ALL_KERNELS}
+  for index in range(module.num_kv_heads):
+    group = group_kernels(kernels, module, index)
+    query_GRDH, out_GRHD = heads_of(group, 'query', H), heads_of(group, 'out', H)
+    D = query_GRDH.shape[2]
+    moments = head_moments.key_moments(group, inputs, H)
+    key_DH, absorb_GHH = _merge(solve(*moments), rms, heads_of(group, 'key', H))
+    query_GRDH = query_GRDH @ absorb_GHH[:, None]
+    new['key'].append(key_DH)
+    new['query'].append(query_GRDH.transpose(2, 0, 1, 3).reshape(D, -1))
+    moments = head_moments.value_moments(group, inputs, H)
+    value_DH, absorb_GHH = _merge(solve(*moments), rms, heads_of(group, 'value', H))
+    out_GRHD = np.swapaxes(absorb_GHH, 1, 2)[:, None] @ out_GRHD
+    new['value'].append(value_DH)
+    new['out'].append(out_GRHD.reshape(-1, D))
+  return {
+    name: np.concatenate(parts, axis=int(name != 'out')).astype(kernels[name].dtype)
+    for name, parts in new.items()
+  }
+
+
+def _merge(
+  sharing: Sharing, rms: str, heads_GDH: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """The shared kernel [D, H] of a group, and what its heads absorb, [G, H, H]."""
+  shared_DH = np.einsum('gdh,ghi->di', heads_GDH, sharing.merge_GHH, optimize=True)
+  absorb_GHH = sharing.absorb_GHH
+  size = np.sqrt(np.mean(shared_DH**2))
+  if rms == 'as is' or not size:
+    return shared_DH, absorb_GHH
+  ratio = np.sqrt(np.mean(heads_GDH**2)) / size
+  return shared_DH * ratio, absorb_GHH / (ratio if rms == 'absorbed' else 1.0)
+
+
+def spectra(
+  kernels: Kernels, module: AttentionModule, inputs: InputStatistics
+) -> dict[str, np.ndarray]:
+  """The eigenvalues behind `svd`, from which the loss of any head size follows.
+
+  Args:
+    kernels: all four.
+    module: head counts.
+    inputs: statistics of the module's inputs.
+
+  Returns:
+    "key" and "value" -> [K, G*H], falling. With H of them kept, the others' sum is the
+    residual, and its share of the whole what is lost.
+  """
+  H = module.head_dim
+  groups = [group_kernels(kernels, module, i) for i in range(module.num_kv_heads)]
+  sides = {'key': head_moments.key_moments, 'value': head_moments.value_moments}
+  return {
+    name: np.stack([spectrum(*moments(group, inputs, H))[0] for group in groups])
+    for name, moments in sides.items()
+  }
 
 
 def _sqrt(M_GHH: np.ndarray) -> np.ndarray:

@@ -1,29 +1,36 @@
-"""The stream: jobs side by side within a budget; the same files, whatever ends first.
+"""The writer: T5X's layout, jobs within a budget, whole or not at all.
 
-What it takes from the system, and leaves when killed: test_conversion_process.py.
+What it takes from the system, and leaves when killed: tests/test_convert_process.py.
 """
 
-import itertools
 import json
 import os
 import pathlib
 import random
+import re
 import threading
 import time
 
-import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
 
-from gqa_t5x import convert
-from gqa_t5x.checkpoints import folders, writer
+from gqa_t5x.checkpoints import writer
 from gqa_t5x.checkpoints.jobs import Job, run_jobs
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, Unit
 from gqa_t5x.conversion import manifest
-from gqa_t5x.conversion.kernels import AttentionModule
-from gqa_t5x.conversion.methods import convert_module
-from helpers.trees import flat, tiny_shapes, tiny_state, write_msgpack
+from gqa_t5x.errors import BadInput
+from helpers.trees import (
+  STEP,
+  assert_same,
+  flat,
+  read,
+  tiny_shapes,
+  tiny_state,
+  write_msgpack,
+  write_t5x,
+)
+from helpers.trees import run_convert as run
 
 NUM_ARRAYS = 2 * len(tiny_shapes())  # the parameters and their moments v
 
@@ -100,6 +107,105 @@ def test_error_stops_what_has_not_begun_and_waits_for_the_rest(error, place):
   assert sorted(ended) == sorted(set(started) - ({0} if place == 'job' else set()))
 
 
+# --- T5X's layout, whole or not at all -----------------------------------------
+
+
+def test_layout_written_is_that_of_t5x(tmp_path):
+  from flax import serialization
+
+  folder = write_t5x(tmp_path / 'checkpoint_1000', tiny_state())
+  tree = serialization.msgpack_restore((folder / 'checkpoint').read_bytes())
+  assert set(tree) == {'version', 'optimizer'}
+  assert tree['version'] == 3
+  assert set(tree['optimizer']) == {'target', 'state'}
+  assert tree['optimizer']['state']['step'] == np.int32(STEP)
+  attention = tree['optimizer']['target']['decoder']['layers_0']['self_attention']
+  name = 'target.decoder.layers_0.self_attention.key.kernel'
+  assert attention['key']['kernel'] == {
+    'driver': 'zarr',
+    'dtype': 'float32',
+    'kvstore': {'driver': 'file', 'path': f'{name}/'},
+    'metadata': {
+      'shape': [6, 8],
+      'chunks': [6, 8],
+      'compressor': {'id': 'zstd', 'level': 1},
+    },
+  }
+  zarray = json.loads((folder / name / '.zarray').read_text())
+  assert zarray['shape'] == [6, 8]
+  assert zarray['dtype'] == '<f4'
+  moments = tree['optimizer']['state']['param_states']['decoder']['decoder_norm']
+  assert moments['scale']['v']['driver'] == 'zarr'
+  for name in ('m', 'v_row', 'v_col'):
+    np.testing.assert_array_equal(moments['scale'][name], [0.0])
+
+
+@pytest.mark.parametrize(
+  ('shape', 'expected'),
+  [
+    ((4096, 4096), [4096, 4096]),  # 64 MiB in float32: one chunk
+    ((32128, 4096), [4016, 4096]),
+    ((4096, 10240), [4096, 2560]),
+    ((), []),
+    ((7,), [7]),
+  ],
+)
+def test_chunks_hold_at_most_64_mib(shape, expected):
+  assert writer._chunks(shape, 4) == expected
+
+
+def failing(error, after=3):
+  """Units of which the fourth raises."""
+  tensors = {p: LazyTensor.of(a) for p, a in flat(tiny_state())}
+
+  def fail():
+    raise error
+
+  units = [Unit({p: t}, lambda p=p, t=t: {p: t.read()}) for p, t in tensors.items()]
+  path, tensor = next(iter(tensors.items()))
+  return [*units[:after], Unit({path: tensor}, fail)]
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('bug')])
+def test_any_exception_leaves_nothing(error, tmp_path):
+  target = epath.Path(tmp_path / 'new' / 'sub' / 'checkpoint_1000')
+  with pytest.raises(type(error)):
+    writer.write_checkpoint(target, failing(error), lambda n: None)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(28, 'No space left on device'),
+    ValueError('RESOURCE_EXHAUSTED: "0.0": No space left on device [code=28]'),
+  ],
+)
+def test_disk_that_fills_up(error, tmp_path):
+  target = epath.Path(tmp_path / 'checkpoint_1000')
+  with pytest.raises(BadInput) as caught:
+    writer.write_checkpoint(target, failing(error), lambda n: None)
+  text = str(caught.value)
+  assert text.startswith(f'no disk space for {target}: it ran out while writing, ')
+  assert re.search(r'1,064 bytes are needed, [0-9,]+ are free', text)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_two_conversions_do_not_write_the_same_checkpoint(tmp_path):
+  target = epath.Path(tmp_path / 'checkpoint_1000')
+  inner = []
+
+  def second():
+    with pytest.raises(BadInput, match='another conversion is writing'):
+      writer.write_checkpoint(target, [], inner.append)
+    return {'target/x': np.ones(3, np.float32)}
+
+  spec = LazyTensor.of(np.ones(3, np.float32))
+  writer.write_checkpoint(target, [Unit({'target/x': spec}, second)], inner.append)
+  assert inner == [12]
+  np.testing.assert_array_equal(read(target)['target/x'], np.ones(3))
+
+
 # --- What is written ----------------------------------------------------------
 
 
@@ -110,15 +216,6 @@ def files(folder) -> dict[str, bytes]:
     for path in sorted(pathlib.Path(folder).rglob('*'))
     if path.is_file() and path.name != manifest.NAME
   }
-
-
-def run(*args):
-  return convert.main(['convert', *map(str, args)])
-
-
-def read(folder):
-  tensors = folders.open_checkpoint(epath.Path(folder))
-  return {path: tensor.read() for path, tensor in tensors.items()}
 
 
 @pytest.fixture
@@ -160,9 +257,7 @@ def test_compression(compression, metadata, mha, tmp_path):
   arrays = list(folder.glob('*/.zarray'))
   assert len(arrays) == NUM_ARRAYS
   assert all(json.loads(a.read_text())['compressor'] == metadata for a in arrays)
-  got = read(folder)
-  for path, value in flat(tiny_state()):
-    np.testing.assert_array_equal(got[path], value)
+  assert_same(read(folder), tiny_state())
 
 
 @pytest.fixture
@@ -295,59 +390,3 @@ def test_output_that_cannot_be_written(mha, tmp_path, capsys):
   assert err.startswith(f'error: cannot write {tmp_path}/file/out/checkpoint_1000: ')
   assert err.count('\n') == 1
   assert sorted(tmp_path.rglob('*')) == before
-
-
-def test_no_more_is_read_than_is_written(tmp_path):
-  """A tensor is read when its turn comes, not before, and is not kept."""
-  alive, most, lock = set(), [], threading.Lock()
-
-  class Tracked(np.ndarray):
-    def __del__(self):
-      alive.discard(id(self))
-
-  def make(i):
-    array = np.zeros(250_000, np.float32).view(Tracked)
-    with lock:
-      alive.add(id(array))
-      most.append(len(alive))
-    return {f'target/t{i}': array}
-
-  spec = LazyTensor.of(np.zeros(250_000, np.float32))
-  units = [Unit({f'target/t{i}': spec}, lambda i=i: make(i)) for i in range(40)]
-  writer.write_checkpoint(epath.Path(tmp_path / 'checkpoint_1'), units, lambda n: None)
-  assert len(most) == 40
-  assert max(most) <= 2 * min(2 * os.cpu_count(), 8)
-
-
-# --- From GQA to GQA ----------------------------------------------------------
-
-
-def mean_of(kernels, source_heads, num_kv_heads):
-  module = AttentionModule(
-    path='decoder/layers_0/self_attention',
-    num_heads=64,
-    source_num_kv_heads=source_heads,
-    num_kv_heads=num_kv_heads,
-    head_dim=4,
-  )
-  return convert_module(kernels, module, 'mean')
-
-
-@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize('steps', [(64, 16, 8), (64, 32, 16, 8, 4, 2, 1), (64, 8, 1)])
-def test_mean_in_steps_is_the_mean_at_once(steps, dtype):
-  """Bit for bit, although the means between are rounded to be saved."""
-  rng = np.random.default_rng(0)
-  values = rng.standard_normal((2, 6, 64 * 4)).astype(dtype)
-  kernels = dict(zip(('key', 'value'), values, strict=True))
-  stepped = kernels
-  for before, after in itertools.pairwise(steps):
-    stepped = mean_of(stepped, before, after)
-  at_once = mean_of(kernels, 64, steps[-1])
-  for name, kernel in kernels.items():
-    assert stepped[name].dtype == at_once[name].dtype == dtype
-    np.testing.assert_array_equal(stepped[name], at_once[name])
-    # It is the mean: six roundings to at most half a unit in the last place each.
-    exact = kernel.astype(np.float64).reshape(6, steps[-1], -1, 4).mean(axis=2)
-    error = np.abs(at_once[name].astype(np.float64) - exact.reshape(6, -1)).max()
-    assert error <= 6 * float(ml_dtypes.finfo(dtype).eps)

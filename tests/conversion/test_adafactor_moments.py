@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
-from gqa_t5x.checkpoints.tree import flatten
 from gqa_t5x.conversion import adafactor_moments
-from gqa_t5x.conversion.kernels import AttentionModule
+from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
 from gqa_t5x.conversion.plan import plan_conversion
 from gqa_t5x.errors import BadInput
-from helpers.trees import UNUSED, flat, tiny_state
+from helpers.trees import UNUSED, D, H, N, flat, tiny_state
 
 
 def module(source, num_kv_heads, head_dim):
@@ -155,44 +154,85 @@ def test_unfactored_stays_so_where_adafactor_does_not_factor():
 
 
 class TestWholeState:
-  key = 'state/param_states/decoder/layers_1/self_attention/key/kernel'
+  kernel = 'decoder/layers_1/self_attention/key/kernel'
+  key = f'state/param_states/{kernel}'
 
-  def plan(self, tree, method='mean'):
-    tensors = {path: LazyTensor.of(array) for path, array in flatten(tree)}
-    return plan_conversion(tensors, num_kv_heads=2, method=method)
+  def plan(self, tree, method='mean', **options):
+    tensors = {path: LazyTensor.of(array) for path, array in flat(tree)}
+    return plan_conversion(tensors, num_kv_heads=2, method=method, **options)
+
+  def converted(self, method='mean', **options):
+    """Arrays before and after; sizes were known before anything was computed."""
+    plan, got = self.plan(tiny_state(), method, **options), {}
+    for unit in plan.units:
+      arrays = unit.compute()
+      for path, array in arrays.items():
+        assert (array.shape, array.dtype) == (
+          unit.outputs[path].shape,
+          unit.outputs[path].dtype,
+        )
+      got |= arrays
+    before = dict(flat(tiny_state()))
+    assert set(got) == set(before)
+    return before, got, plan.log
+
+  def assert_summed(self, before, got):
+    v_DNH = before[f'{self.key}/v'].reshape(D, N, H)
+    expected = np.stack([v_DNH[:, 0] + v_DNH[:, 1], v_DNH[:, 2] + v_DNH[:, 3]], 1)
+    np.testing.assert_allclose(
+      got[f'{self.key}/v'], expected.reshape(D, 2 * H), rtol=1e-6
+    )
+
+  def assert_reset(self, got, log, module):
+    for name in ALL_KERNELS:
+      prefix = f'state/param_states/{module}/{name}/kernel'
+      kernel = got[f'target/{module}/{name}/kernel']
+      np.testing.assert_array_equal(got[f'{prefix}/v'], np.zeros(kernel.shape))
+      for unused in ('m', 'v_row', 'v_col'):
+        np.testing.assert_array_equal(got[f'{prefix}/{unused}'], UNUSED)
+      assert log[f'{module}/{name}/kernel'].endswith('reset to zero')
 
   def test_moments_follow_their_kernels_and_others_are_copied(self):
-    tree = tiny_state()
-    plan = self.plan(tree)
-    got = {p: a for unit in plan.units for p, a in unit.compute().items()}
-    before = dict(flat(tree))
-    assert set(got) == set(before)
+    before, got, _ = self.converted()
     changed = {p for p in got if got[p].shape != before[p].shape}
     # Two layers, two attentions, two kernels, each with its v.
     assert len(changed) == 16
     for path in set(got) - changed:
       np.testing.assert_array_equal(got[path], before[path])
-    v_DNH = before[f'{self.key}/v'].reshape(6, 4, 2)
-    expected = np.stack([v_DNH[:, 0] + v_DNH[:, 1], v_DNH[:, 2] + v_DNH[:, 3]], 1)
-    np.testing.assert_allclose(got[f'{self.key}/v'], expected.reshape(6, 4), rtol=1e-6)
+    self.assert_summed(before, got)
 
-  def test_sizes_are_known_before_anything_is_computed(self):
-    for unit in self.plan(tiny_state()).units:
-      for path, array in unit.compute().items():
-        assert array.shape == unit.outputs[path].shape
-        assert array.dtype == unit.outputs[path].dtype
+  def test_svd_resets_all_four_kernels(self):
+    before, got, log = self.converted('svd')
+    assert len(log) == 2 * 2 * 4
+    for layer in (0, 1):
+      for attention in ('self_attention', 'encoder_decoder_attention'):
+        self.assert_reset(got, log, f'decoder/layers_{layer}/{attention}')
+    path = 'state/param_states/decoder/layers_1/mlp/wo/kernel/v'
+    np.testing.assert_array_equal(got[path], before[path])
 
-  def test_log_says_what_was_done(self):
-    path = 'decoder/layers_1/self_attention/key/kernel'
-    done = {
-      'mean': 'summed over each group',
-      'first': "of each group's first head",
-      'random': 'reset to zero',
-    }
-    for method, phrase in done.items():
-      log = self.plan(tiny_state(), method).log
-      assert len(log) == 8
-      assert log[path] == f'v (6, 8) -> v (6, 4), {phrase}'
+  def test_grouping_by_similarity_resets_what_it_reorders(self):
+    before, got, log = self.converted('mean', grouping='similarity')
+    assert len(log) == 2 * 4 + 2 * 2
+    self.assert_summed(before, got)
+    for name in ('query', 'out'):
+      path = f'{self.key.replace("key", name)}/v'
+      np.testing.assert_array_equal(got[path], before[path])
+    self.assert_reset(got, log, 'decoder/layers_1/encoder_decoder_attention')
+
+  @pytest.mark.parametrize(
+    ('method', 'phrase', 'count'),
+    [
+      ('mean', 'summed over each group', 8),
+      ('first', "of each group's first head", 8),
+      ('random', 'reset to zero', 8),
+      ('procrustes', 'reset to zero', 16),
+      ('refit', 'reset to zero', 16),
+    ],
+  )
+  def test_log_says_what_was_done(self, method, phrase, count):
+    log = self.plan(tiny_state(), method).log
+    assert len(log) == count
+    assert log[self.kernel] == f'v (6, 8) -> v (6, 4), {phrase}'
 
   def test_without_optimizer_state(self):
     plan = self.plan(tiny_state(moments=False))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gqa_t5x.conversion import input_statistics
-from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.errors import BadInput
 
 SELF = 'decoder/layers_0/self_attention'
@@ -26,13 +26,13 @@ ARRAYS = {
 def path(tmp_path):
   """A file of three modules that share arrays as attention does."""
   encoded = {'key': ARRAYS['keys'], 'value': ARRAYS['encoded']}
-  moments = {
-    SELF: InputMoments(ARRAYS['x'], ARRAYS['centred'], ARRAYS['x']),
-    CROSS.format(0): InputMoments(ARRAYS['cross_0'], **encoded),
-    CROSS.format(1): InputMoments(ARRAYS['cross_1'], **encoded),
+  statistics = {
+    SELF: InputStatistics(ARRAYS['x'], ARRAYS['centred'], ARRAYS['x']),
+    CROSS.format(0): InputStatistics(ARRAYS['cross_0'], **encoded),
+    CROSS.format(1): InputStatistics(ARRAYS['cross_1'], **encoded),
   }
   file = tmp_path / 'new' / 'statistics.npz'
-  input_statistics.write_statistics(file, moments, INFO)
+  input_statistics.write_statistics(file, statistics, INFO)
   return file
 
 
@@ -47,9 +47,9 @@ def path(tmp_path):
 def test_what_is_written_is_read(path, module, expected):
   opened = input_statistics.open_statistics(path)
   assert opened.info == INFO
-  moments = opened.moments(module)
+  statistics = opened.read(module)
   for name, array in zip(('query', 'key', 'value'), expected, strict=True):
-    got = getattr(moments, name)
+    got = getattr(statistics, name)
     np.testing.assert_array_equal(got, ARRAYS[array])
     assert got.dtype == np.float32
   assert list(path.parent.iterdir()) == [path]
@@ -65,16 +65,16 @@ def test_only_the_module_asked_for_is_read(path):
   """Damage to one module's array leaves the others readable."""
   flip_byte(path, ARRAYS['cross_1'].tobytes())
   opened = input_statistics.open_statistics(path)
-  np.testing.assert_array_equal(opened.moments(SELF).key, ARRAYS['centred'])
+  np.testing.assert_array_equal(opened.read(SELF).key, ARRAYS['centred'])
   with pytest.raises(BadInput, match='damaged'):
-    opened.moments(CROSS.format(1))
+    opened.read(CROSS.format(1))
 
 
 def test_float64_is_stored_as_float32_and_a_diagonal_as_a_vector(tmp_path):
   diagonal = np.array([1.0, 0.1, 4.0])
-  moments = {SELF: InputMoments(diagonal, diagonal, diagonal)}
-  input_statistics.write_statistics(tmp_path / 'a.npz', moments, {})
-  got = input_statistics.open_statistics(tmp_path / 'a.npz').moments(SELF)
+  statistics = {SELF: InputStatistics(diagonal, diagonal, diagonal)}
+  input_statistics.write_statistics(tmp_path / 'a.npz', statistics, {})
+  got = input_statistics.open_statistics(tmp_path / 'a.npz').read(SELF)
   np.testing.assert_array_equal(got.key, np.float32([1.0, 0.1, 4.0]))
   assert got.key.dtype == np.float32
 
@@ -83,10 +83,10 @@ def test_float64_is_stored_as_float32_and_a_diagonal_as_a_vector(tmp_path):
 def test_failure_leaves_the_old_file(path, bad):
   before = path.read_bytes()
   broken = np.full((D, D), bad)
-  moments = {SELF: InputMoments(ARRAYS['x'], broken, ARRAYS['x'])}
+  statistics = {SELF: InputStatistics(ARRAYS['x'], broken, ARRAYS['x'])}
   message = f'the key moments of {SELF} are not finite'
   with pytest.raises(BadInput, match=message):
-    input_statistics.write_statistics(path, moments, INFO)
+    input_statistics.write_statistics(path, statistics, INFO)
   assert path.read_bytes() == before
   assert list(path.parent.iterdir()) == [path]
 
@@ -135,19 +135,19 @@ def unlisted(path) -> None:
 
 def not_square(path) -> None:
   wide = np.ones((D, D + 1))
-  moments = {SELF: InputMoments(wide, wide, wide)}
-  input_statistics.write_statistics(path, moments, INFO)
+  statistics = {SELF: InputStatistics(wide, wide, wide)}
+  input_statistics.write_statistics(path, statistics, INFO)
 
 
 def unequal(path) -> None:
-  moments = {SELF: InputMoments(ARRAYS['x'], np.ones((2, 2)), ARRAYS['x'])}
-  input_statistics.write_statistics(path, moments, INFO)
+  statistics = {SELF: InputStatistics(ARRAYS['x'], np.ones((2, 2)), ARRAYS['x'])}
+  input_statistics.write_statistics(path, statistics, INFO)
 
 
 def check_and_read(path) -> None:
   opened = input_statistics.open_statistics(path)
   opened.check(SELF, D)
-  opened.moments(SELF)
+  opened.read(SELF)
 
 
 @pytest.mark.parametrize(

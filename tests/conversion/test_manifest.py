@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 from etils import epath
 
-from gqa_t5x import convert
+from gqa_t5x.checkpoints import writer
 from gqa_t5x.checkpoints.lazy_tensor import TensorSpec
 from gqa_t5x.conversion import manifest
 from helpers.trees import D, H, tiny_shapes, tiny_state, write_msgpack
+from helpers.trees import run_convert as run
 
 KEY = 'target/decoder/layers_1/self_attention/key/kernel'
 OUT = 'target/decoder/layers_1/self_attention/out/kernel'
 MOMENT = 'state/param_states/decoder/layers_1/self_attention/key/kernel/v'
 COPIED = 'target/decoder/layers_0/mlp/wo/kernel'
-
-
-def run(*args):
-  return convert.main(['convert', *map(str, args)])
 
 
 @pytest.fixture(scope='module')
@@ -94,12 +91,12 @@ def test_checksum_is_of_the_rows(dtype):
   rows = np.arange(6).reshape(2, 3).astype(dtype)
   wanted = hashlib.sha256(b''.join(row.tobytes() for row in rows)).hexdigest()
   column_major = np.asfortranarray(rows)
-  assert manifest.describe_tensor(column_major) == {
+  assert writer.describe_tensor(column_major) == {
     'shape': [2, 3],
     'dtype': np.dtype(dtype).name,
     'sha256': wanted,
   }
-  assert manifest.describe_tensor(np.asarray(dtype(3)))['shape'] == []
+  assert writer.describe_tensor(np.asarray(dtype(3)))['shape'] == []
 
 
 def test_fingerprint_knows_names_shapes_and_dtypes():
@@ -237,21 +234,8 @@ def test_verify_finds_damage(damage, messages, copy, capsys):
   assert err.count('\n') == 1
   for message in messages:
     assert message.format(path=copy) in err
-
-
-def test_only_the_damaged_are_named(copy, capsys):
-  truncate(copy)
-  assert run(f'--verify={copy}') == 1
-  named = set(re.findall(r'(?:target|state)/[\w/]+', capsys.readouterr().err))
-  assert named == {KEY}
-
-
-def test_what_has_no_manifest_is_said_so(made, capsys):
-  mha = made.parent.parent / 'mha' / 'checkpoint_1000'
-  assert run(f'--verify={mha}') == 1
-  assert f'error: {mha} has no gqa_t5x_manifest.json' in capsys.readouterr().err
-  assert run(f'--verify={made / "nowhere"}') == 1
-  assert 'there is no checkpoint at' in capsys.readouterr().err
+  if damage is truncate:  # no other tensor is named
+    assert set(re.findall(r'(?:target|state)/[\w/]+', err)) == {KEY}
 
 
 def test_a_converted_checkpoint_converts_again(made, tmp_path):

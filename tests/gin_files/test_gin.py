@@ -220,7 +220,7 @@ def test_a_file_shows_its_command(file):
   engines = set()
   for words in example_commands(file):
     if words[:2] == ['-m', 'gqa_t5x.convert']:
-      assert convert.define_flags()(words[1:]) == words[1:2]
+      assert convert.define_command().values(words[1:]) == words[1:2]
       continue
     gin_files = re.findall(r'--gin_file=(\S+)', ' '.join(words))
     if file not in gin_files:

@@ -6,7 +6,7 @@ sample of inputs, whose moments the conversion is told.
 
 import numpy as np
 
-from gqa_t5x.conversion.input_statistics import InputMoments
+from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import AttentionModule
 from helpers import model_oracle
 
@@ -62,7 +62,7 @@ def sample(seed=0):
   return (
     x_TD,
     y_PD,
-    InputMoments(x_TD.T @ x_TD / T, centred.T @ centred / P, y_PD.T @ y_PD / P),
+    InputStatistics(x_TD.T @ x_TD / T, centred.T @ centred / P, y_PD.T @ y_PD / P),
   )
 
 
@@ -70,7 +70,7 @@ def scales(seed=0):
   """Moments as the weights alone give them."""
   rng = RNG(200 + seed)
   query, key = rng.uniform(0.2, 2.0, (2, D)) ** 2
-  return InputMoments(query, key, key)
+  return InputStatistics(query, key, key)
 
 
 def attention(kernels, x_TD, y_PD, bias_NTP=None):

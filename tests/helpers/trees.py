@@ -6,6 +6,12 @@ The names and shapes below are written out by hand, after T5X's minimal T5.1.1.
 import pathlib
 
 import numpy as np
+from etils import epath
+
+from gqa_t5x.checkpoints import folders, writer
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, Unit
+from gqa_t5x.checkpoints.tree import flatten as flat
+from gqa_t5x.checkpoints.tree import unflatten as nest
 
 V, D, F, N, H = 11, 6, 5, 4, 2
 STEP = 1000
@@ -51,25 +57,26 @@ def tiny_shapes(num_kv_heads=N, *, encoder_kv_heads=N, decoder_layers=2):
   return shapes
 
 
-def nest(flat):
-  """{"a/b": x} -> {"a": {"b": x}}."""
-  tree = {}
-  for path, value in flat.items():
-    *parents, last = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
-  return tree
+def read(folder):
+  """Path -> array of every tensor in a checkpoint."""
+  tensors = folders.open_checkpoint(epath.Path(folder))
+  return {path: tensor.read() for path, tensor in tensors.items()}
 
 
-def flat(tree, prefix=''):
-  """The reverse of nest."""
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from flat(value, f'{prefix}{key}/')
-    else:
-      yield prefix + key, value
+def assert_same(got, tree):
+  """Compares path -> array with a nested tree, dtypes included."""
+  expected = dict(flat(tree))
+  assert set(got) == set(expected)
+  for path, value in expected.items():
+    np.testing.assert_array_equal(got[path], value)
+    assert got[path].dtype == value.dtype, path
+
+
+def run_convert(*flags):
+  """Runs `python -m gqa_t5x.convert` in this process; returns its exit code."""
+  from gqa_t5x import convert
+
+  return convert.main(['convert', *map(str, flags)])
 
 
 def tiny_params(num_kv_heads=N, seed=0, **kwargs):
@@ -112,4 +119,14 @@ def write_orbax(folder: pathlib.Path, tree):
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder.absolute() / 'state', args=ocp.args.PyTreeSave(tree))
+  return folder
+
+
+def write_t5x(folder: pathlib.Path, tree):
+  """T5X's legacy layout by this project's writer, one unit a tensor."""
+  tensors = {path: LazyTensor.of(array) for path, array in flat(tree)}
+  units = [Unit({p: t}, lambda p=p, t=t: {p: t.read()}) for p, t in tensors.items()]
+  sizes = []
+  writer.write_checkpoint(epath.Path(folder), units, sizes.append)
+  assert sum(sizes) == sum(array.nbytes for _, array in flat(tree))
   return folder

@@ -11,8 +11,8 @@ import __main__
 import gin
 from gqa_t5x import calibrate, convert
 from gqa_t5x.checkpoints import folders
-from gqa_t5x.conversion.input_statistics import InputMoments, write_statistics
-from gqa_t5x.conversion.recipe import Recipe
+from gqa_t5x.conversion.input_statistics import InputStatistics, write_statistics
+from gqa_t5x.conversion.methods import check_grouping, get_method
 from gqa_t5x.reproduce.__main__ import PARTS
 from gqa_t5x.reproduce.experiments import conversion
 from gqa_t5x.reproduce.experiments.arms import Arm
@@ -171,11 +171,12 @@ def test_conversion_commands(tmp_path):
   folder = tmp_path / 'local' / 'conversion' / 'tiny'
   seen = set()
   for stage in plan:
-    args = convert.define_flags()
+    args = convert.define_command().values
     assert args(stage.command[1:]) == ['gqa_t5x.convert']
     assert args.input == str(folder / 'mha' / 'checkpoint_2400')
     assert stage.result == pathlib.Path(args.output) / 'checkpoint_2400'
-    Recipe(args.method, args.grouping, None)  # Or it raises.
+    get_method(args.method)  # Or it raises.
+    check_grouping(args.grouping)
     expected = (folder / 'statistics.npz') if args.statistics else None
     assert args.statistics == (str(expected) if expected else None)
     assert (expected in stage.needs) == (args.statistics is not None)
@@ -349,14 +350,14 @@ def test_spectra_are_those_of_the_best_low_rank_approximation(tmp_path):
   source = write_msgpack(tmp_path / f'checkpoint_{STEP}', state)
   rng = np.random.default_rng(0)
   roots = [rng.standard_normal((D, D)) for _ in range(3)]  # C = root root^T
-  moments = InputMoments(*(np.float32(root @ root.T) for root in roots))
+  statistics = InputStatistics(*(np.float32(root @ root.T) for root in roots))
   modules = [
     f'decoder/layers_{i}/{name}'
     for i in range(2)
     for name in ('self_attention', 'encoder_decoder_attention')
   ]
   file = tmp_path / 'statistics.npz'
-  write_statistics(file, dict.fromkeys(modules, moments), {})
+  write_statistics(file, dict.fromkeys(modules, statistics), {})
   rows = list(spectra.rows(source, file, (2, 1)))
   assert len(rows) == 4 * 2 * 2 * 2
   decoder = state['target']['decoder']

@@ -165,7 +165,7 @@ def test_conversion_and_benchmark_commands_parse():
   for scale in ('paper', 'local'):
     for stage in plan.make('all', scale, BUCKET).stages:
       if stage.command[1] == 'gqa_t5x.convert':
-        args = convert.define_flags()
+        args = convert.define_command().values
         assert args(stage.command[1:]) == ['gqa_t5x.convert']
         assert str(stage.result.parent) == args.output
       if stage.command[1] == 'gqa_t5x.benchmark':

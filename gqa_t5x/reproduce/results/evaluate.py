@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from etils import epath
 
 from gqa_t5x.checkpoints import folders
-from gqa_t5x.checkpoints.tree import Architecture, read_architecture, unflatten
+from gqa_t5x.checkpoints.tree import Architecture
 from gqa_t5x.decoding import generate
 from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments.gin_macros import macro
@@ -49,7 +48,7 @@ def write_rows(
   for (method, num_kv_heads, steps), source in tqdm.tqdm(
     arms.items(), desc='evaluate', unit='model', mininterval=0
   ):
-    values, architecture = load_params(source)
+    values, architecture = folders.read_params(source)
     loss, accuracy = validation_loss(values, architecture, batches)
     parameters.setdefault(num_kv_heads, (values, architecture))
     rows.append(
@@ -117,26 +116,6 @@ def validation_batches(
   )
   batched = dataset.batch(batch_size, drop_remainder=True).take(num_batches)
   yield from batched.as_numpy_iterator()
-
-
-def load_params(path: pathlib.Path) -> tuple[dict[str, Any], Architecture]:
-  """Reads the parameters of a checkpoint of either layout.
-
-  Args:
-    path: the checkpoint folder.
-
-  Returns:
-    (parameter tree, sizes).
-  """
-  tensors = folders.open_checkpoint(epath.Path(path))
-  flat = {
-    name.removeprefix('target/'): tensor
-    for name, tensor in tensors.items()
-    if name.startswith('target/')
-  }
-  architecture = read_architecture({name: t.shape for name, t in flat.items()})
-  values = {name: tensor.read() for name, tensor in flat.items()}
-  return unflatten(values), architecture
 
 
 @functools.lru_cache

@@ -11,13 +11,12 @@ from gqa_t5x.checkpoints import folders
 from gqa_t5x.checkpoints.tree import (
   TARGET,
   Architecture,
-  norms_before,
+  parameters,
   read_architecture,
 )
-from gqa_t5x.conversion import sharing
-from gqa_t5x.conversion.input_statistics import InputMoments, open_statistics
+from gqa_t5x.conversion.input_statistics import from_norms, open_statistics
 from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
-from gqa_t5x.conversion.recipe import Tensors
+from gqa_t5x.conversion.shared_heads import spectra
 
 DECODER_KINDS = ('self_attention', 'cross_attention')
 SHARES = (0.99, 0.95, 0.90)
@@ -41,11 +40,7 @@ def rows(
     `rank_90`, the directions that hold as much of it; lists with one entry a group.
   """
   tensors = folders.open_checkpoint(epath.Path(source))
-  shapes = {
-    name.removeprefix(TARGET): tensor.shape
-    for name, tensor in tensors.items()
-    if name.startswith(TARGET)
-  }
+  shapes = {name: tensor.shape for name, tensor in parameters(tensors).items()}
   architecture = read_architecture(shapes)
   measured = open_statistics(statistics)
   for kind, path in architecture.attention_modules():
@@ -53,13 +48,13 @@ def rows(
       continue
     kernels = {n: tensors[f'{TARGET}{path}/{n}/kernel'].read() for n in ALL_KERNELS}
     inputs = {
-      'weights': _inputs_of_weights(tensors, kind, path),
-      'calibrated': measured.moments(path),
+      'weights': from_norms(tensors, kind, path),
+      'calibrated': measured.read(path),
     }
     for K in num_kv_heads:
       module = _module(architecture, kind, path, K)
-      for name, moments in inputs.items():
-        for side, values in sharing.spectra(kernels, module, moments).items():
+      for name, of_inputs in inputs.items():
+        for side, values in spectra(kernels, module, of_inputs).items():
           yield {
             'layer': int(path.split('/')[1].removeprefix('layers_')),
             'module': kind,
@@ -104,12 +99,3 @@ def _module(
     num_kv_heads=num_kv_heads,
     head_dim=architecture.head_dim,
   )
-
-
-def _inputs_of_weights(tensors: Tensors, kind: str, path: str) -> InputMoments:
-  """What the scales of the layer norms in front say of a module's inputs."""
-  query, key = (
-    np.square(tensors[TARGET + norm].read(), dtype=np.float64)
-    for norm in norms_before(kind, path)
-  )
-  return InputMoments(query=query, key=key, value=key)

@@ -1,0 +1,335 @@
+"""Converts a checkpoint from disk to disk: find, plan, check space, write, report."""
+
+import collections
+import dataclasses
+import os
+import re
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from gqa_t5x import files
+from gqa_t5x.checkpoints import folders, t5x_layouts, writer
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
+from gqa_t5x.checkpoints.tree import PARAM_STATES, TARGET
+from gqa_t5x.conversion import manifest
+from gqa_t5x.conversion.methods import get_method
+from gqa_t5x.conversion.plan import Plan, plan_conversion
+from gqa_t5x.errors import BadInput
+
+_LAYER = re.compile(r'layers_(\d+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One conversion, as `python -m gqa_t5x.convert` is asked for it.
+
+  Attributes:
+    input: path of the checkpoint, or of a folder of them, local or gs://.
+    output: where to write: a folder, in which checkpoint_<step> is made, or that
+      checkpoint's own path. None only if nothing is written.
+    num_kv_heads: K of decoder self- and cross-attention; None leaves them.
+    self_attention_num_kv_heads: of decoder self-attention alone.
+    cross_attention_num_kv_heads: of cross-attention alone.
+    encoder_num_kv_heads: of the encoder, which else is left as it is.
+    method: a name in methods.METHODS.
+    grouping: a name in methods.GROUPINGS.
+    statistics: path of the file of `python -m gqa_t5x.calibrate`; None: the weights
+      alone.
+    seed: of the method "random".
+    compression: of the result, a name in writer.COMPRESSORS.
+    dry_run: only say what would be done.
+    verbose: say of each kernel what became of its Adafactor moments.
+  """
+
+  input: str
+  output: str | None = None
+  num_kv_heads: int | None = None
+  self_attention_num_kv_heads: int | None = None
+  cross_attention_num_kv_heads: int | None = None
+  encoder_num_kv_heads: int | None = None
+  method: str = 'mean'
+  grouping: str = 'contiguous'
+  statistics: str | None = None
+  seed: int = 0
+  compression: str = 'zstd'
+  dry_run: bool = False
+  verbose: bool = False
+
+  def head_counts(self) -> dict[str, int | None]:
+    """The numbers of key/value heads, by name."""
+    return {
+      'num_kv_heads': self.num_kv_heads,
+      'self_attention_num_kv_heads': self.self_attention_num_kv_heads,
+      'cross_attention_num_kv_heads': self.cross_attention_num_kv_heads,
+      'encoder_num_kv_heads': self.encoder_num_kv_heads,
+    }
+
+
+def convert(request: Request) -> None:
+  """Converts, and prints what was done; or, of a dry run, what would be.
+
+  Args:
+    request: what to do.
+
+  Raises:
+    BadInput: bad input; nothing is left behind.
+  """
+  get_method(request.method)
+  source, step, tensors = _open_source(request)
+  output = request.output and _absolute(request.output)
+  target = choose_output(source, output, step) if output else None
+  statistics = request.statistics and str(_absolute(request.statistics))
+  plan = plan_conversion(
+    tensors,
+    method=request.method,
+    seed=request.seed,
+    grouping=request.grouping,
+    statistics=statistics,
+    **request.head_counts(),
+  )
+  if request.dry_run:
+    _preview(request.method, plan, source, target, tensors)
+    return
+
+  def write_manifest(folder: epath.Path, changed: writer.Changed) -> None:
+    record = manifest.make_manifest(
+      plan,
+      source=str(source),
+      tensors=tensors,
+      step=step,
+      method={
+        'name': request.method,
+        'grouping': request.grouping,
+        'seed': request.seed,
+        'statistics': statistics,
+      },
+      compression=request.compression,
+      changed=changed,
+    )
+    files.write_json(folder / manifest.NAME, record)
+
+  writer.check_space(target, plan.nbytes)
+  with tqdm(
+    total=plan.nbytes, unit='B', unit_scale=True, desc='Converting', disable=None
+  ) as progress:
+    writer.write_checkpoint(
+      target,
+      plan.units,
+      progress.update,
+      source=tensors,
+      compression=request.compression,
+      add_files=write_manifest,
+    )
+  _report(request, plan, source, target)
+
+
+def verify(path: str) -> None:
+  """Checks a converted checkpoint against its manifest, and says so in one line.
+
+  Args:
+    path: the checkpoint folder, or a model_dir, whose latest checkpoint is taken.
+
+  Raises:
+    BadInput: it has no manifest, or tensors differ from it.
+  """
+  folder = folders.find_checkpoint(_absolute(path))
+  record = manifest.verify(folder)
+  print(
+    f'{folder} is whole: {len(record["changed"])} tensors made by'
+    f' {record["method"]["name"]} have their checksums, all'
+    f' {record["result"]["num_tensors"]} their shapes'
+  )
+
+
+def _absolute(text: str) -> epath.Path:
+  """A path as T5X wants it: absolute and, if local, without symbolic links."""
+  path = epath.Path(text)
+  return path if '://' in text else epath.Path(os.path.realpath(path.expanduser()))
+
+
+def _open_source(
+  request: Request,
+) -> tuple[epath.Path, int, dict[str, LazyTensor]]:
+  """Finds and opens the checkpoint.
+
+  Returns:
+    Its folder, its step (where it keeps none, the one that the output names), and
+    path -> tensor.
+  """
+  given = _absolute(request.input)
+  source = folders.find_checkpoint(given)
+  if source != given:
+    print(f'Reading {source}')
+  tensors = folders.open_checkpoint(source)
+  if 'state/step' not in tensors:
+    raise BadInput(f'{source} has no tensor state/step: it is not of T5X')
+  if request.output and not folders.step_is_known(source):
+    named = folders.checkpoint_step(_absolute(request.output))
+    if named is not None:
+      tensors['state/step'] = LazyTensor.of(np.asarray(named, np.int32))
+  return source, int(tensors['state/step'].read()), tensors
+
+
+def choose_output(source: epath.Path, output: epath.Path, step: int) -> epath.Path:
+  """Decides which folder to write, and refuses those that would do harm.
+
+  Args:
+    source: the checkpoint folder that is read.
+    output: as given: a folder, or a path that ends in checkpoint_<step>.
+    step: of the source.
+
+  Returns:
+    The checkpoint folder to make.
+
+  Raises:
+    BadInput: it holds a checkpoint, is the input or inside of it, or its name
+      gives another step.
+  """
+  named = folders.checkpoint_step(output)
+  if source in (output, output / f'checkpoint_{step}'):
+    raise BadInput(
+      f'--input and --output are the same checkpoint, {source}; choose another --output'
+    )
+  if source in output.parents:
+    raise BadInput(
+      f'--output={output} is inside the input {source}; choose another --output'
+    )
+  if named is None:
+    present = folders.list_checkpoints(output)
+    target = output / f'checkpoint_{step}'
+  elif named != step:
+    raise BadInput(
+      f'--output names step {named}, but {source} is of step {step};'
+      f' use --output={output.parent / f"checkpoint_{step}"}'
+    )
+  else:
+    target, present = output, []
+  present += [p for p in (output, target) if (p / t5x_layouts.MSGPACK).exists()]
+  present += [target] if target.exists() and not _is_empty_folder(target) else []
+  present = [p for p in present if p != target or not writer.is_unfinished(p)]
+  if present:
+    raise BadInput(
+      f'{present[0]} exists already; choose another --output, or delete it'
+    )
+  return target
+
+
+def _is_empty_folder(path: epath.Path) -> bool:
+  return path.is_dir() and not any(path.iterdir())
+
+
+# --- What is said ---------------------------------------------------------------
+
+
+def _preview(
+  method: str,
+  plan: Plan,
+  source: epath.Path,
+  target: epath.Path | None,
+  tensors: Mapping[str, TensorSpec],
+) -> None:
+  """Prints what --dry_run is for: what is converted, kept and dropped, and saved."""
+  outputs = plan.outputs
+  kept = [path for path in sorted(outputs) if outputs[path] is tensors.get(path)]
+  changed = sorted(outputs.keys() - set(kept))
+  print(f'Converted: {len(changed)} tensors, {_nbytes(outputs, changed):,} bytes')
+  _print_parameters(
+    {p: f'{_shape(tensors[p])} -> {_shape(outputs[p])}  {method}' for p in changed}
+  )
+  for line in group_layers(plan.log):
+    print(f'  moments of {line}')
+  print(f'Kept: {len(kept)} tensors, {_nbytes(outputs, kept):,} bytes')
+  _print_parameters({path: _shape(tensors[path]) for path in kept})
+  if moments := sum(path.startswith(PARAM_STATES) for path in kept):
+    print(f'  moments of these, {moments} tensors')
+  print(f'Dropped: {", ".join(folders.dataset_state(source)) or "nothing"}')
+  before, after = _nbytes(tensors, tensors), plan.nbytes
+  print(
+    f'Checkpoint: {before:,} -> {after:,} bytes uncompressed, {before - after:,} saved'
+  )
+  print(_describe_sizes(plan))
+  if target is not None and not str(target).startswith('gs://'):
+    free = writer.free_bytes(target)
+    print(f'Disk at {target}: {plan.nbytes:,} bytes needed at most, {free:,} free')
+  print('Nothing was written')
+
+
+def _print_parameters(entries: Mapping[str, str]) -> None:
+  """Prints the lines of all but Adafactor's moments."""
+  shown = {p: text for p, text in entries.items() if not p.startswith(PARAM_STATES)}
+  for line in group_layers(shown):
+    print(f'  {line}')
+
+
+def _report(
+  request: Request, plan: Plan, source: epath.Path, target: epath.Path
+) -> None:
+  """Says what was done, and what to give to T5X."""
+  if request.verbose:
+    for path, note in plan.log.items():
+      print(f'moments of {path}: {note}')
+  done = collections.Counter(note.rpartition(', ')[2] for note in plan.log.values())
+  for what, count in done.items():
+    print(f'Adafactor moments of {count} kernels: {what}')
+  if plan.source == plan.target:
+    print('It has as many key/value heads already: only the layout changed')
+  elif not plan.log:
+    print('The checkpoint has no optimizer state: none was written')
+  if names := folders.dataset_state(source):
+    print(f'Not copied: the state of the data pipeline ({", ".join(names)})')
+  print(f'Converted by {request.method}: {_describe_sizes(plan)}')
+  print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
+
+
+def _describe_sizes(plan: Plan) -> str:
+  """One line: parameters and decode cache, before and after."""
+  before, after = plan.source, plan.target
+  cache = [
+    f'{before.cache_bytes_per_token(kind):,} -> {after.cache_bytes_per_token(kind):,}'
+    for kind in ('self_attention', 'cross_attention')
+  ]
+  return (
+    f'{before.num_parameters():,} -> {after.num_parameters():,} parameters; decode'
+    f' cache in bfloat16 {cache[0]} bytes per output token, {cache[1]} bytes per input'
+    ' token'
+  )
+
+
+def group_layers(entries: Mapping[str, str]) -> list[str]:
+  """Joins the lines that differ in the number of the layer only.
+
+  Args:
+    entries: path -> text, {"decoder/layers_0/mlp/wo/kernel": "[5, 6]", ...}.
+
+  Returns:
+    Lines, in the order of their first entry: "decoder/layers_{0..23}/...  [5, 6]".
+  """
+  layers: dict[tuple[str, str], list[int]] = {}
+  for path, text in entries.items():
+    path = path.removeprefix(TARGET)
+    numbers = layers.setdefault((_LAYER.sub('layers_{}', path), text), [])
+    numbers += map(int, _LAYER.findall(path))
+  return [
+    f'{pattern.replace("{}", _numbers(sorted(numbers)))}  {text}'
+    for (pattern, text), numbers in layers.items()
+  ]
+
+
+def _numbers(numbers: list[int]) -> str:
+  """[3] -> "3", [0, 1, 2] -> "{0..2}", [0, 2] -> "{0,2}"."""
+  if len(numbers) < 2:
+    return ''.join(map(str, numbers))
+  if numbers[-1] - numbers[0] == len(numbers) - 1:
+    return f'{{{numbers[0]}..{numbers[-1]}}}'
+  return f'{{{",".join(map(str, numbers))}}}'
+
+
+def _shape(spec: TensorSpec) -> str:
+  return str(list(spec.shape))
+
+
+def _nbytes(specs: Mapping[str, TensorSpec], paths: Collection[str]) -> int:
+  return sum(specs[path].nbytes for path in paths)
