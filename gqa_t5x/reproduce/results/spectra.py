@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,6 +17,7 @@ from gqa_t5x.conversion import sharing
 from gqa_t5x.conversion.input_statistics import InputMoments, open_statistics
 from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
 from gqa_t5x.conversion.recipe import Tensors
+from gqa_t5x.reproduce.results.rows import Row
 
 DECODER_KINDS = ('self_attention', 'cross_attention')
 SHARES = (0.99, 0.95, 0.90)
@@ -27,7 +27,7 @@ def rows(
   source: pathlib.Path,
   statistics: pathlib.Path,
   num_kv_heads: Sequence[int],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
   """Describes the spectra of a checkpoint's decoder.
 
   Args:

@@ -15,7 +15,7 @@ class StageFailed(Exception):
   """A run cannot go on; the message says why, and names the command and its log."""
 
 
-class Child:
+class Process:
   """Runs `python ...` once; may be ended from another thread at any time."""
 
   def __init__(
@@ -31,7 +31,7 @@ class Child:
       command: arguments of Python.
       log: file for all that it prints but progress bars.
       compilation_cache: folder where JAX keeps compiled programs.
-      lock: open file that the child inherits.
+      lock: open file that the process inherits.
     """
     self._command, self._log = [sys.executable, *command], log
     self._lock = lock

@@ -1,20 +1,18 @@
 """The conversion study across sizes: does what holds for a small model hold on?"""
 
 import json
-import os
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
+from gqa_t5x.analysis.palette import BLUE, GREEN, PINK, VERMILION
 from gqa_t5x.model import network, sizes
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
-
-Row = dict[str, Any]
+from gqa_t5x.reproduce.experiments.models import MEAN, PRETRAINED, SVD, Method
+from gqa_t5x.reproduce.experiments.studies import ROWS
+from gqa_t5x.reproduce.report.document import Document
+from gqa_t5x.reproduce.report.figures import plt, save, tidy
+from gqa_t5x.reproduce.results.losses import method_of
+from gqa_t5x.reproduce.results.rows import Row
 
 SIDES = (
   ('self_attention', 'key'),
@@ -22,48 +20,58 @@ SIDES = (
   ('cross_attention', 'key'),
   ('cross_attention', 'value'),
 )
-COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7')
+COLORS = (BLUE, VERMILION, GREEN, PINK)
 MARKERS = 'osD^'
 
 
-def read(folder: pathlib.Path) -> dict[str, list[Row]]:
-  """Reads the rows of every size whose study is done, by rising size.
+def add(doc: Document, folder: Any) -> None:
+  """Adds the table and the figure `trend.png`, if there is more than one size.
 
   Args:
-    folder: the study's output_dir.
+    doc: the report of one size.
+    folder: of that size; those of other sizes are next to it, under their names.
   """
-  files = {size: folder / size / 'rows.json' for size in sizes.SIZES}
-  return {
+  files = {size: folder.parent / size / ROWS for size in sizes.SIZES}
+  by_size = {
     size: json.loads(file.read_text()) for size, file in files.items() if file.exists()
   }
+  if len(by_size) < 2:
+    return
+  doc.text(
+    '## Against scale',
+    'Excess loss right after conversion, and the share of the calibrated spectra that'
+    ' does\nnot fit, mean over layers and groups.',
+  )
+  sides = (f'{kind.partition("_")[0]} {side}' for kind, side in SIDES)
+  head = ['size', 'D', 'layers', 'heads', 'MHA loss', 'to K', 'mean', 'svd']
+  doc.table([*head, 'svd / mean', *sides], _table_rows(by_size))
+  draw(by_size, folder / 'trend.png')
+  doc.image('trend.png', 'Dropped share of the spectrum by size')
 
 
-def markdown(by_size: Mapping[str, Sequence[Row]]) -> str:
-  """Returns a table with a line for each size and number of key/value heads.
-
-  Args:
-    by_size: size -> rows of its study.
-  """
-  sides = ' | '.join(f'{kind.partition("_")[0]} {side}' for kind, side in SIDES)
-  lines = [
-    '| size | D | layers | heads | MHA loss | to K | mean | svd | svd / mean'
-    f' | {sides} |',
-    '|---|---:|---:|---:|---:|---:|---:|---:|---:|' + '---:|' * len(SIDES),
-  ]
+def _table_rows(by_size: Mapping[str, Sequence[Row]]) -> list[list[str]]:
+  """A line for each size and number of key/value heads."""
+  lines = []
   for size, rows in by_size.items():
     config = network.config(size)
     for num_kv_heads in _heads(rows):
-      mean, svd = (_loss(rows, method, num_kv_heads) for method in ('mean', 'svd'))
-      dropped = ' | '.join(
-        f'{share:.4f}' for share in dropped_shares(rows, num_kv_heads).values()
-      )
+      mean, svd = (_loss(rows, method, num_kv_heads) for method in (MEAN, SVD))
+      shares = dropped_shares(rows, num_kv_heads).values()
       lines.append(
-        f'| {size} | {config.emb_dim} | {config.num_encoder_layers} +'
-        f' {config.num_decoder_layers} | {config.num_heads} x {config.head_dim}'
-        f' | {_mha_loss(rows):.3f} | {num_kv_heads} | {mean:.3f} | {svd:.4f}'
-        f' | {svd / mean:.4f} | {dropped} |'
+        [
+          size,
+          str(config.emb_dim),
+          f'{config.num_encoder_layers} + {config.num_decoder_layers}',
+          f'{config.num_heads} x {config.head_dim}',
+          f'{_mha_loss(rows):.3f}',
+          str(num_kv_heads),
+          f'{mean:.3f}',
+          f'{svd:.4f}',
+          f'{svd / mean:.4f}',
+          *(f'{share:.4f}' for share in shares),
+        ]
       )
-  return '\n'.join(lines)
+  return lines
 
 
 def dropped_shares(
@@ -89,7 +97,7 @@ def dropped_shares(
   return {key: statistics.fmean(values) for key, values in shares.items()}
 
 
-def draw(by_size: Mapping[str, Sequence[Row]], path: pathlib.Path) -> None:
+def draw(by_size: Mapping[str, Sequence[Row]], path: Any) -> None:
   """Draws the dropped share against the number of heads that share one.
 
   Args:
@@ -116,29 +124,23 @@ def draw(by_size: Mapping[str, Sequence[Row]], path: pathlib.Path) -> None:
     axis.xaxis.set_major_formatter('{x:.0f}')
     axis.set_xlabel('heads that share one')
     axis.set_ylim(bottom=0)
-    axis.grid(axis='y', lw=0.4, color='0.85')
-    axis.spines[['top', 'right']].set_visible(False)
+    tidy(axis, grid='y')
   axes[0].set_ylabel('dropped share, %')
   axes[0].legend(fontsize=8, frameon=False)
-  temporary = path.with_suffix('.tmp.png')
-  fig.savefig(temporary, dpi=150)
-  plt.close(fig)
-  os.replace(temporary, path)
+  save(fig, path)
 
 
 def _heads(rows: Sequence[Row]) -> list[int]:
   return sorted({r['num_kv_heads'] for r in rows if r['kind'] == 'spectrum'})[::-1]
 
 
-def _loss(rows: Sequence[Row], method: str, num_kv_heads: int) -> float:
+def _loss(rows: Sequence[Row], method: Method, num_kv_heads: int) -> float:
   """Excess loss right after conversion; all seeds have the same."""
   return next(
     row['excess_loss']
     for row in rows
     if row['kind'] == 'conversion'
-    and (row['method'], row['num_kv_heads']) == (method, num_kv_heads)
-    and row['statistics'] in ('none', 'calibrated')
-    and row['grouping'] == 'contiguous'
+    and (method_of(row), row['num_kv_heads']) == (method, num_kv_heads)
     and row['uptrain_steps'] == 0
   )
 
@@ -148,6 +150,6 @@ def _mha_loss(rows: Sequence[Row]) -> float:
     row['validation_loss']
     for row in rows
     if row['kind'] == 'conversion'
-    and row['method'] == 'none'
+    and row['method'] == PRETRAINED
     and row['uptrain_steps'] == 0
   )

@@ -1,18 +1,17 @@
 """Rows of the conversion study: what its runs left, as one JSON file."""
 
 import dataclasses
-import json
-import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from gqa_t5x.reproduce.experiments.arms import Arm
-from gqa_t5x.reproduce.results import evaluate, events, spectra
-
-Row = dict[str, Any]
+from gqa_t5x import files
+from gqa_t5x.reproduce.experiments.models import PRETRAINED, Model
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.studies import STUDIES
+from gqa_t5x.reproduce.results import events, miniature, rows, spectra
+from gqa_t5x.reproduce.results.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Evaluation:
   """What all models of a study are evaluated on, and when.
 
   Attributes:
-    study: a key of conversion.STUDIES.
+    study: a key of studies.STUDIES.
     size: a key of sizes.SIZES.
     task: seqio task; its validation split is used.
     lengths: tokens of inputs and targets.
@@ -48,11 +47,11 @@ class Evaluation:
       'batch_size': self.batch_size,
       'input_length': self.lengths['inputs'],
       'output_length': self.lengths['targets'],
-      **evaluate.environment(),
+      **rows.environment(),
     }
 
 
-def loss_rows(runs: Mapping[Arm, pathlib.Path], evaluation: Evaluation) -> list[Row]:
+def loss_rows(runs: Mapping[Model, pathlib.Path], evaluation: Evaluation) -> list[Row]:
   """Reads the validation loss of every model at every evaluated step.
 
   Args:
@@ -64,27 +63,33 @@ def loss_rows(runs: Mapping[Arm, pathlib.Path], evaluation: Evaluation) -> list[
     on the same batches; `alpha` the uptraining steps by those of pre-training.
 
   Raises:
-    events.BadEvents: of a run whose event files are damaged or not whole.
+    BadInput: of a run whose event files are damaged or not whole.
   """
   losses = {
-    arm: events.validation_losses(model_dir, evaluation.task, evaluation.steps)
-    for arm, model_dir in runs.items()
+    model: events.validation_losses(model_dir, evaluation.task, evaluation.steps)
+    for model, model_dir in runs.items()
   }
   start = evaluation.steps[0]
-  base = next(found[start] for arm, found in losses.items() if arm.method == 'none')
+  base = next(
+    found[start] for model, found in losses.items() if model.method == PRETRAINED
+  )
   common = evaluation.common()
   return [
     {
       'kind': 'conversion',
       **common,
-      **dataclasses.asdict(arm),
+      'method': model.method,
+      'statistics': model.statistics,
+      'grouping': model.grouping,
+      'num_kv_heads': model.num_kv_heads,
+      'seed': model.seed,
       'uptrain_steps': step - start,
       'alpha': (step - start) / start,
       'validation_loss': loss,
       'excess_loss': loss - base,
       'validation_batches': evaluation.num_batches,
     }
-    for arm, found in losses.items()
+    for model, found in losses.items()
     for step, loss in found.items()
   ]
 
@@ -100,7 +105,7 @@ def unigram_row(evaluation: Evaluation) -> Row:
   Returns:
     A row of kind 'unigram'.
   """
-  batches = evaluate.validation_batches(
+  batches = miniature.validation_batches(
     evaluation.lengths, evaluation.batch_size, evaluation.num_batches
   )
   tokens = np.concatenate(
@@ -141,8 +146,32 @@ def spectrum_rows(
   return [{**common, **row} for row in spectra.rows(source, statistics, num_kv_heads)]
 
 
-def write(rows: list[Row], path: pathlib.Path) -> None:
-  """Writes rows as JSON, under a temporary name first."""
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(rows, indent=1))
-  os.replace(temporary, path)
+def write(output_dir: str, study: str) -> None:
+  """Writes the rows of a study from what its runs left.
+
+  Args:
+    output_dir: of all experiments.
+    study: a key of studies.STUDIES.
+
+  Raises:
+    BadInput: of a run whose event files are damaged or not whole.
+  """
+  plan = Planner(STUDIES[study], output_dir)
+  models, size = plan.experiment.models, plan.experiment.models[0].size
+  first, last = plan.pretrain_steps, plan.step(models[0].alpha)
+  evaluation = Evaluation(
+    study=study,
+    size=size,
+    task=plan.value('uptrain', 'MIXTURE_OR_TASK_NAME'),
+    lengths=plan.value('uptrain', 'TASK_FEATURE_LENGTHS'),
+    batch_size=plan.value('uptrain', 'BATCH_SIZE'),
+    num_batches=plan.value('uptrain', 'EVAL_STEPS'),
+    steps=[*range(first, last, plan.value('uptrain', 'EVAL_PERIOD')), last],
+  )
+  runs = {model: plan.path_of(model).parent for model in models}
+  found = [*loss_rows(runs, evaluation), unigram_row(evaluation)]
+  heads = tuple(dict.fromkeys(m.num_kv_heads for m in models if not m.is_mha))
+  found += spectrum_rows(
+    plan.pretraining(size).result, plan.statistics(size).result, heads, evaluation
+  )
+  files.write_json(plan.rows, found)

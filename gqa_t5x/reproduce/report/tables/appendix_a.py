@@ -1,38 +1,41 @@
 """Appendix A: is MQA stable, from scratch and uptrained?"""
 
+import pathlib
+
 from gqa_t5x.reproduce.experiments import paper
-from gqa_t5x.reproduce.experiments.lab import Lab
-from gqa_t5x.reproduce.experiments.models import SCRATCH, Model
-from gqa_t5x.reproduce.report import report_scores
-from gqa_t5x.reproduce.report.document import NOT_RUN, Document
+from gqa_t5x.reproduce.experiments.models import SCRATCH
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.report.document import Document
+from gqa_t5x.reproduce.report.tables import table1
 from gqa_t5x.reproduce.results.events import DIVERGENCES, SPIKES
-from gqa_t5x.reproduce.results.results import Measured, Results
+from gqa_t5x.reproduce.results.reader import Measured, Reader
 from gqa_t5x.reproduce.runner.stages import Stage
 
 
-def write(doc: Document, found: Results, lab: Lab) -> None:
+def write(doc: Document, found: Reader, plan: Planner, folder: pathlib.Path) -> None:
   """Adds scores with their spread, and the spikes and divergences of all runs.
 
   Args:
     doc: the report.
     found: reads results.
-    lab: of a scale.
+    plan: of a scale.
+    folder: not used: there is no figure.
   """
-  if lab.scale.public:
+  del folder
+  if plan.experiment.public:
     doc.text(f'The paper: {paper.APPENDIX_A}')
-  rows, wanted = [], Lab(lab.scale, str(lab.output_dir))
-  beside = () if lab.scale.public else lab.scale.models[1:]
-  for model in (*lab.scale.scratch, *beside):
+  rows, scale = [], plan.experiment
+  for model in scale.scratch if scale.public else (*scale.scratch, *scale.models[1:]):
     origin = 'from scratch' if model.method == SCRATCH else 'uptrained'
-    first = stage_before(wanted, model)
-    cells = [f'{model.label}, {origin}', *_events(doc, found, [first])]
+    before = plan.checkpoint(model)
+    cells = [f'{model.label}, {origin}', *_events(doc, found, [before])]
     runs: list[Stage] = []
-    for task in lab.scale.ablation_tasks:
-      cells.append(doc.number(found.score(lab, model, task), 1))
-      for seed in lab.scale.seeds_of(model):
-        runs.append(wanted.stage(wanted.finetuned(model, task, seed)))
+    for task in scale.ablation_tasks:
+      cells.append(doc.number(found.score(plan, model, task), 1))
+      seeds = scale.seeds_of(model)
+      runs += [plan.finetuning(model, task, seed) for seed in seeds]
     rows.append([*cells, *_events(doc, found, runs)])
-  tasks = report_scores.titles(lab.scale.ablation_tasks)
+  tasks = table1.titles(plan.experiment.ablation_tasks)
   head = [
     'model',
     'spikes before',
@@ -47,19 +50,13 @@ def write(doc: Document, found: Results, lab: Lab) -> None:
     ' `gqa_t5x/stability.py`: before, in pre-training from scratch or in uptraining;'
     ' and in all runs of fine-tuning together.'
   )
-  doc.commands([str(s) for s in wanted.stages if not s.result.exists()])
 
 
-def stage_before(lab: Lab, model: Model) -> Stage:
-  """Returns the stage that a model is fine-tuned after."""
-  return lab.stage(lab.checkpoint(model))
-
-
-def _events(doc: Document, found: Results, stages: list[Stage]) -> list[str]:
+def _events(doc: Document, found: Reader, stages: list[Stage]) -> list[str]:
   """Two cells: spikes and divergences of runs together; not run unless all were."""
   counts = [found.events(stage) for stage in stages]
   if not counts or None in counts:
-    return [NOT_RUN, NOT_RUN]
+    return [doc.not_run(), doc.not_run()]
   commands = tuple(str(stage) for stage in stages)
   cells = []
   for kind in (SPIKES, DIVERGENCES):

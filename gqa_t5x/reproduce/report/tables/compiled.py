@@ -2,14 +2,17 @@
 
 import pathlib
 import statistics
+from typing import Any
 
+from gqa_t5x.analysis import palette
 from gqa_t5x.reproduce.experiments import compiled, paper
-from gqa_t5x.reproduce.experiments.lab import Lab, num_kv_heads
+from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.scales import PAPER
 from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.document import NOT_RUN, Document
+from gqa_t5x.reproduce.report.document import Document
 from gqa_t5x.reproduce.report.figures import Series
-from gqa_t5x.reproduce.results.results import Measured, Results, Row
+from gqa_t5x.reproduce.results.reader import Measured, Reader, measured
+from gqa_t5x.reproduce.results.rows import Row
 
 KIND = 'tpu_compile'
 GIB = 2**30
@@ -17,13 +20,13 @@ DAY_S = 86_400
 UPTRAIN_STEPS = round(paper.ALPHA * 1_000_000)
 
 
-def write(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> None:
+def write(doc: Document, found: Reader, plan: Planner, folder: pathlib.Path) -> None:
   """Adds three tables and a figure.
 
   Args:
     doc: the report.
     found: reads results.
-    lab: of the papers' scale.
+    plan: of the papers' scale.
     folder: where figures go.
   """
   doc.text(
@@ -32,19 +35,16 @@ def write(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> None
     ' most: a TPU needs longer. s/sample: on one chip, with the encoder; the batch is'
     ' the largest that fits, 32 a chip at most, as in the paper.'
   )
-  wanted = Lab(lab.scale, str(lab.output_dir))
-  compiled.stages(wanted)
-  _table1(doc, found, wanted)
-  _figure6(doc, found, wanted, folder)
-  _uptraining(doc, found, wanted)
-  doc.commands([str(s) for s in wanted.stages if not s.result.exists()])
+  _table1(doc, found, plan.output_dir)
+  _figure6(doc, found, plan.output_dir, folder)
+  _uptraining(doc, found, plan.output_dir)
 
 
-def _table1(doc: Document, found: Results, lab: Lab) -> None:
+def _table1(doc: Document, found: Reader, output_dir: Any) -> None:
   rows, times = {}, {}
   for model in PAPER.models:
     rows[model] = [
-      _decoding(found, lab, model.size, num_kv_heads(model), lengths)
+      _decoding(found, output_dir, model.size, model.num_kv_heads, lengths)
       for lengths in compiled.LENGTHS
     ]
     times[model] = _mean_over_tasks(rows[model])
@@ -76,18 +76,20 @@ def _mean_over_tasks(rows: list[Row | None]) -> Measured | None:
 
 def _ratio(doc: Document, a: Measured | None, b: Measured | None) -> str:
   if a is None or b is None:
-    return NOT_RUN
+    return doc.not_run()
   commands = tuple(dict.fromkeys(a.commands + b.commands))
   return doc.number(Measured((a.mean / b.mean,), 'compiled', commands), 2)
 
 
 def _with_batch(doc: Document, row: Row | None) -> str:
   if row is None:
-    return NOT_RUN
+    return doc.not_run()
   return f'{_number(doc, row, "seconds_per_sample", 3)}, {row["batch_size"]}'
 
 
-def _figure6(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> None:
+def _figure6(
+  doc: Document, found: Reader, output_dir: Any, folder: pathlib.Path
+) -> None:
   inputs, outputs = compiled.FIGURE6_LENGTHS
   doc.text(
     f'Figure 6, T5-XXL, {inputs} to {outputs}. A step is one token of the whole batch'
@@ -96,7 +98,7 @@ def _figure6(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> N
     ' one after another.'
   )
   rows = {
-    heads: _decoding(found, lab, 'xxl', heads, (inputs, outputs))
+    heads: _decoding(found, output_dir, 'xxl', heads, (inputs, outputs))
     for heads in paper.FIGURE6_HEADS
   }
   table = []
@@ -105,7 +107,7 @@ def _figure6(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> N
     theirs = paper.FIGURE6_MHA_SECONDS if mha else None
     text = f'about {theirs:g}' if theirs else 'a drawing'
     if row is None:
-      table.append([str(heads), text, *[NOT_RUN] * 6])
+      table.append([str(heads), text, *[doc.not_run()] * 6])
       continue
     seconds = _number(doc, row, 'seconds_per_sample', 3, theirs)
     values = [
@@ -145,8 +147,8 @@ def _draw(doc: Document, rows: dict[int, Row], folder: pathlib.Path) -> None:
     for row in rows.values()
   ]
   series = [
-    Series('with the encoder', heads, total, figures.BLUE, 'o', line=True),
-    Series('decoder alone', heads, decode, figures.VERMILION, 's', line=True),
+    Series('with the encoder', heads, total, palette.BLUE, 'o', line=True),
+    Series('decoder alone', heads, decode, palette.VERMILION, 's', line=True),
   ]
   label, unit = 'key/value heads', 'least time per sample (s)'
   options = {'x_ticks': heads, 'log': 'x', 'from_zero': True}
@@ -157,7 +159,7 @@ def _draw(doc: Document, rows: dict[int, Row], folder: pathlib.Path) -> None:
   )
 
 
-def _uptraining(doc: Document, found: Results, lab: Lab) -> None:
+def _uptraining(doc: Document, found: Reader, output_dir: Any) -> None:
   doc.text(
     'Uptraining GQA-8-XXL (`gin/uptrain_gqa8.gin`): batch 2048, Adafactor, full'
     f' rematerialisation. Chip-days: of {UPTRAIN_STEPS:,} steps at the peaks; the paper'
@@ -165,17 +167,14 @@ def _uptraining(doc: Document, found: Results, lab: Lab) -> None:
   )
   table = []
   for training in compiled.TRAININGS:
-    row = found.row(compiled.uptraining(lab, training), KIND, fits=True)
+    row = found.row(compiled.uptraining(output_dir, training).result, KIND, fits=True)
     layout = f'{training.partitions} devices, {training.microbatches}'
     if row is None:
-      table.append([training.slice_name, layout, *[NOT_RUN] * 6])
+      table.append([training.slice_name, layout, *[doc.not_run()] * 6])
       continue
     peak, most = (row[f'hbm_{name}_bytes'] / GIB for name in ('peak', 'capacity'))
-    days = Measured(
-      (row['roofline_ms'] / 1e3 * UPTRAIN_STEPS * row['chips'] / DAY_S,),
-      row['source'],
-      (row['command'],),
-    )
+    seconds = row['roofline_ms'] / 1e3
+    days = seconds * UPTRAIN_STEPS * row['chips'] / DAY_S
     table.append(
       [
         training.slice_name,
@@ -184,8 +183,8 @@ def _uptraining(doc: Document, found: Results, lab: Lab) -> None:
         f'{row["flops_per_step"] / 1e12:,.0f}',
         f'{row["hbm_bytes_per_step"] / 1e9:,.0f}',
         f'{row["collective_bytes_per_step"] / 1e9:,.0f}',
-        _number(doc, row | {'s': row['roofline_ms'] / 1e3}, 's', 1),
-        doc.number(days, 0),
+        doc.number(measured(row, seconds), 1),
+        doc.number(measured(row, days), 0),
       ]
     )
   head = ['slice', 'a model on, microbatches', 'GiB a chip', 'TFLOP', 'HBM, GB']
@@ -193,12 +192,11 @@ def _uptraining(doc: Document, found: Results, lab: Lab) -> None:
 
 
 def _decoding(
-  found: Results, lab: Lab, size: str, heads: int, lengths: tuple[int, int]
+  found: Reader, output_dir: Any, size: str, heads: int, lengths: tuple[int, int]
 ) -> Row | None:
-  path = compiled.decoding(lab, size, heads, lengths)
+  path = compiled.decoding(output_dir, size, heads, lengths).result
   return found.row(path, KIND, fits=True, num_kv_heads=heads)
 
 
 def _number(doc: Document, row: Row, key: str, digits: int, theirs=None) -> str:
-  number = Measured((row[key],), row['source'], (row['command'],))
-  return doc.number(number, digits, theirs)
+  return doc.number(measured(row, row[key]), digits, theirs)

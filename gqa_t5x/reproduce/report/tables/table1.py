@@ -4,45 +4,46 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
+from gqa_t5x.analysis import palette
 from gqa_t5x.reproduce.experiments import paper, targets
-from gqa_t5x.reproduce.experiments.lab import Lab, num_kv_heads
 from gqa_t5x.reproduce.experiments.models import Model
+from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.document import NOT_RUN, Document
+from gqa_t5x.reproduce.report.document import Document
 from gqa_t5x.reproduce.report.figures import Series
-from gqa_t5x.reproduce.results import results
-from gqa_t5x.reproduce.results.results import Measured, Results
+from gqa_t5x.reproduce.results import reader
+from gqa_t5x.reproduce.results.reader import Measured, Reader, measured
 
 
-def write(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> None:
+def write(doc: Document, found: Reader, plan: Planner, folder: pathlib.Path) -> None:
   """Adds the table and the figure of one scale.
 
   Args:
     doc: the report.
     found: reads results.
-    lab: of the scale.
+    plan: of the scale.
     folder: where figures go.
   """
+  scale = plan.experiment
   scores = {
-    model: [found.score(lab, model, task) for task in lab.scale.tasks]
-    for model in lab.scale.models
+    model: [found.score(plan, model, task) for task in scale.tasks]
+    for model in scale.models
   }
-  times = {model: seconds_per_sample(found, lab, model) for model in lab.scale.models}
+  times = {model: seconds_per_sample(found, plan, model) for model in scale.models}
   rows = []
-  for model in lab.scale.models:
+  for model in scale.models:
     rows += [*_paper_row(model), _our_row(doc, model, scores[model], times[model])]
-  averaged = ['average'] if len(lab.scale.tasks) > 1 else []
-  doc.table(['model', '', 's/sample', *averaged, *titles(lab.scale.tasks)], rows)
+  averaged = ['average'] if len(scale.tasks) > 1 else []
+  doc.table(['model', '', 's/sample', *averaged, *titles(scale.tasks)], rows)
   doc.text(
     'Scores of the development sets, the best checkpoint of each run: ROUGE-1, BLEU of'
     " WMT14, F1 of TriviaQA. In brackets: ours less the paper's. ±: standard deviation"
     ' over n seeds. s/sample: time per sample of one chip, the mean over the tasks. The'
     " paper's averages are as printed; that of the seven scores of MQA-XXL is 46.8."
-    if lab.scale.public
-    else _local_text(lab)
+    if scale.public
+    else _local_text(plan)
   )
-  _figure(doc, lab, scores, times, folder)
-  doc.commands(missing(lab, scores, times))
+  _figure(doc, plan, scores, times, folder)
 
 
 def titles(tasks: Sequence[str]) -> list[str]:
@@ -50,32 +51,32 @@ def titles(tasks: Sequence[str]) -> list[str]:
   return [paper.TITLES.get(task, task) for task in tasks]
 
 
-def seconds_per_sample(found: Results, lab: Lab, model: Model) -> Measured | None:
+def seconds_per_sample(found: Reader, plan: Planner, model: Model) -> Measured | None:
   """Returns the time per sample of a model, the mean over the tasks; None if not run.
 
   Args:
     found: reads results.
-    lab: of the scale.
+    plan: of the scale.
     model: which one.
   """
   numbers = []
-  for task in lab.scale.tasks:
-    lengths = lab.value('finetune', 'TASK_FEATURE_LENGTHS', task)
-    numbers.append(_time(found, lab, model, lengths))
-  return results.mean(numbers)
+  for task in plan.experiment.tasks:
+    lengths = plan.value('finetune', 'TASK_FEATURE_LENGTHS', task)
+    numbers.append(_time(found, plan, model, lengths))
+  return reader.mean(numbers)
 
 
-def _time(found: Results, lab: Lab, model: Model, lengths: dict[str, int]):
-  for name, timing in targets.timings(lab).items():
+def _time(found: Reader, plan: Planner, model: Model, lengths: dict[str, int]):
+  for timing in plan.experiment.timings:
     if timing.size != model.size:
       continue
     asked = (timing.input_length, timing.output_length)
-    if lab.scale.public and asked != (lengths['inputs'], lengths['targets']):
+    if plan.experiment.public and asked != (lengths['inputs'], lengths['targets']):
       continue
-    for row in found.rows(lab.rows(name), 'decode_benchmark', size=model.size):
-      if row['num_kv_heads'] == num_kv_heads(model):
-        value = (row['seconds_per_sample'],)
-        return Measured(value, row['source'], (row['command'],))
+    path = plan.timing(targets.timing_name(timing), timing).result
+    for row in found.rows(path, 'decode_benchmark', size=model.size):
+      if row['num_kv_heads'] == model.num_kv_heads:
+        return measured(row, row['seconds_per_sample'])
   return None
 
 
@@ -95,15 +96,15 @@ def _our_row(
   cells = [doc.number(x, 1, y) for x, y in zip(scores, theirs, strict=True)]
   average = paper.TABLE1_AVERAGE.get(model.label)
   if len(scores) > 1:
-    cells.insert(0, doc.number(results.mean(scores), 1, average))
+    cells.insert(0, doc.number(reader.mean(scores), 1, average))
   digits = 2 if average else 4
   time_cell = doc.number(time, digits, paper.SECONDS_PER_SAMPLE.get(model.label))
   return [model.label, 'ours', time_cell, *cells]
 
 
-def _local_text(lab: Lab) -> str:
-  timing = next(iter(targets.timings(lab).values()))
-  steps = lab.value('finetune', 'FINETUNE_STEPS', lab.scale.tasks[0])
+def _local_text(plan: Planner) -> str:
+  timing = plan.experiment.timings[0]
+  steps = plan.value('finetune', 'FINETUNE_STEPS', plan.experiment.tasks[0])
   return (
     'ROUGE-1 of the validation split of `pydocs_summarize` (the first line of a'
     f' docstring from its body), the best checkpoint of {steps} steps of fine-tuning.'
@@ -113,19 +114,19 @@ def _local_text(lab: Lab) -> str:
   )
 
 
-def _figure(doc, lab, scores, times, folder: pathlib.Path) -> None:
+def _figure(doc, plan, scores, times, folder: pathlib.Path) -> None:
   """Average score against time per sample: figure 3."""
   series = []
-  for model in lab.scale.models:
+  for model in plan.experiment.models:
     color, marker = figures.style(model.label)
     if model.size == 'large':
-      color = figures.PINK
+      color = palette.PINK
     if model.label in paper.TABLE1:
       x, y = paper.SECONDS_PER_SAMPLE[model.label], paper.TABLE1_AVERAGE[model.label]
       series.append(
         Series(f'{model.label}, paper', [x], [y], color, marker, hollow=True)
       )
-    average, time = results.mean(scores[model]), times[model]
+    average, time = reader.mean(scores[model]), times[model]
     if average and time:
       seeds = [s.spread for s in scores[model] if s.spread is not None]
       errors = [statistics.fmean(seeds)] if seeds else None
@@ -133,27 +134,13 @@ def _figure(doc, lab, scores, times, folder: pathlib.Path) -> None:
       x, y = [time.mean], [average.mean]
       series.append(Series(label, x, y, color, marker, errors=errors))
   if not series:
-    doc.text(f'Figure 3: {NOT_RUN}.')
+    doc.text(f'Figure 3: {doc.not_run()}.')
     return
-  name = f'figure3_{lab.scale.name}.png'
+  name = f'figure3_{plan.experiment.name}.png'
   figures.draw(
     folder / name,
     series,
     'time per sample (s)',
-    'average score' if lab.scale.public else 'ROUGE-1',
+    'average score' if plan.experiment.public else 'ROUGE-1',
   )
   doc.figure(name, 'Figure 3: score against time per sample.')
-
-
-def missing(lab: Lab, scores, times) -> list[str]:
-  """Returns the commands of what has no number yet, in order."""
-  wanted = Lab(lab.scale, str(lab.output_dir))
-  for model in lab.scale.models:
-    for task, score in zip(lab.scale.tasks, scores[model], strict=True):
-      if score is None:
-        for seed in lab.scale.seeds_of(model):
-          wanted.finetuned(model, task, seed)
-  if None in times.values():
-    for name, timing in targets.timings(lab).items():
-      wanted.timed(name, timing)
-  return [str(stage) for stage in wanted.stages if not stage.result.exists()]
