@@ -9,6 +9,7 @@ from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.scales import PAPER
 from gqa_t5x.reproduce.experiments.targets import make_plan
 from gqa_t5x.reproduce.report.document import Document
+from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.report.tables import compiled
 from gqa_t5x.reproduce.results.reader import Reader
 
@@ -66,7 +67,7 @@ def written(plan, values_of):
 def report(tmp_path):
   doc, found = Document('T'), Reader()
   plan = Planner(PAPER, str(tmp_path))
-  compiled.write(doc, found, plan, tmp_path / 'figures')
+  compiled.write(Part(doc, found, plan, tmp_path))
   return re.sub(r' <sup>.*?</sup>', '', doc.markdown()), found
 
 

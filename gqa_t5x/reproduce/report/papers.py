@@ -7,7 +7,8 @@ from gqa_t5x import files
 from gqa_t5x.reproduce.experiments import targets
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.scales import LOCAL, PAPER
-from gqa_t5x.reproduce.report.document import FIGURES, Document
+from gqa_t5x.reproduce.report.document import Document
+from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.report.tables import (
   appendix_a,
   compiled,
@@ -33,7 +34,7 @@ uptrained, and fine-tuned to summarize docstrings. It shows shapes, not sizes.
 All commands of a target, in order: `python -m gqa_t5x.reproduce plan table1`."""
 
 
-Write = Callable[[Document, Reader, Planner, pathlib.Path], None]
+Write = Callable[[Part], None]
 # Heading -> target, and what writes its part.
 PAPER_PARTS: dict[str, tuple[str, Write]] = {
   'Table 1 and figure 3': ('table1', table1.write),
@@ -65,12 +66,14 @@ def write(output_dir: str) -> None:
   found = Reader()
   doc = Document("GQA and MQA for T5: the papers' experiments, reproduced")
   doc.text(INTRODUCTION)
-  paper, local = Planner(PAPER, output_dir), Planner(LOCAL, output_dir)
-  overview.write(doc, found, local, folder / FIGURES)
+  paper, local = (
+    Part(doc, found, Planner(scale, output_dir), folder) for scale in (PAPER, LOCAL)
+  )
+  overview.write(local)
   doc.text("## Part 1: at the papers' scale")
-  _write_parts(doc, found, paper, folder / FIGURES, PAPER_PARTS)
+  _write_parts(paper, PAPER_PARTS)
   doc.text('## Part 2: on one machine')
-  _write_parts(doc, found, local, folder / FIGURES, LOCAL_PARTS)
+  _write_parts(local, LOCAL_PARTS)
   doc.text('## Skipped results')
   doc.text('\n'.join(f'- {problem}' for problem in found.problems) or 'None.')
   files.write_text(folder / 'report.md', doc.markdown())
@@ -80,28 +83,22 @@ def write(output_dir: str) -> None:
     print(f'Skipped: {problem}')
 
 
-def _write_parts(
-  doc: Document,
-  found: Reader,
-  plan: Planner,
-  folder: pathlib.Path,
-  parts: dict[str, tuple[str, Write]],
-) -> None:
+def _write_parts(part: Part, parts: dict[str, tuple[str, Write]]) -> None:
   """Adds a scale's parts, and after each how to get what it lacks."""
   for heading, (target, write_part) in parts.items():
-    doc.text(f'### {heading}')
-    doc.has_gaps = False
-    write_part(doc, found, plan, folder)
-    if doc.has_gaps:
-      _name_missing(doc, target, plan)
+    part.doc.text(f'### {heading}')
+    part.doc.has_gaps = False
+    write_part(part)
+    if part.doc.has_gaps:
+      _name_missing(part, target)
 
 
-def _name_missing(doc: Document, target: str, plan: Planner) -> None:
-  scale, output_dir = plan.experiment.name, str(plan.output_dir)
+def _name_missing(part: Part, target: str) -> None:
+  scale, output_dir = part.scale.name, str(part.plan.output_dir)
   missing = targets.make_plan(target, scale, output_dir).missing()
   if missing:
     noun = 'command' if len(missing) == 1 else 'commands'
-    doc.text(
+    part.doc.text(
       f'Not run: {len(missing)} {noun}, which `python -m gqa_t5x.reproduce plan'
       f' {target} --scale={scale} --output_dir={output_dir}` prints.'
     )

@@ -209,8 +209,3 @@ def mean(numbers: Sequence[Measured | None]) -> Measured | None:
   commands = tuple(dict.fromkeys(c for number in numbers for c in number.commands))
   value = statistics.fmean(number.mean for number in numbers)
   return Measured((value,), numbers[0].source, commands)
-
-
-def measured(row: Row, value: float) -> Measured:
-  """Returns a number that was computed from a row."""
-  return Measured((value,), row['source'], (row['command'],))

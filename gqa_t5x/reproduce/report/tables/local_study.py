@@ -1,7 +1,5 @@
 """Figures 4 and 5 on one machine: the quick study of conversion."""
 
-import pathlib
-
 from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.experiments.models import (
   FIRST,
@@ -18,22 +16,16 @@ from gqa_t5x.reproduce.experiments.studies import QUICK
 from gqa_t5x.reproduce.report import conversion_figures, figures
 from gqa_t5x.reproduce.report.document import Document
 from gqa_t5x.reproduce.report.figures import Series
+from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results.losses import Losses
-from gqa_t5x.reproduce.results.reader import Measured, Reader
+from gqa_t5x.reproduce.results.reader import Measured
 
 METHODS = (MEAN, FIRST, RANDOM, SVD)
 
 
-def write(doc: Document, found: Reader, plan: Planner, folder: pathlib.Path) -> None:
-  """Adds figures 4 and 5 of the local study of conversion.
-
-  Args:
-    doc: the report.
-    found: reads results.
-    plan: of the local scale.
-    folder: where figures go.
-  """
-  losses = read_losses(found, plan)
+def write(part: Part) -> None:
+  """Adds figures 4 and 5 of the local study of conversion."""
+  doc, losses = part.doc, read_losses(part)
   if losses is None:
     doc.text(f'Figures 4 and 5: {doc.not_run()}.')
     return
@@ -50,24 +42,15 @@ def write(doc: Document, found: Reader, plan: Planner, folder: pathlib.Path) -> 
     )
   mha = _cells(doc, losses, MHA, losses.num_heads)
   doc.table(['not converted', *alphas], [['MHA, trained on', *mha]])
-  conversion_figures.draw_losses(losses, folder / 'conversion.png')
+  conversion_figures.draw_losses(losses, part.path('conversion.png'))
   doc.figure('conversion.png', 'Loss by method of conversion, and while uptraining.')
-  _draw_figure5(losses, folder / 'figure5_local.png')
-  doc.figure(
-    'figure5_local.png',
-    'Figure 5 at this scale: loss against alpha, converted by mean, as in the paper.',
-  )
+  _add_figure5(part, losses)
 
 
-def read_losses(found: Reader, plan: Planner) -> Losses | None:
-  """Returns the losses of the study that the local scale shares; None if not run.
-
-  Args:
-    found: reads results.
-    plan: of the local scale.
-  """
-  path = Planner(QUICK, str(plan.output_dir)).rows
-  rows = found.rows(path, 'conversion', source='measured')
+def read_losses(part: Part) -> Losses | None:
+  """Returns the losses of the study that the local scale shares; None if not run."""
+  path = Planner(QUICK, str(part.plan.output_dir)).rows
+  rows = part.found.rows(path, 'conversion', source='measured')
   return Losses(rows) if rows else None
 
 
@@ -80,7 +63,7 @@ def _cells(doc: Document, losses: Losses, method: Method, heads: int) -> list[st
   return cells
 
 
-def _draw_figure5(losses: Losses, path: pathlib.Path) -> None:
+def _add_figure5(part: Part, losses: Losses) -> None:
   series = []
   models = [('MHA', MHA, losses.num_heads)]
   for heads in losses.num_kv_heads:
@@ -90,5 +73,10 @@ def _draw_figure5(losses: Losses, path: pathlib.Path) -> None:
     values = [losses.mean(method, heads, alpha) + losses.base for alpha in alphas]
     percent = [100 * alpha for alpha in alphas]
     series.append(Series(name, percent, values, *figures.style(name), line=True))
-  label = 'uptraining, % of pre-training'
-  figures.draw(path, series, label, 'validation loss (nats per token)')
+  part.figure(
+    'figure5_local.png',
+    'Figure 5 at this scale: loss against alpha, converted by mean, as in the paper.',
+    series,
+    'uptraining, % of pre-training',
+    'validation loss (nats per token)',
+  )

@@ -1,17 +1,14 @@
 """The project's point at a glance: what fewer heads save, and what they cost."""
 
-import pathlib
 from typing import Any
 
 from gqa_t5x.analysis import palette
 from gqa_t5x.reproduce.experiments.models import MEAN, SVD, heads_label
-from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.document import Document
 from gqa_t5x.reproduce.report.figures import plt
+from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.report.tables.local_study import read_losses
 from gqa_t5x.reproduce.results.losses import Losses
-from gqa_t5x.reproduce.results.reader import Reader
 from gqa_t5x.reproduce.results.rows import Row
 
 BARS = (
@@ -22,27 +19,20 @@ BARS = (
 )
 
 
-def write(doc: Document, found: Reader, plan: Planner, folder: pathlib.Path) -> None:
-  """Adds the figure, once both halves are there.
-
-  Args:
-    doc: the report.
-    found: reads results.
-    plan: of the local scale.
-    folder: where figures go.
-  """
-  timing = plan.experiment.heads
-  path = plan.timing('figure6', timing).result
-  times = found.rows(path, 'decode_benchmark', size=timing.size)
-  losses = read_losses(found, plan)
+def write(part: Part) -> None:
+  """Adds the figure, once both halves are there."""
+  timing = part.scale.heads
+  path = part.plan.timing('figure6', timing).result
+  times = part.found.rows(path, 'decode_benchmark', size=timing.size)
+  losses = read_losses(part)
   if not times or losses is None:
     return
   fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
   _draw_times(left, times)
   _draw_losses(right, losses)
-  figures.save(fig, folder / 'overview.png')
+  figures.save(fig, part.path('overview.png'))
   first = times[0]
-  doc.figure(
+  part.doc.figure(
     'overview.png',
     f'Fewer key/value heads decode faster (T5.1.1-{first["size"]}, input'
     f' {first["input_length"]}, batch {first["batch_size"]}, {first["device"]}),'

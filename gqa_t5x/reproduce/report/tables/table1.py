@@ -1,38 +1,29 @@
 """Table 1 and figure 3: scores and times of MHA, GQA and MQA."""
 
-import pathlib
 import statistics
 from collections.abc import Sequence
 
 from gqa_t5x.analysis import palette
 from gqa_t5x.reproduce.experiments import paper, targets
 from gqa_t5x.reproduce.experiments.models import Model
-from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.document import Document
 from gqa_t5x.reproduce.report.figures import Series
+from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results import reader
-from gqa_t5x.reproduce.results.reader import Measured, Reader, measured
+from gqa_t5x.reproduce.results.reader import Measured
 
 
-def write(doc: Document, found: Reader, plan: Planner, folder: pathlib.Path) -> None:
-  """Adds the table and the figure of one scale.
-
-  Args:
-    doc: the report.
-    found: reads results.
-    plan: of the scale.
-    folder: where figures go.
-  """
-  scale = plan.experiment
+def write(part: Part) -> None:
+  """Adds the table and the figure of one scale."""
+  scale, doc = part.scale, part.doc
   scores = {
-    model: [found.score(plan, model, task) for task in scale.tasks]
+    model: [part.found.score(part.plan, model, task) for task in scale.tasks]
     for model in scale.models
   }
-  times = {model: seconds_per_sample(found, plan, model) for model in scale.models}
+  times = {model: seconds_per_sample(part, model) for model in scale.models}
   rows = []
   for model in scale.models:
-    rows += [*_paper_row(model), _our_row(doc, model, scores[model], times[model])]
+    rows += [*_paper_row(model), _our_row(part, model, scores[model], times[model])]
   averaged = ['average'] if len(scale.tasks) > 1 else []
   doc.table(['model', '', 's/sample', *averaged, *titles(scale.tasks)], rows)
   doc.text(
@@ -41,9 +32,9 @@ def write(doc: Document, found: Reader, plan: Planner, folder: pathlib.Path) -> 
     ' over n seeds. s/sample: time per sample of one chip, the mean over the tasks. The'
     " paper's averages are as printed; that of the seven scores of MQA-XXL is 46.8."
     if scale.public
-    else _local_text(plan)
+    else _local_text(part)
   )
-  _figure(doc, plan, scores, times, folder)
+  _figure(part, scores, times)
 
 
 def titles(tasks: Sequence[str]) -> list[str]:
@@ -51,32 +42,27 @@ def titles(tasks: Sequence[str]) -> list[str]:
   return [paper.TITLES.get(task, task) for task in tasks]
 
 
-def seconds_per_sample(found: Reader, plan: Planner, model: Model) -> Measured | None:
-  """Returns the time per sample of a model, the mean over the tasks; None if not run.
-
-  Args:
-    found: reads results.
-    plan: of the scale.
-    model: which one.
-  """
+def seconds_per_sample(part: Part, model: Model) -> Measured | None:
+  """Returns a model's time per sample, the mean over the tasks; None if not run."""
   numbers = []
-  for task in plan.experiment.tasks:
-    lengths = plan.value('finetune', 'TASK_FEATURE_LENGTHS', task)
-    numbers.append(_time(found, plan, model, lengths))
+  for task in part.scale.tasks:
+    lengths = part.plan.value('finetune', 'TASK_FEATURE_LENGTHS', task)
+    numbers.append(_time(part, model, lengths))
   return reader.mean(numbers)
 
 
-def _time(found: Reader, plan: Planner, model: Model, lengths: dict[str, int]):
-  for timing in plan.experiment.timings:
+def _time(part: Part, model: Model, lengths: dict[str, int]) -> Measured | None:
+  for timing in part.scale.timings:
     if timing.size != model.size:
       continue
     asked = (timing.input_length, timing.output_length)
-    if plan.experiment.public and asked != (lengths['inputs'], lengths['targets']):
+    if part.scale.public and asked != (lengths['inputs'], lengths['targets']):
       continue
-    path = plan.timing(targets.timing_name(timing), timing).result
-    for row in found.rows(path, 'decode_benchmark', size=model.size):
+    path = part.plan.timing(targets.timing_name(timing), timing).result
+    for row in part.found.rows(path, 'decode_benchmark', size=model.size):
       if row['num_kv_heads'] == model.num_kv_heads:
-        return measured(row, row['seconds_per_sample'])
+        seconds = (row['seconds_per_sample'],)
+        return Measured(seconds, row['source'], (row['command'],))
   return None
 
 
@@ -90,8 +76,9 @@ def _paper_row(model: Model) -> list[list[str]]:
 
 
 def _our_row(
-  doc: Document, model: Model, scores: list[Measured | None], time: Measured | None
+  part: Part, model: Model, scores: list[Measured | None], time: Measured | None
 ) -> list[str]:
+  doc = part.doc
   theirs = paper.TABLE1.get(model.label, [None] * len(scores))
   cells = [doc.number(x, 1, y) for x, y in zip(scores, theirs, strict=True)]
   average = paper.TABLE1_AVERAGE.get(model.label)
@@ -102,9 +89,9 @@ def _our_row(
   return [model.label, 'ours', time_cell, *cells]
 
 
-def _local_text(plan: Planner) -> str:
-  timing = plan.experiment.timings[0]
-  steps = plan.value('finetune', 'FINETUNE_STEPS', plan.experiment.tasks[0])
+def _local_text(part: Part) -> str:
+  timing = part.scale.timings[0]
+  steps = part.plan.value('finetune', 'FINETUNE_STEPS', part.scale.tasks[0])
   return (
     'ROUGE-1 of the validation split of `pydocs_summarize` (the first line of a'
     f' docstring from its body), the best checkpoint of {steps} steps of fine-tuning.'
@@ -114,10 +101,10 @@ def _local_text(plan: Planner) -> str:
   )
 
 
-def _figure(doc, plan, scores, times, folder: pathlib.Path) -> None:
+def _figure(part: Part, scores, times) -> None:
   """Average score against time per sample: figure 3."""
   series = []
-  for model in plan.experiment.models:
+  for model in part.scale.models:
     color, marker = figures.style(model.label)
     if model.size == 'large':
       color = palette.PINK
@@ -134,13 +121,12 @@ def _figure(doc, plan, scores, times, folder: pathlib.Path) -> None:
       x, y = [time.mean], [average.mean]
       series.append(Series(label, x, y, color, marker, errors=errors))
   if not series:
-    doc.text(f'Figure 3: {doc.not_run()}.')
+    part.doc.text(f'Figure 3: {part.doc.not_run()}.')
     return
-  name = f'figure3_{plan.experiment.name}.png'
-  figures.draw(
-    folder / name,
+  part.figure(
+    f'figure3_{part.scale.name}.png',
+    'Figure 3: score against time per sample.',
     series,
     'time per sample (s)',
-    'average score' if plan.experiment.public else 'ROUGE-1',
+    'average score' if part.scale.public else 'ROUGE-1',
   )
-  doc.figure(name, 'Figure 3: score against time per sample.')
