@@ -12,16 +12,18 @@ from gqa_t5x.checkpoints import tree
 from gqa_t5x.conversion.input_statistics import InputMoments, write_statistics
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
-from gqa_t5x.reproduce.experiments.models import MEAN, converted, mha
+from gqa_t5x.reproduce.experiments.models import MEAN, converted
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.studies import STUDIES
 from gqa_t5x.reproduce.results import events, miniature, spectra, study
 from helpers.trees import STEP, D, H, N, tiny_state, write_msgpack
 
 TASK = 'a_task'
 
 
-def write_events(model_dir, losses, share=0.5):
+def write_events(model_dir, losses, task=TASK, share=0.5):
   """Event files as T5X's: cross-entropy over all tokens, and the real tokens' share."""
-  folder = model_dir / 'training_eval' / TASK
+  folder = model_dir / 'training_eval' / task
   writer = tf.summary.create_file_writer(str(folder))
   with writer.as_default():
     for step, loss in losses.items():
@@ -33,26 +35,17 @@ def write_events(model_dir, losses, share=0.5):
   return file
 
 
-def evaluation(steps=(100, 101, 102)):
-  return study.Evaluation(
-    study='quick',
-    size='tiny',
-    task=TASK,
-    lengths={'inputs': 128, 'targets': 29},
-    batch_size=16,
-    num_batches=40,
-    steps=list(steps),
-  )
-
-
 def test_loss_rows(tmp_path):
-  base = mha('tiny', 0.02, seed=1)
-  mean = converted('tiny', 2, MEAN, 0.02, seed=3)
-  write_events(tmp_path / 'mha', {100: 4.0, 101: 3.75, 102: 3.5})
-  write_events(tmp_path / 'mean', {100: 5.0, 101: 4.5, 102: 3.875}, share=0.25)
-  runs = {base: tmp_path / 'mha', mean: tmp_path / 'mean'}
-  rows = study.loss_rows(runs, evaluation())
-  assert len(rows) == 6
+  plan = Planner(STUDIES['quick'], str(tmp_path))
+  base, mean = plan.experiment.models[0], converted('tiny', 2, MEAN, 0.1, seed=1)
+  # Evaluated every 24 steps of 2400.
+  lost = {step: (2640 - step) / 96 for step in range(2400, 2641, 24)}
+  task = 'pydocs_span_corruption'
+  write_events(plan.path_of(base).parent, {s: 4 + x for s, x in lost.items()}, task)
+  other = {step: 5 + 3 * x for step, x in lost.items()}
+  write_events(plan.path_of(mean).parent, other, task, share=0.25)
+  rows = study.loss_rows(plan, [base, mean])
+  assert len(rows) == 2 * 11
   expected = {
     'kind': 'conversion',
     'source': 'measured',
@@ -62,21 +55,23 @@ def test_loss_rows(tmp_path):
     'method': 'mean',
     'statistics': 'none',
     'grouping': 'contiguous',
-    'seed': 3,
-    'pretrain_steps': 100,
-    'uptrain_steps': 2,
+    'seed': 1,
+    'pretrain_steps': 2400,
+    'uptrain_steps': 48,
     'alpha': 0.02,
-    'validation_loss': 3.875,
-    'excess_loss': -0.125,
+    'validation_loss': 5 + 3 * 2.0,
+    'excess_loss': 11.0 - 6.5,
     'validation_batches': 40,
     'batch_size': 16,
     'input_length': 128,
     'output_length': 29,
     'dtype': 'float32',
   }
-  assert {key: rows[5][key] for key in expected} == expected
-  assert rows[5].keys() - expected.keys() == {'device', 'versions'}
-  assert [row['excess_loss'] for row in rows] == [0, -0.25, -0.5, 1, 0.5, -0.125]
+  assert {key: rows[13][key] for key in expected} == expected
+  assert rows[13].keys() - expected.keys() == {'device', 'versions'}
+  excess = [row['excess_loss'] for row in rows]
+  assert excess[:11] == [-i / 4 for i in range(11)]
+  assert excess[11:] == [6 - 3 * i / 4 for i in range(11)]
 
 
 def test_damaged_events_are_named(tmp_path):
@@ -124,7 +119,7 @@ def test_unigram_row_leaves_padding_out(monkeypatch):
     }
 
   monkeypatch.setattr(study.miniature, 'validation_batches', batches)
-  row = study.unigram_row(evaluation())
+  row = study.unigram_row(Planner(STUDIES['quick'], 'runs'))
   assert row['kind'] == 'unigram'
   assert row['validation_loss'] == pytest.approx(math.log(2))
 
@@ -201,9 +196,7 @@ def test_validation_loss_of_uniform_predictions():
   tokens = jnp.ones((2, 3), jnp.int32)
   shapes = jax.eval_shape(module.init, jax.random.PRNGKey(0), tokens, tokens, tokens)
   params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes['params'])
-  sizes = tree.read_architecture(
-    {name: x.shape for name, x in tree.flatten(params).items()}
-  )
+  sizes = tree.read_architecture({name: x.shape for name, x in tree.flatten(params)})
   # Equal logits: the loss is log V, and the first token is the prediction.
   targets = np.array([[0, 5, 7], [9, 0, 0]])
   batch = {
