@@ -40,8 +40,7 @@ from typing import Any
 
 from gqa_t5x.command_line import Command
 from gqa_t5x.errors import BadInput
-from gqa_t5x.reproduce.experiments import plan, targets
-from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments import plan, studies, targets
 from gqa_t5x.reproduce.experiments.scales import SCALES
 from gqa_t5x.reproduce.experiments.studies import MINIATURE, QUICK, STUDIES
 from gqa_t5x.reproduce.report import conversion, miniature, papers
@@ -143,8 +142,7 @@ def run(target: str, scale: str, output_dir: str, jobs: int | None, study: str) 
     return stages.run(chosen, folder, jobs) or papers.write(output_dir) or 0
   if target != 'conversion':
     raise BadInput(f'--study={study} goes with conversion alone.')
-  chosen = Planner(STUDIES[study], output_dir)
-  chosen.require(*chosen.comparison())
+  chosen = studies.make_plan(STUDIES[study], output_dir)
   code = stages.run(chosen.stages, folder, jobs)
   if not code:
     print(f'Report: {chosen.folder}/conversion.md')
@@ -161,10 +159,8 @@ def run_miniature(output_dir: str, jobs: int | None) -> int:
   Returns:
     The exit code: 0, 1 after an error, 130 after Ctrl-C.
   """
-  chosen = Planner(MINIATURE, output_dir)
-  chosen.require(*chosen.comparison())
   folder = pathlib.Path(output_dir)
-  code = stages.run(chosen.stages, folder, jobs)
+  code = stages.run(studies.make_plan(MINIATURE, output_dir).stages, folder, jobs)
   if not code:
     print((folder / 'report.md').read_text())
     print(f'Report: {folder}/report.md')

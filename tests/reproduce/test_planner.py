@@ -12,7 +12,7 @@ from gqa_t5x.benchmark import define_flags
 from gqa_t5x.conversion.recipe import Recipe
 from gqa_t5x.model import sizes
 from gqa_t5x.reproduce.__main__ import PARTS
-from gqa_t5x.reproduce.experiments import estimates, gin_files, paper
+from gqa_t5x.reproduce.experiments import estimates, gin_files, paper, studies
 from gqa_t5x.reproduce.experiments.models import (
   MEAN,
   METHODS,
@@ -35,13 +35,6 @@ BUCKET = 'gs://bucket'
 def kinds(chosen) -> dict[str, int]:
   names = [stage.command[1] for stage in chosen]
   return {name: names.count(name) for name in dict.fromkeys(names)}
-
-
-def comparison(experiment, output_dir) -> Planner:
-  plan = Planner(experiment, str(output_dir))
-  plan.require(*plan.comparison())
-  stages.check_plan(plan.stages)
-  return plan
 
 
 def gin_arguments(stage):
@@ -276,7 +269,8 @@ def test_compilation_commands():
   ],
 )
 def test_what_a_study_takes(tmp_path, study, models, conversions):
-  plan = comparison(STUDIES[study], tmp_path).stages
+  plan = studies.make_plan(STUDIES[study], str(tmp_path)).stages
+  stages.check_plan(plan)
   folder = tmp_path / 'local' / 'conversion' / study
   assert kinds(plan) == {
     't5x.train': 1 + models,
@@ -353,7 +347,7 @@ def test_calibration_commands(tmp_path, monkeypatch, experiment):
 
 def test_conversion_commands(tmp_path):
   """All parse, their methods exist, and each makes what its stage says."""
-  plan = comparison(STUDIES['tiny'], tmp_path)
+  plan = studies.make_plan(STUDIES['tiny'], str(tmp_path))
   chosen = [s for s in plan.stages if s.command[1] == 'gqa_t5x.convert']
   folder = tmp_path / 'local' / 'conversion' / 'tiny'
   seen = set()
@@ -379,7 +373,7 @@ def test_conversion_commands(tmp_path):
 
 @pytest.mark.parametrize('experiment', [STUDIES['mini'], MINIATURE])
 def test_reproduce_commands_are_there(tmp_path, experiment):
-  for stage in comparison(experiment, tmp_path).stages[-2:]:
+  for stage in studies.make_plan(experiment, str(tmp_path)).stages[-2:]:
     _, _, verb, name, *flags = stage.command
     assert (verb, name) in PARTS
     study = [] if experiment is MINIATURE else ['--study=mini']
@@ -410,7 +404,7 @@ def test_names_of_models():
 
 
 def test_the_miniature_and_its_gin_files_name_the_same_checkpoints(tmp_path):
-  plan = comparison(MINIATURE, tmp_path / 'runs' / 'local')
+  plan = studies.make_plan(MINIATURE, str(tmp_path / 'runs' / 'local'))
   for model in (
     m for m in MINIATURE.models if m.alpha and m.method in ('none', 'mean')
   ):
@@ -431,7 +425,9 @@ def test_the_miniature_and_its_gin_files_name_the_same_checkpoints(tmp_path):
 
 
 def test_commands_of_the_miniature(tmp_path):
-  plan = {stage.title: stage for stage in comparison(MINIATURE, tmp_path).stages}
+  plan = {
+    stage.title: stage for stage in studies.make_plan(MINIATURE, str(tmp_path)).stages
+  }
   mha_path = f'{tmp_path}/mha/checkpoint_1000'
   assert plan['convert to 2 K/V heads by svd (calibrated)'].command == (
     '-m',

@@ -103,7 +103,7 @@ def test_report(tmp_path):
           shares = {'num_kv_heads': 2, 'dropped_share': [0.1, 0.2]}
           rows.append({'kind': 'spectrum', 'statistics': statistics, **place, **shares})
   (tmp_path / 'rows.json').write_text(json.dumps(rows))
-  conversion.write_report(tmp_path)
+  conversion.write_report(tmp_path / 'rows.json')
   text = (tmp_path / 'conversion.md').read_text()
   lines = text.splitlines()
   # MHA is shown with the seeds of the other methods.
@@ -184,7 +184,7 @@ def test_trend(tmp_path):
     (tmp_path / size).mkdir()
     rows = rows_of_size(size, loss, svd, share)
     (tmp_path / size / 'rows.json').write_text(json.dumps(rows))
-    conversion.write_report(tmp_path / size)
+    conversion.write_report(tmp_path / size / 'rows.json')
   # The first report knew of a single size.
   assert '## Against scale' not in (tmp_path / 'tiny' / 'conversion.md').read_text()
   lines = (tmp_path / 'mini' / 'conversion.md').read_text().splitlines()

@@ -84,3 +84,26 @@ class Experiment:
   begin_anew: tuple[str, ...] = ()
   chip: str | None = None
   conclusion: Conclusion | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """What `gqa_t5x.benchmark decode` is asked for, as its flags."""
+
+  size: str
+  num_kv_heads: tuple[int, ...]
+  batch_size: int | str
+  input_length: int
+  output_length: int
+  dtype: str
+  num_beams: tuple[int, ...] = (1,)
+  repeats: int = 7
+
+  def flags(self) -> dict[str, str]:
+    """The command's flags; heads that are left open are the size's own."""
+    values = dataclasses.asdict(self)
+    return {
+      name: ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
+      for name, value in values.items()
+      if value != ()
+    }

@@ -9,8 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from gqa_t5x.reproduce.experiments import commands, estimates, gin_files, studies
-from gqa_t5x.reproduce.experiments.experiment import Experiment
+from gqa_t5x.reproduce.experiments import commands, estimates, gin_files
+from gqa_t5x.reproduce.experiments.experiment import Experiment, Timing
 from gqa_t5x.reproduce.experiments.models import (
   PRETRAINED,
   SCRATCH,
@@ -18,7 +18,6 @@ from gqa_t5x.reproduce.experiments.models import (
   Model,
   mha,
 )
-from gqa_t5x.reproduce.experiments.scales import Timing
 from gqa_t5x.reproduce.runner import stages
 from gqa_t5x.reproduce.runner.stages import Stage
 
@@ -300,33 +299,10 @@ class Planner:
     command = ('-m', 'gqa_t5x.benchmark', 'decode', *words, f'--json={result}')
     return Stage(f'time {name}', result, command, alone=True)
 
-  # --- The experiment's own models, compared ------------------------------------
-
   @property
   def rows(self) -> Any:
-    """Where the rows of all models are that are compared."""
-    return self.folder / studies.ROWS
-
-  def comparison(self) -> list[Stage]:
-    """Lists the stages that make, evaluate and report on the experiment's models."""
-    models, end = self.experiment.models, self.experiment.conclusion
-    size = models[0].size
-    checkpoints = [self.checkpoint(model) for model in models]
-    flags = {'output_dir': self.output_dir, **end.flags}
-    evaluation = Stage(
-      end.evaluate_title,
-      self.rows,
-      commands.reproduce('evaluate', end.experiment, **flags),
-      needs=(self.statistics(size), *checkpoints),
-    )
-    report = Stage(
-      end.report_title,
-      self.folder / end.report,
-      commands.reproduce('report', end.experiment, **flags),
-      needs=(evaluation,),
-    )
-    conversions = [self.conversion(model) for model in models]
-    return [self.statistics(size), *conversions, *checkpoints, evaluation, report]
+    """Where the rows are of an experiment that compares its own models."""
+    return self.folder / 'rows.json'
 
   # --- Inside -------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.experiments.commands import QUIET
-from gqa_t5x.reproduce.experiments.experiment import Experiment, Names
+from gqa_t5x.reproduce.experiments.experiment import Experiment, Names, Timing
 from gqa_t5x.reproduce.experiments.models import (
   FIRST,
   MEAN,
@@ -25,29 +25,6 @@ from gqa_t5x.reproduce.experiments.studies import QUICK
 
 # Models of a public T5.1.1 are pre-trained so long.
 PUBLIC = 'gs://t5-data/pretrained_models/t5x/t5_1_1_{model.size}/checkpoint_1000000'
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """What `gqa_t5x.benchmark decode` is asked for, as its flags."""
-
-  size: str
-  num_kv_heads: tuple[int, ...]
-  batch_size: int | str
-  input_length: int
-  output_length: int
-  dtype: str
-  num_beams: tuple[int, ...] = (1,)
-  repeats: int = 7
-
-  def flags(self) -> dict[str, str]:
-    """The command's flags; heads that are left open are the size's own."""
-    values = dataclasses.asdict(self)
-    return {
-      name: ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
-      for name, value in values.items()
-      if value != ()
-    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

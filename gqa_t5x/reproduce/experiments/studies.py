@@ -14,6 +14,7 @@ All numbers of the runs are in the gin files; alphas agree with them.
 
 from collections.abc import Mapping
 
+from gqa_t5x.reproduce.experiments import commands
 from gqa_t5x.reproduce.experiments.commands import QUIET
 from gqa_t5x.reproduce.experiments.experiment import Conclusion, Experiment, Names
 from gqa_t5x.reproduce.experiments.models import (
@@ -26,8 +27,8 @@ from gqa_t5x.reproduce.experiments.models import (
   converted,
   mha,
 )
-
-ROWS = 'rows.json'
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.runner.stages import Stage
 
 
 def _study(
@@ -138,3 +139,31 @@ def _miniature(alpha: float) -> Experiment:
 
 
 MINIATURE = _miniature(alpha=0.05)
+
+
+def make_plan(experiment: Experiment, output_dir: str) -> Planner:
+  """Collects the stages that make, evaluate and report on an experiment's models.
+
+  Args:
+    experiment: with a conclusion.
+    output_dir: folder of all results.
+  """
+  plan, end = Planner(experiment, output_dir), experiment.conclusion
+  statistics = plan.statistics(experiment.models[0].size)
+  checkpoints = [plan.checkpoint(model) for model in experiment.models]
+  flags = {'output_dir': plan.output_dir, **end.flags}
+  evaluation = Stage(
+    end.evaluate_title,
+    plan.rows,
+    commands.reproduce('evaluate', end.experiment, **flags),
+    needs=(statistics, *checkpoints),
+  )
+  report = Stage(
+    end.report_title,
+    plan.folder / end.report,
+    commands.reproduce('report', end.experiment, **flags),
+    needs=(evaluation,),
+  )
+  conversions = [plan.conversion(model) for model in experiment.models]
+  plan.require(statistics, *conversions, *checkpoints, evaluation, report)
+  return plan

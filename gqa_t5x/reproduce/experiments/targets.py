@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from gqa_t5x.reproduce.experiments import commands, compiled, paper
+from gqa_t5x.reproduce.experiments import commands, compiled, paper, studies
+from gqa_t5x.reproduce.experiments.experiment import Timing
 from gqa_t5x.reproduce.experiments.models import Model
 from gqa_t5x.reproduce.experiments.planner import Planner
-from gqa_t5x.reproduce.experiments.scales import LOCAL, SCALES, Timing
-from gqa_t5x.reproduce.experiments.studies import QUICK
+from gqa_t5x.reproduce.experiments.scales import LOCAL, SCALES
 from gqa_t5x.reproduce.runner.stages import Stage, check_plan
 
 INTENSITY = 'intensity.json'  # below the folder of all results
@@ -96,7 +96,7 @@ def shazeer_timing(plan: Planner, name: str) -> Stage:
 def study(plan: Planner) -> None:
   """The study of conversion methods; at the papers' scale, its models alone."""
   if plan.experiment is LOCAL:
-    plan.require(*Planner(QUICK, str(plan.output_dir)).comparison())
+    plan.require(*studies.make_plan(studies.QUICK, str(plan.output_dir)).stages)
     return
   for model in plan.experiment.ablation:
     for heads in (8, 1):

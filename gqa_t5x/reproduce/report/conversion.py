@@ -17,7 +17,7 @@ from gqa_t5x.reproduce.experiments.models import (
 )
 from gqa_t5x.reproduce.experiments.paper import ALPHAS
 from gqa_t5x.reproduce.experiments.planner import Planner
-from gqa_t5x.reproduce.experiments.studies import ROWS, STUDIES
+from gqa_t5x.reproduce.experiments.studies import STUDIES
 from gqa_t5x.reproduce.report import conversion_figures, trend
 from gqa_t5x.reproduce.report.document import NOT_RUN, Document
 from gqa_t5x.reproduce.results.losses import Losses
@@ -39,12 +39,12 @@ def write(output_dir: str, study: str) -> None:
     output_dir: of all experiments; other sizes have their folders next to the study's.
     study: a key of studies.STUDIES.
   """
-  write_report(Planner(STUDIES[study], output_dir).folder)
+  write_report(Planner(STUDIES[study], output_dir).rows)
 
 
-def write_report(folder: Any) -> None:
-  """Writes the report of the rows that a folder holds; see `write`."""
-  rows = json.loads((folder / ROWS).read_text())
+def write_report(rows_file: Any) -> None:
+  """Writes the report next to a file of rows; see `write`."""
+  folder, rows = rows_file.parent, json.loads(rows_file.read_text())
   losses = Losses(rows)
   doc = Document(f'Conversion of a T5.1.1 ({losses.size}): which method loses least')
   doc.text(_conditions(losses, next((r for r in rows if r['kind'] == 'unigram'), None)))
@@ -67,7 +67,7 @@ def write_report(folder: Any) -> None:
     conversion_figures.draw_spectra(spectra, folder / 'spectra.png')
     doc.text(*SPECTRA)
     doc.image('spectra.png', 'Dropped share of the spectrum by layer')
-  trend.add(doc, folder)
+  trend.add(doc, folder, rows_file.name)
   files.write_text(folder / 'conversion.md', doc.markdown())
 
 

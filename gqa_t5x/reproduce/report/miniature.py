@@ -6,7 +6,8 @@ from typing import Any
 
 from gqa_t5x import files
 from gqa_t5x.analysis.palette import BLUE, GREEN, ORANGE, PINK, SKY
-from gqa_t5x.reproduce.experiments.studies import ROWS
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.studies import MINIATURE
 from gqa_t5x.reproduce.report.document import NOT_RUN, Document
 from gqa_t5x.reproduce.report.figures import plt, save, tidy
 from gqa_t5x.reproduce.results.rows import Row
@@ -26,8 +27,8 @@ def write(output_dir: str) -> None:
   Args:
     output_dir: folder of the rows and of the report.
   """
-  folder = pathlib.Path(output_dir)
-  rows = json.loads((folder / ROWS).read_text())
+  plan = Planner(MINIATURE, output_dir)
+  folder, rows = plan.folder, json.loads(plan.rows.read_text())
   doc = Document('Uptraining a tiny T5.1.1: MHA, GQA-2, MQA')
   _add_table(doc, rows)
   draw(rows, folder / 'report.png')

@@ -1,4 +1,4 @@
-"""The report: each number of the papers beside ours, in Markdown and as one page."""
+"""The report: each number of the papers and ours, in Markdown and as one page."""
 
 import pathlib
 from collections.abc import Callable

@@ -8,7 +8,6 @@ from typing import Any
 from gqa_t5x.analysis.palette import BLUE, GREEN, PINK, VERMILION
 from gqa_t5x.model import network, sizes
 from gqa_t5x.reproduce.experiments.models import MEAN, PRETRAINED, SVD, Method
-from gqa_t5x.reproduce.experiments.studies import ROWS
 from gqa_t5x.reproduce.report.document import Document
 from gqa_t5x.reproduce.report.figures import plt, save, tidy
 from gqa_t5x.reproduce.results.losses import method_of
@@ -24,14 +23,15 @@ COLORS = (BLUE, VERMILION, GREEN, PINK)
 MARKERS = 'osD^'
 
 
-def add(doc: Document, folder: Any) -> None:
+def add(doc: Document, folder: Any, rows_name: str) -> None:
   """Adds the table and the figure `trend.png`, if there is more than one size.
 
   Args:
     doc: the report of one size.
     folder: of that size; those of other sizes are next to it, under their names.
+    rows_name: of the file of rows in each.
   """
-  files = {size: folder.parent / size / ROWS for size in sizes.SIZES}
+  files = {size: folder.parent / size / rows_name for size in sizes.SIZES}
   by_size = {
     size: json.loads(file.read_text()) for size, file in files.items() if file.exists()
   }

@@ -42,7 +42,7 @@ class Stage:
     reads: what else it reads, and no stage makes: data sets, public checkpoints.
     leftover: a folder of this stage alone that is removed, should it be cut short.
     work: how much there is to do, in training steps; for the time to go alone.
-    alone: whether it measures time, so that nothing may run beside it.
+    alone: whether it measures time, so that nothing else may run meanwhile.
     hours: an estimate of chip-hours; None where it takes minutes.
     macros: settings of the command, for those who check its result.
   """
