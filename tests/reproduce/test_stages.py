@@ -1,5 +1,6 @@
 """The runner of stages: order, side by side, failure, Ctrl-C, resuming, the lock."""
 
+import dataclasses
 import io
 import os
 import signal
@@ -120,6 +121,14 @@ def test_one_job_takes_one_stage_after_the_other(tmp_path):
   ]
   assert stages.run(plan, tmp_path, jobs=1) == 0
   assert (tmp_path / 'c').exists()
+
+
+def test_long_stages_go_first(tmp_path):
+  short, long = write(tmp_path, 'short'), write(tmp_path, 'long')
+  plan = [short, dataclasses.replace(long, work=stages.SHORT + 1)]
+  assert stages.run(plan, tmp_path, jobs=1) == 0
+  made = [(tmp_path / name).stat().st_mtime_ns for name in ('long', 'short')]
+  assert made == sorted(made)
 
 
 def test_what_exists_is_done(tmp_path, capsys):

@@ -7,10 +7,10 @@ from typing import Any
 
 from gqa_t5x.analysis.palette import BLUE, GREEN, PINK, VERMILION
 from gqa_t5x.model import network, sizes
-from gqa_t5x.reproduce.experiments.models import MEAN, PRETRAINED, SVD, Method
+from gqa_t5x.reproduce.experiments.models import MEAN, SVD
 from gqa_t5x.reproduce.report.document import Document
 from gqa_t5x.reproduce.report.figures import plt, save, tidy
-from gqa_t5x.reproduce.results.losses import method_of
+from gqa_t5x.reproduce.results.losses import Losses
 from gqa_t5x.reproduce.results.rows import Row
 
 SIDES = (
@@ -53,9 +53,9 @@ def _table_rows(by_size: Mapping[str, Sequence[Row]]) -> list[list[str]]:
   """A line for each size and number of key/value heads."""
   lines = []
   for size, rows in by_size.items():
-    config = network.config(size)
-    for num_kv_heads in _heads(rows):
-      mean, svd = (_loss(rows, method, num_kv_heads) for method in (MEAN, SVD))
+    config, losses = network.config(size), Losses(rows)
+    for num_kv_heads in losses.num_kv_heads:
+      mean, svd = (losses.mean(m, num_kv_heads, 0.0) for m in (MEAN, SVD))
       shares = dropped_shares(rows, num_kv_heads).values()
       lines.append(
         [
@@ -63,7 +63,7 @@ def _table_rows(by_size: Mapping[str, Sequence[Row]]) -> list[list[str]]:
           str(config.emb_dim),
           f'{config.num_encoder_layers} + {config.num_decoder_layers}',
           f'{config.num_heads} x {config.head_dim}',
-          f'{_mha_loss(rows):.3f}',
+          f'{losses.base:.3f}',
           str(num_kv_heads),
           f'{mean:.3f}',
           f'{svd:.4f}',
@@ -108,8 +108,10 @@ def draw(by_size: Mapping[str, Sequence[Row]], path: Any) -> None:
     1, len(SIDES), figsize=(10, 2.9), sharey=True, layout='constrained'
   )
   for i, (size, rows) in enumerate(by_size.items()):
-    num_heads = sizes.SIZES[size]['num_heads']
-    groups = {num_heads // K: dropped_shares(rows, K) for K in _heads(rows)}
+    losses = Losses(rows)
+    groups = {
+      losses.num_heads // K: dropped_shares(rows, K) for K in losses.num_kv_heads
+    }
     for axis, key in zip(axes, SIDES, strict=True):
       axis.plot(
         list(groups),
@@ -128,28 +130,3 @@ def draw(by_size: Mapping[str, Sequence[Row]], path: Any) -> None:
   axes[0].set_ylabel('dropped share, %')
   axes[0].legend(fontsize=8, frameon=False)
   save(fig, path)
-
-
-def _heads(rows: Sequence[Row]) -> list[int]:
-  return sorted({r['num_kv_heads'] for r in rows if r['kind'] == 'spectrum'})[::-1]
-
-
-def _loss(rows: Sequence[Row], method: Method, num_kv_heads: int) -> float:
-  """Excess loss right after conversion; all seeds have the same."""
-  return next(
-    row['excess_loss']
-    for row in rows
-    if row['kind'] == 'conversion'
-    and (method_of(row), row['num_kv_heads']) == (method, num_kv_heads)
-    and row['uptrain_steps'] == 0
-  )
-
-
-def _mha_loss(rows: Sequence[Row]) -> float:
-  return next(
-    row['validation_loss']
-    for row in rows
-    if row['kind'] == 'conversion'
-    and row['method'] == PRETRAINED
-    and row['uptrain_steps'] == 0
-  )

@@ -201,9 +201,9 @@ def decode_rows(
   ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=0)
 def _decode(module, values, kept, cache, tokens, steps):
-  """Decodes a number of steps greedily, without stopping at the end marker."""
+  """Decodes greedily without stopping at the end marker; one program for all steps."""
 
   def decode_one(_, state):
     token_B, cache = state

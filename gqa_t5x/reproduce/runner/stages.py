@@ -209,6 +209,8 @@ class _Run:
       for stage in self._waiting
       if unfinished.isdisjoint(need.result for need in stage.needs)
     ]
+    # Long ones first, so that none is left alone at the end while cores are idle.
+    ready.sort(key=lambda stage: stage.work, reverse=True)
     # What measures time waits until there is nothing else to do.
     ready = [s for s in ready if not s.alone] or ready[:1]
     if self._alone or len(ready) == 1:
