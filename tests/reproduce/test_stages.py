@@ -284,10 +284,19 @@ def test_faulty_plans_are_refused(tmp_path, capsys, jobs, names, message):
 
 def test_bars_are_shown_and_the_rest_is_logged():
   shown, log = [], io.StringIO()
-  lines = ['train: 50%|## | 1/2\n', 'noise\n', 'train: 100%|####\n']
+  lines = [
+    'train: 50%|## | 1/2\n',
+    'noise\n',
+    'train: 75%|### | 3/4 [00:01<00:00, 2step/s]no backend\n',
+    'train: 100%|####\n',
+  ]
   process.split_bars(lines, shown.append, log)
-  assert shown == ['train: 50%|## | 1/2', 'train: 100%|####']
-  assert log.getvalue() == 'noise\n'
+  assert shown == [
+    'train: 50%|## | 1/2',
+    'train: 75%|### | 3/4 [00:01<00:00, 2step/s]',
+    'train: 100%|####',
+  ]
+  assert log.getvalue() == 'noise\nno backend\n'
 
 
 def test_a_stage_alone_shows_its_own_bar(tmp_path, capsys):
