@@ -102,10 +102,10 @@ class Command:
     except KeyboardInterrupt as error:
       print(stopped, file=sys.stderr)
       return 143 if isinstance(error, Terminated) else 130
-    except (BadInput, flags.Error, OSError, *expected) as error:
+    except (BadInput, flags.Error, *expected) as error:
       return self._fail(error)
     except Exception as error:
-      if type(error).__module__.startswith(_BUCKETS):
+      if is_of_file_system(error):
         return self._fail(error)
       raise
 
@@ -114,6 +114,11 @@ class Command:
       traceback.print_exception(error)
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 1
+
+
+def is_of_file_system(error: Exception) -> bool:
+  """Whether an error is what a file system says, or a bucket by way of etils."""
+  return isinstance(error, OSError) or type(error).__module__.startswith(_BUCKETS)
 
 
 def on_sigterm(

@@ -17,7 +17,7 @@ prints is in OUTPUT_DIR/local/logs.
   python -m gqa_t5x.reproduce report --results=runs/reproduce
 
 writes report.md and report.html, one page with everything in it: each number of the
-papers beside the measured one, or "not run" and the command that runs it. It may be
+papers next to the measured one, or "not run" and the plan that runs it. It may be
 called at any time, and reads both scales.
 
   python -m gqa_t5x.reproduce run uptrain
@@ -34,78 +34,139 @@ install --constraint constraints.txt 'jax[tpu]' first), and goes into the same r
   python -m gqa_t5x.reproduce run compiled
 """
 
+import pathlib
 import sys
+from typing import Any
 
-from absl import app, flags
-
-from gqa_t5x.reproduce.experiments import conversion, plan, run, uptrain
+from gqa_t5x.command_line import Command
+from gqa_t5x.errors import BadInput
+from gqa_t5x.reproduce.experiments import plan, studies, targets
 from gqa_t5x.reproduce.experiments.scales import SCALES
-from gqa_t5x.reproduce.experiments.targets import ALL, TARGETS
-from gqa_t5x.reproduce.report import report
-from gqa_t5x.reproduce.results import intensity
+from gqa_t5x.reproduce.experiments.studies import MINIATURE, QUICK, STUDIES
+from gqa_t5x.reproduce.report import conversion, miniature, papers
+from gqa_t5x.reproduce.results import intensity as intensity_rows
+from gqa_t5x.reproduce.results import miniature as miniature_rows
+from gqa_t5x.reproduce.results import study as study_rows
+from gqa_t5x.reproduce.runner import stages
 
-EXPERIMENTS = (*TARGETS, ALL)
+EXPERIMENTS = (*targets.TARGETS, targets.ALL)
+FOLDER = 'runs/reproduce'
+MINIATURE_FOLDER = 'runs/local'
 # What stages run by themselves: (verb, experiment) -> function of output_dir and study.
 PARTS = {
-  ('evaluate', 'uptrain'): lambda folder, study: uptrain.evaluate_models(folder),
-  ('report', 'uptrain'): lambda folder, study: uptrain.write_report(folder),
-  ('evaluate', 'conversion'): conversion.evaluate,
-  ('report', 'conversion'): conversion.report,
-  ('evaluate', 'intensity'): lambda folder, study: intensity.write(folder),
+  ('evaluate', 'uptrain'): lambda folder, study: miniature_rows.write(folder),
+  ('report', 'uptrain'): lambda folder, study: miniature.write(folder),
+  ('evaluate', 'conversion'): study_rows.write,
+  ('report', 'conversion'): conversion.write,
+  ('evaluate', 'intensity'): lambda folder, study: intensity_rows.write(folder),
 }
-FOLDER = 'runs/reproduce'
-UPTRAIN_FOLDER = 'runs/local'
-
-flags.DEFINE_string(
-  'output_dir',
-  None,
-  f'Folder of all results, local or gs://; by default {FOLDER}, and of uptrain'
-  f' {UPTRAIN_FOLDER}.',
-)
-flags.DEFINE_string('results', None, 'Of report: the folder of results, as output_dir.')
-flags.DEFINE_enum(
-  'scale', None, list(SCALES), 'plan: paper unless given. run: local alone.'
-)
-flags.DEFINE_enum(
-  'study', 'quick', list(conversion.STUDIES), 'Which study of conversion methods.'
-)
-flags.DEFINE_integer(
-  'jobs',
-  None,
-  'How many stages run at once, each on cores of its own; by default one a core.',
-)
-flags.DEFINE_string(
-  'tfds_data_dir', None, 'Of plan: folder of TensorFlow Datasets, for the commands.'
-)
-flags.DEFINE_bool('json', False, 'Of plan: print JSON.')
 USAGE = """\
 Usage: python -m gqa_t5x.reproduce plan|run TARGET [--scale=paper|local]
        python -m gqa_t5x.reproduce report [--results=FOLDER]
 TARGET: {}. See --help."""
 
 
-def main(argv: list[str]) -> int:
-  """Runs a command; returns the exit code."""
-  given = flags.FLAGS
-  words = tuple(argv[1:])
-  default = UPTRAIN_FOLDER if 'uptrain' in words else FOLDER
-  folder = given.output_dir or default
+def define_command() -> Command:
+  """Returns the command with its flags."""
+  doc = __doc__.format(targets=', '.join(targets.TARGETS))
+  command = Command('gqa_t5x.reproduce', doc, max_words=sys.maxsize)
+  command.text(
+    'output_dir',
+    None,
+    f'Folder of all results, local or gs://; by default {FOLDER}, and of uptrain'
+    f' {MINIATURE_FOLDER}.',
+  )
+  command.text('results', None, 'Of report: the folder of results, as output_dir.')
+  command.choice('scale', None, SCALES, 'plan: paper unless given. run: local alone.')
+  command.choice('study', QUICK.name, STUDIES, 'Which study of conversion methods.')
+  command.whole(
+    'jobs',
+    None,
+    'How many stages run at once, each on cores of its own; by default one a core.',
+    least=None,  # The runner says what is wrong.
+  )
+  command.text(
+    'tfds_data_dir', None, 'Of plan: folder of TensorFlow Datasets, for the commands.'
+  )
+  command.switch('json', False, 'Of plan: print JSON.')
+  return command
+
+
+def act(args: Any, *words: str) -> int | None:
+  """Does what the words say; returns the exit code, None for 0."""
+  folder = args.output_dir or (MINIATURE_FOLDER if 'uptrain' in words else FOLDER)
   if words in PARTS:
-    return PARTS[words](folder, given.study)
+    return PARTS[words](folder, args.study)
   if words == ('report',):
-    return report.write(given.results or folder)
+    return papers.write(args.results or folder)
   if words == ('run', 'uptrain'):
-    return uptrain.run(folder, given.jobs)
+    return run_miniature(folder, args.jobs)
   if len(words) == 2 and words[1] in EXPERIMENTS:
     if words[0] == 'plan':
-      scale, data = given.scale or 'paper', given.tfds_data_dir
-      return plan.print_plan(words[1], scale, folder, data, given.json)
+      scale, data = args.scale or 'paper', args.tfds_data_dir
+      return plan.print_plan(words[1], scale, folder, data, args.json)
     if words[0] == 'run':
-      return run.run(words[1], given.scale or 'local', folder, given.jobs, given.study)
+      return run(words[1], args.scale or 'local', folder, args.jobs, args.study)
   print(USAGE.format(', '.join(('uptrain (run only)', *EXPERIMENTS))), file=sys.stderr)
   return 2
 
 
+def run(target: str, scale: str, output_dir: str, jobs: int | None, study: str) -> int:
+  """Runs what is not done yet, and writes the report.
+
+  Args:
+    target: a key of targets.TARGETS, or targets.ALL.
+    scale: 'local'; any other is refused.
+    output_dir: folder of all results.
+    jobs: how many stages run at once; None: one a core.
+    study: of conversion, a key of STUDIES.
+
+  Returns:
+    The exit code: 0, 1 after an error, 130 after Ctrl-C.
+
+  Raises:
+    BadInput: it cannot run on this machine.
+  """
+  if scale != 'local':
+    print(
+      f'error: --scale={scale} takes TPU pods. Run the commands of this plan there:\n'
+      f'  python -m gqa_t5x.reproduce plan {target} --scale={scale}',
+      file=sys.stderr,
+    )
+    return 1
+  if '://' in output_dir:
+    raise BadInput(f'{output_dir} is not on this machine.')
+  folder = pathlib.Path(output_dir) / scale
+  if study == QUICK.name:
+    chosen = targets.make_plan(target, scale, output_dir).stages
+    return stages.run(chosen, folder, jobs) or papers.write(output_dir) or 0
+  if target != 'conversion':
+    raise BadInput(f'--study={study} goes with conversion alone.')
+  chosen = studies.make_plan(STUDIES[study], output_dir)
+  code = stages.run(chosen.stages, folder, jobs)
+  if not code:
+    print(f'Report: {chosen.folder}/conversion.md')
+  return code
+
+
+def run_miniature(output_dir: str, jobs: int | None) -> int:
+  """Runs what is not done yet of the recipe in miniature, and prints the report.
+
+  Args:
+    output_dir: folder of checkpoints, logs, rows and the report.
+    jobs: how many stages run at once; None: one a core.
+
+  Returns:
+    The exit code: 0, 1 after an error, 130 after Ctrl-C.
+  """
+  folder = pathlib.Path(output_dir)
+  code = stages.run(studies.make_plan(MINIATURE, output_dir).stages, folder, jobs)
+  if not code:
+    print((folder / 'report.md').read_text())
+    print(f'Report: {folder}/report.md')
+    print(f'TensorBoard: tensorboard --logdir={folder}')
+  return code
+
+
 if __name__ == '__main__':
-  __doc__ = __doc__.format(targets=', '.join(TARGETS))
-  app.run(lambda argv: sys.exit(main(argv)))
+  sys.exit(define_command().run(sys.argv, act))

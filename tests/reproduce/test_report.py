@@ -1,6 +1,8 @@
 """The report: from what runs left to tables, without averaging in what is wrong."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 
@@ -8,23 +10,23 @@ import pytest
 import tensorflow as tf
 
 from gqa_t5x.reproduce.experiments import targets
-from gqa_t5x.reproduce.experiments.lab import Lab, step_of
-from gqa_t5x.reproduce.experiments.models import Model
+from gqa_t5x.reproduce.experiments.models import MEAN, converted, mha
+from gqa_t5x.reproduce.experiments.planner import Planner, step_of
 from gqa_t5x.reproduce.experiments.scales import LOCAL, PAPER
-from gqa_t5x.reproduce.report import report
-from gqa_t5x.reproduce.report.document import Document
-from gqa_t5x.reproduce.results import results
-from gqa_t5x.reproduce.results.results import Measured, Results, Unusable
+from gqa_t5x.reproduce.report import papers
+from gqa_t5x.reproduce.results import intensity, reader
+from gqa_t5x.reproduce.results.reader import Measured, Reader
 
 TASK = 'pydocs_summarize'
-MQA = Model('tiny', 1, 'mean', 0.05)
+MQA = converted('tiny', 1, MEAN, 0.05)
 
 
-def write_run(lab, model, task, seed, scores, metric='rouge1', **changes):
+def write_run(plan, model, task, seed, scores, metric='rouge1', **changes):
   """What T5X and seqio leave of a fine-tuning, as far as the report reads it."""
-  stage = lab.stage(lab.finetuned(model, task, seed))
+  stage = plan.finetuning(model, task, seed)
   folder = stage.result.parent
-  (folder / 'inference_eval').mkdir(parents=True)
+  stage.result.mkdir(parents=True)
+  (folder / 'inference_eval').mkdir()
   macros = {'MODEL_SIZE': model.size, 'NUM_KV_HEADS': None, **stage.macros, **changes}
   lines = [f'{k} = {str(v) if hasattr(v, "parts") else v!r}' for k, v in macros.items()]
   (folder / 'config.gin').write_text('# Macros:\n' + '\n'.join(sorted(lines)) + '\n')
@@ -66,8 +68,8 @@ def write_rows(path, rows):
 
 
 @pytest.fixture
-def lab(tmp_path):
-  return Lab(LOCAL, str(tmp_path))
+def plan(tmp_path):
+  return Planner(LOCAL, str(tmp_path))
 
 
 def table_of(text, heading):
@@ -81,23 +83,18 @@ def table_of(text, heading):
 # --- Results --------------------------------------------------------------------
 
 
-def test_the_best_score_of_every_seed(lab):
+def test_the_best_score_of_every_seed(plan):
   for seed, scores in ((1, [10.0, 14.0, 12.0]), (2, [9.0, 15.5]), (3, [13.0, 11.0])):
-    write_run(lab, MQA, TASK, seed, scores)
-  found = Results()
-  number = found.score(lab, MQA, TASK)
+    write_run(plan, MQA, TASK, seed, scores)
+  found = Reader()
+  number = found.score(plan, MQA, TASK)
   assert number.values == (14.0, 15.5, 13.0)
   assert number.mean == pytest.approx(42.5 / 3)
   assert number.spread == pytest.approx(1.2583057)
   assert number.source == 'measured'
   assert [c.count('RANDOM_SEED') for c in number.commands] == [1, 1, 1]
   assert found.problems == []
-  assert found.score(lab, Model('tiny'), TASK) is None
-
-
-def test_macros_of_long_lines():
-  text = "# Macros:\nA_PATH = \\\n    'runs/x/checkpoint_5'\nB = 3\nC = @models.M()\n"
-  assert results.read_macros(text) == {'A_PATH': 'runs/x/checkpoint_5', 'B': 3}
+  assert found.score(plan, mha('tiny'), TASK) is None
 
 
 @pytest.mark.parametrize(
@@ -112,15 +109,15 @@ def test_macros_of_long_lines():
     ),
   ],
 )
-def test_a_run_of_something_else_is_skipped(lab, changes, message):
-  write_run(lab, MQA, TASK, 1, [10.0])
-  folder, _ = write_run(lab, MQA, TASK, 2, [99.0], **changes)
-  found = Results()
-  assert found.score(lab, MQA, TASK).values == (10.0,)
+def test_a_run_of_something_else_is_skipped(plan, changes, message):
+  write_run(plan, MQA, TASK, 1, [10.0])
+  folder, _ = write_run(plan, MQA, TASK, 2, [99.0], **changes)
+  found = Reader()
+  assert found.score(plan, MQA, TASK).values == (10.0,)
   (problem,) = found.problems
   assert str(folder) in problem
   assert message in problem
-  found.score(lab, MQA, TASK)
+  found.score(plan, MQA, TASK)
   assert len(found.problems) == 1
 
 
@@ -137,21 +134,21 @@ def test_a_run_of_something_else_is_skipped(lab, changes, message):
     (lambda text: '', 'has no scores'),
   ],
 )
-def test_damaged_scores_are_skipped(lab, damage, message):
-  folder, file = write_run(lab, MQA, TASK, 1, [14.0, 12.0])
+def test_damaged_scores_are_skipped(plan, damage, message):
+  folder, file = write_run(plan, MQA, TASK, 1, [14.0, 12.0])
   file.write_text(damage(file.read_text()))
-  found = Results()
-  assert found.score(lab, MQA, TASK) is None
+  found = Reader()
+  assert found.score(plan, MQA, TASK) is None
   (problem,) = found.problems
   assert re.search(message, problem)
   assert str(folder) in problem
 
 
-def test_a_run_without_configuration_is_skipped(lab):
-  folder, _ = write_run(lab, MQA, TASK, 1, [14.0])
+def test_a_run_without_configuration_is_skipped(plan):
+  folder, _ = write_run(plan, MQA, TASK, 1, [14.0])
   (folder / 'config.gin').unlink()
-  found = Results()
-  assert found.score(lab, MQA, TASK) is None
+  found = Reader()
+  assert found.score(plan, MQA, TASK) is None
   assert found.problems == [
     f'{folder}/config.gin is missing: nothing says what was run there.'
   ]
@@ -169,11 +166,11 @@ def test_a_run_without_configuration_is_skipped(lab):
     (lambda rows: rows[0].pop('kind'), 'is damaged'),
   ],
 )
-def test_rows_that_do_not_belong_together_are_skipped(lab, change, message):
-  path = lab.rows('figure6')
+def test_rows_that_do_not_belong_together_are_skipped(plan, change, message):
+  path = plan.timing('figure6', LOCAL.heads).result
   rows = decode_rows(LOCAL.heads, {(12, 1): 2.0, (1, 1): 1.0})
   write_rows(path, rows)
-  found = Results()
+  found = Reader()
   assert found.rows(path, 'decode_benchmark', size='base') == rows
   change(rows)
   write_rows(path, rows)
@@ -183,28 +180,27 @@ def test_rows_that_do_not_belong_together_are_skipped(lab, change, message):
   assert message in problem
 
 
-def test_a_partial_file_of_rows_is_skipped(lab):
-  path = lab.rows('figure6')
+def test_a_partial_file_of_rows_is_skipped(plan):
+  path = plan.timing('figure6', LOCAL.heads).result
   write_rows(path, decode_rows(LOCAL.heads, {(12, 1): 2.0}))
   path.write_text(path.read_text()[:-9])
-  with pytest.raises(Unusable, match='is damaged'):
-    results.read_rows(path, 'decode_benchmark', {})
+  found = Reader()
+  assert found.rows(path, 'decode_benchmark') == []
+  assert 'is damaged' in found.problems[0]
 
 
 def test_a_mean_needs_all_of_its_numbers():
   one, two = (Measured((x,), 'measured', (f'run {x}',)) for x in (1.0, 4.0))
-  assert results.mean([one, two]) == Measured(
-    (2.5,), 'measured', ('run 1.0', 'run 4.0')
-  )
-  assert results.mean([one, None]) is None
-  assert results.mean([]) is None
+  assert reader.mean([one, two]) == Measured((2.5,), 'measured', ('run 1.0', 'run 4.0'))
+  assert reader.mean([one, None]) is None
+  assert reader.mean([]) is None
 
 
 # --- The report -----------------------------------------------------------------
 
 
 def test_nothing_was_run(tmp_path):
-  assert report.write(str(tmp_path)) == 0
+  papers.write(str(tmp_path))
   text = (tmp_path / 'report.md').read_text()
   for model, theirs in (('MHA-XXL', '47.2'), ('GQA-8-XXL', '47.1')):
     rows = table_of(text, 'Table 1 and figure 3')
@@ -212,8 +208,14 @@ def test_nothing_was_run(tmp_path):
     assert ours == [[model, 'ours', *['not run'] * 9]]
     (paper,) = (row for row in rows if row[:2] == [model, 'paper'])
     assert paper[3] == theirs
-  assert 'Not run: 52 commands' in text
-  assert text.count('gin/tasks/mediasum.gin') == 6
+  # One line a target, with the command that prints its own.
+  for target, count in (('table1', 52), ('figure6', 1), ('compiled', 23)):
+    noun = 'command' if count == 1 else 'commands'
+    assert (
+      f'Not run: {count} {noun}, which `python -m gqa_t5x.reproduce plan {target}'
+      f' --scale=paper --output_dir={tmp_path}` prints.\n' in text
+    )
+  assert text.count('\nNot run: ') == len(papers.PAPER_PARTS) + len(papers.LOCAL_PARTS)
   assert '## Skipped results\n\nNone.\n' in text
   assert '## Sources' not in text
   page = (tmp_path / 'report.html').read_text()
@@ -221,32 +223,44 @@ def test_nothing_was_run(tmp_path):
   assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
-@pytest.fixture
-def finished(tmp_path):
-  """A part of both scales is there."""
-  paper, local = Lab(PAPER, str(tmp_path)), Lab(LOCAL, str(tmp_path))
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A part of both scales is there: the folder, and what was said of the report."""
+  folder = tmp_path_factory.mktemp('finished')
+  paper, local = Planner(PAPER, str(folder)), Planner(LOCAL, str(folder))
   gqa = PAPER.models[3]
   write_run(paper, gqa, 'cnn_dailymail', 1, [43.0, 44.1])
   write_run(paper, gqa, 'trivia_qa', 1, [80.0], metric='f1')
   for seed, score in ((1, 20.0), (2, 21.0), (3, 22.0)):
     write_run(local, MQA, TASK, seed, [score])
-  write_run(local, Model('tiny'), TASK, 1, [25.0])
-  for name, timing in targets.timings(local).items():
-    seconds = {(8, 1): 0.4, (2, 1): 0.2, (1, 1): 0.1}
-    write_rows(local.rows(name), decode_rows(timing, seconds))
-  write_rows(
-    local.rows('figure6'), decode_rows(LOCAL.heads, {(12, 1): 3.0, (1, 1): 1.0})
-  )
-  timing = dataclasses.replace(LOCAL.shazeer, size='shazeer_mqa')
-  write_rows(
-    local.rows('shazeer_mqa'), decode_rows(timing, {(1, 1): 0.008, (1, 4): 0.02})
-  )
-  report.write(str(tmp_path))
-  return tmp_path
+  write_run(local, mha('tiny'), TASK, 1, [25.0])
+  write_run(local, LOCAL.models[2], TASK, 1, [30.0], NUM_KV_HEADS=4)
+  write_spikes(local.checkpoint(LOCAL.scratch[0]).result)
+  (timing,) = LOCAL.timings
+  for name, timed, seconds in (
+    (targets.timing_name(timing), timing, {(8, 1): 0.4, (2, 1): 0.2, (1, 1): 0.1}),
+    ('figure6', LOCAL.heads, {(12, 1): 3.0, (1, 1): 1.0}),
+  ):
+    write_rows(local.timing(name, timed).result, decode_rows(timed, seconds))
+  timed = dataclasses.replace(LOCAL.shazeer, size='shazeer_mqa')
+  path = targets.shazeer_timing(local, 'MQA').result
+  write_rows(path, decode_rows(timed, {(1, 1): 0.008, (1, 4): 0.02}))
+  with contextlib.redirect_stdout(io.StringIO()) as said:
+    papers.write(str(folder))
+  return folder, said.getvalue()
 
 
-def test_numbers_stand_beside_the_papers(finished):
-  text = (finished / 'report.md').read_text()
+def write_spikes(checkpoint):
+  """What the trainer says of its loss, and the end of its run."""
+  checkpoint.mkdir(parents=True)
+  with tf.summary.create_file_writer(str(checkpoint.parent / 'train')).as_default():
+    for step, spikes in ((100, 0), (200, 1), (300, 2)):
+      tf.summary.scalar('stability/spikes', spikes, step)
+      tf.summary.scalar('stability/divergences', 0, step)
+
+
+def test_numbers_stand_next_to_the_papers(finished):
+  text = (finished[0] / 'report.md').read_text()
   rows = table_of(text, 'Table 1 and figure 3')
   (ours,) = (row for row in rows if row[:2] == ['GQA-8-XXL', 'ours'])
   # The best of two checkpoints, 0.6 above the paper; no average of a part.
@@ -270,7 +284,7 @@ def test_numbers_stand_beside_the_papers(finished):
 
 
 def test_every_number_leads_to_its_command(finished):
-  text = (finished / 'report.md').read_text()
+  text = (finished[0] / 'report.md').read_text()
   used = set(re.findall(r'<sup>\[(\w+)\]\(#\1\)</sup>', text))
   defined = dict(re.findall(r'<a id="(\w+)"></a>\*\*\1\*\* (.*)', text))
   assert used
@@ -282,44 +296,33 @@ def test_every_number_leads_to_its_command(finished):
 
 
 def test_the_page_has_everything(finished):
-  page = (finished / 'report.html').read_text()
+  page = (finished[0] / 'report.html').read_text()
   assert '44.1 (+0.6)' in page
-  figures = {path.name for path in (finished / 'figures').glob('*.png')}
+  figures = {path.name for path in (finished[0] / 'figures').glob('*.png')}
   assert {'figure3_paper.png', 'figure3_local.png', 'figure6_local.png'} <= figures
   assert page.count('data:image/png') == len(figures)
 
 
-def test_skipped_results_are_named(finished, capsys):
-  lab = Lab(LOCAL, str(finished))
-  write_run(lab, LOCAL.models[2], TASK, 1, [30.0], NUM_KV_HEADS=4)
-  capsys.readouterr()
-  report.write(str(finished))
-  text = (finished / 'report.md').read_text()
-  assert table_of(text, 'Table 1 and figure 3, tiny')[3][-1] == 'not run'
+def test_skipped_results_are_named(finished):
+  folder, said = finished
+  text = (folder / 'report.md').read_text()
   problem = 'seed1 is of another run: NUM_KV_HEADS is 4, not 2.'
   assert problem in text.split('## Skipped results')[1].split('## ')[0]
-  assert problem in capsys.readouterr().out
+  assert problem in said
 
 
-def test_spikes_are_counted(tmp_path):
-  lab = Lab(LOCAL, str(tmp_path))
-  model = LOCAL.scratch[0]
-  stage = lab.stage(lab.from_scratch(model))
-  stage.result.mkdir(parents=True)
-  with tf.summary.create_file_writer(str(stage.result.parent / 'train')).as_default():
-    for step, spikes in ((100, 0), (200, 1), (300, 2)):
-      tf.summary.scalar('stability/spikes', spikes, step)
-      tf.summary.scalar('stability/divergences', 0, step)
-  report.write(str(tmp_path))
-  rows = table_of((tmp_path / 'report.md').read_text(), 'Appendix A, tiny')
+def test_spikes_are_counted(finished):
+  text = (finished[0] / 'report.md').read_text()
+  rows = table_of(text, 'Appendix A, tiny')
   assert rows[1][:4] == ['MQA-Tiny, from scratch', '2', '0', 'not run']
 
 
-def test_folded_commands_are_each_there_once():
-  doc = Document('Title')
-  doc.commands(['one', 'two', 'one'])
-  doc.commands([])
-  assert doc.markdown().count('<details') == 1
-  assert (
-    '<summary>Not run: 2 commands</summary>\n\n```\none\ntwo\n```' in doc.markdown()
-  )
+def test_intensity_is_shazeers():
+  rows = {
+    (row['num_kv_heads'], row['batch_size'], row['input_length']): row['intensity']
+    for row in intensity.rows()
+  }
+  # T5-XXL: d = 4096, h = 64.
+  assert rows[64, 32, 2048] == pytest.approx(1 / (2048 / 4096 + 1 / 32))
+  assert rows[1, 32, 2048] == pytest.approx(1 / (2048 / (4096 * 64) + 1 / 32))
+  assert rows[8, 32, 2048] == pytest.approx(1 / (2048 * 8 / (4096 * 64) + 1 / 32))

@@ -1,6 +1,6 @@
 """The runner of stages: order, side by side, failure, Ctrl-C, resuming, the lock."""
 
-import fcntl
+import dataclasses
 import io
 import os
 import signal
@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from gqa_t5x.reproduce.runner import child, progress, stages
+from gqa_t5x import files
+from gqa_t5x.reproduce.runner import process, progress, stages
 from gqa_t5x.reproduce.runner.stages import Stage
 from helpers import commands
 
@@ -49,12 +50,7 @@ time.sleep(300)
 def write(folder, name, needs=(), wait_for=()) -> Stage:
   result = folder / name
   others = [str(folder / other) for other in wait_for]
-  return Stage(
-    name,
-    result,
-    ('-c', WRITE, str(result), *others),
-    tuple(folder / need for need in needs),
-  )
+  return Stage(name, result, ('-c', WRITE, str(result), *others), tuple(needs))
 
 
 def sleep(folder, name) -> Stage:
@@ -74,13 +70,11 @@ def cores(path) -> list[int]:
 
 
 def test_needs_decide_and_the_rest_runs_side_by_side(tmp_path, capsys):
-  plan = [
-    write(tmp_path, 'first'),
-    # Each of the two ends only when the other has begun.
-    write(tmp_path, 'left', ['first'], ['right.begun']),
-    write(tmp_path, 'right', ['first'], ['left.begun']),
-    write(tmp_path, 'last', ['left', 'right']),
-  ]
+  first = write(tmp_path, 'first')
+  # Each of the two ends only when the other has begun.
+  left = write(tmp_path, 'left', [first], ['right.begun'])
+  right = write(tmp_path, 'right', [first], ['left.begun'])
+  plan = [first, left, right, write(tmp_path, 'last', [left, right])]
   assert stages.run(plan, tmp_path, jobs=2) == 0
   made = [(tmp_path / s.title).stat().st_mtime_ns for s in plan]
   assert made[0] <= min(made[1:3]) <= max(made[1:3]) <= made[3]
@@ -129,9 +123,17 @@ def test_one_job_takes_one_stage_after_the_other(tmp_path):
   assert (tmp_path / 'c').exists()
 
 
+def test_long_stages_go_first(tmp_path):
+  short, long = write(tmp_path, 'short'), write(tmp_path, 'long')
+  plan = [short, dataclasses.replace(long, work=stages.SHORT + 1)]
+  assert stages.run(plan, tmp_path, jobs=1) == 0
+  made = [(tmp_path / name).stat().st_mtime_ns for name in ('long', 'short')]
+  assert made == sorted(made)
+
+
 def test_what_exists_is_done(tmp_path, capsys):
   (tmp_path / 'a').write_text('made elsewhere')
-  plan = [write(tmp_path, 'a'), write(tmp_path, 'b', ['a'])]
+  plan = [a := write(tmp_path, 'a'), write(tmp_path, 'b', [a])]
   assert stages.run(plan, tmp_path, jobs=2) == 0
   assert (tmp_path / 'a').read_text() == 'made elsewhere'
   assert not (tmp_path / 'a.begun').exists()
@@ -172,10 +174,10 @@ def test_a_need_is_met_when_its_stage_has_ended(tmp_path):
   folder = tmp_path / 'run'
   slow = ('-c', MAKE_BOTH, str(folder), '1', '0')
   plan = [
-    Stage('slow', folder / 'whole', slow),
+    first := Stage('slow', folder / 'whole', slow),
     # Keeps the second place busy, so that both end at different times.
     write(tmp_path, 'other'),
-    write(tmp_path, 'after', ['run/whole']),
+    write(tmp_path, 'after', [first]),
   ]
   tick = time.monotonic()
   assert stages.run(plan, tmp_path, jobs=2) == 0
@@ -189,8 +191,8 @@ def test_a_failure_stops_the_rest(tmp_path, capsys):
   fail = WAIT + 'wait(sys.argv[1]); print("the reason"); sys.exit(3)'
   plan = [
     sleep(tmp_path, 'sleeper'),
-    Stage('bad', tmp_path / 'bad', ('-c', fail, str(pid_file))),
-    write(tmp_path, 'after', ['bad']),
+    bad := Stage('bad', tmp_path / 'bad', ('-c', fail, str(pid_file))),
+    write(tmp_path, 'after', [bad]),
   ]
   start = time.monotonic()
   assert stages.run(plan, tmp_path, jobs=2) == 1
@@ -213,16 +215,19 @@ def test_a_stage_must_leave_its_result(tmp_path, capsys):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_no_process_and_goes_on(tmp_path, number):
   code = (
-    'import pathlib, signal, sys; sys.path.insert(0, sys.argv[2])\n'
+    'import pathlib, signal, sys\n'
     # Shells let background jobs ignore Ctrl-C, and children inherit that.
     'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
-    'import test_reproduce_stages as t; from gqa_t5x.reproduce import stages\n'
-    'folder = pathlib.Path(sys.argv[1])\n'
-    'plan = [t.write(folder, "a")] + [t.sleep(folder, n) for n in "bc"]\n'
-    'sys.exit(stages.run(plan, folder, jobs=2))\n'
+    'from gqa_t5x.command_line import Command\n'
+    'from gqa_t5x.reproduce.runner import stages\n'
+    'folder, write, sleep = pathlib.Path(sys.argv[1]), *sys.argv[2:]\n'
+    'plan = [stages.Stage(n, folder / n, ("-c", c, str(folder / n)))\n'
+    '        for n, c in zip("abc", (write, sleep, sleep))]\n'
+    'run = lambda args: stages.run(plan, folder, jobs=2)\n'
+    'sys.exit(Command("t", "").run(sys.argv[:1], run))\n'
   )
   process = subprocess.Popen(
-    [sys.executable, '-c', code, str(tmp_path), str(commands.TESTS)],
+    [sys.executable, '-c', code, str(tmp_path), WRITE, SLEEP],
     env=commands.environment(),
     stderr=subprocess.PIPE,
     text=True,
@@ -248,9 +253,9 @@ def test_a_stopped_run_leaves_no_process_and_goes_on(tmp_path, number):
 
 
 def test_a_locked_folder_is_refused(tmp_path, capsys):
-  with (tmp_path / 'lock').open('w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    assert stages.run([write(tmp_path, 'a')], tmp_path, jobs=1) == 1
+  lock = files.lock(tmp_path / 'lock')
+  assert stages.run([write(tmp_path, 'a')], tmp_path, jobs=1) == 1
+  os.close(lock)
   err = capsys.readouterr().err
   assert err == (
     f'Another run is at work in {tmp_path}; wait for it, or choose another'
@@ -269,8 +274,9 @@ def test_a_locked_folder_is_refused(tmp_path, capsys):
   ],
 )
 def test_faulty_plans_are_refused(tmp_path, capsys, jobs, names, message):
-  needs = {'a': [], 'b': ['a']}
-  plan = [write(tmp_path, name, needs[name]) for name in names]
+  a = write(tmp_path, 'a')
+  known = {'a': a, 'b': write(tmp_path, 'b', [a])}
+  plan = [known[name] for name in names]
   assert stages.run(plan, tmp_path, jobs=jobs) == 1
   assert message.replace('FOLDER', str(tmp_path)) in capsys.readouterr().err
   assert not (tmp_path / 'a').exists()
@@ -278,10 +284,19 @@ def test_faulty_plans_are_refused(tmp_path, capsys, jobs, names, message):
 
 def test_bars_are_shown_and_the_rest_is_logged():
   shown, log = [], io.StringIO()
-  lines = ['train: 50%|## | 1/2\n', 'noise\n', 'train: 100%|####\n']
-  child.split_bars(lines, shown.append, log)
-  assert shown == ['train: 50%|## | 1/2', 'train: 100%|####']
-  assert log.getvalue() == 'noise\n'
+  lines = [
+    'train: 50%|## | 1/2\n',
+    'noise\n',
+    'train: 75%|### | 3/4 [00:01<00:00, 2step/s]no backend\n',
+    'train: 100%|####\n',
+  ]
+  process.split_bars(lines, shown.append, log)
+  assert shown == [
+    'train: 50%|## | 1/2',
+    'train: 75%|### | 3/4 [00:01<00:00, 2step/s]',
+    'train: 100%|####',
+  ]
+  assert log.getvalue() == 'noise\nno backend\n'
 
 
 def test_a_stage_alone_shows_its_own_bar(tmp_path, capsys):

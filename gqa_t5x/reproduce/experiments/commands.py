@@ -7,9 +7,6 @@ from typing import Any
 
 import gqa_t5x
 
-CALIBRATE = 'gin/local/calibrate.gin'
-
-
 # Warnings alone: the trainer shows its progress, and log lines would tear its bar.
 QUIET = '--verbosity=-1'
 
@@ -39,30 +36,6 @@ def engine(
     *flags,
     *(f'--gin.{name}={value!r}' for name, value in values.items()),
   )
-
-
-def train(gin_file: str, **macros: Any) -> tuple[str, ...]:
-  """Arguments of Python for a training run on this machine.
-
-  Args:
-    gin_file: path below the gin search path.
-    **macros: values for the file's macros; a path stands for its text.
-  """
-  return engine('t5x.train', [gin_file], [QUIET], **macros)
-
-
-def calibrate(
-  checkpoint: pathlib.Path, output: pathlib.Path, **macros: Any
-) -> tuple[str, ...]:
-  """Arguments of Python that make a checkpoint's statistics.
-
-  Args:
-    checkpoint: the checkpoint.
-    output: the file of statistics.
-    **macros: values for other macros of gin/local/calibrate.gin.
-  """
-  macros = {'CHECKPOINT_PATH': checkpoint, 'OUTPUT': output, **macros}
-  return engine('gqa_t5x.calibrate', [CALIBRATE], [QUIET], **macros)
 
 
 def convert(

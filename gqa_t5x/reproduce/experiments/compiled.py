@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from gqa_t5x.reproduce.experiments import paper
-from gqa_t5x.reproduce.experiments.lab import Lab, num_kv_heads
 from gqa_t5x.reproduce.experiments.scales import PAPER
 from gqa_t5x.reproduce.runner.stages import Stage
 
@@ -43,49 +42,58 @@ TRAININGS = (
 )
 
 
-def stages(lab: Lab) -> None:
-  """Adds the times of table 1 and figure 6, and uptraining on TPU slices.
+def stages(output_dir: Any) -> list[Stage]:
+  """Lists the times of table 1 and figure 6, and uptraining on TPU slices.
 
   Args:
-    lab: of either scale; the models are the paper's.
+    output_dir: folder of all results.
   """
-  for model in PAPER.models:
-    for lengths in LENGTHS:
-      decoding(lab, model.size, num_kv_heads(model), lengths)
-  for heads in paper.FIGURE6_HEADS:
-    decoding(lab, 'xxl', heads, FIGURE6_LENGTHS)
-  for training in TRAININGS:
-    uptraining(lab, training)
+  return [
+    *(
+      decoding(output_dir, model.size, model.num_kv_heads, lengths)
+      for model in PAPER.models
+      for lengths in LENGTHS
+    ),
+    *(
+      decoding(output_dir, 'xxl', num_kv_heads, FIGURE6_LENGTHS)
+      for num_kv_heads in paper.FIGURE6_HEADS
+    ),
+    *(uptraining(output_dir, training) for training in TRAININGS),
+  ]
 
 
-def decoding(lab: Lab, size: str, heads: int, lengths: tuple[int, int]) -> Any:
+def decoding(
+  output_dir: Any, size: str, num_kv_heads: int, lengths: tuple[int, int]
+) -> Stage:
   """The row of decoding, with the largest batch that fits, by the paper's rule.
 
   Args:
-    lab: to add the stage to.
+    output_dir: folder of all results.
     size: of the model.
-    heads: K.
-    lengths: of inputs and outputs.
+    num_kv_heads: K.
+    lengths: tokens of inputs and outputs.
   """
   inputs, outputs = lengths
   flags = {
     'topology': SLICE,
     'size': size,
-    'num_kv_heads': heads,
+    'num_kv_heads': num_kv_heads,
     'input_length': inputs,
     'output_length': outputs,
     'model_partitions': PARTITIONS,
     'search': True,
   }
-  title = f'compile decoding of {size}, {heads} key/value heads, {inputs} to {outputs}'
-  return _add(lab, title, f'{size}_{heads}_{inputs}_{outputs}', flags)
+  heads = f'{num_kv_heads} key/value heads'
+  title = f'compile decoding of {size}, {heads}, {inputs} to {outputs}'
+  name = f'{size}_{num_kv_heads}_{inputs}_{outputs}'
+  return _stage(title, output_dir, name, flags)
 
 
-def uptraining(lab: Lab, training: Training) -> Any:
+def uptraining(output_dir: Any, training: Training) -> Stage:
   """The row of a step of uptraining GQA-8-XXL.
 
   Args:
-    lab: to add the stage to.
+    output_dir: folder of all results.
     training: where, and how it is laid out.
   """
   flags = {
@@ -95,13 +103,14 @@ def uptraining(lab: Lab, training: Training) -> Any:
     'gin.NUM_MICROBATCHES': training.microbatches,
   }
   name = training.slice_name.replace(':', '_')
-  return _add(lab, f'compile uptraining on {training.slice_name}', name, flags)
+  title = f'compile uptraining on {training.slice_name}'
+  return _stage(title, output_dir, name, flags)
 
 
-def _add(lab: Lab, title: str, name: str, flags: dict[str, Any]) -> Any:
-  result = lab.output_dir / FOLDER / f'{name}.json'
+def _stage(title: str, output_dir: Any, name: str, flags: dict[str, Any]) -> Stage:
+  result = output_dir / FOLDER / f'{name}.json'
   words = [
     f'--{key}' if value is True else f'--{key}={value}' for key, value in flags.items()
   ]
   command = ('-m', 'gqa_t5x.tpu_compile', *words, f'--json={result}')
-  return lab.add(Stage(title, result, command))
+  return Stage(title, result, command)

@@ -16,23 +16,23 @@ HOUR_S = 3600
 
 def training_hours(
   size: str,
-  num_kv_heads: int | None,
+  num_kv_heads: int,
+  chip: str,
   batch_size: int,
   input_length: int,
   target_length: int,
   steps: int,
-  chip: str,
 ) -> float:
   """Returns the chip-hours of training steps.
 
   Args:
     size: a key of sizes.SIZES.
-    num_kv_heads: K; None for all heads.
+    num_kv_heads: K.
+    chip: a key of chips.CHIPS.
     batch_size: rows a step.
     input_length: tokens of each row's inputs.
     target_length: tokens of each row's targets.
     steps: how many.
-    chip: a key of chips.CHIPS.
   """
   cfg = network.config(size, num_kv_heads=num_kv_heads)
   flops = formulas.training_step(cfg, batch_size, input_length, target_length).flops
@@ -41,23 +41,23 @@ def training_hours(
 
 def decoding_hours(
   size: str,
-  num_kv_heads: int | None,
-  num_samples: int,
+  num_kv_heads: int,
+  chip: str,
   batch_size: int,
   input_length: int,
   output_length: int,
-  chip: str,
+  num_samples: int,
 ) -> float:
   """Returns the chip-hours of decoding, every output at its full length.
 
   Args:
     size: a key of sizes.SIZES.
-    num_kv_heads: K; None for all heads.
-    num_samples: inputs.
+    num_kv_heads: K.
+    chip: a key of chips.CHIPS.
     batch_size: inputs decoded together.
     input_length: tokens of each.
     output_length: tokens decoded for each.
-    chip: a key of chips.CHIPS.
+    num_samples: inputs, all together.
   """
   cfg = network.config(size, num_kv_heads=num_kv_heads, dtype='bfloat16')
   encode = formulas.prepare_flops(cfg, batch_size, input_length)

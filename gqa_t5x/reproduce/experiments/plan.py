@@ -4,30 +4,12 @@ import json
 import sys
 from typing import Any
 
-from gqa_t5x.reproduce.experiments.lab import Lab
-from gqa_t5x.reproduce.experiments.scales import SCALES
-from gqa_t5x.reproduce.experiments.targets import TARGETS, chosen
-from gqa_t5x.reproduce.runner.stages import Stage, check_plan
+from gqa_t5x import command_line
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.targets import make_plan
+from gqa_t5x.reproduce.runner.stages import Stage
 
 CHIPS = {'v4': 'TPUv4 chip-hours', 'core': 'core-hours'}
-
-
-def make(
-  target: str, scale: str, output_dir: str, tfds_data_dir: str | None = None
-) -> Lab:
-  """Collects the stages of a target.
-
-  Args:
-    target: a key of targets.TARGETS, or targets.ALL.
-    scale: a key of SCALES.
-    output_dir: folder of all results.
-    tfds_data_dir: of TensorFlow Datasets.
-  """
-  lab = Lab(SCALES[scale], output_dir, tfds_data_dir)
-  for name in chosen(target, scale):
-    TARGETS[name](lab)
-  check_plan(lab.stages)
-  return lab
 
 
 def print_plan(
@@ -46,32 +28,32 @@ def print_plan(
     tfds_data_dir: of TensorFlow Datasets.
     as_json: for machines.
   """
-  lab = make(target, scale, output_dir, tfds_data_dir)
-  rows = [row(stage, lab) for stage in lab.stages]
-  look_for_results(rows, lab)
-  print(json.dumps(rows, indent=1) if as_json else text(rows, lab))
+  plan = make_plan(target, scale, output_dir, tfds_data_dir)
+  rows = [row(stage, plan.experiment.chip) for stage in plan.stages]
+  look_for_results(rows, plan)
+  print(json.dumps(rows, indent=1) if as_json else text(rows, plan))
   return 0
 
 
-def look_for_results(rows: list[dict[str, Any]], lab: Lab) -> None:
+def look_for_results(rows: list[dict[str, Any]], plan: Planner) -> None:
   """Says of every row whether it is done; of none, where the folder cannot be read.
 
   Args:
     rows: of `row`; gain the key done: True, False or None.
-    lab: whose rows they are.
+    plan: whose rows they are.
   """
-  import tensorflow as tf
-
   try:
-    for one, stage in zip(rows, lab.stages, strict=True):
-      one['done'] = stage.result.exists()
-  except (OSError, tf.errors.OpError) as error:
-    print(f'# {lab.folder} cannot be read: {type(error).__name__}.', file=sys.stderr)
-    for one in rows:
-      one['done'] = None
+    missing = {str(stage.result) for stage in plan.missing()}
+  except Exception as error:
+    if not command_line.is_of_file_system(error):
+      raise
+    print(f'# {plan.folder} cannot be read: {type(error).__name__}.', file=sys.stderr)
+    missing = None
+  for one in rows:
+    one['done'] = None if missing is None else one['writes'] not in missing
 
 
-def row(stage: Stage, lab: Lab) -> dict[str, Any]:
+def row(stage: Stage, chip: str) -> dict[str, Any]:
   """Returns a stage as a row.
 
   Returns:
@@ -83,39 +65,40 @@ def row(stage: Stage, lab: Lab) -> dict[str, Any]:
     'source': 'analytic',
     'title': stage.title,
     'command': str(stage),
-    'reads': [*stage.reads, *map(str, stage.needs)],
+    'reads': [*stage.reads, *(str(need.result) for need in stage.needs)],
     'writes': str(stage.result),
     'hours': stage.hours,
-    'chip': lab.scale.chip,
+    'chip': chip,
   }
 
 
-def text(rows: list[dict[str, Any]], lab: Lab) -> str:
+def text(rows: list[dict[str, Any]], plan: Planner) -> str:
   """Returns the plan for a reader, and for a shell: what is no command is a comment."""
-  lines = _preparation(rows, lab)
+  lines = _preparation(rows, plan)
   for i, stage in enumerate(rows, start=1):
     state = ', done' if stage['done'] else ''
     lines.append(f'# [{i}/{len(rows)}] {stage["title"]}{state}')
     if stage['hours'] is not None:
-      lines.append(f'#   takes  {_hours(stage["hours"])} {CHIPS[lab.scale.chip]}')
+      lines.append(f'#   takes  {_hours(stage["hours"])} {CHIPS[plan.experiment.chip]}')
     lines += [f'#   reads  {what}' for what in stage['reads']]
     lines += [f'#   writes {stage["writes"]}', stage['command'], '']
   left = [stage for stage in rows if not stage['done']]
   hours = sum(stage['hours'] or 0 for stage in left)
   lines.append(
     f'# {len(rows)} commands, {len(rows) - len(left)} done; left: about {_hours(hours)}'
-    f' {CHIPS[lab.scale.chip]} (analytic: gqa_t5x/reproduce/estimates.py).'
+    f' {CHIPS[plan.experiment.chip]} (analytic: gqa_t5x/reproduce/estimates.py).'
   )
   return '\n'.join(lines)
 
 
-def _preparation(rows: list[dict[str, Any]], lab: Lab) -> list[str]:
+def _preparation(rows: list[dict[str, Any]], plan: Planner) -> list[str]:
   """The command that downloads the data, where there is any."""
   read = {what for stage in rows for what in stage['reads']}
-  tasks = [task for task in lab.scale.tasks if task in read and lab.scale.public]
+  scale = plan.experiment
+  tasks = [task for task in scale.tasks if task in read and scale.public]
   if not tasks:
     return []
-  words = ['python -m gqa_t5x.data.prepare', *tasks, *lab.data_flags]
+  words = ['python -m gqa_t5x.data.prepare', *tasks, *plan.data_flags]
   return ['# Data, once (docs/data.md; C4 apart):', ' '.join(words), '']
 
 

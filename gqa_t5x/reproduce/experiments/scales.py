@@ -1,89 +1,60 @@
-"""The two scales of the experiments: the papers' own, and one for this machine.
+"""The two scales of the papers' experiments: their own, and one for this machine.
 
 A scale is data: which models and tasks, which gin files and values. What is done with
-them is the same at both (lab.py, targets.py).
+them is the same at both (planner.py, targets.py).
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.experiments.commands import QUIET
-from gqa_t5x.reproduce.experiments.models import SCRATCH, Model
+from gqa_t5x.reproduce.experiments.experiment import Experiment, Names, Timing
+from gqa_t5x.reproduce.experiments.models import (
+  FIRST,
+  MEAN,
+  RANDOM,
+  SCRATCH,
+  SVD,
+  Method,
+  Model,
+  converted,
+  mha,
+)
+from gqa_t5x.reproduce.experiments.studies import QUICK
 
-Macros = Mapping[str, Any]
 # Models of a public T5.1.1 are pre-trained so long.
-PUBLIC = 'gs://t5-data/pretrained_models/t5x/t5_1_1_{size}/checkpoint_1000000'
+PUBLIC = 'gs://t5-data/pretrained_models/t5x/t5_1_1_{model.size}/checkpoint_1000000'
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """What `gqa_t5x.benchmark decode` is asked for, as its flags."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale(Experiment):
+  """One scale: an experiment with fine-tuning and times.
 
-  size: str
-  num_kv_heads: tuple[int, ...]
-  batch_size: int | str
-  input_length: int
-  output_length: int
-  dtype: str
-  num_beams: tuple[int, ...] = (1,)
-  repeats: int = 7
-
-  def flags(self) -> dict[str, str]:
-    """The command's flags; heads that are left open are the size's own."""
-    values = dataclasses.asdict(self)
-    return {
-      name: ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
-      for name, value in values.items()
-      if value != ()
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-  """One scale.
+  `models` are those of table 1 and figure 3.
 
   Attributes:
-    name: of its folder.
-    public: where pre-trained checkpoints are, with {size}; None: we pre-train.
-    models: of table 1 and figure 3.
     tasks: seqio tasks that they are fine-tuned on.
     seeds: model -> seeds of fine-tuning; None: of all others.
     ablation: of figure 4: what is converted to MQA, by which methods.
     ablation_tasks: of figures 4 and 5, and of appendix A.
     alphas: of figure 5, and the models that it follows.
-    scratch: of appendix A: pre-trained with few heads, beside what it is held to.
-    gin_files: kind of run -> gin files, with {size} and {task}.
-    macros: kind of run -> values for them.
-    size_files: size -> further gin files of every training run.
-    size_macros: size -> values for every training run.
-    flags: of every training run.
-    timings: size -> how its decoding is timed for table 1.
+    scratch: of appendix A: pre-trained with few heads, and what it is held to.
+    timings: how the decoding of each size is timed for table 1.
     heads: of figure 6.
     shazeer: how Shazeer's models are timed; their size is left open.
-    chip: that estimates are for, a key of chips.CHIPS.
     dev_examples: task -> examples of its validation split; for estimates alone.
   """
 
-  name: str
-  public: str | None
-  models: tuple[Model, ...]
   tasks: tuple[str, ...]
   seeds: Mapping[Model | None, tuple[int, ...]]
   ablation: tuple[Model, ...]
   ablation_tasks: tuple[str, ...]
   alphas: Mapping[Model, tuple[float, ...]]
   scratch: tuple[Model, ...]
-  gin_files: Mapping[str, tuple[str, ...]]
-  macros: Mapping[str, Macros]
-  size_files: Mapping[str, tuple[str, ...]]
-  size_macros: Mapping[str, Macros]
-  flags: tuple[str, ...]
-  timings: Mapping[str, tuple[Timing, ...]]
+  timings: tuple[Timing, ...]
   heads: Timing
   shazeer: Timing
-  chip: str
   dev_examples: Mapping[str, int]
 
   def seeds_of(self, model: Model) -> tuple[int, ...]:
@@ -100,39 +71,52 @@ def _paper_timings(size: str, num_kv_heads: tuple[int, ...]) -> tuple[Timing, ..
   )
 
 
-def _uptrained(size: str, heads: int, *methods: str) -> tuple[Model, ...]:
-  return tuple(Model(size, heads, method, paper.ALPHA) for method in methods)
+def _uptrained(size: str, num_kv_heads: int, method: Method = MEAN) -> Model:
+  return converted(size, num_kv_heads, method, paper.ALPHA)
 
 
+def _names(pretrained: str) -> Names:
+  return Names(
+    pretrained=pretrained,
+    statistics='converted/{model.size}.statistics.npz',
+    converted='converted/{model.origin}/checkpoint_{step}',
+    uptrained='uptrained/{model.origin}/checkpoint_{step}',
+    statistics_title='collect statistics of MHA-{model.size}',
+    convert_title='convert to {model.label} by {model.method}',
+    uptrain_title='uptrain {model.label} by {model.method} to alpha = {model.alpha:g}',
+  )
+
+
+GIVEN = ('NUM_KV_HEADS', 'MODEL_DIR', 'INITIAL_CHECKPOINT_PATH', 'TRAIN_STEPS')
 APPENDIX_A = (
   Model('large', 1, SCRATCH),
-  *_uptrained('large', 1, 'mean'),
-  *_uptrained('large', 8, 'mean'),
+  _uptrained('large', 1),
+  _uptrained('large', 8),
 )
 # The paper reports the mean of three runs where runs differ.
-UNSTABLE = (*_uptrained('xxl', 1, 'mean'), *APPENDIX_A)
+UNSTABLE = (_uptrained('xxl', 1), *APPENDIX_A)
 PAPER = Scale(
   name='paper',
-  public=PUBLIC,
-  models=(
-    Model('large'),
-    Model('xxl'),
-    *_uptrained('xxl', 1, 'mean'),
-    *_uptrained('xxl', 8, 'mean'),
-  ),
+  folder='paper',
+  public=True,
+  names=_names(PUBLIC),
+  given=GIVEN,
+  models=(mha('large'), mha('xxl'), _uptrained('xxl', 1), _uptrained('xxl', 8)),
   tasks=tuple(paper.TASKS),
   seeds={None: (1,)} | dict.fromkeys(UNSTABLE, (1, 2, 3)),
-  ablation=_uptrained('large', 1, 'mean', 'first', 'random', 'svd'),
+  ablation=tuple(
+    _uptrained('large', 1, method) for method in (MEAN, FIRST, RANDOM, SVD)
+  ),
   ablation_tasks=paper.ABLATION_TASKS,
   alphas={
-    Model('xxl'): (0.0,),
-    Model('xxl', 1, 'mean'): paper.ALPHAS,
-    Model('xxl', 8, 'mean'): paper.ALPHAS,
+    mha('xxl'): (0.0,),
+    converted('xxl', 1, MEAN, 0.0): paper.ALPHAS,
+    converted('xxl', 8, MEAN, 0.0): paper.ALPHAS,
   },
   scratch=APPENDIX_A,
   gin_files={
     kind: (
-      'gin/models/t5_1_1_{size}.gin',
+      'gin/models/t5_1_1_{model.size}.gin',
       f'gin/tasks/{task}.gin',
       f'gin/runs/{kind}.gin',
     )
@@ -143,20 +127,12 @@ PAPER = Scale(
       'finetune': '{task}',
     }.items()
   },
-  macros={
-    'pretrain': {},
-    'uptrain': {'CHECKPOINT_PERIOD': 5_000},
-    'finetune': {},
-  },
+  macros={'uptrain': {'CHECKPOINT_PERIOD': 5_000}},
   size_files={'xxl': ('gin/partitioning/2d.gin',)},
   size_macros={
     'xxl': {'MODEL_PARTITIONS': 8, 'NUM_MICROBATCHES': 4, 'REMAT_POLICY': 'full'}
   },
-  flags=(),
-  timings={
-    'large': _paper_timings('large', (16,)),
-    'xxl': _paper_timings('xxl', (64, 8, 1)),
-  },
+  timings=(*_paper_timings('large', (16,)), *_paper_timings('xxl', (64, 8, 1))),
   heads=Timing('xxl', paper.FIGURE6_HEADS[::-1], 'fill', 2048, 512, 'bfloat16'),
   shazeer=Timing('', (), 1024, 128, 128, 'bfloat16', (1, 4)),
   chip='v4',
@@ -173,32 +149,25 @@ PAPER = Scale(
 )
 LOCAL = Scale(
   name='local',
-  public=None,
-  models=(
-    Model('tiny'),
-    *_uptrained('tiny', 1, 'mean'),
-    *_uptrained('tiny', 2, 'mean'),
-  ),
+  folder='local',
+  names=_names('conversion/quick/mha/checkpoint_{step}'),  # the study's
+  given=GIVEN,
+  models=(mha('tiny'), _uptrained('tiny', 1), _uptrained('tiny', 2)),
   tasks=('pydocs_summarize',),
-  seeds={None: (1,)} | dict.fromkeys(_uptrained('tiny', 1, 'mean'), (1, 2, 3)),
+  seeds={None: (1,)} | {_uptrained('tiny', 1): (1, 2, 3)},
   ablation=(),  # figures 4 and 5 are rows of the study of conversion
   ablation_tasks=('pydocs_summarize',),
   alphas={},
   scratch=(Model('tiny', 1, SCRATCH),),
   gin_files={
-    'pretrain': ('gin/local/study_pretrain.gin',),
-    'uptrain': ('gin/local/study_uptrain.gin',),
+    'pretrain': QUICK.gin_files['pretrain'],
+    'uptrain': QUICK.gin_files['uptrain'],
     'finetune': ('gin/local/finetune.gin',),
   },
-  macros={
-    'pretrain': {},
-    'uptrain': {'CHECKPOINT_PERIOD': 60, 'EVAL_PERIOD': 60},
-    'finetune': {},
-  },
-  size_files={},
-  size_macros={},
+  macros={'uptrain': {'CHECKPOINT_PERIOD': 60, 'EVAL_PERIOD': 60}},
   flags=(QUIET,),
-  timings={'tiny': (Timing('tiny', (8, 2, 1), 32, 512, 32, 'float32'),)},
+  begin_anew=('uptrain', 'finetune'),
+  timings=(Timing('tiny', (8, 2, 1), 32, 512, 32, 'float32'),),
   heads=Timing('base', (12, 6, 4, 3, 2, 1), 4, 512, 64, 'float32', repeats=5),
   shazeer=Timing('', (), 8, 128, 32, 'float32', (1, 4), repeats=5),
   chip='core',

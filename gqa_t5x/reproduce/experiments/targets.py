@@ -1,104 +1,127 @@
-"""What each table and figure of the papers needs, as stages of a lab."""
+"""What each table and figure of the papers needs, as stages of a plan."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
-from gqa_t5x.reproduce.experiments import commands, compiled, conversion, paper
-from gqa_t5x.reproduce.experiments.lab import STUDY, Lab
+from gqa_t5x.reproduce.experiments import commands, compiled, paper, studies
+from gqa_t5x.reproduce.experiments.experiment import Timing
 from gqa_t5x.reproduce.experiments.models import Model
-from gqa_t5x.reproduce.experiments.scales import LOCAL, Timing
-from gqa_t5x.reproduce.results import intensity as intensity_rows
-from gqa_t5x.reproduce.runner.stages import Stage
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.scales import LOCAL, SCALES
+from gqa_t5x.reproduce.runner.stages import Stage, check_plan
+
+INTENSITY = 'intensity.json'  # below the folder of all results
 
 
-def table1(lab: Lab) -> None:
+def table1(plan: Planner) -> None:
   """Scores of all models on all tasks, and their time per sample."""
-  for model in lab.scale.models:
-    for task in lab.scale.tasks:
-      for seed in lab.scale.seeds_of(model):
-        lab.finetuned(model, task, seed)
-  for name, timing in timings(lab).items():
-    lab.timed(name, timing)
+  scale = plan.experiment
+  for model in scale.models:
+    for task in scale.tasks:
+      for seed in scale.seeds_of(model):
+        plan.require(plan.finetuning(model, task, seed))
+  for timing in scale.timings:
+    plan.require(plan.timing(timing_name(timing), timing))
 
 
-def timings(lab: Lab) -> dict[str, Timing]:
-  """Returns how the models of table 1 are timed, by name of the rows."""
-  return {
-    f'{t.size}_{t.input_length}_{t.output_length}': t
-    for several in lab.scale.timings.values()
-    for t in several
-  }
+def timing_name(timing: Timing) -> str:
+  """Returns the name of the rows of one timing of table 1."""
+  return f'{timing.size}_{timing.input_length}_{timing.output_length}'
 
 
-def figure4(lab: Lab) -> None:
+def figure4(plan: Planner) -> None:
   """Methods of conversion to MQA."""
-  if lab.scale is LOCAL:
-    study(lab)
-  for model in lab.scale.ablation:
-    for task in lab.scale.ablation_tasks:
-      lab.finetuned(model, task, 1)
+  scale = plan.experiment
+  if scale is LOCAL:
+    study(plan)
+  for model in scale.ablation:
+    for task in scale.ablation_tasks:
+      plan.require(plan.finetuning(model, task, 1))
 
 
-def figure5(lab: Lab) -> None:
+def figure5(plan: Planner) -> None:
   """Scores against the share of uptraining."""
-  if lab.scale is LOCAL:
-    study(lab)
-  for model, alphas in lab.scale.alphas.items():
-    lab.checkpoint(at(model, max(alphas)))  # one run, which passes all of them
+  scale = plan.experiment
+  if scale is LOCAL:
+    study(plan)
+  for model, alphas in scale.alphas.items():
+    # One run, which passes all of them.
+    plan.require(plan.checkpoint(at(model, max(alphas))))
     for alpha in alphas:
-      for task in lab.scale.ablation_tasks:
-        lab.finetuned(at(model, alpha), task, 1)
+      for task in scale.ablation_tasks:
+        plan.require(plan.finetuning(at(model, alpha), task, 1))
 
 
 def at(model: Model, alpha: float) -> Model:
   """Returns the model at another share of uptraining."""
-  return Model(model.size, model.num_kv_heads, model.method, alpha)
+  return dataclasses.replace(model, alpha=alpha)
 
 
-def figure6(lab: Lab) -> None:
+def figure6(plan: Planner) -> None:
   """Time per sample against key/value heads."""
-  lab.timed('figure6', lab.scale.heads)
+  plan.require(plan.timing('figure6', plan.experiment.heads))
 
 
-def appendix_a(lab: Lab) -> None:
-  """MQA from scratch, beside uptrained models: several seeds of what is unstable."""
-  for model in lab.scale.scratch:
-    for task in lab.scale.ablation_tasks:
-      for seed in lab.scale.seeds_of(model):
-        lab.finetuned(model, task, seed)
+def appendix_a(plan: Planner) -> None:
+  """MQA from scratch and uptrained models: several seeds of what is unstable."""
+  scale = plan.experiment
+  for model in scale.scratch:
+    for task in scale.ablation_tasks:
+      for seed in scale.seeds_of(model):
+        plan.require(plan.finetuning(model, task, seed))
 
 
-def shazeer(lab: Lab) -> None:
+def shazeer(plan: Planner) -> None:
   """Shazeer's translation models: trained, where there is WMT14, and timed."""
   for name, facts in paper.SHAZEER.items():
-    if lab.scale is not LOCAL:
-      lab.translated(facts['size'])
-    lab.timed(f'shazeer_{name.lower()}', shazeer_timing(lab, facts['size']))
+    if plan.experiment is not LOCAL:
+      scores = (plan.translation_scores(facts['size'], beams) for beams in (1, 4))
+      plan.require(*scores)
+    plan.require(shazeer_timing(plan, name))
 
 
-def shazeer_timing(lab: Lab, size: str) -> Timing:
-  """Returns how a model of Shazeer's is timed."""
-  return dataclasses.replace(lab.scale.shazeer, size=size)
+def shazeer_timing(plan: Planner, name: str) -> Stage:
+  """Returns the stage that times a model of Shazeer's.
+
+  Args:
+    plan: of a scale.
+    name: a key of paper.SHAZEER.
+  """
+  size = paper.SHAZEER[name]['size']
+  timing = dataclasses.replace(plan.experiment.shazeer, size=size)
+  return plan.timing(f'shazeer_{name.lower()}', timing)
 
 
-def study(lab: Lab) -> None:
+def study(plan: Planner) -> None:
   """The study of conversion methods; at the papers' scale, its models alone."""
-  if lab.scale is LOCAL:
-    lab.add(*conversion.plan(lab.output_dir, STUDY))
+  if plan.experiment is LOCAL:
+    plan.require(*studies.make_plan(studies.QUICK, str(plan.output_dir)).stages)
     return
-  for model in lab.scale.ablation:
+  for model in plan.experiment.ablation:
     for heads in (8, 1):
-      lab.uptrained(Model(model.size, heads, model.method, model.alpha))
+      chosen = dataclasses.replace(model, num_kv_heads=heads)
+      plan.require(plan.checkpoint(chosen))
 
 
-def intensity(lab: Lab) -> None:
+def intensity(plan: Planner) -> None:
   """Arithmetic intensity by Shazeer's formulas."""
-  result = lab.output_dir / intensity_rows.FILE
-  command = commands.reproduce('evaluate', 'intensity', output_dir=lab.output_dir)
-  lab.add(Stage('compute arithmetic intensity', result, command))
+  result = intensity_file(plan.output_dir)
+  command = commands.reproduce('evaluate', 'intensity', output_dir=plan.output_dir)
+  plan.require(Stage('compute arithmetic intensity', result, command))
 
 
-TARGETS: dict[str, Callable[[Lab], None]] = {
+def intensity_file(output_dir: Any) -> Any:
+  """Returns where the rows of arithmetic intensity are."""
+  return output_dir / INTENSITY
+
+
+def compiled_times(plan: Planner) -> None:
+  """What the TPU compiler says of the paper's models."""
+  plan.require(*compiled.stages(plan.output_dir))
+
+
+TARGETS: dict[str, Callable[[Planner], None]] = {
   'table1': table1,
   'figure3': table1,
   'figure4': figure4,
@@ -108,18 +131,26 @@ TARGETS: dict[str, Callable[[Lab], None]] = {
   'shazeer': shazeer,
   'conversion': study,
   'intensity': intensity,
-  'compiled': compiled.stages,
+  'compiled': compiled_times,
 }
 ALL = 'all'
 
 
-def chosen(target: str, scale: str) -> tuple[str, ...]:
-  """Returns the targets that a word stands for.
+def make_plan(
+  target: str, scale: str, output_dir: str, tfds_data_dir: str | None = None
+) -> Planner:
+  """Collects the stages of a target.
 
   Args:
-    target: a key of TARGETS, or ALL.
-    scale: a key of SCALES. `compiled` is of the paper's: it takes hours here.
+    target: a key of TARGETS, or ALL. `compiled` is of the paper's scale alone there:
+      it takes hours here.
+    scale: a key of SCALES.
+    output_dir: folder of all results.
+    tfds_data_dir: of TensorFlow Datasets.
   """
-  if target != ALL:
-    return (target,)
-  return tuple(name for name in TARGETS if (name, scale) != ('compiled', LOCAL.name))
+  plan = Planner(SCALES[scale], output_dir, tfds_data_dir)
+  for name, add in TARGETS.items():
+    if target == name or (target == ALL and (name, scale) != ('compiled', LOCAL.name)):
+      add(plan)
+  check_plan(plan.stages)
+  return plan

@@ -1,28 +1,31 @@
 """The conversion study's figures: losses by method and alpha, spectra by layer."""
 
-import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-from gqa_t5x.reproduce.experiments.arms import METHODS, title
+from gqa_t5x.analysis.palette import BLUE, GREEN, ORANGE, PINK, SKY, VERMILION
+from gqa_t5x.reproduce.experiments.models import (
+  FIRST,
+  MEAN,
+  METHODS,
+  MHA,
+  RANDOM,
+  SVD,
+  title,
+)
+from gqa_t5x.reproduce.report.figures import plt, save, tidy
+from gqa_t5x.reproduce.results.losses import Losses
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
-
-# Okabe and Ito's palette, told apart by the colour-blind; markers differ, too.
-BLUE, ORANGE, PINK, SKY, GREEN = '#0072B2', '#E69F00', '#CC79A7', '#56B4E9', '#009E73'
-VERMILION = '#D55E00'
 CURVES = {
-  ('random', 'none', 'contiguous'): (PINK, '^'),
-  ('first', 'none', 'contiguous'): (ORANGE, 's'),
-  ('mean', 'none', 'contiguous'): (BLUE, 'o'),
+  RANDOM: (PINK, '^'),
+  FIRST: (ORANGE, 's'),
+  MEAN: (BLUE, 'o'),
   ('svd', 'weights', 'contiguous'): (GREEN, 'v'),
-  ('svd', 'calibrated', 'contiguous'): (VERMILION, 'D'),
+  SVD: (VERMILION, 'D'),
 }
 HEADS = {4: (SKY, 'o'), 2: (BLUE, 's'), 1: (VERMILION, '^')}
 SIDES = {'key': (BLUE, 'o'), 'value': (VERMILION, 's')}
@@ -32,11 +35,11 @@ LINEAR = 0.01
 SMALL = 0.001  # The same right after conversion, where nothing but svd comes close.
 
 
-def draw_losses(losses: Any, path: pathlib.Path) -> None:
+def draw_losses(losses: Losses, path: pathlib.Path) -> None:
   """Draws the shapes of the paper's figures 4 and 5.
 
   Args:
-    losses: conversion_report.Losses.
+    losses: of a study.
     path: the PNG file.
   """
   heads = losses.num_kv_heads
@@ -58,57 +61,53 @@ def draw_losses(losses: Any, path: pathlib.Path) -> None:
   fig.canvas.draw()  # Places of labels need the final scales.
   for num_kv_heads in heads:
     _label_ends(axes[num_kv_heads])
-  _save(fig, path)
+  save(fig, path)
 
 
-def _draw_methods(axis: Any, losses: Any) -> None:
+def _draw_methods(axis: Any, losses: Losses) -> None:
   """A line a method, a mark for each number of key/value heads, at step 0."""
   axis.set_xscale('symlog', linthresh=SMALL)  # First, for the margins.
   ran = [
-    label
-    for label in METHODS
-    if any(losses.of(label, num_kv_heads, 0.0) for num_kv_heads in losses.num_kv_heads)
+    method
+    for method in METHODS
+    if any(losses.of(method, num_kv_heads, 0.0) for num_kv_heads in losses.num_kv_heads)
   ]
-  for y, label in enumerate(ran):
+  for y, method in enumerate(ran):
     for num_kv_heads in losses.num_kv_heads:
-      value = losses.mean(label, num_kv_heads, 0.0)
+      value = losses.mean(method, num_kv_heads, 0.0)
       if value is None:
         continue
       color, marker = HEADS.get(num_kv_heads, ('black', 'x'))
       name = f'{num_kv_heads} of {losses.num_heads} K/V heads' if y == 0 else None
       axis.plot(value, y, marker, ms=7, color=color, mec='black', mew=0.5, label=name)
-  axis.set_yticks(range(len(ran)), [title(*label) for label in ran])
+  axis.set_yticks(range(len(ran)), [title(method) for method in ran])
   axis.set_ylim(len(ran) - 0.5, -0.5)
   limits = axis.get_xlim()
   axis.axvspan(-SMALL, SMALL, color='0.95', lw=0)
   axis.set_xlim(limits)
-  axis.grid(axis='both', lw=0.4, color='0.85')
-  axis.set_axisbelow(True)
+  tidy(axis, grid='both')
   axis.set_xlabel('excess loss (nats per token)')
   axis.set_title('Right after conversion, without uptraining', fontsize=10)
   axis.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
-  axis.spines[['top', 'right']].set_visible(False)
 
 
-def _draw_curves(axis: Any, losses: Any, num_kv_heads: int) -> None:
+def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> None:
   """Loss against uptraining, one line a method, over MHA after as many steps."""
-  for label, (color, marker) in CURVES.items():
-    alphas = losses.alphas(label, num_kv_heads)
-    values = [losses.over_mha(label, num_kv_heads, alpha) for alpha in alphas]
+  for method, (color, marker) in CURVES.items():
+    alphas = losses.alphas(method, num_kv_heads)
+    values = [losses.over_mha(method, num_kv_heads, alpha) for alpha in alphas]
     if values and None not in values:
       percent = [100 * alpha for alpha in alphas]
       axis.plot(
-        percent, values, color=color, marker=marker, ms=4, lw=1.4, label=title(*label)
+        percent, values, color=color, marker=marker, ms=4, lw=1.4, label=title(method)
       )
-  longest = max(losses.alphas(('none', 'none', 'contiguous'), losses.num_heads))
+  longest = max(losses.alphas(MHA, losses.num_heads))
   axis.plot([0, 100 * longest], [0, 0], color='black', lw=1.2, label='MHA')
   axis.set_yscale('symlog', linthresh=LINEAR)
-  axis.grid(axis='y', lw=0.4, color='0.85')
-  axis.set_axisbelow(True)
+  tidy(axis, grid='y')
   axis.xaxis.set_major_locator(plt.MaxNLocator(nbins=4, steps=[1, 5, 10]))
   axis.set_xlabel('uptraining, % of pre-training')
   axis.set_title(f'{losses.num_heads} to {num_kv_heads} K/V heads', fontsize=10)
-  axis.spines[['top', 'right']].set_visible(False)
   axis.margins(x=0.03)
 
 
@@ -183,7 +182,7 @@ def draw_spectra(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   axes[0, 0].set_ylim(bottom=0)
   handles, labels = axes[0, 0].get_legend_handles_labels()
   fig.legend(handles, labels, loc='outside lower center', ncols=4, fontsize=8)
-  _save(fig, path)
+  save(fig, path)
 
 
 def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -211,12 +210,4 @@ def _draw_layers(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         label=f'{side}, {"calibrated" if kind == "calibrated" else "weights only"}',
       )
   axis.xaxis.get_major_locator().set_params(integer=True)
-  axis.grid(axis='y', lw=0.4, color='0.85')
-  axis.spines[['top', 'right']].set_visible(False)
-
-
-def _save(fig: Any, path: pathlib.Path) -> None:
-  temporary = path.with_suffix('.tmp.png')
-  fig.savefig(temporary, dpi=150)
-  plt.close(fig)
-  os.replace(temporary, path)
+  tidy(axis, grid='y')

@@ -8,11 +8,11 @@ import base64
 import html
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import markdown
 
-from gqa_t5x.reproduce.results.results import Measured
+from gqa_t5x.reproduce.results.reader import Measured
 
 NOT_RUN = 'not run'
 FIGURES = 'figures'
@@ -40,10 +40,9 @@ PAGE = """\
   code, pre { font: 0.8125rem/1.5 ui-monospace, monospace; }
   code { overflow-wrap: anywhere; }
   pre { background: #f5f5f5; padding: 0.8em; overflow-x: auto; }
-  summary { cursor: pointer; }
   sup { line-height: 0; }
   em { color: #444; }
-  @media print { details { display: none; } body { margin: 0; max-width: none; } }
+  @media print { body { margin: 0; max-width: none; } }
 </style>
 </head>
 <body>
@@ -54,11 +53,15 @@ PAGE = """\
 
 
 class Document:
-  """Collects the parts of a report, in order."""
+  """Collects the parts of a report, in order.
+
+  Attributes:
+    has_gaps: whether a number was not there; whoever reads it may set it back.
+  """
 
   def __init__(self, title: str):
     """Begins with a title."""
-    self._title = title
+    self._title, self.has_gaps = title, False
     self._parts = [f'# {title}']
     self._tags: dict[tuple[str, tuple[str, ...]], str] = {}
 
@@ -66,36 +69,42 @@ class Document:
     """Adds paragraphs, or headings with their signs, in Markdown."""
     self._parts += parts
 
-  def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Adds a table; all columns but the first are set to the right.
+  def table(
+    self,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    left: Collection[int] = (0,),
+  ) -> None:
+    """Adds a table.
 
     Args:
       head: of the columns.
       rows: cells.
+      left: columns that are set to the left; all others are to the right.
     """
-    lines = [head, ['---', *['---:'] * (len(head) - 1)], *rows]
-    self._parts.append('\n'.join(f'| {" | ".join(line)} |' for line in lines))
+    marks = ['---' if i in left else '---:' for i in range(len(head))]
+    lines = [f'| {" | ".join(line)} |' for line in (head, *rows)]
+    lines.insert(1, f'|{"|".join(marks)}|')
+    self._parts.append('\n'.join(lines))
+
+  def image(self, path: str, text: str) -> None:
+    """Adds a picture; the text is for those who cannot see it."""
+    self._parts.append(f'![{text}]({path})')
 
   def figure(self, name: str, caption: str) -> None:
-    """Adds a figure.
+    """Adds a figure with a caption.
 
     Args:
-      name: of its file, in the folder FIGURES beside the report.
-      caption: what it shows; also its text for those who cannot see it.
+      name: of its file, in the folder FIGURES next to the report.
+      caption: what it shows.
     """
-    self._parts += [f'![{caption}]({FIGURES}/{name})', f'*{caption}*']
+    self.image(f'{FIGURES}/{name}', caption)
+    self.text(f'*{caption}*')
 
-  def commands(self, commands: Sequence[str]) -> None:
-    """Adds what was not run, folded up."""
-    if not commands:
-      return
-    unique = list(dict.fromkeys(commands))
-    noun = 'command' if len(unique) == 1 else 'commands'
-    text = '\n'.join(unique)
-    self._parts.append(
-      f'<details markdown="1"><summary>Not run: {len(unique)} {noun}</summary>\n\n'
-      f'```\n{text}\n```\n\n</details>'
-    )
+  def not_run(self) -> str:
+    """Returns the cell of a number that is not there, and notes that it is not."""
+    self.has_gaps = True
+    return NOT_RUN
 
   def number(
     self, number: Measured | None, digits: int, paper: float | None = None
@@ -108,7 +117,7 @@ class Document:
       paper: theirs.
     """
     if number is None:
-      return NOT_RUN
+      return self.not_run()
     text = f'{number.mean:.{digits}f}'
     if number.spread is not None:
       text += f' ± {number.spread:.{digits}f} (n = {len(number.values)})'
@@ -143,9 +152,7 @@ class Document:
     Args:
       folder: of the report.
     """
-    body = markdown.markdown(
-      self.markdown(), extensions=['tables', 'fenced_code', 'md_in_html']
-    )
+    body = markdown.markdown(self.markdown(), extensions=['tables'])
     body = re.sub(
       r'src="([^":]+\.png)"',
       lambda match: f'src="{_data_uri(folder / match[1])}"',

@@ -1,7 +1,6 @@
 """Figures of the report: what is drawn the same way in all of them."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +10,9 @@ import matplotlib
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-# Okabe and Ito's palette, told apart by the colour-blind; markers differ, too.
-BLUE, ORANGE, PINK, GREEN = '#0072B2', '#E69F00', '#CC79A7', '#009E73'
-VERMILION, BLACK = '#D55E00', '#000000'
+from gqa_t5x import files
+from gqa_t5x.analysis.palette import BLACK, BLUE, VERMILION
+
 # Heads -> colour, marker.
 HEADS = {'MHA': (BLACK, 'o'), 'GQA': (BLUE, 's'), 'MQA': (VERMILION, '^')}
 
@@ -63,7 +62,7 @@ def draw(
   """Draws points and lines to a PNG file.
 
   Args:
-    path: the file; written under a temporary name first.
+    path: the file.
     series: what to draw.
     x_label: of the axis, with its unit.
     y_label: of the axis, with its unit.
@@ -88,9 +87,7 @@ def draw(
   axis.margins(x=0.08)
   axis.set_xlabel(x_label)
   axis.set_ylabel(y_label)
-  axis.grid(lw=0.4, color='0.85')
-  axis.set_axisbelow(True)
-  axis.spines[['top', 'right']].set_visible(False)
+  tidy(axis, grid='both')
   axis.legend(fontsize=8.5, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
   save(fig, path)
 
@@ -113,9 +110,21 @@ def _plot(axis: Any, one: Series) -> None:
   )
 
 
+def tidy(axis: Any, grid: str | None = None) -> None:
+  """Leaves out what says nothing: two of four borders.
+
+  Args:
+    axis: of matplotlib.
+    grid: lines behind the marks, across 'x', 'y' or 'both'; None: none.
+  """
+  axis.spines[['top', 'right']].set_visible(False)
+  if grid:
+    axis.grid(axis=grid, lw=0.4, color='0.85')
+    axis.set_axisbelow(True)
+
+
 def save(fig: Any, path: pathlib.Path) -> None:
   """Writes a figure as PNG and closes it."""
-  temporary = path.with_suffix('.tmp.png')
-  fig.savefig(temporary, dpi=150)
+  with files.whole(path) as temporary:
+    fig.savefig(temporary, dpi=150)
   plt.close(fig)
-  os.replace(temporary, path)

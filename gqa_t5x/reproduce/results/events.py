@@ -2,12 +2,10 @@
 
 import pathlib
 
+from gqa_t5x.errors import BadInput
+
 # What the trainer writes (gqa_t5x/trainer.py).
 SPIKES, DIVERGENCES = 'stability/spikes', 'stability/divergences'
-
-
-class BadEvents(Exception):
-  """Event files are missing, damaged or not whole; the message names them."""
 
 
 def scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
@@ -22,7 +20,7 @@ def scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
     Tag -> step -> value; a later file counts before an earlier one.
 
   Raises:
-    BadEvents: there is no file, or one is damaged or ends within a record.
+    BadInput: there is no file, or one is damaged or ends within a record.
   """
   import tensorflow as tf
   from google.protobuf.message import DecodeError
@@ -30,7 +28,7 @@ def scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
 
   files = sorted(folder.glob('events.out.tfevents.*'))
   if not files:
-    raise BadEvents(f'{folder} has no event file; delete its run and run again.')
+    raise BadInput(f'{folder} has no event file; delete its run and run again.')
   result: dict[str, dict[int, float]] = {}
   for file in files:
     try:
@@ -44,7 +42,7 @@ def scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
             number = float(tf.make_ndarray(value.tensor))
             result.setdefault(value.tag, {})[event.step] = number
     except (tf.errors.OpError, DecodeError, ValueError) as error:
-      raise BadEvents(
+      raise BadInput(
         f'{file} is damaged or incomplete ({type(error).__name__}); delete its run and'
         ' run again.'
       ) from error
@@ -65,7 +63,7 @@ def validation_losses(
     Step -> cross-entropy, nats per target token; without T5X's z-loss.
 
   Raises:
-    BadEvents: a file is damaged, or a step is missing.
+    BadInput: a file is damaged, or a step is missing.
   """
   folder = model_dir / 'training_eval' / task
   found = scalars(folder)
@@ -73,7 +71,7 @@ def validation_losses(
   real = found.get('non_padding_fraction/loss_weights', {})
   missing = [str(s) for s in steps if s not in losses or not real.get(s)]
   if missing:
-    raise BadEvents(
+    raise BadInput(
       f'{folder} has no validation loss of step {", ".join(missing)}; delete'
       f' {model_dir} and run again.'
     )
@@ -87,7 +85,7 @@ def stability(model_dir: pathlib.Path) -> dict[str, float]:
     model_dir: of the run.
 
   Raises:
-    BadEvents: its event files are missing or damaged.
+    BadInput: its event files are missing or damaged.
   """
   found = scalars(model_dir / 'train')
   return {kind: max(found.get(kind, {0: 0}).values()) for kind in (SPIKES, DIVERGENCES)}

@@ -1,21 +1,20 @@
 """Arithmetic intensity of decoding, by Shazeer's formulas: why K/V heads matter."""
 
-import json
-import os
-import pathlib
-from typing import Any
+from etils import epath
 
+from gqa_t5x import files
 from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.model import sizes
+from gqa_t5x.reproduce.experiments.targets import intensity_file
+from gqa_t5x.reproduce.results.rows import Row
 
 SIZE = 'xxl'
 HEADS = (64, 8, 1)  # MHA, GQA-8, MQA
 BATCHES = (1, 8, 32, 128, 512)
 LENGTHS = (128, 512, 2048, 8192)
-FILE = 'intensity.json'  # below the folder of all results
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[Row]:
   """Computes operations per memory access of one decode step.
 
   Returns:
@@ -43,15 +42,10 @@ def rows() -> list[dict[str, Any]]:
   ]
 
 
-def write(output_dir: str) -> int:
-  """Writes the rows; returns the exit code.
+def write(output_dir: str) -> None:
+  """Writes the rows.
 
   Args:
     output_dir: folder of all results.
   """
-  path = pathlib.Path(output_dir, FILE)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(rows(), indent=1))
-  os.replace(temporary, path)
-  return 0
+  files.write_json(intensity_file(epath.Path(output_dir)), rows())

@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,6 +16,7 @@ from gqa_t5x.checkpoints.tree import (
 from gqa_t5x.conversion.input_statistics import from_norms, open_statistics
 from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
 from gqa_t5x.conversion.shared_heads import spectra
+from gqa_t5x.reproduce.results.rows import Row
 
 DECODER_KINDS = ('self_attention', 'cross_attention')
 SHARES = (0.99, 0.95, 0.90)
@@ -26,7 +26,7 @@ def rows(
   source: pathlib.Path,
   statistics: pathlib.Path,
   num_kv_heads: Sequence[int],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
   """Describes the spectra of a checkpoint's decoder.
 
   Args:

@@ -5,59 +5,63 @@ command writes under a temporary name first, so a stage whose result exists is d
 and a run that was stopped goes on where it was.
 
 On models this small, two trainings side by side with one thread each are almost twice
-as fast as one after the other with two threads; so each child process gets cores of
-its own. A stage that has nothing beside it gets the whole machine.
+as fast as one after the other with two threads; so each process gets cores of
+its own. A stage that runs alone gets the whole machine.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import queue
 import shlex
 import shutil
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gqa_t5x.reproduce.runner.child import Child, StageFailed
+from gqa_t5x import files
+from gqa_t5x.reproduce.runner.process import Process, StageFailed
 from gqa_t5x.reproduce.runner.progress import Progress
 
 # Work of a stage that does not train, in training steps; for the time to go alone.
 SHORT = 20
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
   """One step of an experiment.
 
   Attributes:
     title: what it does.
     result: the file or folder that it leaves.
-    command: arguments of Python, as a user types them.
-    needs: what it reads, results of other stages.
+    command: arguments of Python, as a user types them; empty: the result is given.
+    needs: stages whose results it reads.
     reads: what else it reads, and no stage makes: data sets, public checkpoints.
     leftover: a folder of this stage alone that is removed, should it be cut short.
     work: how much there is to do, in training steps; for the time to go alone.
-    alone: whether it measures time, so that nothing may run beside it.
-    hours: an estimate of chip-hours (estimates.py); None where it takes minutes.
-    macros: values of gin that it trains with.
+    alone: whether it measures time, so that nothing else may run meanwhile.
+    hours: an estimate of chip-hours; None where it takes minutes.
+    macros: settings of the command, for those who check its result.
   """
 
   title: str
   result: pathlib.Path
   command: tuple[str, ...]
-  needs: tuple[pathlib.Path, ...] = ()
+  needs: tuple['Stage', ...] = ()
   reads: tuple[str, ...] = ()
   leftover: pathlib.Path | None = None
   work: int = SHORT
   alone: bool = False
   hours: float | None = None
-  macros: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+  macros: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def is_given(self) -> bool:
+    """Whether the result is there, and no command of ours makes it."""
+    return not self.command
 
   def __str__(self) -> str:
     """The command as a user types it."""
@@ -88,7 +92,7 @@ def run(stages: Sequence[Stage], folder: pathlib.Path, jobs: int | None = None) 
     if jobs < 1:
       raise StageFailed(f'--jobs={jobs} must be at least 1.')
     check_plan(stages)
-    with _locked(folder) as lock, _sigterm_interrupts():
+    with _locked(folder) as lock:
       _Run(stages, folder, jobs, lock).loop()
   except StageFailed as error:
     print(error, file=sys.stderr)
@@ -109,13 +113,20 @@ def check_plan(stages: Sequence[Stage]) -> None:
   made: set[pathlib.Path] = set()
   for stage in stages:
     for need in stage.needs:
-      if need not in made:
-        raise StageFailed(f'{stage.title} needs {need}, which no earlier stage makes.')
+      if need.result not in made:
+        raise StageFailed(
+          f'{stage.title} needs {need.result}, which no earlier stage makes.'
+        )
     if stage.result in made:
       raise StageFailed(
         f'{stage.title} makes {stage.result}, as an earlier stage does.'
       )
     made.add(stage.result)
+
+
+def missing(stages: Sequence[Stage]) -> list[Stage]:
+  """Returns the stages whose results are not there yet."""
+  return [stage for stage in stages if not stage.result.exists()]
 
 
 def available_cores() -> list[int]:
@@ -140,34 +151,22 @@ def share_cores(cores: Sequence[int], jobs: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[int]:
-  """Keeps other runs out of a folder; yields the lock's file.
+  """Keeps other runs out of a folder; yields the lock's descriptor.
 
-  Children inherit it, so that the folder stays locked as long as one of them writes,
-  even where this process is killed.
+  Processes inherit it, so that the folder stays locked as long as one of them writes,
+  even where this one is killed.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  with (folder / 'lock').open('w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise StageFailed(
-        f'Another run is at work in {folder}; wait for it, or choose another'
-        ' --output_dir.'
-      ) from None
-    yield file.fileno()
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-  """Makes SIGTERM end the children, as Ctrl-C does."""
-  if threading.current_thread() is not threading.main_thread():
-    yield  # Only the main thread may handle signals.
-    return
-  previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+  lock = files.lock(folder / 'lock')
+  if lock is None:
+    raise StageFailed(
+      f'Another run is at work in {folder}; wait for it, or choose another'
+      ' --output_dir.'
+    )
   try:
-    yield
+    yield lock
   finally:
-    signal.signal(signal.SIGTERM, previous)
+    os.close(lock)
 
 
 class _Run:
@@ -182,8 +181,8 @@ class _Run:
     self._cores = available_cores()
     self._free = share_cores(self._cores, jobs)
     self._alone = jobs == 1
-    self._waiting = [stage for stage in stages if not stage.result.exists()]
-    self._running: dict[Stage, tuple[Child, threading.Thread, list[int] | None]] = {}
+    self._waiting = missing(stages)
+    self._running: dict[Stage, tuple[Process, threading.Thread, list[int] | None]] = {}
     self._events: queue.Queue = queue.Queue()
     self._progress = Progress(self._stages, done=set(stages) - set(self._waiting))
 
@@ -191,8 +190,8 @@ class _Run:
     """Runs every stage that waits.
 
     Raises:
-      StageFailed: the first failure; all other children have ended.
-      KeyboardInterrupt: after Ctrl-C; all children have ended.
+      StageFailed: the first failure; all other processes have ended.
+      KeyboardInterrupt: after Ctrl-C; all processes have ended.
     """
     try:
       while self._waiting or self._running:
@@ -205,7 +204,13 @@ class _Run:
   def _start_ready(self) -> None:
     # A result may be there before its command ends: T5X saves, then evaluates.
     unfinished = {stage.result for stage in (*self._waiting, *self._running)}
-    ready = [s for s in self._waiting if unfinished.isdisjoint(s.needs)]
+    ready = [
+      stage
+      for stage in self._waiting
+      if unfinished.isdisjoint(need.result for need in stage.needs)
+    ]
+    # Long ones first, so that none is left alone at the end while cores are idle.
+    ready.sort(key=lambda stage: stage.work, reverse=True)
     # What measures time waits until there is nothing else to do.
     ready = [s for s in ready if not s.alone] or ready[:1]
     if self._alone or len(ready) == 1:
@@ -227,21 +232,21 @@ class _Run:
     stage.result.parent.mkdir(parents=True, exist_ok=True)
     number = self._stages.index(stage) + 1
     log = self._logs / f'{number:02d}.log'
-    child = Child(stage.command, log, self._cache, self._lock)
+    process = Process(stage.command, log, self._cache, self._lock)
     thread = threading.Thread(
-      target=self._work, args=(stage, child, cores or self._cores), daemon=True
+      target=self._work, args=(stage, process, cores or self._cores), daemon=True
     )
-    self._running[stage] = child, thread, cores
+    self._running[stage] = process, thread, cores
     self._progress.begin(stage, alone=cores is None)
     thread.start()
 
-  def _work(self, stage: Stage, child: Child, cores: list[int]) -> None:
-    """Runs a child to its end, in a thread of its own; reports by events."""
+  def _work(self, stage: Stage, process: Process, cores: list[int]) -> None:
+    """Runs a process to its end, in a thread of its own; reports by events."""
     if hasattr(os, 'sched_setaffinity'):
-      os.sched_setaffinity(0, cores)  # Of this thread, so the child inherits it.
+      os.sched_setaffinity(0, cores)  # Of this thread, so the process inherits it.
     tick, error = time.monotonic(), None
     try:
-      child.run(lambda bar: self._events.put(('bar', stage, bar)))
+      process.run(lambda bar: self._events.put(('bar', stage, bar)))
       if not stage.result.exists():
         error = StageFailed(f'{stage} ended well, but left no {stage.result}.')
     except Exception as failure:
@@ -261,10 +266,10 @@ class _Run:
 
   def _stop(self) -> None:
     """Ends what still runs, after a failure or Ctrl-C."""
-    for child, _, _ in self._running.values():
-      child.terminate()
-    for stage, (child, thread, _) in self._running.items():
-      child.kill_after(seconds=10)
+    for process, _, _ in self._running.values():
+      process.terminate()
+    for stage, (process, thread, _) in self._running.items():
+      process.kill_after(seconds=10)
       thread.join(timeout=10)
       _discard(stage)
 

@@ -1,27 +1,21 @@
 """Reads what runs left, and names what cannot be used instead of using it."""
 
-import ast
 import dataclasses
-import json
-import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from gqa_t5x.reproduce.experiments.lab import Lab, step_of
+from gqa_t5x.errors import BadInput
+from gqa_t5x.reproduce.experiments import gin_files
 from gqa_t5x.reproduce.experiments.models import Model
+from gqa_t5x.reproduce.experiments.planner import Planner, step_of
 from gqa_t5x.reproduce.results import events
+from gqa_t5x.reproduce.results.rows import Row, Unusable, read_rows
 from gqa_t5x.reproduce.runner.stages import Stage
 from gqa_t5x.training import best_checkpoint
 
-Row = dict[str, Any]
-SOURCES = ('measured', 'compiled', 'analytic')
 # What every run of a model must agree on with its command, besides its macros.
 CHECKED = ('MODEL_SIZE', 'NUM_KV_HEADS', 'RANDOM_SEED', 'MIXTURE_OR_TASK_NAME', 'TASK')
-
-
-class Unusable(Exception):
-  """A result is corrupt, partial or of something else; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Measured:
     return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
-class Results:
+class Reader:
   """Reads results, and collects what is wrong with them.
 
   Attributes:
@@ -59,11 +53,11 @@ class Results:
   def __init__(self):
     self.problems: list[str] = []
 
-  def score(self, lab: Lab, model: Model, task: str) -> Measured | None:
+  def score(self, plan: Planner, model: Model, task: str) -> Measured | None:
     """Returns the best dev score of a model on a task, of every seed that was run.
 
     Args:
-      lab: knows where its runs are.
+      plan: knows where the runs of its scale are.
       model: which one.
       task: the seqio task.
 
@@ -71,34 +65,34 @@ class Results:
       One value a seed; None if none was run to its end.
     """
     values, commands = [], []
-    for seed in lab.scale.seeds_of(model):
-      stage = lab.stage(lab.finetuned(model, task, seed))
+    metric = plan.value('finetune', 'METRIC', task)
+    for seed in plan.experiment.seeds_of(model):
+      stage = plan.finetuning(model, task, seed)
       if not stage.result.parent.exists():
         continue
       try:
-        values.append(_best_score(lab, stage, model, task))
-      except Unusable as error:
+        values.append(_best_score(stage, model, task, metric))
+      except BadInput as error:
         self._skip(error)
         continue
       commands.append(str(stage))
     return Measured(tuple(values), 'measured', tuple(commands)) if values else None
 
-  def translation(self, lab: Lab, size: str, beams: int) -> Measured | None:
+  def translation(self, plan: Planner, size: str, beams: int) -> Measured | None:
     """Returns BLEU of the test set of one of Shazeer's models.
 
     Args:
-      lab: knows where its runs are.
+      plan: knows where the runs of its scale are.
       size: of the model.
       beams: decoded with.
     """
-    lab.translated(size)
-    stage = lab.stage(lab.translation_scores(size, beams))
+    stage = plan.translation_scores(size, beams)
     if not stage.result.exists():
       return None
     folder = stage.result.parent.parent
     try:
       scores = _read_scores(folder, 'wmt14_en_de_shazeer', 'bleu')
-    except Unusable as error:
+    except BadInput as error:
       self._skip(error)
       return None
     return Measured((scores[max(scores)],), 'measured', (str(stage),))
@@ -113,8 +107,8 @@ class Results:
       return None
     try:
       return events.stability(stage.result.parent)
-    except events.BadEvents as error:
-      self._skip(Unusable(str(error)))
+    except BadInput as error:
+      self._skip(error)
       return None
 
   def rows(self, path: Any, kind: str, **expected: Any) -> list[Row]:
@@ -129,7 +123,7 @@ class Results:
       return []
     try:
       return read_rows(path, kind, expected)
-    except Unusable as error:
+    except BadInput as error:
       self._skip(error)
       return []
 
@@ -143,44 +137,12 @@ class Results:
     """
     return next(iter(self.rows(path, kind, **expected)), None)
 
-  def _skip(self, error: Unusable) -> None:
+  def _skip(self, error: BadInput) -> None:
     if str(error) not in self.problems:
       self.problems.append(str(error))
 
 
-def read_rows(path: Any, kind: str, expected: Row) -> list[Row]:
-  """Reads rows that were made together.
-
-  Args:
-    path: a JSON list of rows, or one; those of other kinds are passed over.
-    kind: of the rows that are wanted.
-    expected: keys that must have these values.
-
-  Raises:
-    Unusable: the file is damaged, or its rows are not of one device, version or run.
-  """
-  try:
-    found = json.loads(path.read_text())
-    found = [found] if isinstance(found, dict) else found
-    rows = [row for row in found if row['kind'] == kind]
-  except (ValueError, TypeError, KeyError) as error:
-    raise Unusable(f'{path} is damaged ({type(error).__name__}).') from error
-  if not rows:
-    raise Unusable(f'{path} has no row of kind {kind!r}.')
-  for row in rows:
-    if row.get('source') not in SOURCES:
-      raise Unusable(f'{path} has a row whose source is {row.get("source")!r}.')
-    for key, value in expected.items():
-      if row.get(key) != value:
-        raise Unusable(f'{path} has a row with {key}={row.get(key)!r}, not {value!r}.')
-  for key in ('source', 'device', 'versions', 'command'):
-    different = {json.dumps(row.get(key), sort_keys=True) for row in rows}
-    if len(different) > 1:
-      raise Unusable(f'{path} is mixed: its rows differ in {key}.')
-  return rows
-
-
-def _best_score(lab: Lab, stage: Stage, model: Model, task: str) -> float:
+def _best_score(stage: Stage, model: Model, task: str, metric: str) -> float:
   """The best dev score of one run.
 
   Raises:
@@ -188,7 +150,7 @@ def _best_score(lab: Lab, stage: Stage, model: Model, task: str) -> float:
   """
   folder, last = stage.result.parent, step_of(stage.result)
   check_config(folder, {'MODEL_SIZE': model.size, **stage.macros})
-  found = _read_scores(folder, task, lab.value('finetune', 'METRIC', task))
+  found = _read_scores(folder, task, metric)
   if last not in found:
     raise Unusable(f'{folder} is partial: scored to step {max(found)} of {last}.')
   return found[best_checkpoint.select(found)]
@@ -220,7 +182,10 @@ def check_config(folder: Any, expected: Row) -> None:
   path = folder / 'config.gin'
   if not path.exists():
     raise Unusable(f'{path} is missing: nothing says what was run there.')
-  macros = read_macros(path.read_text())
+  try:
+    macros = gin_files.parse(path.read_text())
+  except (SyntaxError, OSError, BadInput) as error:
+    raise Unusable(f'{path} is damaged ({type(error).__name__}).') from error
   for name in CHECKED:
     if name in expected and macros.get(name) != expected[name]:
       raise Unusable(
@@ -235,22 +200,6 @@ def check_config(folder: Any, expected: Row) -> None:
         f'{folder} is of another run: it began from {"/".join(given)}, not'
         f' {"/".join(wanted)}.'
       )
-
-
-def read_macros(config: str) -> Row:
-  """Returns the literal macros of the operative configuration that T5X writes.
-
-  Args:
-    config: text of `config.gin`.
-  """
-  values = {}
-  config = re.sub(r'\\\n *', '', config)  # Gin breaks long lines after the sign.
-  for name, text in re.findall(r'^([A-Z_]+) = (.*)$', config, flags=re.MULTILINE):
-    try:
-      values[name] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):  # a reference, or a value of several lines
-      continue
-  return values
 
 
 def mean(numbers: Sequence[Measured | None]) -> Measured | None:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -9,13 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TextIO
 
 _LINES_SHOWN = 12
+_BAR = re.compile(r'.*?%\|[^]\n]*]?')  # of tqdm, to the end of its times
 
 
 class StageFailed(Exception):
   """A run cannot go on; the message says why, and names the command and its log."""
 
 
-class Child:
+class Process:
   """Runs `python ...` once; may be ended from another thread at any time."""
 
   def __init__(
@@ -31,7 +33,7 @@ class Child:
       command: arguments of Python.
       log: file for all that it prints but progress bars.
       compilation_cache: folder where JAX keeps compiled programs.
-      lock: open file that the child inherits.
+      lock: open file that the process inherits.
     """
     self._command, self._log = [sys.executable, *command], log
     self._lock = lock
@@ -97,10 +99,10 @@ class Child:
 
 
 def split_bars(lines: Iterable[str], show: Callable[[str], None], log: TextIO) -> None:
-  """Sends progress bars to `show` and all other lines to the log.
+  """Sends progress bars to `show` and all else to the log.
 
   Universal newlines have made each redraw of a bar, which ends in a carriage return,
-  a line of its own.
+  a line of its own; what a library prints next stands behind it.
 
   Args:
     lines: what a command writes to stderr.
@@ -108,8 +110,9 @@ def split_bars(lines: Iterable[str], show: Callable[[str], None], log: TextIO) -
     log: open file.
   """
   for line in lines:
-    if '%|' in line:
-      show(line.rstrip())
-    else:
+    if bar := _BAR.match(line):
+      show(bar[0].rstrip())
+      line = line[bar.end() :].lstrip()
+    if line:
       log.write(line)
       log.flush()

@@ -1,18 +1,13 @@
-"""The conversion study's report: checked targets, tables, figures."""
+"""The reports of a study and of the miniature: targets, tables, figures."""
 
 import json
 
 import pytest
 
-from gqa_t5x.reproduce.experiments.arms import METHODS, title
-from gqa_t5x.reproduce.report import (
-  conversion_figures,
-  conversion_report,
-  conversion_trend,
-)
+from gqa_t5x.reproduce.experiments.models import FIRST, MEAN, MHA, RANDOM, SVD
+from gqa_t5x.reproduce.report import conversion, conversion_figures, miniature, trend
+from gqa_t5x.reproduce.results.losses import Losses
 
-MEAN, FIRST, RANDOM = METHODS[:3]
-SVD = ('svd', 'calibrated', 'contiguous')
 # What all rows have.
 COMMON = {
   'kind': 'conversion',
@@ -32,8 +27,8 @@ COMMON = {
 def make_rows(table):
   """Rows from (label, K, seed) -> excess losses at the report's alphas."""
   table = {
-    (conversion_report.MHA, 8, 1): (0, -0.01, -0.02, -0.05, -0.1),
-    (conversion_report.MHA, 8, 2): (0, -0.03, -0.04, -0.07, -0.12),
+    (MHA, 8, 1): (0, -0.01, -0.02, -0.05, -0.1),
+    (MHA, 8, 2): (0, -0.03, -0.04, -0.07, -0.12),
   } | table
   return [
     {
@@ -47,7 +42,7 @@ def make_rows(table):
       'excess_loss': excess,
     }
     for (label, K, seed), values in table.items()
-    for alpha, excess in zip(conversion_report.ALPHAS, values, strict=True)
+    for alpha, excess in zip(conversion.ALPHAS, values, strict=True)
   ]
 
 
@@ -61,8 +56,8 @@ GOOD = {
 
 
 def checks(rows, K):
-  losses = conversion_report.Losses(rows)
-  return [check(losses, K)[0] for check in conversion_report.CHECKS.values()]
+  losses = Losses(rows)
+  return [check(losses, K)[0] for check in conversion.CHECKS.values()]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +81,8 @@ def test_checks(change, expected):
 
 
 def test_numbers_of_the_checks():
-  losses = conversion_report.Losses(make_rows(GOOD))
-  texts = [check(losses, 2)[1] for check in conversion_report.CHECKS.values()]
+  losses = Losses(make_rows(GOOD))
+  texts = [check(losses, 2)[1] for check in conversion.CHECKS.values()]
   assert texts == [
     '0.800 < 0.900 < 1.500',
     '0.060 < 0.100 < 0.200',
@@ -108,10 +103,10 @@ def test_report(tmp_path):
           shares = {'num_kv_heads': 2, 'dropped_share': [0.1, 0.2]}
           rows.append({'kind': 'spectrum', 'statistics': statistics, **place, **shares})
   (tmp_path / 'rows.json').write_text(json.dumps(rows))
-  conversion_report.write(tmp_path / 'rows.json', tmp_path)
+  conversion.write_report(tmp_path / 'rows.json')
   text = (tmp_path / 'conversion.md').read_text()
   lines = text.splitlines()
-  # MHA is shown with the seeds of the methods beside it.
+  # MHA is shown with the seeds of the other methods.
   of_two, of_four = (
     next(line for line in lines[lines.index(heading) :] if 'MHA, trained on' in line)
     for heading in ('## 8 to 2 key/value heads', '## 8 to 4 key/value heads')
@@ -152,13 +147,9 @@ def test_labels_are_spread(places, expected):
   assert conversion_figures.spread(places, 0.1) == pytest.approx(expected)
 
 
-def test_titles_of_methods_differ():
-  assert len({title(*label) for label in METHODS}) == len(METHODS)
-
-
 def rows_of_size(size, mha_loss, svd_loss, share):
   """A study of 8 to 2 heads; the share of layer 1 is twice that of layer 0."""
-  mha = (conversion_report.MHA, 8, 1)
+  mha = (MHA, 8, 1)
   table = {
     mha: (0,) * 5,
     (MEAN, 2, 1): (0.5, 0.1, 0.1, 0.1, 0.1),
@@ -171,7 +162,7 @@ def rows_of_size(size, mha_loss, svd_loss, share):
     if row['method'] != 'none' or row['seed'] == 1
   ]
   for layer in (0, 1):
-    for i, (module, side) in enumerate(conversion_trend.SIDES):
+    for i, (module, side) in enumerate(trend.SIDES):
       for statistics, factor in (('calibrated', 1), ('weights', 7)):
         dropped = factor * share * (i + 1) * (layer + 1)
         rows.append(
@@ -189,11 +180,13 @@ def rows_of_size(size, mha_loss, svd_loss, share):
 
 
 def test_trend(tmp_path):
-  for size, loss, svd, share in (('mini', 3.25, 0.02, 0.02), ('tiny', 3.5, 0.01, 0.01)):
+  for size, loss, svd, share in (('tiny', 3.5, 0.01, 0.01), ('mini', 3.25, 0.02, 0.02)):
     (tmp_path / size).mkdir()
     rows = rows_of_size(size, loss, svd, share)
     (tmp_path / size / 'rows.json').write_text(json.dumps(rows))
-  conversion_report.write(tmp_path / 'mini' / 'rows.json', tmp_path / 'mini')
+    conversion.write_report(tmp_path / size / 'rows.json')
+  # The first report knew of a single size.
+  assert '## Against scale' not in (tmp_path / 'tiny' / 'conversion.md').read_text()
   lines = (tmp_path / 'mini' / 'conversion.md').read_text().splitlines()
   start = lines.index('## Against scale')
   assert [line for line in lines[start:] if line.startswith('| ')] == [
@@ -207,9 +200,56 @@ def test_trend(tmp_path):
   assert (tmp_path / 'mini' / 'trend.png').read_bytes()[:4] == b'\x89PNG'
 
 
-def test_no_trend_of_one_size(tmp_path):
-  (tmp_path / 'tiny').mkdir()
-  rows = rows_of_size('tiny', 3.5, 0.01, 0.01)
-  (tmp_path / 'tiny' / 'rows.json').write_text(json.dumps(rows))
-  conversion_report.write(tmp_path / 'tiny' / 'rows.json', tmp_path / 'tiny')
-  assert 'Against scale' not in (tmp_path / 'tiny' / 'conversion.md').read_text()
+# --- The miniature -------------------------------------------------------------
+
+
+def miniature_rows():
+  common = {
+    'parameters': 1000,
+    'cache_bytes_per_token': 64,
+    'pretrain_steps': 40,
+    'device': 'cpu',
+    'versions': {'jax': '1'},
+    'kind': 'uptrain',
+  }
+  losses = [
+    ('none', 8, 0, 2.0),
+    ('none', 8, 2, 1.9),
+    ('mean', 2, 0, 2.5),
+    ('mean', 2, 2, 2.1),
+    ('random', 2, 0, 3.5),
+    ('svd', 2, 0, 2.2),
+    ('svd', 2, 2, 2.05),
+  ]
+  names = ('method', 'num_kv_heads', 'uptrain_steps', 'validation_loss')
+  rows = [
+    {**common, **dict(zip(names, row, strict=True)), 'validation_accuracy': 0.25}
+    for row in losses
+  ]
+  timing = {'kind': 'decode', 'batch_size': 4, 'input_length': 16}
+  rows.append({**timing, 'num_kv_heads': 8, 'ms_per_step': 8.0})
+  rows.append({**timing, 'num_kv_heads': 2, 'ms_per_step': 2.0})
+  return rows
+
+
+def test_report_of_the_miniature(tmp_path):
+  rows_file = tmp_path / 'rows.json'
+  rows_file.write_text(json.dumps(miniature_rows()))
+  miniature.write(str(tmp_path))
+  table = [
+    line
+    for line in (tmp_path / 'report.md').read_text().splitlines()
+    if line.startswith('| ')
+  ]
+  assert table[1:] == [
+    '| MHA | - | 1,000 | 64 | 2.000, 0.250 | 1.900, 0.250 | 2.000 |',
+    '| GQA-2 | mean | 1,000 | 64 | 2.500, 0.250 | 2.100, 0.250 | 0.500 |',
+    '| GQA-2 | random | 1,000 | 64 | 3.500, 0.250 | not run | 0.500 |',
+    '| GQA-2 | svd | 1,000 | 64 | 2.200, 0.250 | 2.050, 0.250 | 0.500 |',
+  ]
+  assert (tmp_path / 'report.png').read_bytes()[:4] == b'\x89PNG'
+  assert {p.name for p in tmp_path.iterdir()} == {
+    'rows.json',
+    'report.md',
+    'report.png',
+  }

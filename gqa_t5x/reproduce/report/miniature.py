@@ -1,64 +1,67 @@
-"""Rows to a table in Markdown and a figure."""
+"""The report of the miniature: a table and a figure."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
-Row = dict[str, Any]
+from gqa_t5x import files
+from gqa_t5x.analysis.palette import BLUE, GREEN, ORANGE, PINK, SKY
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.studies import MINIATURE
+from gqa_t5x.reproduce.report.document import NOT_RUN, Document
+from gqa_t5x.reproduce.report.figures import plt, save, tidy
+from gqa_t5x.reproduce.results.rows import Row
 
 NAMES = {8: 'MHA', 2: 'GQA-2', 1: 'MQA'}
-# Okabe and Ito's palette, told apart by the colour-blind; markers differ, too.
 STYLES = {
-  'mean': ('#0072B2', 'o'),
-  'first': ('#E69F00', 's'),
-  'random': ('#CC79A7', '^'),
-  'svd': ('#009E73', 'D'),
+  'mean': (BLUE, 'o'),
+  'first': (ORANGE, 's'),
+  'random': (PINK, '^'),
+  'svd': (GREEN, 'D'),
 }
 
 
-def write(rows_file: pathlib.Path, folder: pathlib.Path) -> None:
+def write(output_dir: str) -> None:
   """Writes `report.md` and `report.png`.
 
   Args:
-    rows_file: JSON list of rows (evaluate.py).
-    folder: where the report goes.
+    output_dir: folder of the rows and of the report.
   """
-  rows = json.loads(rows_file.read_text())
-  figure(rows, folder / 'report.png')
-  temporary = folder / 'report.tmp'
-  temporary.write_text(markdown(rows))
-  os.replace(temporary, folder / 'report.md')
+  plan = Planner(MINIATURE, output_dir)
+  folder, rows = plan.folder, json.loads(plan.rows.read_text())
+  doc = Document('Uptraining a tiny T5.1.1: MHA, GQA-2, MQA')
+  _add_table(doc, rows)
+  draw(rows, folder / 'report.png')
+  doc.image('report.png', 'Loss at conversion and after uptraining, and decode time')
+  files.write_text(folder / 'report.md', doc.markdown())
 
 
-def markdown(rows: list[Row]) -> str:
-  """Returns the report's table and what its columns mean."""
+def _add_table(doc: Document, rows: list[Row]) -> None:
+  """Adds the table and what its columns mean."""
   losses = {_key(row): row for row in rows if row['kind'] == 'uptrain'}
   decode = {row['num_kv_heads']: row for row in rows if row['kind'] == 'decode'}
   first = next(iter(losses.values()))
   last_steps = max(steps for _, _, steps in losses)
-  lines = [
-    '# Uptraining a tiny T5.1.1: MHA, GQA-2, MQA',
-    '',
-    '| model | conversion | parameters | cache B/token | loss, acc. at conversion |'
-    ' loss, acc. uptrained | decode ms/token |',
-    '|---|---|---:|---:|---:|---:|---:|',
-  ]
-  for method, num_kv_heads, steps in losses:
+  table = []
+  for (method, num_kv_heads, steps), row in losses.items():
     if steps:
       continue
-    row = losses[method, num_kv_heads, 0]
-    after = losses.get((method, num_kv_heads, last_steps))
     timing = decode[num_kv_heads]
-    lines.append(
-      f'| {NAMES[num_kv_heads]} | {method.replace("none", "-")}'
-      f' | {row["parameters"]:,} | {row["cache_bytes_per_token"]:,}'
-      f' | {_scores(row)} | {_scores(after)}'
-      f' | {timing["ms_per_step"] / timing["batch_size"]:.3f}'
-      ' |'
+    table.append(
+      [
+        NAMES[num_kv_heads],
+        method.replace('none', '-'),
+        f'{row["parameters"]:,}',
+        f'{row["cache_bytes_per_token"]:,}',
+        _scores(row),
+        _scores(losses.get((method, num_kv_heads, last_steps))),
+        f'{timing["ms_per_step"] / timing["batch_size"]:.3f}',
+      ]
     )
-  lines += [
-    '',
+  head = ['model', 'conversion', 'parameters', 'cache B/token']
+  times = ['loss, acc. at conversion', 'loss, acc. uptrained', 'decode ms/token']
+  doc.table([*head, *times], table, left=(0, 1))
+  doc.text(
     f'All numbers measured on {first["device"]}, float32, {_versions(first)}. Loss in'
     ' nats and accuracy, per target token, on the validation split of'
     f' `pydocs_span_corruption`; pre-training {first["pretrain_steps"]} steps,'
@@ -67,12 +70,8 @@ def markdown(rows: list[Row]) -> str:
     ' sequences. Cache: keys and values'
     ' of all decoder layers for one output token, and as much again for one input'
     ' token. Decode time per token and sequence: greedy, batch'
-    f' {timing["batch_size"]}, input {timing["input_length"]}, by slope, median.',
-    '',
-    '![Loss at conversion and after uptraining, and decode time](report.png)',
-    '',
-  ]
-  return '\n'.join(lines)
+    f' {timing["batch_size"]}, input {timing["input_length"]}, by slope, median.'
+  )
 
 
 def _key(row: Row) -> tuple[str, int, int]:
@@ -81,7 +80,7 @@ def _key(row: Row) -> tuple[str, int, int]:
 
 def _scores(row: Row | None) -> str:
   if row is None:
-    return 'not run'
+    return NOT_RUN
   return f'{row["validation_loss"]:.3f}, {row["validation_accuracy"]:.3f}'
 
 
@@ -89,13 +88,8 @@ def _versions(row: Row) -> str:
   return ', '.join(f'{name} {version}' for name, version in row['versions'].items())
 
 
-def figure(rows: list[Row], path: pathlib.Path) -> None:
+def draw(rows: list[Row], path: pathlib.Path) -> None:
   """Draws loss against uptraining steps, and decode time against K/V heads."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
   fig, (left, right) = plt.subplots(
     1, 2, figsize=(9, 3.6), width_ratios=(2, 1), layout='constrained'
   )
@@ -103,15 +97,12 @@ def figure(rows: list[Row], path: pathlib.Path) -> None:
   decode = [row for row in rows if row['kind'] == 'decode']
   names = [NAMES[row['num_kv_heads']] for row in decode]
   values = [row['ms_per_step'] for row in decode]
-  bars = right.bar(names, values, color='#56B4E9', edgecolor='black', linewidth=0.6)
+  bars = right.bar(names, values, color=SKY, edgecolor='black', linewidth=0.6)
   right.bar_label(bars, fmt='%.1f', fontsize=9)
   right.set_ylabel(f'ms per step, batch {decode[0]["batch_size"]}')
   right.set_title(f'Decoding, input {decode[0]["input_length"]}', fontsize=10)
-  right.spines[['top', 'right']].set_visible(False)
-  temporary = path.with_suffix('.tmp.png')
-  fig.savefig(temporary, dpi=150)
-  plt.close(fig)
-  os.replace(temporary, path)
+  tidy(right)
+  save(fig, path)
 
 
 def _draw_losses(axis: Any, rows: list[Row]) -> None:
@@ -153,4 +144,4 @@ def _draw_losses(axis: Any, rows: list[Row]) -> None:
   axis.set_ylabel('validation loss (nats per token)')
   axis.set_title('Conversion and uptraining', fontsize=10)
   axis.legend(fontsize=7.5, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-  axis.spines[['top', 'right']].set_visible(False)
+  tidy(axis)

@@ -1,15 +1,12 @@
 """What the TPU compiler says of table 1's times, of figure 6, and of uptraining."""
 
-import pathlib
 import statistics
 
 from gqa_t5x.reproduce.experiments import compiled, paper
-from gqa_t5x.reproduce.experiments.lab import Lab, num_kv_heads
 from gqa_t5x.reproduce.experiments.scales import PAPER
-from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.document import NOT_RUN, Document
-from gqa_t5x.reproduce.report.figures import Series
-from gqa_t5x.reproduce.results.results import Measured, Results, Row
+from gqa_t5x.reproduce.report.part import Part
+from gqa_t5x.reproduce.results.reader import Measured
+from gqa_t5x.reproduce.results.rows import Row
 
 KIND = 'tpu_compile'
 GIB = 2**30
@@ -17,34 +14,25 @@ DAY_S = 86_400
 UPTRAIN_STEPS = round(paper.ALPHA * 1_000_000)
 
 
-def write(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> None:
-  """Adds three tables and a figure.
-
-  Args:
-    doc: the report.
-    found: reads results.
-    lab: of the papers' scale.
-    folder: where figures go.
-  """
-  doc.text(
+def write(part: Part) -> None:
+  """Adds three tables and a figure."""
+  part.doc.text(
     f'Compiled for {compiled.SLICE} without a TPU. A time is what the products, the'
     ' bytes of HBM and those of the links take at the published peaks, whichever is'
     ' most: a TPU needs longer. s/sample: on one chip, with the encoder; the batch is'
     ' the largest that fits, 32 a chip at most, as in the paper.'
   )
-  wanted = Lab(lab.scale, str(lab.output_dir))
-  compiled.stages(wanted)
-  _table1(doc, found, wanted)
-  _figure6(doc, found, wanted, folder)
-  _uptraining(doc, found, wanted)
-  doc.commands([str(s) for s in wanted.stages if not s.result.exists()])
+  _table1(part)
+  _figure6(part)
+  _uptraining(part)
 
 
-def _table1(doc: Document, found: Results, lab: Lab) -> None:
+def _table1(part: Part) -> None:
+  doc = part.doc
   rows, times = {}, {}
   for model in PAPER.models:
     rows[model] = [
-      _decoding(found, lab, model.size, num_kv_heads(model), lengths)
+      _decoding(part, model.size, model.num_kv_heads, lengths)
       for lengths in compiled.LENGTHS
     ]
     times[model] = _mean_over_tasks(rows[model])
@@ -53,8 +41,8 @@ def _table1(doc: Document, found: Results, lab: Lab) -> None:
   for model, several in rows.items():
     theirs = paper.SECONDS_PER_SAMPLE[model.label]
     ratio = theirs / paper.SECONDS_PER_SAMPLE[gqa.label]
-    ours = _ratio(doc, times[model], times[gqa])
-    cells = [_with_batch(doc, row) for row in several]
+    ours = _ratio(part, times[model], times[gqa])
+    cells = [_with_batch(part, row) for row in several]
     mean = doc.number(times[model], 2, theirs)
     table.append([model.label, *cells, mean, f'{theirs:.2f}', ours, f'{ratio:.2f}'])
   heads = [f'{i} to {o}: s/sample, batch' for i, o in compiled.LENGTHS]
@@ -74,20 +62,20 @@ def _mean_over_tasks(rows: list[Row | None]) -> Measured | None:
   return Measured((statistics.fmean(seconds),), 'compiled', commands)
 
 
-def _ratio(doc: Document, a: Measured | None, b: Measured | None) -> str:
+def _ratio(part: Part, a: Measured | None, b: Measured | None) -> str:
   if a is None or b is None:
-    return NOT_RUN
+    return part.doc.not_run()
   commands = tuple(dict.fromkeys(a.commands + b.commands))
-  return doc.number(Measured((a.mean / b.mean,), 'compiled', commands), 2)
+  return part.doc.number(Measured((a.mean / b.mean,), 'compiled', commands), 2)
 
 
-def _with_batch(doc: Document, row: Row | None) -> str:
-  if row is None:
-    return NOT_RUN
-  return f'{_number(doc, row, "seconds_per_sample", 3)}, {row["batch_size"]}'
+def _with_batch(part: Part, row: Row | None) -> str:
+  cell = part.number(row, 'seconds_per_sample', 3)
+  return f'{cell}, {row["batch_size"]}' if row else cell
 
 
-def _figure6(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> None:
+def _figure6(part: Part) -> None:
+  doc = part.doc
   inputs, outputs = compiled.FIGURE6_LENGTHS
   doc.text(
     f'Figure 6, T5-XXL, {inputs} to {outputs}. A step is one token of the whole batch'
@@ -96,7 +84,7 @@ def _figure6(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> N
     ' one after another.'
   )
   rows = {
-    heads: _decoding(found, lab, 'xxl', heads, (inputs, outputs))
+    heads: _decoding(part, 'xxl', heads, (inputs, outputs))
     for heads in paper.FIGURE6_HEADS
   }
   table = []
@@ -105,9 +93,9 @@ def _figure6(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> N
     theirs = paper.FIGURE6_MHA_SECONDS if mha else None
     text = f'about {theirs:g}' if theirs else 'a drawing'
     if row is None:
-      table.append([str(heads), text, *[NOT_RUN] * 6])
+      table.append([str(heads), text, *[doc.not_run()] * 6])
       continue
-    seconds = _number(doc, row, 'seconds_per_sample', 3, theirs)
+    seconds = part.number(row, 'seconds_per_sample', 3, theirs)
     values = [
       f'{row["roofline_ms"]:.2f}',
       f'{row["hbm_bytes_per_step"] / 1e9:.2f}',
@@ -117,11 +105,28 @@ def _figure6(doc: Document, found: Results, lab: Lab, folder: pathlib.Path) -> N
     table.append([str(heads), text, seconds, str(row['batch_size']), *values])
   head = ['key/value heads', 'paper, s/sample', 's/sample', 'batch', 'ms/step']
   doc.table([*head, 'HBM, GB/step', 'over the least', 'Mcycles/step'], table)
-  _compare(doc, rows)
-  _draw(doc, {k: row for k, row in rows.items() if row}, folder)
+  _compare(part, rows)
+  seconds = {
+    heads: (
+      row['seconds_per_sample'],
+      1e-3
+      * row['roofline_ms']
+      * row['output_length']
+      * row['chips']
+      / row['batch_size'],
+    )
+    for heads, row in rows.items()
+    if row
+  }
+  part.time_against_heads(
+    'figure6_compiled.png',
+    f"Figure 6: T5.1.1-XXL on {compiled.SLICE}, at the chips' peaks (compiled).",
+    seconds,
+    'least time per sample (s)',
+  )
 
 
-def _compare(doc: Document, rows: dict[int, Row | None]) -> None:
+def _compare(part: Part, rows: dict[int, Row | None]) -> None:
   """MHA against GQA-8: bytes, time, and the compiler's own estimate of it."""
   mha, gqa = rows[paper.FIGURE6_HEADS[-1]], rows[8]
   if mha is None or gqa is None:
@@ -132,32 +137,13 @@ def _compare(doc: Document, rows: dict[int, Row | None]) -> None:
     ("the compiler's cycles", 'cycles_per_step'),
   )
   ratios = [f'{name} {mha[key] / gqa[key]:.2f}' for name, key in parts]
-  doc.text(f'A step of MHA over one of GQA-8, each at its batch: {", ".join(ratios)}.')
-
-
-def _draw(doc: Document, rows: dict[int, Row], folder: pathlib.Path) -> None:
-  if not rows:
-    return
-  heads = list(rows)
-  total = [row['seconds_per_sample'] for row in rows.values()]
-  decode = [
-    1e-3 * row['roofline_ms'] * row['output_length'] * row['chips'] / row['batch_size']
-    for row in rows.values()
-  ]
-  series = [
-    Series('with the encoder', heads, total, figures.BLUE, 'o', line=True),
-    Series('decoder alone', heads, decode, figures.VERMILION, 's', line=True),
-  ]
-  label, unit = 'key/value heads', 'least time per sample (s)'
-  options = {'x_ticks': heads, 'log': 'x', 'from_zero': True}
-  figures.draw(folder / 'figure6_compiled.png', series, label, unit, **options)
-  doc.figure(
-    'figure6_compiled.png',
-    f"Figure 6: T5.1.1-XXL on {compiled.SLICE}, at the chips' peaks (compiled).",
+  part.doc.text(
+    f'A step of MHA over one of GQA-8, each at its batch: {", ".join(ratios)}.'
   )
 
 
-def _uptraining(doc: Document, found: Results, lab: Lab) -> None:
+def _uptraining(part: Part) -> None:
+  doc = part.doc
   doc.text(
     'Uptraining GQA-8-XXL (`gin/uptrain_gqa8.gin`): batch 2048, Adafactor, full'
     f' rematerialisation. Chip-days: of {UPTRAIN_STEPS:,} steps at the peaks; the paper'
@@ -165,17 +151,16 @@ def _uptraining(doc: Document, found: Results, lab: Lab) -> None:
   )
   table = []
   for training in compiled.TRAININGS:
-    row = found.row(compiled.uptraining(lab, training), KIND, fits=True)
+    row = part.found.row(
+      compiled.uptraining(part.plan.output_dir, training).result, KIND, fits=True
+    )
     layout = f'{training.partitions} devices, {training.microbatches}'
     if row is None:
-      table.append([training.slice_name, layout, *[NOT_RUN] * 6])
+      table.append([training.slice_name, layout, *[doc.not_run()] * 6])
       continue
     peak, most = (row[f'hbm_{name}_bytes'] / GIB for name in ('peak', 'capacity'))
-    days = Measured(
-      (row['roofline_ms'] / 1e3 * UPTRAIN_STEPS * row['chips'] / DAY_S,),
-      row['source'],
-      (row['command'],),
-    )
+    seconds = row['roofline_ms'] / 1e3
+    days = seconds * UPTRAIN_STEPS * row['chips'] / DAY_S
     table.append(
       [
         training.slice_name,
@@ -184,8 +169,8 @@ def _uptraining(doc: Document, found: Results, lab: Lab) -> None:
         f'{row["flops_per_step"] / 1e12:,.0f}',
         f'{row["hbm_bytes_per_step"] / 1e9:,.0f}',
         f'{row["collective_bytes_per_step"] / 1e9:,.0f}',
-        _number(doc, row | {'s': row['roofline_ms'] / 1e3}, 's', 1),
-        doc.number(days, 0),
+        part.computed(row, seconds, 1),
+        part.computed(row, days, 0),
       ]
     )
   head = ['slice', 'a model on, microbatches', 'GiB a chip', 'TFLOP', 'HBM, GB']
@@ -193,12 +178,7 @@ def _uptraining(doc: Document, found: Results, lab: Lab) -> None:
 
 
 def _decoding(
-  found: Results, lab: Lab, size: str, heads: int, lengths: tuple[int, int]
+  part: Part, size: str, heads: int, lengths: tuple[int, int]
 ) -> Row | None:
-  path = compiled.decoding(lab, size, heads, lengths)
-  return found.row(path, KIND, fits=True, num_kv_heads=heads)
-
-
-def _number(doc: Document, row: Row, key: str, digits: int, theirs=None) -> str:
-  number = Measured((row[key],), row['source'], (row['command'],))
-  return doc.number(number, digits, theirs)
+  path = compiled.decoding(part.plan.output_dir, size, heads, lengths).result
+  return part.found.row(path, KIND, fits=True, num_kv_heads=heads)

@@ -1,27 +1,27 @@
 """Validation loss and decoding time of checkpoints, as rows of a JSON file."""
 
 import functools
-import json
-import os
-import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from gqa_t5x import files
 from gqa_t5x.checkpoints import folders
 from gqa_t5x.checkpoints.tree import Architecture
 from gqa_t5x.decoding import generate
 from gqa_t5x.model import network
-from gqa_t5x.reproduce.experiments.gin_macros import macro
+from gqa_t5x.reproduce.experiments.gin_files import macro
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.studies import MINIATURE
+from gqa_t5x.reproduce.results.rows import Row, environment
 
+COMMAND = 'python -m gqa_t5x.reproduce run uptrain'
 DATA = 'gin/local/span_corruption.gin'
 EVAL_BATCHES = 40
 # Decoding: long inputs and a large batch, so that the cache is what a step reads.
@@ -29,38 +29,33 @@ DECODE_BATCH, DECODE_INPUT = 32, 512
 DECODE_STEPS = (16, 64)
 REPEATS = 7
 
-Arm = tuple[str, int, int]
 
-
-def write_rows(
-  arms: Mapping[Arm, pathlib.Path], pretrain_steps: int, path: pathlib.Path
-) -> None:
-  """Evaluates checkpoints and writes a JSON list of rows.
+def write(output_dir: str) -> None:
+  """Evaluates every model of the miniature, times decoding, and writes the rows.
 
   Args:
-    arms: (method, num_kv_heads, uptraining steps) -> checkpoint.
-    pretrain_steps: steps of the checkpoint that all began from.
-    path: the file, written under a temporary name first.
+    output_dir: folder of the checkpoints.
   """
+  plan = Planner(MINIATURE, output_dir)
   lengths, batch_size = macro(DATA, 'TASK_FEATURE_LENGTHS'), macro(DATA, 'BATCH_SIZE')
   batches = list(validation_batches(lengths, batch_size, EVAL_BATCHES))
   rows, parameters = [], {}
-  for (method, num_kv_heads, steps), source in tqdm.tqdm(
-    arms.items(), desc='evaluate', unit='model', mininterval=0
+  for model in tqdm.tqdm(
+    MINIATURE.models, desc='evaluate', unit='model', mininterval=0
   ):
-    values, architecture = folders.read_params(source)
+    values, architecture = folders.read_params(plan.path_of(model))
     loss, accuracy = validation_loss(values, architecture, batches)
-    parameters.setdefault(num_kv_heads, (values, architecture))
+    parameters.setdefault(model.num_kv_heads, (values, architecture))
     rows.append(
       {
         'kind': 'uptrain',
         'source': 'measured',
-        'command': 'python -m gqa_t5x.reproduce run uptrain',
-        'size': 'tiny',
-        'method': method,
-        'num_kv_heads': num_kv_heads,
-        'pretrain_steps': pretrain_steps,
-        'uptrain_steps': steps,
+        'command': COMMAND,
+        'size': model.size,
+        'method': model.method,
+        'num_kv_heads': model.num_kv_heads,
+        'pretrain_steps': plan.pretrain_steps,
+        'uptrain_steps': plan.step(model.alpha) - plan.pretrain_steps,
         'validation_loss': loss,
         'validation_accuracy': accuracy,
         'parameters': architecture.num_parameters(),
@@ -73,23 +68,7 @@ def write_rows(
         **environment(),
       }
     )
-  rows += decode_rows(parameters)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(rows, indent=1))
-  os.replace(temporary, path)
-
-
-def environment() -> dict[str, Any]:
-  """Returns the keys every measured row has: dtype, device, versions."""
-  return {
-    'dtype': 'float32',
-    'device': f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores',
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'flax': flax.__version__,
-    },
-  }
+  files.write_json(plan.rows, rows + decode_rows(parameters))
 
 
 def validation_batches(
@@ -154,7 +133,7 @@ def validation_loss(
 
 def decode_rows(
   parameters: Mapping[int, tuple[dict[str, Any], Architecture]],
-) -> list[dict[str, Any]]:
+) -> list[Row]:
   """Times one decode step for each number of K/V heads.
 
   By the slope between two numbers of steps, so that set-up costs drop out; the
@@ -187,7 +166,7 @@ def decode_rows(
     {
       'kind': 'decode',
       'source': 'measured',
-      'command': 'python -m gqa_t5x.reproduce run uptrain',
+      'command': COMMAND,
       'size': 'tiny',
       'num_kv_heads': num_kv_heads,
       'batch_size': DECODE_BATCH,
@@ -200,9 +179,9 @@ def decode_rows(
   ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=0)
 def _decode(module, values, kept, cache, tokens, steps):
-  """Decodes a number of steps greedily, without stopping at the end marker."""
+  """Decodes greedily without stopping at the end marker; one program for all steps."""
 
   def decode_one(_, state):
     token_B, cache = state

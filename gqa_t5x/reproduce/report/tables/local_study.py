@@ -1,0 +1,82 @@
+"""Figures 4 and 5 on one machine: the quick study of conversion."""
+
+from gqa_t5x.reproduce.experiments import paper
+from gqa_t5x.reproduce.experiments.models import (
+  FIRST,
+  MEAN,
+  MHA,
+  RANDOM,
+  SVD,
+  Method,
+  heads_label,
+  title,
+)
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.studies import QUICK
+from gqa_t5x.reproduce.report import conversion_figures, figures
+from gqa_t5x.reproduce.report.document import Document
+from gqa_t5x.reproduce.report.figures import Series
+from gqa_t5x.reproduce.report.part import Part
+from gqa_t5x.reproduce.results.losses import Losses
+from gqa_t5x.reproduce.results.reader import Measured
+
+METHODS = (MEAN, FIRST, RANDOM, SVD)
+
+
+def write(part: Part) -> None:
+  """Adds figures 4 and 5 of the local study of conversion."""
+  doc, losses = part.doc, read_losses(part)
+  if losses is None:
+    doc.text(f'Figures 4 and 5: {doc.not_run()}.')
+    return
+  doc.text(
+    f'Loss over that of the MHA model as pre-trained ({losses.base:.3f} nats per token)'
+    " on the validation split of `pydocs_span_corruption`: the shape of the paper's"
+    " figures 4 and 5, with a loss for a score. svd is this project's own method."
+  )
+  alphas = [f'alpha = {alpha:g}' for alpha in paper.ALPHAS]
+  for heads in losses.num_kv_heads:
+    doc.table(
+      [f'{losses.num_heads} heads to {heads_label(heads)} by', *alphas],
+      [[title(m), *_cells(doc, losses, m, heads)] for m in METHODS],
+    )
+  mha = _cells(doc, losses, MHA, losses.num_heads)
+  doc.table(['not converted', *alphas], [['MHA, trained on', *mha]])
+  conversion_figures.draw_losses(losses, part.path('conversion.png'))
+  doc.figure('conversion.png', 'Loss by method of conversion, and while uptraining.')
+  _add_figure5(part, losses)
+
+
+def read_losses(part: Part) -> Losses | None:
+  """Returns the losses of the study that the local scale shares; None if not run."""
+  path = Planner(QUICK, str(part.plan.output_dir)).rows
+  rows = part.found.rows(path, 'conversion', source='measured')
+  return Losses(rows) if rows else None
+
+
+def _cells(doc: Document, losses: Losses, method: Method, heads: int) -> list[str]:
+  cells = []
+  for alpha in paper.ALPHAS:
+    values = tuple(losses.of(method, heads, alpha).values())
+    number = Measured(values, 'measured', (losses.command,)) if values else None
+    cells.append(doc.number(number, 3))
+  return cells
+
+
+def _add_figure5(part: Part, losses: Losses) -> None:
+  series = []
+  models = [('MHA', MHA, losses.num_heads)]
+  for heads in losses.num_kv_heads:
+    models.append((heads_label(heads), MEAN, heads))
+  for name, method, heads in models:
+    alphas = losses.alphas(method, heads)
+    values = [losses.mean(method, heads, alpha) + losses.base for alpha in alphas]
+    percent = [100 * alpha for alpha in alphas]
+    series.append(Series(name, percent, values, *figures.style(name), line=True))
+  part.figure(
+    'figure5_local.png',
+    'Figure 5 at this scale: loss against alpha, converted by mean, as in the paper.',
+    series,
+    'uptraining, % of pre-training',
+    'validation loss (nats per token)',
+  )

@@ -1,0 +1,485 @@
+"""The planner: what each experiment takes, as commands that parse."""
+
+import ast
+import pathlib
+
+import pytest
+
+import __main__
+import gin
+from gqa_t5x import calibrate, convert, tpu_compile
+from gqa_t5x.benchmark import define_flags
+from gqa_t5x.conversion.methods import check_grouping, get_method
+from gqa_t5x.model import sizes
+from gqa_t5x.reproduce.__main__ import PARTS
+from gqa_t5x.reproduce.experiments import estimates, gin_files, paper, studies
+from gqa_t5x.reproduce.experiments.models import (
+  MEAN,
+  METHODS,
+  SCRATCH,
+  Model,
+  converted,
+  mha,
+  title,
+)
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.scales import LOCAL, PAPER
+from gqa_t5x.reproduce.experiments.studies import MINIATURE, STUDIES
+from gqa_t5x.reproduce.experiments.targets import TARGETS, make_plan
+from gqa_t5x.reproduce.runner import stages
+from helpers import gin_cases
+
+BUCKET = 'gs://bucket'
+
+
+def kinds(chosen) -> dict[str, int]:
+  names = [stage.command[1] for stage in chosen]
+  return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def gin_arguments(stage):
+  """The gin files and macros of a command of the engine."""
+  pairs = [w.partition('=') for w in stage.command if w.startswith('--gin.')]
+  macros = {n.removeprefix('--gin.'): ast.literal_eval(v) for n, _, v in pairs}
+  files = [w.partition('=')[2] for w in stage.command if w.startswith('--gin_file=')]
+  return files, macros
+
+
+def check_training(stage, model: Model, **expected):
+  """Parses a training command; returns what the engine's `train` is given."""
+  files, bindings = gin_arguments(stage)
+  with gin_cases.parsed(files, bindings) as arguments_of:
+    found = arguments_of('train')
+    config = found['model'].module.config
+    macros = {name: gin.query_parameter(f'{name}/macro.value') for name in expected}
+  size = sizes.SIZES[model.size]
+  assert (config.emb_dim, config.num_heads) == (size['emb_dim'], size['num_heads'])
+  assert config.encoder_kv == size['num_heads']
+  assert config.self_kv == config.cross_kv == model.num_kv_heads
+  assert macros == expected
+  assert stage.result.name == f'checkpoint_{found["total_steps"]}'
+  assert str(stage.result.parent) == found['model_dir']
+  return found
+
+
+# --- Reading gin ----------------------------------------------------------------
+
+
+def test_macros_are_read_as_gin_reads_them(tmp_path):
+  base, other, top = (tmp_path / name for name in ('base', 'other', 'top'))
+  base.write_text('A = 1\nB = 1\nC = 1\nE = 1\n')
+  other.write_text(f"include '{base}'\nB = 2\nC = 2  # a comment\n")
+  top.write_text(
+    f"include '{base}'\ninclude '{other}'\n"
+    "C = 3\nC = 4\nD = {'inputs': 5,\n     'targets': 6}\nE = @f()\nf.x = 7\n"
+  )
+  found = {'A': 1, 'B': 2, 'C': 4, 'D': {'inputs': 5, 'targets': 6}}
+  assert gin_files.macros(str(top)) == found
+  # As T5X breaks long lines of an operative configuration.
+  assert gin_files.parse("# Macros:\nA_PATH = \\\n    'x/y'\nB = %A\n") == {
+    'A_PATH': 'x/y'
+  }
+  with pytest.raises(ValueError, match=r'gin/uptrain_gqa8.gin does not set NO_SUCH'):
+    gin_files.macro('gin/uptrain_gqa8.gin', 'NO_SUCH')
+  assert gin_files.macro('gin/uptrain_gqa8.gin', 'TRAIN_STEPS') == 1_050_000
+
+
+# --- The papers' experiments ----------------------------------------------------
+
+# 7 tasks x (MHA-Large, MHA-XXL, 3 seeds of MQA, GQA-8), and two uptrainings; times of
+# two sizes at three pairs of lengths.
+TABLE1 = {'t5x.train': 7 * 6 + 2, 'gqa_t5x.convert': 2, 'gqa_t5x.benchmark': 6}
+
+
+@pytest.mark.parametrize(
+  ('target', 'expected'),
+  [
+    ('table1', TABLE1),
+    ('figure3', TABLE1),
+    # Four methods: each converted, uptrained, fine-tuned on three tasks.
+    (
+      'figure4',
+      {'gqa_t5x.convert': 4, 't5x.train': 4 * 4, 'gqa_t5x.calibrate': 1},
+    ),
+    # MHA at alpha 0; MQA and GQA-8 at five alphas, one uptraining each.
+    ('figure5', {'gqa_t5x.convert': 2, 't5x.train': 3 * 11 + 2}),
+    ('figure6', {'gqa_t5x.benchmark': 1}),
+    # Three models, three tasks, three seeds; one pre-training and two uptrainings.
+    ('appendix_a', {'t5x.train': 27 + 3, 'gqa_t5x.convert': 2}),
+    (
+      'shazeer',
+      {
+        'gqa_t5x.data.wmt_vocabulary': 1,
+        't5x.train': 2,
+        't5x.eval': 4,
+        'gqa_t5x.benchmark': 2,
+      },
+    ),
+    (
+      'conversion',
+      {'gqa_t5x.convert': 8, 't5x.train': 8, 'gqa_t5x.calibrate': 1},
+    ),
+    ('intensity', {'gqa_t5x.reproduce': 1}),
+    # Four models at three lengths, six of figure 6 (three are the same), eight slices.
+    ('compiled', {'gqa_t5x.tpu_compile': 12 + 6 - 3 + 8}),
+  ],
+)
+def test_what_the_papers_take(target, expected):
+  assert kinds(make_plan(target, 'paper', BUCKET).stages) == expected
+
+
+@pytest.mark.parametrize('scale', ['paper', 'local'])
+def test_everything_is_planned_once(scale):
+  targets = set(TARGETS) - ({'compiled'} if scale == 'local' else set())
+  each = {s.result for t in targets for s in make_plan(t, scale, BUCKET).stages}
+  results = [stage.result for stage in make_plan('all', scale, BUCKET).stages]
+  assert len(set(results)) == len(results)
+  # Uptraining to 0.1 goes on where it ended at 0.05, so each of both is there.
+  assert set(results) == each
+
+
+def test_reading_changes_nothing():
+  plan = Planner(PAPER, BUCKET)
+  model = PAPER.models[-1]
+  path = f'{BUCKET}/paper/uptrained/xxl_gqa8_mean/checkpoint_1050000'
+  assert str(plan.path_of(model)) == path
+  plan.finetuning(model, 'arxiv', 1)
+  assert plan.stages == []
+  plan.require(plan.finetuning(model, 'arxiv', 1))
+  assert [stage.command[1] for stage in plan.stages] == [
+    'gqa_t5x.convert',
+    't5x.train',
+    't5x.train',
+  ]
+
+
+@pytest.mark.parametrize('scale', [PAPER, LOCAL], ids=lambda scale: scale.name)
+def test_fine_tuning_commands(scale):
+  plan, task = Planner(scale, BUCKET), scale.tasks[-1]
+  for model in scale.models:
+    for seed in scale.seeds_of(model):
+      stage = plan.finetuning(model, task, seed)
+      found = check_training(stage, model, RANDOM_SEED=seed)
+      data = found['infer_eval_dataset_cfg']
+      assert data.mixture_or_task_name == task
+      if scale is PAPER:
+        lengths = {'inputs': paper.TASKS[task][1], 'targets': paper.TASKS[task][2]}
+        assert data.task_feature_lengths == lengths
+        assert found['train_dataset_cfg'].batch_size == 128
+  several = [len(scale.seeds_of(model)) for model in scale.models]
+  assert several == ([1, 1, 3, 1] if scale is PAPER else [1, 3, 1])
+
+
+def test_one_run_of_uptraining_passes_all_alphas():
+  plan = make_plan('figure5', 'paper', BUCKET)
+  model = converted('xxl', 8, MEAN, 0.1)
+  (longest,) = (s for s in plan.stages if s.result == plan.path_of(model))
+  found = check_training(longest, model, NUM_MICROBATCHES=4, CHECKPOINT_PERIOD=5000)
+  assert found['total_steps'] == 1_100_000
+  starts = set()
+  for stage in plan.stages:
+    if 'finetuned/xxl_gqa8_mean' in str(stage.result):
+      assert stage.needs in [(longest,), longest.needs]
+      _, macros = gin_arguments(stage)
+      starts.add(int(macros['INITIAL_CHECKPOINT_PATH'].rpartition('_')[2]))
+  assert starts == {1_000_000, 1_010_000, 1_020_000, 1_050_000, 1_100_000}
+  assert all((step - 1_000_000) % 5000 == 0 for step in starts)
+
+
+def test_a_longer_run_goes_on_where_a_shorter_one_ended():
+  plan = make_plan('all', 'paper', BUCKET)
+  ends = [s for s in plan.stages if 'uptrained/xxl_gqa8_mean' in str(s.result)]
+  assert [s.result.name for s in ends] == ['checkpoint_1050000', 'checkpoint_1100000']
+  assert ends[0] in ends[1].needs
+  assert ends[0].work == ends[1].work == 50_000
+  assert ends[0].hours == pytest.approx(ends[1].hours)
+
+
+@pytest.mark.parametrize(
+  ('scale', 'size', 'steps'), [(PAPER, 'large', 1_000_000), (LOCAL, 'tiny', 2400)]
+)
+def test_training_from_scratch(scale, size, steps):
+  model = Model(size, 1, SCRATCH)
+  found = check_training(Planner(scale, BUCKET).checkpoint(model), model)
+  assert not found['checkpoint_cfg'].restore.path
+  assert found['total_steps'] == steps
+
+
+@pytest.mark.parametrize('scale', ['paper', 'local'])
+def test_benchmark_commands_parse(scale):
+  for stage in make_plan('all', scale, BUCKET).stages:
+    if stage.command[1] == 'gqa_t5x.benchmark':
+      args = define_flags('decode')
+      assert args(stage.command[1:]) == ['gqa_t5x.benchmark', 'decode']
+      assert str(stage.result) == args.json
+      assert stage.alone
+
+
+def test_shazeer_is_evaluated_with_one_beam_and_four():
+  plan = Planner(PAPER, BUCKET)
+  for size in ('shazeer_mha', 'shazeer_mqa'):
+    for beams in (1, 4):
+      stage = plan.translation_scores(size, beams)
+      with gin_cases.parsed(*gin_arguments(stage)) as arguments_of:
+        found = arguments_of('evaluate')
+        decodes = gin.query_parameter('NUM_DECODES/macro.value')
+      assert decodes == beams
+      assert found['dataset_cfg'].split == 'test'
+      assert str(stage.result.parent.parent) == found['output_dir']
+
+
+def test_compilation_commands():
+  # Four models of table 1, and figure 6.
+  models = {('large', 16), ('xxl', 64), ('xxl', 1), ('xxl', 8)}
+  decoding = {
+    (*model, *lengths)
+    for model in models
+    for lengths in ((512, 256), (2048, 512), (2048, 32))
+  }
+  decoding |= {('xxl', K, 2048, 512) for K in (1, 4, 8, 16, 32, 64)}
+  seen = set()
+  for stage in make_plan('compiled', 'local', 'runs/here').stages:
+    args = tpu_compile.define_flags()
+    words = list(tpu_compile.gin_utils.rewrite_gin_args(stage.command[1:]))
+    assert args(words) == ['gqa_t5x.tpu_compile']
+    assert args.json == str(stage.result)
+    assert args.json.startswith('runs/here/compiled/')
+    if args.gin_file:
+      assert args.gin_file == ['gin/uptrain_gqa8.gin']
+      bound = [binding.partition(' = ')[0] for binding in args.gin_bindings]
+      assert bound == ['MODEL_PARTITIONS', 'NUM_MICROBATCHES']
+    else:
+      seen.add((args.size, args.num_kv_heads, args.input_length, args.output_length))
+      # Eight chips and at most 32 inputs each: the paper's rule.
+      assert (args.topology, args.model_partitions) == ('v4:2x2x2', 8)
+      assert (args.search, args.max_batch_per_chip) == (True, 32)
+  assert seen == decoding
+
+
+# --- Studies of conversion, and the miniature -----------------------------------
+
+
+@pytest.mark.parametrize(
+  ('study', 'models', 'conversions'),
+  # Seeds share a converted checkpoint, but for random.
+  [
+    ('quick', 1 + 4 + 4, 4 + 4),
+    ('tiny', 3 + 9 + 27 + 8, 9 + 9 + 2 + 8),
+    ('mini', 16, 15),
+  ],
+)
+def test_what_a_study_takes(tmp_path, study, models, conversions):
+  plan = studies.make_plan(STUDIES[study], str(tmp_path)).stages
+  stages.check_plan(plan)
+  folder = tmp_path / 'local' / 'conversion' / study
+  assert kinds(plan) == {
+    't5x.train': 1 + models,
+    'gqa_t5x.calibrate': 1,
+    'gqa_t5x.convert': conversions,
+    'gqa_t5x.reproduce': 2,
+  }
+  trained = {s.result for s in plan if 'uptrained' in s.result.parts}
+  needed = {need.result for need in plan[-2].needs}
+  assert needed == trained | {folder / 'statistics.npz'}
+  for stage in plan:
+    assert stage.result.is_relative_to(folder)
+    if stage.leftover is not None:
+      assert stage.leftover == stage.result.parent
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_numbers_of_the_gin_files(name):
+  plan = Planner(STUDIES[name], 'runs/reproduce')
+  first, longest = plan.pretrain_steps, {'mini': 0.05}.get(name, 0.1)
+  model = plan.experiment.models[0]
+  assert model.alpha == longest
+  last = plan.value('uptrain', 'TRAIN_STEPS')
+  assert last == plan.step(longest)
+  period = plan.value('uptrain', 'EVAL_PERIOD')
+  assert period == pytest.approx(0.01 * first)
+  assert plan.value('uptrain', 'CHECKPOINT_PERIOD') == last - first
+  assert plan.value('uptrain', 'KEEP_CHECKPOINTS') == 1
+  shown = {round(alpha * first) for alpha in paper.ALPHAS if alpha <= longest}
+  assert shown <= {*range(0, last - first, period), last - first}
+  if name == 'quick':
+    return  # Its gin files are those of tiny, and name its folders.
+  start = plan.pretraining(model.size).result
+  assert plan.value('uptrain', 'INITIAL_CHECKPOINT_PATH') == str(start)
+  assert plan.value('pretrain', 'MODEL_DIR') == str(start.parent)
+  assert plan.value('uptrain', 'MODEL_DIR') == str(plan.path_of(model).parent)
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_training_commands_of_studies(tmp_path, name):
+  plan = Planner(STUDIES[name], str(tmp_path))
+  size = plan.experiment.models[0].size
+  pretraining = plan.pretraining(size)
+  found = {None: check_training(pretraining, mha(size))}
+  for model in (plan.experiment.models[0], plan.experiment.models[-1]):
+    stage = plan.checkpoint(model)
+    source = str(plan.conversion(model).result)
+    given = {'RANDOM_SEED': 1, 'INITIAL_CHECKPOINT_PATH': source}
+    found[model] = check_training(stage, model, **given)
+    assert found[model]['run_eval_before_training']
+    assert found[model]['eval_steps'] == 40
+  for arguments in found.values():
+    data = arguments['train_eval_dataset_cfg']
+    assert (data.split, data.shuffle, data.seed) == ('validation', False, 42)
+
+
+@pytest.mark.parametrize('experiment', [*STUDIES.values(), MINIATURE, PAPER])
+def test_calibration_commands(tmp_path, monkeypatch, experiment):
+  monkeypatch.setattr(__main__, 'calibrate', calibrate.calibrate, raising=False)
+  plan = Planner(experiment, str(tmp_path))
+  size = experiment.models[0].size
+  stage = plan.statistics(size)
+  with gin_cases.parsed(*gin_arguments(stage)):
+    values = {
+      name: gin.query_parameter(f'{name}/macro.value')
+      for name in ('CHECKPOINT_PATH', 'OUTPUT', 'MODEL_SIZE')
+    }
+  assert values == {
+    'CHECKPOINT_PATH': str(plan.pretraining(size).result),
+    'OUTPUT': str(stage.result),
+    'MODEL_SIZE': size,
+  }
+
+
+def test_conversion_commands(tmp_path):
+  """All parse, their methods exist, and each makes what its stage says."""
+  plan = studies.make_plan(STUDIES['tiny'], str(tmp_path))
+  chosen = [s for s in plan.stages if s.command[1] == 'gqa_t5x.convert']
+  folder = tmp_path / 'local' / 'conversion' / 'tiny'
+  seen = set()
+  for stage in chosen:
+    args = convert.define_command().values
+    assert args(stage.command[1:]) == ['gqa_t5x.convert']
+    assert args.input == str(folder / 'mha' / 'checkpoint_2400')
+    assert stage.result == pathlib.Path(args.output) / 'checkpoint_2400'
+    get_method(args.method)  # Or it raises.
+    check_grouping(args.grouping)
+    expected = str(folder / 'statistics.npz') if args.statistics else None
+    assert args.statistics == expected
+    needed = {str(need.result) for need in stage.needs}
+    assert needed == {args.input, expected} - {None}
+    statistics = 'calibrated' if args.statistics else 'not'
+    seen.add((args.method, statistics, args.grouping, args.num_kv_heads, args.seed))
+  assert len(seen) == len(chosen)
+  assert ('random', 'not', 'contiguous', 2, 3) in seen
+  assert ('svd', 'not', 'contiguous', 1, 0) in seen
+  assert ('svd', 'calibrated', 'similarity', 4, 0) in seen
+  assert ('refit', 'calibrated', 'contiguous', 2, 0) in seen
+  assert not any(g == 'similarity' and k == 1 for _, _, g, k, _ in seen)
+
+
+@pytest.mark.parametrize('experiment', [STUDIES['mini'], MINIATURE])
+def test_reproduce_commands_are_there(tmp_path, experiment):
+  for stage in studies.make_plan(experiment, str(tmp_path)).stages[-2:]:
+    _, _, verb, name, *flags = stage.command
+    assert (verb, name) in PARTS
+    study = [] if experiment is MINIATURE else ['--study=mini']
+    assert flags == [f'--output_dir={tmp_path}', *study]
+
+
+def test_names_of_models():
+  models = [
+    converted('tiny', 2, METHODS[0], 0.1, 3),
+    converted('tiny', 2, METHODS[2], 0.1, 3),
+    converted('tiny', 4, METHODS[-1], 0.1, 1),
+  ]
+  assert [(m.conversion_name, m.run_name, m.title) for m in models] == [
+    ('mean_2', 'mean_2_seed3', 'mean'),
+    ('random_2_seed3', 'random_2_seed3', 'random'),
+    (
+      'svd_calibrated_similarity_4',
+      'svd_calibrated_similarity_4_seed1',
+      'svd (calibrated, similarity)',
+    ),
+  ]
+  assert len({title(method) for method in METHODS}) == len(METHODS)
+  labels = [model.label for model in (*PAPER.models, *LOCAL.models)]
+  assert labels == [
+    *('MHA-Large', 'MHA-XXL', 'MQA-XXL', 'GQA-8-XXL'),
+    *('MHA-Tiny', 'MQA-Tiny', 'GQA-2-Tiny'),
+  ]
+
+
+def test_the_miniature_and_its_gin_files_name_the_same_checkpoints(tmp_path):
+  plan = studies.make_plan(MINIATURE, str(tmp_path / 'runs' / 'local'))
+  for model in (
+    m for m in MINIATURE.models if m.alpha and m.method in ('none', 'mean')
+  ):
+    file = f'gin/local/uptrain_{model.heads}.gin'
+    source = plan.conversion(model).result.relative_to(tmp_path)
+    assert gin_files.macro(file, 'INITIAL_CHECKPOINT_PATH') == str(source)
+    target = plan.path_of(model)
+    folder = str(target.parent.relative_to(tmp_path))
+    assert gin_files.macro(file, 'MODEL_DIR') == folder
+    steps = gin_files.macro(file, 'TRAIN_STEPS')
+    assert target.name == f'checkpoint_{steps}'
+    assert steps == 1.05 * plan.pretrain_steps  # the paper's alpha
+  assert len(plan.stages) == 1 + 1 + 4 * 2 + 1 + 2 * 2 + 2
+  # Nothing is left to run while decoding is timed.
+  before = {stage.result for stage in plan.stages[:-2]}
+  assert {need.result for need in plan.stages[-2].needs} == before
+  assert plan.stages[-1].result == plan.folder / 'report.md'
+
+
+def test_commands_of_the_miniature(tmp_path):
+  plan = {
+    stage.title: stage for stage in studies.make_plan(MINIATURE, str(tmp_path)).stages
+  }
+  mha_path = f'{tmp_path}/mha/checkpoint_1000'
+  assert plan['convert to 2 K/V heads by svd (calibrated)'].command == (
+    '-m',
+    'gqa_t5x.convert',
+    f'--input={mha_path}',
+    f'--output={tmp_path}/converted/svd_2',
+    '--num_kv_heads=2',
+    '--method=svd',
+    f'--statistics={mha_path}.statistics.npz',
+  )
+  trained = plan['uptrain with 1 K/V heads, svd (calibrated)']
+  assert trained.command == (
+    '-m',
+    't5x.train',
+    '--gin_file=gin/local/uptrain_mqa.gin',
+    '--verbosity=-1',
+    f"--gin.MODEL_DIR='{tmp_path}/uptrain_mqa_svd'",
+    f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path}/converted/svd_1/checkpoint_1000'",
+  )
+  assert str(trained.result) == f'{tmp_path}/uptrain_mqa_svd/checkpoint_1050'
+  assert str(plan['report']) == (
+    f'python -m gqa_t5x.reproduce report uptrain --output_dir={tmp_path}'
+  )
+
+
+# --- Estimates ------------------------------------------------------------------
+
+
+def test_the_estimate_is_the_papers_own():
+  hours = estimates.training_hours('xxl', 8, 'v3', 2048, 512, 114, 50_000)
+  assert hours / 24 == pytest.approx(paper.UPTRAIN_CHIP_DAYS, rel=0.05)
+
+
+def test_more_heads_take_longer_to_decode():
+  hours = [
+    estimates.decoding_hours('xxl', heads, 'v4', 32, 2048, 512, num_samples=1000)
+    for heads in (1, 8, 64)
+  ]
+  assert hours == sorted(hours)
+  # 32 x 2048 tokens x 24 layers x 2 x 64 heads of 64 x 2 bytes: 25.8 GB a step, read at
+  # half of 1228 GB/s, 512 times, for a batch of 32.
+  cache = 32 * 2048 * 24 * 2 * 64 * 64 * 2
+  seconds = 512 * cache / (0.5 * 1228e9) * 1000 / 32
+  assert (hours[2] - hours[0]) * 3600 == pytest.approx(seconds, rel=0.4)
+  assert (hours[2] - hours[0]) * 3600 > seconds * 63 / 64
+
+
+def test_the_papers_averages_are_those_of_its_tasks_but_for_one():
+  differences = {
+    model: paper.TABLE1_AVERAGE[model] - sum(scores) / 7
+    for model, scores in paper.TABLE1.items()
+  }
+  assert differences.pop('MQA-XXL') == pytest.approx(46.6 - 327.3 / 7)
+  assert all(abs(difference) < 0.06 for difference in differences.values())

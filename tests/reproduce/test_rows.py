@@ -1,0 +1,210 @@
+"""Rows: losses from event files and of checkpoints, and spectra."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from gqa_t5x.checkpoints import tree
+from gqa_t5x.conversion.input_statistics import InputStatistics, write_statistics
+from gqa_t5x.errors import BadInput
+from gqa_t5x.model import network
+from gqa_t5x.reproduce.experiments.models import MEAN, converted
+from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.experiments.studies import STUDIES
+from gqa_t5x.reproduce.results import events, miniature, spectra, study
+from helpers.trees import STEP, D, H, N, tiny_state, write_msgpack
+
+TASK = 'a_task'
+
+
+def write_events(model_dir, losses, task=TASK, share=0.5):
+  """Event files as T5X's: cross-entropy over all tokens, and the real tokens' share."""
+  folder = model_dir / 'training_eval' / task
+  writer = tf.summary.create_file_writer(str(folder))
+  with writer.as_default():
+    for step, loss in losses.items():
+      tf.summary.scalar('cross_ent_loss_per_all_target_tokens', loss * share, step)
+      tf.summary.scalar('non_padding_fraction/loss_weights', share, step)
+      tf.summary.scalar('loss', 1e6, step)
+  writer.close()
+  (file,) = folder.glob('events*')
+  return file
+
+
+def test_loss_rows(tmp_path):
+  plan = Planner(STUDIES['quick'], str(tmp_path))
+  base, mean = plan.experiment.models[0], converted('tiny', 2, MEAN, 0.1, seed=1)
+  # Evaluated every 24 steps of 2400.
+  lost = {step: (2640 - step) / 96 for step in range(2400, 2641, 24)}
+  task = 'pydocs_span_corruption'
+  write_events(plan.path_of(base).parent, {s: 4 + x for s, x in lost.items()}, task)
+  other = {step: 5 + 3 * x for step, x in lost.items()}
+  write_events(plan.path_of(mean).parent, other, task, share=0.25)
+  rows = study.loss_rows(plan, [base, mean])
+  assert len(rows) == 2 * 11
+  expected = {
+    'kind': 'conversion',
+    'source': 'measured',
+    'command': 'python -m gqa_t5x.reproduce run conversion --scale=local --study=quick',
+    'size': 'tiny',
+    'num_kv_heads': 2,
+    'method': 'mean',
+    'statistics': 'none',
+    'grouping': 'contiguous',
+    'seed': 1,
+    'pretrain_steps': 2400,
+    'uptrain_steps': 48,
+    'alpha': 0.02,
+    'validation_loss': 5 + 3 * 2.0,
+    'excess_loss': 11.0 - 6.5,
+    'validation_batches': 40,
+    'batch_size': 16,
+    'input_length': 128,
+    'output_length': 29,
+    'dtype': 'float32',
+  }
+  assert {key: rows[13][key] for key in expected} == expected
+  assert rows[13].keys() - expected.keys() == {'device', 'versions'}
+  excess = [row['excess_loss'] for row in rows]
+  assert excess[:11] == [-i / 4 for i in range(11)]
+  assert excess[11:] == [6 - 3 * i / 4 for i in range(11)]
+
+
+def test_damaged_events_are_named(tmp_path):
+  file = write_events(tmp_path, {100: 4.0, 101: 3.75, 102: 3.5})
+  data = file.read_bytes()
+  assert events.validation_losses(tmp_path, TASK, [100, 102]) == {100: 4.0, 102: 3.5}
+  changed = bytearray(data)
+  changed[len(data) // 2] ^= 255
+  for damaged in (data[:-5], bytes(changed)):
+    file.write_bytes(damaged)
+    with pytest.raises(BadInput, match=f'{file} is damaged or incomplete'):
+      events.validation_losses(tmp_path, TASK, [100])
+
+
+def test_missing_steps_are_named(tmp_path):
+  write_events(tmp_path, {100: 4.0})
+  with pytest.raises(BadInput, match=r'no validation loss of step 101, 102;'):
+    events.validation_losses(tmp_path, TASK, [100, 101, 102])
+  with pytest.raises(BadInput, match='nowhere/training_eval/a_task has no'):
+    events.validation_losses(tmp_path / 'nowhere', TASK, [100])
+
+
+def test_incomplete_runs_leave_no_rows(tmp_path):
+  message = 'none_8_seed1/training_eval/pydocs_span_corruption has no event file'
+  with pytest.raises(BadInput, match=message):
+    study.write(str(tmp_path), 'tiny')
+  assert not [*tmp_path.iterdir()]
+
+
+def test_entropy():
+  expected = 0.5 * math.log(2) + 2 * 0.25 * math.log(4)
+  assert study.entropy(np.array([7, 7, 3, 9])) == pytest.approx(expected)
+
+
+def test_unigram_row_leaves_padding_out(monkeypatch):
+  def batches(lengths, batch_size, num_batches):
+    assert (batch_size, num_batches) == (16, 40)
+    yield {
+      'decoder_target_tokens': np.array([[5, 5, 0], [6, 0, 0]]),
+      'decoder_loss_weights': np.array([[1, 1, 0], [1, 0, 0]]),
+    }
+    yield {
+      'decoder_target_tokens': np.array([[6, 0, 0]]),
+      'decoder_loss_weights': np.array([[1, 0, 0]]),
+    }
+
+  monkeypatch.setattr(study.miniature, 'validation_batches', batches)
+  row = study.unigram_row(Planner(STUDIES['quick'], 'runs'))
+  assert row['kind'] == 'unigram'
+  assert row['validation_loss'] == pytest.approx(math.log(2))
+
+
+# --- Spectra ------------------------------------------------------------------
+
+
+def test_describe():
+  values = np.array([[90.0, 5.0, 4.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0, 0, 0, 0]])
+  assert spectra.describe(values, 2) == {
+    'dropped_share': [pytest.approx(0.05), 0.5, 0.0],
+    'rank_99': [3, 4, 5],
+    'rank_95': [2, 4, 5],
+    'rank_90': [1, 4, 5],
+  }
+
+
+def test_spectra_are_those_of_the_best_low_rank_approximation(tmp_path):
+  """The queries of a group, joined: their singular values, squared."""
+  state = tiny_state(moments=False)
+  source = write_msgpack(tmp_path / f'checkpoint_{STEP}', state)
+  rng = np.random.default_rng(0)
+  roots = [rng.standard_normal((D, D)) for _ in range(3)]  # C = root root^T
+  moments = InputStatistics(*(np.float32(root @ root.T) for root in roots))
+  modules = [
+    f'decoder/layers_{i}/{name}'
+    for i in range(2)
+    for name in ('self_attention', 'encoder_decoder_attention')
+  ]
+  file = tmp_path / 'statistics.npz'
+  write_statistics(file, dict.fromkeys(modules, moments), {})
+  rows = list(spectra.rows(source, file, (2, 1)))
+  assert len(rows) == 4 * 2 * 2 * 2
+  decoder = state['target']['decoder']
+  scales = {
+    'self_attention': 2 * ['pre_self_attention_layer_norm'],
+    'cross_attention': ['pre_cross_attention_layer_norm', None],
+  }
+  for row in rows:
+    layer = decoder[f'layers_{row["layer"]}']
+    name = row['module'].replace('cross_attention', 'encoder_decoder_attention')
+    q, k, v = (
+      layer[name][n]['kernel'].reshape(D, N, H) for n in ('query', 'key', 'value')
+    )
+    o = layer[name]['out']['kernel'].reshape(N, H, D)
+    if row['statistics'] == 'calibrated':
+      left, key, value = roots
+    else:
+      norms = [
+        layer[norm] if norm else state['target']['encoder']['encoder_norm']
+        for norm in scales[row['module']]
+      ]
+      left, key = (np.diag(norm['scale']) for norm in norms)
+      value = key
+    size = N // row['num_kv_heads']
+    for group in range(row['num_kv_heads']):
+      heads = range(group * size, (group + 1) * size)
+      if row['side'] == 'key':
+        parts = [left.T @ q[:, i] @ k[:, i].T @ key for i in heads]
+        joined = np.concatenate(parts, axis=0)
+      else:
+        joined = np.concatenate([value.T @ v[:, i] @ o[i] for i in heads], axis=1)
+      squared = np.linalg.svd(joined, compute_uv=False) ** 2
+      lost = squared[H:].sum() / squared.sum()
+      assert row['dropped_share'][group] == pytest.approx(lost, rel=1e-4, abs=1e-9)
+
+
+# --- Losses of checkpoints -----------------------------------------------------
+
+
+def test_validation_loss_of_uniform_predictions():
+  vocab_size = 32
+  module = network.Transformer(network.config('tiny', vocab_size=vocab_size))
+  tokens = jnp.ones((2, 3), jnp.int32)
+  shapes = jax.eval_shape(module.init, jax.random.PRNGKey(0), tokens, tokens, tokens)
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes['params'])
+  sizes = tree.read_architecture({name: x.shape for name, x in tree.flatten(params)})
+  # Equal logits: the loss is log V, and the first token is the prediction.
+  targets = np.array([[0, 5, 7], [9, 0, 0]])
+  batch = {
+    'encoder_input_tokens': np.ones((2, 4), np.int32),
+    'decoder_input_tokens': np.ones((2, 3), np.int32),
+    'decoder_target_tokens': targets.astype(np.int32),
+    'decoder_loss_weights': np.array([[1, 1, 1], [1, 0, 0]], np.int32),
+  }
+  loss, accuracy = miniature.validation_loss(params, sizes, [batch, batch])
+  assert loss == pytest.approx(math.log(vocab_size), rel=1e-5)
+  assert accuracy == pytest.approx(0.25)
