@@ -4,8 +4,8 @@ T5X's own loop leaves that to every step (t5x#1261). Here the encoder runs once,
 K and V are kept at K heads and shared by all beams and samples of an input, and a step
 reads them, the parameters and the self-attention cache, which is updated in place.
 
-`greedy`, `temperature_sample` and `beam_search` are decode functions as T5X has them:
-names, arguments and results are T5X's, and T5X's own can take their place.
+The decode functions of sampling.py and beam_search.py have the names, arguments and
+results of T5X's, and T5X's own can take their place.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,17 +17,14 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
-from gqa_t5x.decoding.beam_search import beam_search
-from gqa_t5x.decoding.sampling import DecodingState, greedy, temperature_sample
-from gqa_t5x.model import sharding
-
-__all__ = ['beam_search', 'generate', 'greedy', 'prepare', 'step', 'temperature_sample']
+from gqa_t5x.decoding.loop import DecodingState
+from gqa_t5x.model import decode_cache, dense, sharding
 
 Array = jax.Array
 Params = Mapping[str, Any]
 
-# Tokens that a copy of the model encodes together: attention among more would fill the
-# memory before the keys and values do that decoding is about.
+# Most tokens that a copy of the model encodes together: attention among more would take
+# more memory than the keys and values that decoding reads.
 ENCODED_TOGETHER = 2**14
 
 
@@ -47,7 +44,8 @@ def generate(
     encoder_input_tokens: int `[B, S]`, 0 is padding.
     prompts: int32 `[B, T]`, T tokens are decoded at most. Its first column is the start
       token; tokens after it that are not 0 are forced.
-    decode_fn: `greedy`, `temperature_sample`, `beam_search`, or one of t5x.decoding.
+    decode_fn: `sampling.greedy`, `sampling.temperature_sample`,
+      `beam_search.beam_search`, or one of t5x.decoding.
     **decoder_params: for `decode_fn`: eos_id, num_decodes, ...
 
   Returns:
@@ -97,9 +95,9 @@ def prepare(
   """
   B, S = encoder_input_tokens.shape
   parts = B // encoded_together(B, S)
-  # With more parts than one this cache alone is used: under jit nothing is encoded.
   cache, encoded_kv = _encode(module, params, encoder_input_tokens, max_length)
   if parts > 1:
+    # Only shapes of `encoded_kv` are used: under jit the call above encodes nothing.
 
     def encode_part(i, kept):
       rows = encoder_input_tokens.reshape(B // parts, parts, S)[:, i]
@@ -114,9 +112,9 @@ def prepare(
     encoded_kv = jax.tree.map(
       lambda x: x.reshape(B, *x.shape[2:]), lax.fori_loop(0, parts, encode_part, empty)
     )
-  kept = {'encoded_kv': encoded_kv}
+  kept = {decode_cache.ENCODED_KV: encoded_kv}
   if sharding.platform() == 'cpu':
-    kept['transposed'] = {'decoder': _transposed_kernels(params['decoder'])}
+    kept[dense.TRANSPOSED] = {'decoder': _transposed_kernels(params['decoder'])}
   return cache, kept
 
 
@@ -155,10 +153,10 @@ def _encode(
     ones,
     enable_dropout=False,
     decode=True,
-    mutable=['cache', 'encoded_kv'],
+    mutable=[decode_cache.CACHE, decode_cache.ENCODED_KV],
     method=module.decode,
   )
-  return variables['cache'], variables['encoded_kv']
+  return variables[decode_cache.CACHE], variables[decode_cache.ENCODED_KV]
 
 
 def _transposed_kernels(decoder: Params) -> dict[str, Any]:
@@ -199,7 +197,7 @@ def step(
   """
   token_R1 = token_R[:, None]
   logits_R1V, variables = module.apply(
-    {'params': params, 'cache': cache, **kept},
+    {'params': params, decode_cache.CACHE: cache, **kept},
     None,  # Not needed: K and V of the encoded inputs are kept.
     encoder_input_tokens,
     token_R1,
@@ -207,7 +205,7 @@ def step(
     enable_dropout=False,
     decode=True,
     max_decode_length=max_length,
-    mutable=['cache'],
+    mutable=[decode_cache.CACHE],
     method=module.decode,
   )
-  return logits_R1V[:, 0], variables['cache']
+  return logits_R1V[:, 0], variables[decode_cache.CACHE]

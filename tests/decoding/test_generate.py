@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gqa_t5x.analysis.costs import formulas
-from gqa_t5x.decoding import generate
+from gqa_t5x.decoding import generate, sampling
 from gqa_t5x.model import network
 from helpers import model_oracle as oracle
 
@@ -197,7 +197,8 @@ def test_what_is_kept(K):
     expected = encoded @ oracle.flat(params)[f'{path}/kernel']
     expected = expected.reshape(B, oracle.S, K, oracle.H)
     expected = np.einsum('BSKH->BKHS' if name == 'key' else 'BSKH->BKSH', expected)
-    np.testing.assert_allclose(kept[path], expected, atol=1e-5, rtol=1e-5)
+    kept_path = path.replace(name, f'cached_{name}')
+    np.testing.assert_allclose(kept[kept_path], expected, atol=1e-5, rtol=1e-5)
   assert_empty(cache, K)
 
 
@@ -381,7 +382,7 @@ def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
   prompts = oracle.prompt_batch()
   tokens, _ = oracle.jit(
     lambda params: generate.generate(
-      module, params, inputs, prompts, generate.greedy, eos_id=eos_id
+      module, params, inputs, prompts, sampling.greedy, eos_id=eos_id
     )
   )(oracle.params(cfg))
   expected = np.where(np.arange(LENGTH) <= last, row, 0)
@@ -392,6 +393,6 @@ def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
 
 def test_no_room_for_a_token():
   module = network.Transformer(oracle.config(2))
-  args = module, {}, np.ones((1, 2)), np.zeros((1, 0)), generate.greedy
+  args = module, {}, np.ones((1, 2)), np.zeros((1, 0)), sampling.greedy
   with pytest.raises(ValueError, match=r'of shape \(1, 0\) leave no token to decode'):
     generate.generate(*args, eos_id=1)

@@ -16,7 +16,7 @@ import seqio
 from jax.sharding import NamedSharding, PartitionSpec
 from t5x import adafactor, models, utils
 
-from gqa_t5x.decoding import generate
+from gqa_t5x.decoding import generate, sampling
 from gqa_t5x.model import network, sharding
 from helpers import model_oracle as oracle
 from helpers.sharding_cases import (
@@ -216,7 +216,7 @@ def test_keys_and_values_stay_where_they_are(
   with entered(layout):
     lowered = oracle.jit(
       functools.partial(
-        generate.generate, module, decode_fn=generate.greedy, eos_id=EOS
+        generate.generate, module, decode_fn=sampling.greedy, eos_id=EOS
       )
     ).lower(sharded_params(cfg, layout), *rows)
   found = collectives(lowered.compile().as_text())

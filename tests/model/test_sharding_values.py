@@ -9,7 +9,8 @@ import pytest
 import seqio
 from t5x import models
 
-from gqa_t5x.decoding import generate as decoding
+from gqa_t5x.decoding import beam_search, sampling
+from gqa_t5x.decoding.generate import generate
 from gqa_t5x.model import network, sharding
 from helpers import model_oracle as oracle
 from helpers.sharding_cases import (
@@ -79,19 +80,17 @@ def test_loss_and_gradients(K, num_partitions, kv_sharding, parameter_dims):
 
 
 DECODE_FNS = {
-  'greedy': decoding.greedy,
-  'beams': functools.partial(decoding.beam_search, num_decodes=3),
-  'samples': functools.partial(decoding.temperature_sample, num_decodes=3, topk=5),
+  'greedy': sampling.greedy,
+  'beams': functools.partial(beam_search.beam_search, num_decodes=3),
+  'samples': functools.partial(sampling.temperature_sample, num_decodes=3, topk=5),
 }
 
 
-def generate(K, name):
+def decode(K, name):
   module = network.Transformer(config(K))
 
   def run(params, inputs, prompts):
-    return decoding.generate(
-      module, params, inputs, prompts, DECODE_FNS[name], eos_id=EOS
-    )
+    return generate(module, params, inputs, prompts, DECODE_FNS[name], eos_id=EOS)
 
   return run
 
@@ -99,9 +98,7 @@ def generate(K, name):
 @functools.cache
 def unsharded_decodes(K, name, rows):
   prompts = np.zeros((rows, T), np.int32)
-  return oracle.jit(generate(K, name))(
-    oracle.params(config(K)), batch(rows)[0], prompts
-  )
+  return oracle.jit(decode(K, name))(oracle.params(config(K)), batch(rows)[0], prompts)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +121,7 @@ def test_decodes(K, num_partitions, kv_sharding, name, rows, platform, monkeypat
   layout = partitioner(K, num_partitions, kv_sharding)
   inputs, prompts = sharded_rows(layout, batch(rows)[0], np.zeros((rows, T), np.int32))
   with entered(layout):
-    tokens, scores = oracle.jit(generate(K, name))(
+    tokens, scores = oracle.jit(decode(K, name))(
       sharded_params(config(K), layout), inputs, prompts
     )
   assert len(np.unique(expected_tokens)) > 10
