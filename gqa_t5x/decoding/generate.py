@@ -84,9 +84,7 @@ def prepare(
   read them twice as fast from the left (docs/performance.md).
 
   Args:
-    module: a `network.Transformer`.
-    params: its parameters.
-    encoder_input_tokens: int `[B, S]`, 0 is padding.
+    module, params, encoder_input_tokens: as in `generate`.
     max_length: positions of the self-attention cache.
 
   Returns:
@@ -119,16 +117,10 @@ def prepare(
 
 
 def encoded_together(B: int, S: int) -> int:
-  """Returns how many inputs `prepare` encodes at a time.
+  """Returns how many of B inputs of S tokens `prepare` encodes at a time.
 
-  All copies of the model get as many of each part, so that their rows stay with them.
-
-  Args:
-    B: batch size.
-    S: input length, tokens.
-
-  Returns:
-    A divisor of B.
+  It is a divisor of B. All copies of the model get as many of each part, so that their
+  rows stay with them.
   """
   mesh = sharding.current_mesh()
   copies = 1 if mesh is None else mesh.shape.get('data', 1)
@@ -162,15 +154,12 @@ def _encode(
 def _transposed_kernels(decoder: Params) -> dict[str, Any]:
   """Returns the kernels of a step as `[out, in]`; cross keys and values need none."""
   flat = traverse_util.flatten_dict(decoder)
-  kept_inputs = (
-    ('encoder_decoder_attention', 'key'),
-    ('encoder_decoder_attention', 'value'),
-  )
+  unused = {('encoder_decoder_attention', name) for name in ('key', 'value')}
   return traverse_util.unflatten_dict(
     {
       path: value.T
       for path, value in flat.items()
-      if path[-1] == 'kernel' and path[-3:-1] not in kept_inputs
+      if path[-1] == 'kernel' and path[-3:-1] not in unused
     }
   )
 

@@ -59,8 +59,7 @@ def while_loop(
   if sharding.platform() != 'tpu':
     return lax.while_loop(go_on, decode_one, state)
 
-  state = state.replace(cache=decode_cache.with_pending(state.cache, beams))
-  most = decode_cache.num_pending(state.cache)
+  cache, most = decode_cache.with_pending(state.cache, beams)
 
   def decode_some(state):
     def another(carry):
@@ -74,7 +73,7 @@ def while_loop(
     state, _ = lax.while_loop(another, step, (state, jnp.zeros((), jnp.int32)))
     return state.replace(cache=decode_cache.flush(state.cache))
 
-  return lax.while_loop(go_on, decode_some, state)
+  return lax.while_loop(go_on, decode_some, state.replace(cache=cache))
 
 
 def check_decodes(num_decodes: int, cache_offset: int) -> None:

@@ -119,36 +119,27 @@ def temperature_sample(
 
   def decode_one(state: _SamplingState) -> _SamplingState:
     rng, next_rng = jax.random.split(state.rng)
-    logits_RV, cache = tokens_to_logits(_decoding_state(state))
+    token_R1 = lax.dynamic_slice_in_dim(state.sequences_RT, state.step, 1, axis=1)
+    logits_RV, cache = tokens_to_logits(
+      DecodingState(state.step, state.sequences_RT, token_R1, state.cache)
+    )
     drawn = _draw(logits_RV, rng, temperature, topk, topp, rescale_log_probs)
     state = state.replace(rng=next_rng, cache=cache)
     return _append(state, *drawn, forced_RT[:, state.step], limit_R, eos_id)
 
-  start = _start(B * num_decodes, T, decode_cache.repeat_rows(cache, num_decodes))
-  if decode_rng is not None:
-    start = start.replace(rng=decode_rng)
+  R, cache = B * num_decodes, decode_cache.repeat_rows(cache, num_decodes)
+  start = _SamplingState(
+    step=jnp.zeros((), jnp.int32),
+    sequences_RT=jnp.zeros((R, T + 1), jnp.int32),  # Token 0 starts every row.
+    scores_R=jnp.zeros(R, jnp.float32),
+    ended_R=jnp.zeros(R, bool),
+    rng=jax.random.PRNGKey(0) if decode_rng is None else decode_rng,
+    cache=cache,
+  )
   final = loop.while_loop(
     lambda state: ~jnp.all(state.ended_R), decode_one, start, beams=1
   )
   return _by_score(final, B)
-
-
-def _start(rows: int, T: int, cache: Any) -> _SamplingState:
-  """Returns the state before the first step: token 0 starts every row."""
-  return _SamplingState(
-    step=jnp.zeros((), jnp.int32),
-    sequences_RT=jnp.zeros((rows, T + 1), jnp.int32),
-    scores_R=jnp.zeros(rows, jnp.float32),
-    ended_R=jnp.zeros(rows, bool),
-    rng=jax.random.PRNGKey(0),
-    cache=cache,
-  )
-
-
-def _decoding_state(state: _SamplingState) -> DecodingState:
-  """Returns what the model is told of the loop."""
-  token_R1 = lax.dynamic_slice_in_dim(state.sequences_RT, state.step, 1, axis=1)
-  return DecodingState(state.step, state.sequences_RT, token_R1, state.cache)
 
 
 def _append(

@@ -174,7 +174,9 @@ class GroupedQueryAttention(nn.Module):
     )
     out_BTNH = sharding.constrain(out_BTNH, meeting_axes).reshape(B, T, N, H)
     out_BTX = sharding.constrain(out_BTNH, QUERY_AXES).reshape(B, T, N * H)
-    return self._dense('out', D, (axes.JOINED_HEADS, axes.EMBED))(out_BTX)
+    return Dense(
+      D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, self.kernel_init, name='out'
+    )(out_BTX)
 
   def _project_q(self, x_BTD: Array) -> Array:
     """Projects to `[B, T, N, H]`; the initialiser holds T5's 1 / sqrt(H)."""
@@ -182,33 +184,31 @@ class GroupedQueryAttention(nn.Module):
     def query_init(*args):
       return self.kernel_init(*args) / jnp.sqrt(self.head_dim).astype(self.dtype)
 
-    dense = self._dense(
-      'query',
-      self.num_heads * self.head_dim,
-      (axes.EMBED, axes.JOINED_HEADS),
-      query_init,
-    )
     x_BTD = sharding.constrain(x_BTD, INPUT_AXES)
-    q_BTNH = dense(x_BTD).reshape(*x_BTD.shape[:2], self.num_heads, self.head_dim)
+    q_BTNH = self._project(
+      'query', x_BTD, self.num_heads, axes.JOINED_HEADS, query_init
+    )
     return sharding.constrain(q_BTNH, QUERY_AXES)
 
   def _project_kv(self, x_BSD: Array) -> tuple[Array, Array]:
     """Projects to keys `[B, K, H, S]` and values `[B, K, S, H]`."""
-    K, H = self.num_kv_heads, self.head_dim
-    _, joined_kv_heads, _ = axes.kv_axes(self.num_heads, K)
+    K = self.num_kv_heads
+    _, joined_axis, _ = axes.kv_axes(self.num_heads, K)
     # Or the layout of the cache would spread to all activations.
     x_BSD = sharding.constrain(x_BSD, INPUT_AXES)
+    k_BKHS = jnp.einsum('BSKH->BKHS', self._project('key', x_BSD, K, joined_axis))
+    v_BKSH = jnp.einsum('BSKH->BKSH', self._project('value', x_BSD, K, joined_axis))
+    return k_BKHS, v_BKSH
 
-    def project(name, layout):
-      x_BSX = self._dense(name, K * H, (axes.EMBED, joined_kv_heads))(x_BSD)
-      return jnp.einsum(layout, x_BSX.reshape(*x_BSX.shape[:2], K, H))
-
-    return project('key', 'BSKH->BKHS'), project('value', 'BSKH->BKSH')
-
-  def _dense(self, name, features, kernel_axes, kernel_init=None) -> Dense:
-    return Dense(
-      features, kernel_axes, self.dtype, kernel_init or self.kernel_init, name=name
-    )
+  def _project(self, name, x_BTD, heads, joined_axis, kernel_init=None) -> Array:
+    x_BTX = Dense(
+      heads * self.head_dim,
+      (axes.EMBED, joined_axis),
+      self.dtype,
+      kernel_init or self.kernel_init,
+      name=name,
+    )(x_BTD)
+    return x_BTX.reshape(*x_BTX.shape[:2], heads, self.head_dim)
 
   def _dropout(self, deterministic: bool) -> Callable[[Array], Array]:
     """Returns dropout on the probabilities; all queries of a row drop the same keys."""

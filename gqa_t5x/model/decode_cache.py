@@ -148,13 +148,9 @@ def _in_cache_layout(kind: _Kind, x_PBnKH: Array) -> Array:
 
 
 def write(cache: Array, new: Array, index: Array, axis: int) -> Array:
-  """Returns the cache with new positions written into it, in place under jit.
+  """Returns keys or values with new ones written at `index`, in place under jit.
 
-  Args:
-    cache: keys `[B, K, H, S]` or values `[B, K, S, H]`.
-    new: the same of the new tokens, T instead of S.
-    index: where they go, int32 `()`, or one number a row in any shape.
-    axis: that of S.
+  The index is int32 `()`, or one number for each row in any shape; `axis` that of S.
   """
   new = new.astype(cache.dtype)
   if index.ndim == 0:
@@ -197,16 +193,23 @@ class Positions(NamedTuple):
   Attributes:
     queries_BT: positions of the tokens, int32; `[1, T]` if all rows are alike.
     keys_S: positions of the keys, cached ones, then pending ones, int32.
-    mask: bool `[B or 1, 1, T, S]`; with beams `[B, 1, n, S * n]`.
+    mask: bool `[B or 1, 1, T, S]`.
     index: where attention writes keys and values, int32; None: there is no cache.
-    beams: n, rows that share a row of the cache.
+    slots_BnS: the table of slots, if beams share the rows of the cache.
   """
 
   queries_BT: Array
   keys_S: Array
   mask: Array
   index: Array | None = None
-  beams: int = 1
+  slots_BnS: Array | None = None
+
+  def by_slot(self, bias: Array) -> tuple[Array, Array]:
+    """Returns the mask and a bias `[.., S]` by the slots of attention's keys."""
+    if self.slots_BnS is None:
+      return self.mask, bias
+    mask = beam_mask(self.slots_BnS, self.queries_BT, self.keys_S)
+    return mask, jnp.repeat(bias, self.slots_BnS.shape[1], axis=-1)
 
 
 def advance(
@@ -228,7 +231,7 @@ def advance(
   """
   exists = decoder.has_variable(CACHE, 'cache_index')
   counter = decoder.variable(CACHE, 'cache_index', jnp.zeros, (), jnp.int32)
-  index, S, beams = counter.value, max_decode_length or length, 1
+  index, S = counter.value, max_decode_length or length
   if prefill_lengths is not None:
     counter.value = prefill_lengths.astype(jnp.int32)
   elif exists:
@@ -242,12 +245,11 @@ def advance(
     keys_S = jnp.where(keys_S < pending_P[0], keys_S, UNREACHED)
     keys_S = jnp.concatenate([keys_S, pending_P])
     index = index - pending_P[0]
+  mask = queries_BT[:, None, :, None] >= keys_S
+  slots_BnS, beams = None, 1
   if decoder.has_variable(CACHE, 'slots'):
     slots_BnS = decoder.get_variable(CACHE, 'slots')
     beams = slots_BnS.shape[1]
-    mask = beam_mask(slots_BnS, queries_BT, keys_S)
-  else:
-    mask = queries_BT[:, None, :, None] >= keys_S
   if exists:
     cached = _shape(decoder.variables[CACHE])[2] // beams
     if cached != S:
@@ -255,19 +257,14 @@ def advance(
         f'The cache was made for {cached} positions, but this call is for {S}; pass'
         f' max_decode_length={cached}.'
       )
-  return Positions(queries_BT, keys_S, mask, index, beams)
+  return Positions(queries_BT, keys_S, mask, index, slots_BnS)
 
 
 def beam_mask(slots_BnS: Array, query_11: Array, keys_S: Array) -> Array:
   """Returns which slots each beam may see: those of its own past, and its new one.
 
-  Args:
-    slots_BnS: the table of slots.
-    query_11: position of the new token, int32.
-    keys_S: positions of the keys, int32, in any order.
-
-  Returns:
-    bool `[B, 1, n, S * n]`.
+  Arguments are the table of slots, and the positions of the new token and of the keys,
+  in any order. The result is bool `[B, 1, n, S * n]`.
   """
   B, beams, _ = slots_BnS.shape
   slots_BnS = jnp.take(slots_BnS, keys_S, axis=2, mode='clip')
@@ -301,14 +298,9 @@ def with_beams(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
 
 
 def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
-  """Returns the cache after each beam takes over the past of another.
+  """Returns the cache after each beam takes over the past of another, `origin_Bn`.
 
-  Args:
-    cache: from `with_beams`, or a later step.
-    origin_Bn: the beam whose past each beam takes over, int32 `[B, n]`.
-
-  Returns:
-    The cache; keys and values are the same arrays.
+  Keys and values are the same arrays as before.
   """
   decoder = cache['decoder']
   slots_BnS = jnp.take_along_axis(decoder['slots'], origin_Bn[:, :, None], axis=1)
@@ -317,8 +309,11 @@ def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
   return _set(cache, slots=slots_BnS)
 
 
-def with_pending(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
-  """Returns a cache with room for pending keys and values of each beam."""
+def with_pending(cache: Mapping[str, Any], beams: int) -> tuple[dict[str, Any], int]:
+  """Returns a cache with room for pending keys and values of each beam, and P.
+
+  After P steps at most it must be flushed.
+  """
   B, K, slots, H = _shape(cache)
   P = min(MAX_PENDING, slots // beams)
 
@@ -326,12 +321,7 @@ def with_pending(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
     empty = jnp.zeros((P, B, beams, K, H), layer['cached_value'].dtype)
     return layer | {kind.pending: empty for kind in _KINDS}
 
-  return _pending_from_now(_in_each_layer(cache, add), P)
-
-
-def num_pending(cache: Mapping[str, Any]) -> int:
-  """Returns P: how many steps there are from one `flush` to the next."""
-  return len(cache['decoder']['pending_positions'])
+  return _pending_from_now(_in_each_layer(cache, add), P), P
 
 
 def flush(cache: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,9 +329,6 @@ def flush(cache: Mapping[str, Any]) -> dict[str, Any]:
 
   At its end, where fewer than P positions are left, decoding is over: what is written
   there is not read.
-
-  Args:
-    cache: from `with_pending`, at most P steps after that or the last flush.
   """
   positions_P = cache['decoder']['pending_positions']
 

@@ -163,8 +163,7 @@ class Decoder(nn.Module):
     bias = layers.RelativePositionBiases(
       cfg.num_heads, bidirectional=False, dtype=cfg.dtype, name='relpos_bias'
     )(at.queries_BT, at.keys_S)
-    if at.beams > 1:
-      bias = jnp.repeat(bias, at.beams, axis=-1)
+    mask, bias = at.by_slot(bias)
     if decode:  # Once for all layers.
       _, _, heads = axes.kv_axes(cfg.num_heads, cfg.self_kv)
       free = jax.sharding.PartitionSpec.UNCONSTRAINED
@@ -174,7 +173,7 @@ class Decoder(nn.Module):
     layer = _remat(layers.DecoderLayer, cfg, static_argnums=(6,))
     for i in range(cfg.num_decoder_layers):
       x_BTD = layer(cfg, name=f'layers_{i}')(
-        x_BTD, encoded_BSD, (at.mask, cross_mask), bias, at.index, deterministic
+        x_BTD, encoded_BSD, (mask, cross_mask), bias, at.index, deterministic
       )
     x_BTD = layers.LayerNorm(cfg.dtype, name='decoder_norm')(x_BTD)
     x_BTD = layers.dropout(cfg, x_BTD, deterministic)

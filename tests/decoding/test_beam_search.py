@@ -75,15 +75,7 @@ PROMPTS = ((7, 3, 9), (), (5, 2, 8, 3, 3), (6,))
 
 @pytest.mark.parametrize(
   ('K', 'n', 'platform'),
-  [
-    (1, 4, 'cpu'),
-    (2, 1, 'cpu'),
-    (2, 2, 'cpu'),
-    (2, 4, 'cpu'),
-    (4, 4, 'cpu'),
-    (2, 4, 'tpu'),
-    (4, 4, 'tpu'),
-  ],
+  [(1, 4, 'cpu'), (2, 1, 'cpu'), (4, 3, 'cpu'), (2, 4, 'tpu'), (4, 3, 'tpu')],
 )
 def test_equals_a_loop_over_the_forward_pass(monkeypatch, K, n, platform):
   """With and without prompts, a marker that ends some beams, and a penalty."""
@@ -153,6 +145,7 @@ def table_search(n):
 
     cache = {
       'cache_index': jnp.zeros((), jnp.int32),
+      'cached_key': jnp.zeros((2, 1, 1, 1)),
       'cached_value': jnp.zeros((2, 1, 1, 1)),
     }
     return beam_search.beam_search(
@@ -344,7 +337,7 @@ def operations_on_caches(step, K):
   }
 
 
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('K', [1, oracle.N])
 def test_keys_and_values_are_neither_repeated_nor_moved(K):
   step, seen = trace(beam_search.beam_search, K)
   layer = 'decoder/layers_1/self_attention'

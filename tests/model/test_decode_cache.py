@@ -236,8 +236,8 @@ def test_every_beam_finds_its_own_past():
 @pytest.mark.parametrize(('S', 'P'), [(40, 16), (16, 16), (5, 5)])
 def test_with_pending(S, P):
   beams = 2
-  cache = decode_cache.with_pending(a_cache(3, S * beams, index=4), beams)
-  assert decode_cache.num_pending(cache) == P
+  cache, most = decode_cache.with_pending(a_cache(3, S * beams, index=4), beams)
+  assert most == P
   decoder = cache['decoder']
   np.testing.assert_array_equal(decoder['pending_positions'], 4 + np.arange(P))
   layer = decoder['layers_0']['self_attention']
@@ -252,7 +252,7 @@ def test_flush(now, monkeypatch):
   beams, S = 2, 6
   cache = jax.tree.map(jnp.zeros_like, a_cache(1, S * beams))
   cache['decoder']['cache_index'] = jnp.asarray(2)
-  cache = decode_cache.with_pending(cache, beams)
+  cache, _ = decode_cache.with_pending(cache, beams)
   layer = cache['decoder']['layers_0']['self_attention']
   # 100 s + 10 beam + 0 or 1: position s of those that are pending.
   s, beam, unit = np.ogrid[:3, :2, :2]

@@ -10,6 +10,7 @@ import pytest
 
 from gqa_t5x.conversion import plan as conversion
 from gqa_t5x.model import network, sizes
+from helpers import make_golden
 from helpers import model_oracle as oracle
 
 KINDS = {
@@ -25,9 +26,22 @@ def padded_logits(K):
   return np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.batch()))
 
 
+@functools.cache
+def golden():
+  """What T5X computed, in a file that it wrote (make_golden.py)."""
+  with np.load(make_golden.PATH) as file:
+    return dict(file)
+
+
+def assert_golden(logits, batch, name):
+  real = batch['decoder_target_tokens'] > 0
+  np.testing.assert_allclose(logits[real], golden()[name][real], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('K', oracle.KV_HEADS)
 def test_padded_logits_equal_the_oracle_of_unpadded_examples(K):
   logits = padded_logits(K)
+  assert_golden(logits, oracle.batch(), f'padded/logits/{K}')
   assert logits.shape == (oracle.B, oracle.T, oracle.V)
   assert logits.dtype == np.float32
   assert np.isfinite(logits).all()
@@ -38,6 +52,7 @@ def test_padded_logits_equal_the_oracle_of_unpadded_examples(K):
 def test_packed_examples_equal_the_same_examples_unpacked(K):
   cfg = oracle.config(K)
   packed = np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.packed_batch()))
+  assert_golden(packed, oracle.packed_batch(), f'packed/logits/{K}')
   first, second = oracle.TARGET_LENGTHS[::2], oracle.TARGET_LENGTHS[1::2]
   unpacked = []
   for row, a, b in zip(packed, first, second, strict=True):
@@ -45,8 +60,6 @@ def test_packed_examples_equal_the_same_examples_unpacked(K):
   for b, got in enumerate(unpacked):
     expected = oracle.expected_logits(cfg)[b]
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
-    alone = padded_logits(K)[b, : len(got)]
-    np.testing.assert_allclose(got, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_tokens_after_the_end_change_nothing_before():
@@ -64,10 +77,9 @@ def test_tokens_after_the_end_change_nothing_before():
   assert np.abs(logits[before, 3:] - padded_logits(2)[before, 3:]).max() > 0.1
 
 
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_initial_variables(K):
+def test_initial_variables():
   """No collections but parameters and their axes; T5X would save or refuse others."""
-  variables = oracle.initial_shapes(oracle.config(K))
+  variables = oracle.initial_shapes(oracle.config(2))
   assert variables.keys() == {'params', 'params_axes'}
   leaves = oracle.flat(variables['params'])
   assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype('float32')}
@@ -119,7 +131,7 @@ def test_logits_via_embedding():
 BFLOAT16_ERROR = np.sqrt(40) * float(jnp.finfo(jnp.bfloat16).eps) / 2
 
 
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('K', [2])
 def test_bfloat16_is_close_to_float32(K):
   cfg = oracle.config(K, dtype=jnp.bfloat16, float32_attention_logits=True)
   logits = np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.batch()))
@@ -172,26 +184,23 @@ def test_what_rematerialisation_computes_again():
   assert counts['full'] - counts['minimal'] >= 3 * 3 + 2 * 2
 
 
-def repeated_within_groups(K):
-  """Returns MHA parameters whose decoder K/V heads are equal within K groups."""
-  return oracle.repeat_kv_heads(oracle.params(oracle.config(K)), K)
-
-
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('K', [1, 2])
 @pytest.mark.parametrize('method', ['mean', 'first'])
-def test_converting_equal_heads_leaves_the_logits(K, method):
-  mha, gqa = oracle.config(), oracle.config(K)
-  before = repeated_within_groups(K)
+def test_converting_equal_heads_leaves_the_model(K, method):
+  """Of heads that are equal within each group one is left: the model of K heads."""
+  expected = oracle.params(oracle.config(K))
+  before = oracle.repeat_kv_heads(expected, K)
   after = conversion.convert_params(before, num_kv_heads=K, method=method)
-  expected_shapes = oracle.flat(oracle.initial_shapes(gqa)['params'])
-  got_shapes = {path: leaf.shape for path, leaf in oracle.flat(after).items()}
-  assert got_shapes == {path: leaf.shape for path, leaf in expected_shapes.items()}
-  np.testing.assert_allclose(
-    oracle.forward(gqa)(after, oracle.batch()),
-    oracle.forward(mha)(before, oracle.batch()),
-    atol=1e-4,
-    rtol=1e-4,
-  )
+  after, expected = oracle.flat(after), oracle.flat(expected)
+  assert after.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(after[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_equal_heads_in_each_group_are_multi_head_attention():
+  params = oracle.repeat_kv_heads(oracle.params(oracle.config(2)), 2)
+  logits = oracle.forward(oracle.config())(params, oracle.batch())
+  np.testing.assert_allclose(logits, padded_logits(2), atol=1e-4, rtol=1e-4)
 
 
 def test_converting_to_all_heads_changes_nothing():
@@ -286,21 +295,6 @@ def test_parameter_counts(size):
   for K, expected in others.items():
     assert count(network.config(size, num_kv_heads=K)) == expected
     assert count_by_formula(sizes, K) == expected
-
-
-@pytest.mark.parametrize(
-  ('size', 'K'),
-  [
-    (size, K)
-    for size, (sizes, _, _) in COUNTS.items()
-    for K in range(1, sizes[3] + 1)
-    if sizes[3] % K == 0
-  ],
-)
-def test_parameter_counts_of_all_heads(size, K):
-  """At one and two layers: the tests above count whole models."""
-  cfg = network.config(size, num_kv_heads=K, num_encoder_layers=1, num_decoder_layers=2)
-  assert count(cfg) == count_by_formula((*COUNTS[size][0][:5], 1, 2), K)
 
 
 def test_config_of_a_size():

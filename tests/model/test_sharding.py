@@ -133,7 +133,7 @@ def kept_arrays(cfg, layout):
   return {path: array for path, array in flat.items() if array.ndim == 4}
 
 
-@pytest.mark.parametrize(('K', 'num_partitions', 'kv_sharding'), CASES)
+@pytest.mark.parametrize(('K', 'num_partitions', 'kv_sharding'), COMPARED)
 def test_kept_keys_and_values(K, num_partitions, kv_sharding):
   layout = partitioner(K, num_partitions, kv_sharding)
   rows, heads = KEPT[kv_sharding or RULE[K, num_partitions]]
@@ -201,7 +201,12 @@ MOVES = {'heads': 0, 'batch': 4, 'replicated': 0}
 
 @pytest.mark.parametrize(
   ('K', 'num_partitions', 'kv_sharding', 'platform'),
-  [*((*case, 'tpu') for case in COMPARED), (2, 4, None, 'cpu')],
+  [
+    (8, 4, None, 'tpu'),
+    (2, 4, None, 'tpu'),
+    (1, 4, 'replicated', 'tpu'),
+    (2, 4, None, 'cpu'),
+  ],
 )
 def test_keys_and_values_stay_where_they_are(
   K, num_partitions, kv_sharding, platform, monkeypatch
