@@ -288,7 +288,7 @@ def with_beams(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
 
   def widen(layer):
     B, K, S, H = layer['cached_value'].shape
-    return {
+    return layer | {
       'cached_key': jnp.zeros((B, K, H, S * beams), layer['cached_key'].dtype),
       'cached_value': jnp.zeros((B, K, S * beams, H), layer['cached_value'].dtype),
     }

@@ -31,30 +31,14 @@ def empty_cache(module, params, inputs, length):
   return variables['cache']
 
 
-def with_index(cache, index):
-  return cache | {'decoder': cache['decoder'] | {'cache_index': index}}
-
-
 @functools.cache
-def decode_steps(cfg, index_shape=(), prefill=False):
-  """Compiles `(params, batch, starts) -> (logits [step, B, V], prefill's, cache)`.
+def prefilled_steps(cfg, index_shape):
+  """Compiles T5X's decoding: `(params, batch, starts)` -> logits and the cache.
 
-  Row b is fed its tokens from position starts[b] on, one at a time.
+  A prompt of starts[b] tokens is filled in at once; then row b is fed its tokens from
+  there on, one at a time. Logits are those of the prompt and `[step, B, V]`.
   """
   module = network.Transformer(cfg)
-
-  def call(params, cache, encoded, batch, tokens, **kwargs):
-    return module.apply(
-      {'params': params, 'cache': cache},
-      encoded,
-      batch['encoder_input_tokens'],
-      tokens,
-      jnp.ones_like(tokens),
-      enable_dropout=False,
-      mutable=['cache'],
-      method=module.decode,
-      **kwargs,
-    )
 
   @oracle.jit
   def run(params, batch, starts):
@@ -62,49 +46,41 @@ def decode_steps(cfg, index_shape=(), prefill=False):
     encoded = module.apply(
       {'params': params}, inputs, enable_dropout=False, method=module.encode
     )
-    cache, prefill_logits = empty_cache(module, params, inputs, T), None
-    if prefill:
-      prompt = jnp.where(jnp.arange(T) <= starts[:, None], tokens, 0)
-      lengths = jnp.sum(prompt != 0, axis=1)
-      prefill_logits, variables = call(
-        params, cache, encoded, batch, prompt, prefill=True, prefill_lengths=lengths
+
+    def call(cache, tokens, **options):
+      logits, variables = module.apply(
+        {'params': params, 'cache': cache},
+        encoded,
+        inputs,
+        tokens,
+        jnp.ones_like(tokens),
+        enable_dropout=False,
+        mutable=['cache'],
+        method=module.decode,
+        **options,
       )
-      cache = variables['cache']
-    index = jnp.broadcast_to(
-      cache['decoder']['cache_index'], (B,) if index_shape else ()
+      return logits, variables['cache']
+
+    prompt = jnp.where(jnp.arange(T) <= starts[:, None], tokens, 0)
+    prompt_logits, cache = call(
+      empty_cache(module, params, inputs, T),
+      prompt,
+      prefill=True,
+      prefill_lengths=jnp.sum(prompt != 0, axis=1),
     )
-    cache = with_index(cache, index.reshape(index_shape))
+    index = cache['decoder']['cache_index'].reshape(index_shape)
+    cache = cache | {'decoder': cache['decoder'] | {'cache_index': index}}
 
     def step(cache, i):
       position = jnp.minimum(starts + i, T - 1)
       token = jnp.take_along_axis(tokens, position[:, None], axis=1)
-      logits, variables = call(
-        params, cache, encoded, batch, token, decode=True, max_decode_length=T
-      )
-      return variables['cache'], logits[:, 0]
+      logits, cache = call(cache, token, decode=True, max_decode_length=T)
+      return cache, logits[:, 0]
 
     cache, logits = jax.lax.scan(step, cache, jnp.arange(T))
-    return logits, prefill_logits, cache
+    return prompt_logits, logits, cache
 
   return run
-
-
-def assert_steps(steps, cfg, starts, tolerance=1e-4):
-  """Compares `[step, B, V]` with the oracle at every real position from starts on."""
-  for b, expected in enumerate(oracle.expected_logits(cfg)):
-    got = np.asarray(steps)[: max(len(expected) - starts[b], 0), b]
-    np.testing.assert_allclose(
-      got, expected[starts[b] :], atol=tolerance, rtol=tolerance, err_msg=f'row {b}'
-    )
-
-
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_steps_equal_the_full_forward_pass(K):
-  cfg = oracle.config(K)
-  starts = np.zeros(B, np.int32)
-  steps, _, cache = decode_steps(cfg)(oracle.params(cfg), oracle.batch(), starts)
-  assert_steps(steps, cfg, starts)
-  assert cache['decoder']['cache_index'] == T
 
 
 @pytest.mark.parametrize(('K', 'index_shape'), [(1, (B,)), (2, (2, 2)), (4, (B,))])
@@ -113,8 +89,8 @@ def test_steps_after_a_prefill_equal_the_full_forward_pass(K, index_shape):
   cfg = oracle.config(K)
   batch = oracle.batch(pairs_of_full_length())
   expected = expected_of_full_length(cfg)
-  run = decode_steps(cfg, index_shape, prefill=True)
-  steps, prefilled, cache = run(oracle.params(cfg), batch, PROMPT_LENGTHS)
+  run = prefilled_steps(cfg, index_shape)
+  prefilled, steps, cache = run(oracle.params(cfg), batch, PROMPT_LENGTHS)
   for b, start in enumerate(PROMPT_LENGTHS):
     np.testing.assert_allclose(
       prefilled[b, : start + 1], expected[b][: start + 1], atol=1e-4, rtol=1e-4
@@ -165,7 +141,7 @@ def kept_steps(cfg):
 def test_steps_with_kept_cross_attention_equal_the_full_forward_pass(K):
   cfg = oracle.config(K)
   steps, _, _ = kept_steps(cfg)(oracle.params(cfg), oracle.batch())
-  assert_steps(steps, cfg, np.zeros(B, int))
+  oracle.assert_logits(np.swapaxes(steps, 0, 1), cfg)
 
 
 def test_what_is_kept():
@@ -312,6 +288,46 @@ def test_decode_with_packed_examples():
   assert decode_once().shape == (B, 1, oracle.V)
   with pytest.raises(ValueError, match='packed examples cannot be decoded; set pack'):
     decode_once(encoder_segment_ids=jnp.ones((B, oracle.S), jnp.int32))
+
+
+# Inputs are encoded a few at a time.
+
+
+@pytest.mark.parametrize(
+  ('batch', 'length', 'copies', 'expected'),
+  [
+    (8, 512, 1, 8),
+    (64, 2048, 1, 8),
+    (60, 2048, 1, 6),
+    (7, 4096, 1, 1),
+    (4, 2**15, 1, 1),
+    (64, 2048, 2, 16),
+    (64, 2048, 8, 64),
+    (60, 2048, 8, 6),  # Does not divide: as if there were one copy.
+  ],
+)
+def test_inputs_encoded_together(monkeypatch, batch, length, copies, expected):
+  mesh = jax.sharding.AbstractMesh((copies, 1), ('data', 'model'))
+  monkeypatch.setattr(generate.sharding, 'current_mesh', lambda: mesh)
+  assert generate.encoded_together(batch, length) == expected
+
+
+def test_encoding_in_parts_changes_nothing(monkeypatch):
+  cfg = oracle.config(2)
+  module, params = network.Transformer(cfg), oracle.params(cfg)
+  inputs = jnp.asarray(oracle.batch()['encoder_input_tokens'])
+  inputs = jnp.concatenate([inputs, inputs[::-1]])
+
+  def prepare():
+    return oracle.jit(lambda: generate.prepare(module, params, inputs, T))()
+
+  whole = prepare()
+  monkeypatch.setattr(generate, 'ENCODED_TOGETHER', 2 * inputs.shape[1])
+  assert generate.encoded_together(*inputs.shape) == 2
+  parts = prepare()
+  assert jax.tree.structure(whole) == jax.tree.structure(parts)
+  for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
 # Greedy decoding.

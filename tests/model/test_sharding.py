@@ -178,22 +178,6 @@ def collectives(text: str) -> list[tuple[str, int]]:
   return found
 
 
-def test_collectives_of_a_text():
-  text = """
-  %a = f32[8,2,4]{2,1,0} all-gather(%x), channel_id=1, dimensions={1}
-  %b = (f32[1,4]{1,0}, f32[1,4]{1,0}, /*index=2*/f32[1,4]{1,0}) all-to-all(%y, %y, %y)
-  ROOT %c = bf16[] all-reduce-start(%z), to_apply=%add
-  %d = f32[3,5]{1,0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
-  %e = f32[3]{0} fusion(%d), kind=kLoop, calls=%all-gather
-  """
-  assert collectives(text) == [
-    ('all-gather', 64),
-    ('all-to-all', 12),
-    ('all-reduce', 1),
-    ('collective-permute', 15),
-  ]
-
-
 # What splits keys and values -> all-to-alls of a layer's two attentions: queries go
 # to where the rows are, and outputs back.
 MOVES = {'heads': 0, 'batch': 4, 'replicated': 0}
