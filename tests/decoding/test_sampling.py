@@ -241,12 +241,10 @@ def test_frequencies_of_a_temperature_for_each_row():
   np.testing.assert_array_equal(tokens[1], np.zeros((DRAWS, 2)))
 
 
-@pytest.mark.parametrize(
-  'options', [{'topk': 4}, {'topk': 9}, {'topk': 0, 'topp': 1.0}]
-)
-def test_cuts_that_leave_all_tokens(options):
+def test_cuts_that_leave_all_tokens():
   expected, _ = draw(1.0, topk=0)
-  np.testing.assert_array_equal(draw(1.0, **options)[0], expected)
+  for options in ({'topk': 9}, {'topk': 0, 'topp': 1.0}):
+    np.testing.assert_array_equal(draw(1.0, **options)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -228,8 +228,19 @@ COUNTS = {
 
 
 def count(cfg):
-  leaves = oracle.flat(oracle.initial_shapes(cfg)['params']).values()
-  return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+  """Counts parameters: of one layer a stack, and of those that another one adds."""
+
+  def of_layers(encoder, decoder):
+    few = cfg.replace(num_encoder_layers=encoder, num_decoder_layers=decoder)
+    leaves = oracle.flat(oracle.initial_shapes(few)['params']).values()
+    return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+  least = of_layers(1, 1)
+  return (
+    least
+    + (cfg.num_encoder_layers - 1) * (of_layers(2, 1) - least)
+    + (cfg.num_decoder_layers - 1) * (of_layers(1, 2) - least)
+  )
 
 
 @pytest.mark.parametrize(
