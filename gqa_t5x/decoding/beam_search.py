@@ -1,4 +1,4 @@
-"""Beam search with T5X's results, without moving keys and values (kv_cache.py)."""
+"""Beam search with T5X's results, without moving keys and values (decode_cache.py)."""
 
 from typing import Any
 
@@ -7,14 +7,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from gqa_t5x.decoding.sampling import (
-  NEG_INF,
-  DecodingState,
-  TokensToLogits,
-  check_decodes,
-  next_inputs,
-)
-from gqa_t5x.model import decode_cache, recent
+from gqa_t5x.decoding import loop
+from gqa_t5x.decoding.loop import NEG_INF, DecodingState, TokensToLogits
+from gqa_t5x.model import decode_cache
 
 Array = jax.Array
 
@@ -69,10 +64,10 @@ def beam_search(
     ValueError: for numbers that make no sense.
   """
   del decode_rng
-  check_decodes(num_decodes, cache_offset)
+  loop.check_decodes(num_decodes, cache_offset)
   B, T = inputs.shape
   n = num_decodes
-  forced_BT = next_inputs(inputs)
+  forced_BT = loop.next_inputs(inputs)
   limit = jnp.where(max_decode_step > 0, jnp.minimum(max_decode_step, T), T)
 
   def may_improve(state: _BeamState) -> Array:
@@ -98,7 +93,7 @@ def beam_search(
     return _extend(state, cache, log_probs_BnV, forced_B[:, None], eos_id, alpha)
 
   start = _start(B, n, T, decode_cache.with_beams(cache, n))
-  return _result(recent.while_loop(may_improve, decode_one, start, beams=n))
+  return _result(loop.while_loop(may_improve, decode_one, start, beams=n))
 
 
 def _start(B: int, n: int, T: int, cache: Any) -> _BeamState:

@@ -4,8 +4,8 @@ T5X's own loop leaves that to every step (t5x#1261). Here the encoder runs once,
 K and V are kept at K heads and shared by all beams and samples of an input, and a step
 reads them, the parameters and the self-attention cache, which is updated in place.
 
-`greedy`, `temperature_sample` and `beam_search` are decode functions as T5X has them:
-names, arguments and results are T5X's, and T5X's own can take their place.
+The decode functions of sampling.py and beam_search.py have the names, arguments and
+results of T5X's, and T5X's own can take their place.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,17 +17,14 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
-from gqa_t5x.decoding.beam_search import beam_search
-from gqa_t5x.decoding.sampling import DecodingState, greedy, temperature_sample
-from gqa_t5x.model import sharding
-
-__all__ = ['beam_search', 'generate', 'greedy', 'prepare', 'step', 'temperature_sample']
+from gqa_t5x.decoding.loop import DecodingState
+from gqa_t5x.model import decode_cache, dense, sharding
 
 Array = jax.Array
 Params = Mapping[str, Any]
 
-# Tokens that a copy of the model encodes together: attention among more would fill the
-# memory before the keys and values do that decoding is about.
+# Most tokens that a copy of the model encodes together: attention among more would take
+# more memory than the keys and values that decoding reads.
 ENCODED_TOGETHER = 2**14
 
 
@@ -47,7 +44,8 @@ def generate(
     encoder_input_tokens: int `[B, S]`, 0 is padding.
     prompts: int32 `[B, T]`, T tokens are decoded at most. Its first column is the start
       token; tokens after it that are not 0 are forced.
-    decode_fn: `greedy`, `temperature_sample`, `beam_search`, or one of t5x.decoding.
+    decode_fn: `sampling.greedy`, `sampling.temperature_sample`,
+      `beam_search.beam_search`, or one of t5x.decoding.
     **decoder_params: for `decode_fn`: eos_id, num_decodes, ...
 
   Returns:
@@ -86,9 +84,7 @@ def prepare(
   read them twice as fast from the left (docs/performance.md).
 
   Args:
-    module: a `network.Transformer`.
-    params: its parameters.
-    encoder_input_tokens: int `[B, S]`, 0 is padding.
+    module, params, encoder_input_tokens: as in `generate`.
     max_length: positions of the self-attention cache.
 
   Returns:
@@ -97,9 +93,9 @@ def prepare(
   """
   B, S = encoder_input_tokens.shape
   parts = B // encoded_together(B, S)
-  # With more parts than one this cache alone is used: under jit nothing is encoded.
   cache, encoded_kv = _encode(module, params, encoder_input_tokens, max_length)
   if parts > 1:
+    # Only shapes of `encoded_kv` are used: under jit the call above encodes nothing.
 
     def encode_part(i, kept):
       rows = encoder_input_tokens.reshape(B // parts, parts, S)[:, i]
@@ -114,23 +110,17 @@ def prepare(
     encoded_kv = jax.tree.map(
       lambda x: x.reshape(B, *x.shape[2:]), lax.fori_loop(0, parts, encode_part, empty)
     )
-  kept = {'encoded_kv': encoded_kv}
+  kept = {decode_cache.ENCODED_KV: encoded_kv}
   if sharding.platform() == 'cpu':
-    kept['transposed'] = {'decoder': _transposed_kernels(params['decoder'])}
+    kept[dense.TRANSPOSED] = {'decoder': _transposed_kernels(params['decoder'])}
   return cache, kept
 
 
 def encoded_together(B: int, S: int) -> int:
-  """Returns how many inputs `prepare` encodes at a time.
+  """Returns how many of B inputs of S tokens `prepare` encodes at a time.
 
-  All copies of the model get as many of each part, so that their rows stay with them.
-
-  Args:
-    B: batch size.
-    S: input length, tokens.
-
-  Returns:
-    A divisor of B.
+  It is a divisor of B. All copies of the model get as many of each part, so that their
+  rows stay with them.
   """
   mesh = sharding.current_mesh()
   copies = 1 if mesh is None else mesh.shape.get('data', 1)
@@ -155,24 +145,21 @@ def _encode(
     ones,
     enable_dropout=False,
     decode=True,
-    mutable=['cache', 'encoded_kv'],
+    mutable=[decode_cache.CACHE, decode_cache.ENCODED_KV],
     method=module.decode,
   )
-  return variables['cache'], variables['encoded_kv']
+  return variables[decode_cache.CACHE], variables[decode_cache.ENCODED_KV]
 
 
 def _transposed_kernels(decoder: Params) -> dict[str, Any]:
   """Returns the kernels of a step as `[out, in]`; cross keys and values need none."""
   flat = traverse_util.flatten_dict(decoder)
-  kept_inputs = (
-    ('encoder_decoder_attention', 'key'),
-    ('encoder_decoder_attention', 'value'),
-  )
+  unused = {('encoder_decoder_attention', name) for name in ('key', 'value')}
   return traverse_util.unflatten_dict(
     {
       path: value.T
       for path, value in flat.items()
-      if path[-1] == 'kernel' and path[-3:-1] not in kept_inputs
+      if path[-1] == 'kernel' and path[-3:-1] not in unused
     }
   )
 
@@ -199,7 +186,7 @@ def step(
   """
   token_R1 = token_R[:, None]
   logits_R1V, variables = module.apply(
-    {'params': params, 'cache': cache, **kept},
+    {'params': params, decode_cache.CACHE: cache, **kept},
     None,  # Not needed: K and V of the encoded inputs are kept.
     encoder_input_tokens,
     token_R1,
@@ -207,7 +194,7 @@ def step(
     enable_dropout=False,
     decode=True,
     max_decode_length=max_length,
-    mutable=['cache'],
+    mutable=[decode_cache.CACHE],
     method=module.decode,
   )
-  return logits_R1V[:, 0], variables['cache']
+  return logits_R1V[:, 0], variables[decode_cache.CACHE]

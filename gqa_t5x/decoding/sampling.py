@@ -1,6 +1,5 @@
 """Greedy decoding and sampling, as decode functions of T5X: one loop on the device."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,33 +7,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from gqa_t5x.model import decode_cache, recent
+from gqa_t5x.decoding import loop
+from gqa_t5x.decoding.loop import DecodingState, TokensToLogits
+from gqa_t5x.model import decode_cache
 
 Array = jax.Array
 
-# T5X's: log-probability of what must not be chosen; temperatures below are 0.
-NEG_INF = -1.0e7
-MIN_TEMPERATURE = 1e-4
-
-
-@struct.dataclass
-class DecodingState:
-  """What a decode function tells the model; T5X's names. R rows: inputs x decodes.
-
-  Attributes:
-    cur_index: how many tokens are decoded, int32 `()`.
-    sequences: the rows so far, behind the start token, int32 `[R, T + 1]`.
-    cur_token: the newest token of each row, int32 `[R, 1]`.
-    cache: the self-attention cache.
-  """
-
-  cur_index: Array
-  sequences: Array
-  cur_token: Array
-  cache: Any
-
-
-TokensToLogits = Callable[[DecodingState], tuple[Array, Any]]
+MIN_TEMPERATURE = 1e-4  # T5X's: temperatures below are 0.
 
 
 def greedy(
@@ -131,7 +110,7 @@ def temperature_sample(
   """
   _check_sampling(num_decodes, topk, topp, cache_offset)
   B, T = inputs.shape
-  forced_RT = jnp.repeat(next_inputs(inputs), num_decodes, axis=0)
+  forced_RT = jnp.repeat(loop.next_inputs(inputs), num_decodes, axis=0)
   limit_R = jnp.full(B * num_decodes, T)
   if max_decode_steps is not None:
     limit_R = jnp.minimum(T, jnp.sum(forced_RT != 0, axis=1) + max_decode_steps)
@@ -140,36 +119,27 @@ def temperature_sample(
 
   def decode_one(state: _SamplingState) -> _SamplingState:
     rng, next_rng = jax.random.split(state.rng)
-    logits_RV, cache = tokens_to_logits(_decoding_state(state))
+    token_R1 = lax.dynamic_slice_in_dim(state.sequences_RT, state.step, 1, axis=1)
+    logits_RV, cache = tokens_to_logits(
+      DecodingState(state.step, state.sequences_RT, token_R1, state.cache)
+    )
     drawn = _draw(logits_RV, rng, temperature, topk, topp, rescale_log_probs)
     state = state.replace(rng=next_rng, cache=cache)
     return _append(state, *drawn, forced_RT[:, state.step], limit_R, eos_id)
 
-  start = _start(B * num_decodes, T, decode_cache.repeat_rows(cache, num_decodes))
-  if decode_rng is not None:
-    start = start.replace(rng=decode_rng)
-  final = recent.while_loop(
+  R, cache = B * num_decodes, decode_cache.repeat_rows(cache, num_decodes)
+  start = _SamplingState(
+    step=jnp.zeros((), jnp.int32),
+    sequences_RT=jnp.zeros((R, T + 1), jnp.int32),  # Token 0 starts every row.
+    scores_R=jnp.zeros(R, jnp.float32),
+    ended_R=jnp.zeros(R, bool),
+    rng=jax.random.PRNGKey(0) if decode_rng is None else decode_rng,
+    cache=cache,
+  )
+  final = loop.while_loop(
     lambda state: ~jnp.all(state.ended_R), decode_one, start, beams=1
   )
   return _by_score(final, B)
-
-
-def _start(rows: int, T: int, cache: Any) -> _SamplingState:
-  """Returns the state before the first step: token 0 starts every row."""
-  return _SamplingState(
-    step=jnp.zeros((), jnp.int32),
-    sequences_RT=jnp.zeros((rows, T + 1), jnp.int32),
-    scores_R=jnp.zeros(rows, jnp.float32),
-    ended_R=jnp.zeros(rows, bool),
-    rng=jax.random.PRNGKey(0),
-    cache=cache,
-  )
-
-
-def _decoding_state(state: _SamplingState) -> DecodingState:
-  """Returns what the model is told of the loop."""
-  token_R1 = lax.dynamic_slice_in_dim(state.sequences_RT, state.step, 1, axis=1)
-  return DecodingState(state.step, state.sequences_RT, token_R1, state.cache)
 
 
 def _append(
@@ -210,22 +180,7 @@ def _check_sampling(num_decodes, topk, topp, cache_offset) -> None:
     raise ValueError(f'topk={topk} and topp={topp} were given; set one of them to 0.')
   if topk < 0 or not 0 <= topp <= 1:
     raise ValueError(f'topk={topk} must be 0 or more, topp={topp} from 0 to 1.')
-  check_decodes(num_decodes, cache_offset)
-
-
-def check_decodes(num_decodes: int, cache_offset: int) -> None:
-  """Raises ValueError for what no decode function can do."""
-  if num_decodes < 1:
-    raise ValueError(f'num_decodes={num_decodes} must be at least 1.')
-  if cache_offset:
-    raise ValueError(
-      f'cache_offset={cache_offset}: layers are not scanned here; use 0.'
-    )
-
-
-def next_inputs(inputs: Array) -> Array:
-  """Returns the token that is forced after each position, 0 where none is."""
-  return jnp.pad(inputs[:, 1:], ((0, 0), (0, 1))).astype(jnp.int32)
+  loop.check_decodes(num_decodes, cache_offset)
 
 
 def _draw(
@@ -262,7 +217,7 @@ def _keep_likeliest(logits_RV: Array, topk: int, topp: float) -> Array:
   """Rules out all tokens but the likeliest; of equals, all or none."""
   if topk:
     least_R1 = lax.top_k(logits_RV, min(topk, logits_RV.shape[1]))[0][:, -1:]
-    return jnp.where(logits_RV >= least_R1, logits_RV, NEG_INF)
+    return jnp.where(logits_RV >= least_R1, logits_RV, loop.NEG_INF)
   if topp:
     probs_RV = jax.nn.softmax(logits_RV)
     sorted_RV = -jnp.sort(-probs_RV, axis=-1)
@@ -272,5 +227,5 @@ def _keep_likeliest(logits_RV: Array, topk: int, topp: float) -> Array:
       enough_RV.any(-1), jnp.argmax(enough_RV, -1), enough_RV.shape[1] - 1
     )[:, None]
     least_R1 = jnp.take_along_axis(sorted_RV, last_R1, axis=-1)
-    return jnp.where(probs_RV >= least_R1, logits_RV, NEG_INF)
+    return jnp.where(probs_RV >= least_R1, logits_RV, loop.NEG_INF)
   return logits_RV

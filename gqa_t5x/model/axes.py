@@ -48,15 +48,7 @@ KV_SHARDINGS = {
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
-  """Checks that K divides N.
-
-  Args:
-    num_heads: N.
-    num_kv_heads: K.
-
-  Raises:
-    ValueError: if it does not; names the numbers that would do.
-  """
+  """Raises ValueError if K does not divide N; names the numbers that would do."""
   if num_heads < 1:
     raise ValueError(f'num_heads={num_heads} must be at least 1.')
   if not 1 <= num_kv_heads <= num_heads or num_heads % num_kv_heads:
@@ -72,10 +64,6 @@ def kv_axes(num_heads: int, num_kv_heads: int) -> tuple[str, str, str]:
 
   With as many K/V heads as query heads these are T5X's own names, so that an MHA
   model is sharded exactly as T5X's.
-
-  Args:
-    num_heads: N.
-    num_kv_heads: K.
 
   Returns:
     (axis of the K dimension, axis of the K*H dimension, axis of the N dimension where

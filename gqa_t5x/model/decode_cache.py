@@ -1,67 +1,156 @@
-"""The decode cache of one attention layer, as pure functions.
+"""The decode cache: its variables, their layouts, and everything that is done to them.
 
-Keys are kept at K heads as `[B, K, H, S]` and values as `[B, K, S, H]`: batch first, as
-T5X's beam search needs it, and so that both products of a decode step read rows. A
-write touches the new positions only.
+In the collection `cache`, for each layer of self-attention:
 
-The beams of an input share its cache: position s has one slot a beam, s * beams + beam,
-and `slots` says in whose slot each beam finds its past. When beams are reordered only
-that small table changes, never keys and values:
+  cached_key     [B, K, H, S * n]  so that both products of a decode step read rows;
+  cached_value   [B, K, S * n, H]  position s has one slot a beam, s * n + beam
+  pending_key    [P, B, n, K, H]   the latest positions, not yet in the cache; only
+  pending_value  [P, B, n, K, H]   on a TPU
 
-  slots[b, i, s]   the beam whose slot at position s holds the past of beam i of input b
+and once, for the decoder:
+
+  cache_index        ()         positions decoded so far; `[B * n]` or `[B, n]` where
+                                rows differ
+  slots              [B, n, S]  whose slot at position s holds the past of beam i
+  pending_positions  [P]        which positions are pending
+
+  B batch   n beams   K key/value heads   H head size   S positions   P pending ones
+
+The collection `encoded_kv` holds `cached_key` and `cached_value` of the encoded inputs
+for each layer of cross-attention: they are computed once, for all steps.
+
+Beams of one input share its row. When they are reordered only the small table of slots
+changes, never keys and values.
+
+A TPU keeps memory in tiles of 128 positions and more: to write one of them it reads and
+writes the whole tile, and where a cache is read and written in one step, XLA copies all
+of it on the chip and back. So there a step only reads the cache. It writes to arrays
+whose first axis is the position, and every few steps `flush` moves those to the cache.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
+
+from gqa_t5x.model import axes, sharding
 
 Array = jax.Array
 
-# The axis of S in what `cache` and `encoded_kv` hold.
-LENGTH_AXIS = {'cached_key': 3, 'cached_value': 2}
+CACHE, ENCODED_KV = 'cache', 'encoded_kv'
+MAX_PENDING = 16  # Most positions that are pending.
+UNREACHED = 2**30  # A position that no token reaches.
 
 
-def query_positions(index: Array, length: int) -> Array:
-  """Returns the positions of `length` new tokens.
+class _Kind(NamedTuple):
+  """How keys, or values, are cached."""
+
+  cached: str  # Names of variables.
+  pending: str
+  axis: int  # That of S.
+  to_pending: str  # From new positions to a pending one, and from there to the cache.
+  to_cached: str
+
+
+_KINDS = (
+  _Kind('cached_key', 'pending_key', 3, 'BKHn->BnKH', 'PBnKH->BKHPn'),
+  _Kind('cached_value', 'pending_value', 2, 'BKnH->BnKH', 'PBnKH->BKPnH'),
+)
+
+# --- For attention ------------------------------------------------------------
+
+
+class KeysAndValues(NamedTuple):
+  """What the queries of a call attend to.
+
+  Attributes:
+    k_BKHS: keys.
+    v_BKSH: values.
+    pending: keys and values of P more positions, or None.
+    kept: whether decoding keeps these arrays, so that queries go where they lie.
+  """
+
+  k_BKHS: Array
+  v_BKSH: Array
+  pending: Sequence[Array] | None = None
+  kept: bool = True
+
+
+def keys_and_values(
+  layer: nn.Module,
+  inputs_kv: Array,
+  project: Callable[[Array], tuple[Array, Array]],
+  index: Array | None,
+) -> KeysAndValues:
+  """Returns keys and values of a layer's inputs, and of those before them.
 
   Args:
-    index: number of tokens already cached, int32; `()` for all rows alike, or one
-      number a row in any shape (`[B]`; T5X's beam search has `[B, beam]`).
-    length: T, number of new tokens.
-
-  Returns:
-    int32 `[1, T]`, or `[B, T]` if the rows differ.
+    layer: a `GroupedQueryAttention`; its variables are read and written.
+    inputs_kv: `[B * n, T, D]`; not looked at once `encoded_kv` holds keys and values.
+    project: from `[B, n * T, D]` to keys `[B, K, H, n * T]` and values
+      `[B, K, n * T, H]`.
+    index: of `Positions`: appends to the cache. None: there is no cache; keys and
+      values are kept in `encoded_kv` if a caller makes that mutable.
   """
-  return jnp.reshape(index, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
+  if index is not None:
+    return _append(layer, inputs_kv, project, index)
+  if layer.has_variable(ENCODED_KV, 'cached_key'):
+    return KeysAndValues(*_get(layer, ENCODED_KV))
+  keep = layer.is_mutable_collection(ENCODED_KV) and not layer.is_initializing()
+  rows = axes.CACHE_BATCH if keep else axes.BATCH
+  new = _shard(layer, project(inputs_kv), rows)
+  if keep:
+    _put(layer, ENCODED_KV, new)
+  return KeysAndValues(*new, kept=False)
 
 
-def causal_mask(positions_BT: Array, positions_S: Array) -> Array:
-  """Returns which keys each new token may see: its own and those before.
+def _append(layer, inputs_kv, project, index) -> KeysAndValues:
+  if not layer.has_variable(CACHE, 'cached_key'):
+    # T5X's first call, on tokens that are all ones: only shapes count.
+    new = _shard(layer, project(inputs_kv))
+    _put(layer, CACHE, _shard(layer, [jnp.zeros_like(x) for x in new]))
+    return KeysAndValues(*new)
+  cached = _get(layer, CACHE)
+  B, D = len(cached[0]), inputs_kv.shape[-1]
+  new = _shard(layer, project(inputs_kv.reshape(B, -1, D)))
+  if layer.has_variable(CACHE, 'pending_key'):
+    pending = [
+      _put_pending(layer, kind, x, index) for kind, x in zip(_KINDS, new, strict=True)
+    ]
+    return KeysAndValues(*cached, pending)
+  index = index * (len(inputs_kv) // B)
+  cached = [
+    write(old, x, index, kind.axis)
+    for kind, old, x in zip(_KINDS, cached, new, strict=True)
+  ]
+  return KeysAndValues(*_put(layer, CACHE, _shard(layer, cached)))
 
-  Args:
-    positions_BT: of new tokens, int32 `[B, T]` (or `[1, T]`) from `query_positions`.
-    positions_S: of the keys, int32 `[S]`.
 
-  Returns:
-    bool `[B, 1, T, S]` (or `[1, 1, T, S]`).
-  """
-  return positions_BT[:, None, :, None] >= positions_S
+def _put_pending(layer: nn.Module, kind: _Kind, new: Array, index: Array) -> Array:
+  """Adds a position to the pending ones; returns all in the layout of the cache."""
+  x_PBnKH = layer.get_variable(CACHE, kind.pending)
+  new_BnKH = jnp.einsum(kind.to_pending, new).astype(x_PBnKH.dtype)
+  x_PBnKH = lax.dynamic_update_index_in_dim(x_PBnKH, new_BnKH, index, axis=0)
+  kv_heads, _, _ = axes.kv_axes(layer.num_heads, layer.num_kv_heads)
+  x_PBnKH = sharding.constrain(
+    x_PBnKH, (None, axes.CACHE_BATCH, None, kv_heads, axes.HEAD_DIM)
+  )
+  layer.put_variable(CACHE, kind.pending, x_PBnKH)
+  return _in_cache_layout(kind, x_PBnKH)
+
+
+def _in_cache_layout(kind: _Kind, x_PBnKH: Array) -> Array:
+  """Returns pending keys as `[B, K, H, P * n]`, or values as `[B, K, P * n, H]`."""
+  return lax.collapse(jnp.einsum(kind.to_cached, x_PBnKH), kind.axis, kind.axis + 2)
 
 
 def write(cache: Array, new: Array, index: Array, axis: int) -> Array:
-  """Returns the cache with new positions written at `index`, in place under jit.
+  """Returns keys or values with new ones written at `index`, in place under jit.
 
-  Args:
-    cache: keys or values so far, `[B, K, H, S]` or `[B, K, S, H]`.
-    new: keys or values of the new tokens, T instead of S.
-    index: where they go, as in `query_positions`.
-    axis: that of S.
-
-  Returns:
-    The cache, of the same shape.
+  The index is int32 `()`, or one number for each row in any shape; `axis` that of S.
   """
   new = new.astype(cache.dtype)
   if index.ndim == 0:
@@ -73,79 +162,215 @@ def write(cache: Array, new: Array, index: Array, axis: int) -> Array:
   return jax.vmap(write_row)(cache, new, jnp.reshape(index, -1))
 
 
-def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:
-  """Returns an empty cache with a row of its own for each decode of an input.
+def _get(layer: nn.Module, collection: str) -> list[Array]:
+  return [layer.get_variable(collection, kind.cached) for kind in _KINDS]
+
+
+def _put(layer: nn.Module, collection: str, arrays: Sequence[Array]) -> Sequence[Array]:
+  for kind, x in zip(_KINDS, arrays, strict=True):
+    layer.put_variable(collection, kind.cached, x)
+  return arrays
+
+
+def _shard(
+  layer: nn.Module, arrays: Sequence[Array], rows: str = axes.CACHE_BATCH
+) -> tuple[Array, Array]:
+  """Shards keys and values; `rows` is the logical axis of B."""
+  k_BKHS, v_BKSH = arrays
+  kv_heads, _, _ = axes.kv_axes(layer.num_heads, layer.num_kv_heads)
+  return (
+    sharding.constrain(k_BKHS, (rows, kv_heads, axes.HEAD_DIM, axes.LENGTH)),
+    sharding.constrain(v_BKSH, (rows, kv_heads, axes.LENGTH, axes.HEAD_DIM)),
+  )
+
+
+# --- For the decoder ----------------------------------------------------------
+
+
+class Positions(NamedTuple):
+  """Where the tokens of a decoder's call stand, and which keys they may see.
+
+  Attributes:
+    queries_BT: positions of the tokens, int32; `[1, T]` if all rows are alike.
+    keys_S: positions of the keys, cached ones, then pending ones, int32.
+    mask: bool `[B or 1, 1, T, S]`.
+    index: where attention writes keys and values, int32; None: there is no cache.
+    slots_BnS: the table of slots, if beams share the rows of the cache.
+  """
+
+  queries_BT: Array
+  keys_S: Array
+  mask: Array
+  index: Array | None = None
+  slots_BnS: Array | None = None
+
+  def by_slot(self, bias: Array) -> tuple[Array, Array]:
+    """Returns the mask and a bias `[.., S]` by the slots of attention's keys."""
+    if self.slots_BnS is None:
+      return self.mask, bias
+    mask = beam_mask(self.slots_BnS, self.queries_BT, self.keys_S)
+    return mask, jnp.repeat(bias, self.slots_BnS.shape[1], axis=-1)
+
+
+def advance(
+  decoder: nn.Module,
+  length: int,
+  max_decode_length: int | None,
+  prefill_lengths: Array | None,
+) -> Positions:
+  """Counts the tokens of a call, and returns their positions.
 
   Args:
-    cache: the empty `cache` collection of a `network.Transformer`.
-    repeats: decodes of each input; they will be neighbours.
+    decoder: a `network.Decoder`; its variables are read and written.
+    length: T.
+    max_decode_length: S; not needed in the first call, which makes a cache of T.
+    prefill_lengths: int `[B]`, how many tokens of each row count; None: all.
+
+  Raises:
+    ValueError: if S is not the length of the cache.
   """
+  exists = decoder.has_variable(CACHE, 'cache_index')
+  counter = decoder.variable(CACHE, 'cache_index', jnp.zeros, (), jnp.int32)
+  index, S = counter.value, max_decode_length or length
+  if prefill_lengths is not None:
+    counter.value = prefill_lengths.astype(jnp.int32)
+  elif exists:
+    counter.value = index + length
+  # One row, or as many as there are numbers: T5X's beam search has `[B, beam]`.
+  queries_BT = jnp.reshape(index, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
+  keys_S = jnp.arange(S)
+  if decoder.has_variable(CACHE, 'pending_positions'):
+    # From the first pending position on, what the cache has is out of date.
+    pending_P = decoder.get_variable(CACHE, 'pending_positions')
+    keys_S = jnp.where(keys_S < pending_P[0], keys_S, UNREACHED)
+    keys_S = jnp.concatenate([keys_S, pending_P])
+    index = index - pending_P[0]
+  mask = queries_BT[:, None, :, None] >= keys_S
+  slots_BnS, beams = None, 1
+  if decoder.has_variable(CACHE, 'slots'):
+    slots_BnS = decoder.get_variable(CACHE, 'slots')
+    beams = slots_BnS.shape[1]
+  if exists:
+    cached = _shape(decoder.variables[CACHE])[2] // beams
+    if cached != S:
+      raise ValueError(
+        f'The cache was made for {cached} positions, but this call is for {S}; pass'
+        f' max_decode_length={cached}.'
+      )
+  return Positions(queries_BT, keys_S, mask, index, slots_BnS)
+
+
+def beam_mask(slots_BnS: Array, query_11: Array, keys_S: Array) -> Array:
+  """Returns which slots each beam may see: those of its own past, and its new one.
+
+  Arguments are the table of slots, and the positions of the new token and of the keys,
+  in any order. The result is bool `[B, 1, n, S * n]`.
+  """
+  B, beams, _ = slots_BnS.shape
+  slots_BnS = jnp.take(slots_BnS, keys_S, axis=2, mode='clip')
+  own = slots_BnS[..., None] == jnp.arange(beams)
+  mask = own & (keys_S <= query_11[0])[:, None]
+  return mask.reshape(B, 1, beams, -1)
+
+
+# --- For decode functions: `cache` is the collection of a `network.Transformer` -----
+
+
+def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:
+  """Returns an empty cache with `repeats` rows for each input, one after the other."""
   return jax.tree.map(
     lambda x: jnp.repeat(x, repeats, axis=0) if x.ndim == 4 else x, dict(cache)
   )
 
 
-def with_beams(cache: Mapping[str, Any], num_beams: int) -> dict[str, Any]:
-  """Returns an empty cache with a slot for every beam at every position.
+def with_beams(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
+  """Returns an empty cache with a slot for every beam at every position."""
 
-  Args:
-    cache: the empty `cache` collection of a `network.Transformer`.
-    num_beams: beams of each input.
+  def widen(layer):
+    B, K, S, H = layer['cached_value'].shape
+    return layer | {
+      'cached_key': jnp.zeros((B, K, H, S * beams), layer['cached_key'].dtype),
+      'cached_value': jnp.zeros((B, K, S * beams, H), layer['cached_value'].dtype),
+    }
 
-  Returns:
-    The collection: keys `[B, K, H, S * beams]`, values `[B, K, S * beams, H]`, and
-    `decoder/slots`.
-  """
-
-  def widen(path, leaf):
-    if leaf.ndim < 4:
-      return leaf
-    shape = list(leaf.shape)
-    shape[LENGTH_AXIS[path[-1].key]] *= num_beams
-    return jnp.zeros(shape, leaf.dtype)
-
-  leaves = jax.tree_util.tree_leaves_with_path(cache['decoder'])
-  path, leaf = next((path, leaf) for path, leaf in leaves if leaf.ndim == 4)
-  B, S = leaf.shape[0], leaf.shape[LENGTH_AXIS[path[-1].key]]
-  decoder = jax.tree_util.tree_map_with_path(widen, dict(cache['decoder']))
-  return {**cache, 'decoder': {**decoder, 'slots': _own_slots(B, num_beams, S)}}
-
-
-def _own_slots(B: int, num_beams: int, length: int) -> Array:
-  own = jnp.arange(num_beams, dtype=jnp.int32)[:, None]
-  return jnp.broadcast_to(own, (B, num_beams, length))
+  B, _, S, _ = _shape(cache)
+  return _set(_in_each_layer(cache, widen), slots=_own_slots(B, beams, S))
 
 
 def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
-  """Returns the cache after each beam goes on from the past of another.
+  """Returns the cache after each beam takes over the past of another, `origin_Bn`.
 
-  Args:
-    cache: from `with_beams`, or a later step.
-    origin_Bn: the beam whose past each beam takes over, int32 `[B, beams]`.
-
-  Returns:
-    The cache; keys and values are the same arrays.
+  Keys and values are the same arrays as before.
   """
   decoder = cache['decoder']
-  slots = jnp.take_along_axis(decoder['slots'], origin_Bn[:, :, None], axis=1)
-  written = jnp.arange(slots.shape[2]) < decoder['cache_index']
-  slots = jnp.where(written, slots, _own_slots(*slots.shape))
-  return {**cache, 'decoder': {**decoder, 'slots': slots}}
+  slots_BnS = jnp.take_along_axis(decoder['slots'], origin_Bn[:, :, None], axis=1)
+  decoded_S = jnp.arange(slots_BnS.shape[2]) < decoder['cache_index']
+  slots_BnS = jnp.where(decoded_S, slots_BnS, _own_slots(*slots_BnS.shape))
+  return _set(cache, slots=slots_BnS)
 
 
-def beam_mask(slots_BnS: Array, positions_11: Array, positions_S: Array) -> Array:
-  """Returns which slots each beam may see: those of its own past, and its new one.
+def with_pending(cache: Mapping[str, Any], beams: int) -> tuple[dict[str, Any], int]:
+  """Returns a cache with room for pending keys and values of each beam, and P.
 
-  Args:
-    slots_BnS: the table of slots.
-    positions_11: of the new token, int32 `[1, 1]`.
-    positions_S: of the keys, int32 `[S]`.
-
-  Returns:
-    bool `[B, 1, beams, S * beams]`.
+  After P steps at most it must be flushed.
   """
-  B, num_beams, _ = slots_BnS.shape
-  slots_BnS = jnp.take(slots_BnS, positions_S, axis=2, mode='clip')
-  own = slots_BnS[..., None] == jnp.arange(num_beams)
-  mask = own & (positions_S <= positions_11[0])[:, None]
-  return mask.reshape(B, 1, num_beams, -1)
+  B, K, slots, H = _shape(cache)
+  P = min(MAX_PENDING, slots // beams)
+
+  def add(layer):
+    empty = jnp.zeros((P, B, beams, K, H), layer['cached_value'].dtype)
+    return layer | {kind.pending: empty for kind in _KINDS}
+
+  return _pending_from_now(_in_each_layer(cache, add), P), P
+
+
+def flush(cache: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the cache with the pending keys and values written into it.
+
+  At its end, where fewer than P positions are left, decoding is over: what is written
+  there is not read.
+  """
+  positions_P = cache['decoder']['pending_positions']
+
+  def write_pending(layer):
+    index = positions_P[0] * layer['pending_key'].shape[2]
+    return layer | {
+      kind.cached: write(
+        layer[kind.cached],
+        _in_cache_layout(kind, layer[kind.pending]),
+        index,
+        kind.axis,
+      )
+      for kind in _KINDS
+    }
+
+  return _pending_from_now(_in_each_layer(cache, write_pending), len(positions_P))
+
+
+def _pending_from_now(cache: Mapping[str, Any], P: int) -> dict[str, Any]:
+  positions_P = cache['decoder']['cache_index'] + jnp.arange(P, dtype=jnp.int32)
+  return _set(cache, pending_positions=positions_P)
+
+
+def _own_slots(B: int, beams: int, S: int) -> Array:
+  own = jnp.arange(beams, dtype=jnp.int32)[:, None]
+  return jnp.broadcast_to(own, (B, beams, S))
+
+
+def _in_each_layer(node: Any, change: Callable[[dict], dict]) -> Any:
+  """Changes the variables of each layer of self-attention."""
+  if not isinstance(node, Mapping):
+    return node
+  node = {name: _in_each_layer(child, change) for name, child in node.items()}
+  return change(node) if 'cached_key' in node else node
+
+
+def _set(cache: Mapping[str, Any], **variables: Array) -> dict[str, Any]:
+  """Sets variables of the decoder."""
+  return {**cache, 'decoder': {**cache['decoder'], **variables}}
+
+
+def _shape(cache: Mapping[str, Any]) -> tuple[int, ...]:
+  """Returns the shape of cached values, `[B, K, S * n, H]`, that all layers have."""
+  leaves = jax.tree_util.tree_leaves_with_path(cache)
+  return next(x.shape for path, x in leaves if path[-1].key == 'cached_value')

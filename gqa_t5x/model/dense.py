@@ -13,6 +13,8 @@ Array = jax.Array
 DType = Any
 Initializer = Callable[..., Array]
 
+TRANSPOSED = 'transposed'  # The collection of kernels `[out, in]`.
+
 
 class Dense(nn.Module):
   """A linear map without bias; parameters are float32, arithmetic is `dtype`.
@@ -35,14 +37,14 @@ class Dense(nn.Module):
   def __call__(self, x: Array) -> Array:
     """Maps `[..., in]` to `[..., features]`.
 
-    A transposed kernel in the collection `transposed` takes the place of the parameter
-    (see decoding.py).
+    A transposed kernel in the collection `transposed` takes the place of the parameter:
+    on a CPU `generate.prepare` makes those for decoding.
     """
-    if self.has_variable('transposed', 'kernel'):
+    if self.has_variable(TRANSPOSED, 'kernel'):
       y_FR = self._dot(
-        self.get_variable('transposed', 'kernel'), x.reshape(-1, x.shape[-1]).T
+        self.get_variable(TRANSPOSED, 'kernel'), x.reshape(-1, x.shape[-1]).T
       )
-      # Without the barrier the compiler turns the product round again.
+      # Without the barrier the compiler would undo the transposition.
       return lax.optimization_barrier(y_FR).T.reshape(*x.shape[:-1], self.features)
     kernel = nn_partitioning.param_with_axes(
       'kernel',

@@ -1,4 +1,4 @@
-"""The T5 encoder-decoder with any number of key/value heads, and its sizes by name.
+"""The T5 encoder-decoder with any number of key/value heads, and its configuration.
 
 `Transformer` is what T5X calls: its methods and their argument names are T5X's.
 With `num_kv_heads = num_heads` its parameters are those of T5X's own network.
@@ -12,11 +12,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from gqa_t5x.model import axes, decode_cache, layers, recent, sharding
+from gqa_t5x.model import axes, decode_cache, layers, sharding
 from gqa_t5x.model.dense import Dense
 from gqa_t5x.model.sizes import SIZES, VOCAB_SIZE
 
 Array = jax.Array
+
+REMAT_POLICIES = {
+  'none': None,
+  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @struct.dataclass
@@ -75,13 +81,6 @@ class T5Config:
     return self.encoder_num_kv_heads or self.num_heads
 
 
-REMAT_POLICIES = {
-  'none': None,
-  'minimal': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-  'full': jax.checkpoint_policies.nothing_saveable,
-}
-
-
 def config(size: str, **overrides) -> T5Config:
   """Returns the configuration of a model by its name.
 
@@ -136,7 +135,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """The stack of decoder layers; it alone knows how far the cache is filled."""
+  """The stack of decoder layers, with one relative position bias for all."""
 
   config: T5Config
   shared_embedding: nn.Module
@@ -157,23 +156,14 @@ class Decoder(nn.Module):
     """Returns float32 logits `[B, T, V]`; see `Transformer.decode`."""
     cfg = self.config
     T = tokens_BT.shape[1]
-    cache_index, positions_BT, positions_S = None, jnp.arange(T)[None], jnp.arange(T)
     if decode:
-      cache_index = self._advance_cache_index(T, prefill_lengths)
-      positions_BT = decode_cache.query_positions(cache_index, T)
-      positions_S = jnp.arange(max_decode_length or T)
-      if self.has_variable('cache', 'recent_positions'):
-        positions_P = self.get_variable('cache', 'recent_positions')
-        positions_S = recent.key_positions(max_decode_length, positions_P)
-        cache_index -= positions_P[0]
-      self_mask = decode_cache.causal_mask(positions_BT, positions_S)
+      at = decode_cache.advance(self, T, max_decode_length, prefill_lengths)
+    else:
+      at = decode_cache.Positions(jnp.arange(T)[None], jnp.arange(T), self_mask)
     bias = layers.RelativePositionBiases(
       cfg.num_heads, bidirectional=False, dtype=cfg.dtype, name='relpos_bias'
-    )(positions_BT, positions_S)
-    if decode and self.has_variable('cache', 'slots'):
-      slots_BnS = self.get_variable('cache', 'slots')
-      self_mask = decode_cache.beam_mask(slots_BnS, positions_BT, positions_S)
-      bias = jnp.repeat(bias, slots_BnS.shape[1], axis=-1)
+    )(at.queries_BT, at.keys_S)
+    mask, bias = at.by_slot(bias)
     if decode:  # Once for all layers.
       _, _, heads = axes.kv_axes(cfg.num_heads, cfg.self_kv)
       free = jax.sharding.PartitionSpec.UNCONSTRAINED
@@ -183,7 +173,7 @@ class Decoder(nn.Module):
     layer = _remat(layers.DecoderLayer, cfg, static_argnums=(6,))
     for i in range(cfg.num_decoder_layers):
       x_BTD = layer(cfg, name=f'layers_{i}')(
-        x_BTD, encoded_BSD, (self_mask, cross_mask), bias, cache_index, deterministic
+        x_BTD, encoded_BSD, (mask, cross_mask), bias, at.index, deterministic
       )
     x_BTD = layers.LayerNorm(cfg.dtype, name='decoder_norm')(x_BTD)
     x_BTD = layers.dropout(cfg, x_BTD, deterministic)
@@ -192,17 +182,6 @@ class Decoder(nn.Module):
     return Dense(
       cfg.vocab_size, (axes.EMBED, axes.VOCAB), jnp.float32, name='logits_dense'
     )(x_BTD)
-
-  def _advance_cache_index(self, T: int, prefill_lengths: Array | None) -> Array:
-    """Returns how many positions are cached, and counts the new ones."""
-    exists = self.has_variable('cache', 'cache_index')
-    index = self.variable('cache', 'cache_index', jnp.zeros, (), jnp.int32)
-    start = index.value
-    if prefill_lengths is not None:
-      index.value = prefill_lengths.astype(jnp.int32)
-    elif exists:
-      index.value = start + T
-    return start
 
 
 class Transformer(nn.Module):

@@ -36,11 +36,7 @@ def platform() -> str:
 
 
 def parts(name: str) -> int:
-  """Returns into how many parts the mesh cuts a logical axis.
-
-  Args:
-    name: of axes.py.
-  """
+  """Returns into how many parts the mesh cuts a logical axis of axes.py."""
   mesh, rules = current_mesh(), nn_partitioning.get_axis_rules()
   if mesh is None or not rules:
     return 1
@@ -51,12 +47,7 @@ def parts(name: str) -> int:
 def constrain(x: Array, names: Sequence[str | None]) -> Array:
   """Shards an array by the rules of its logical axes; outside of a mesh, not at all.
 
-  Args:
-    x: the array.
-    names: a logical axis of axes.py for each dimension, None for replicated.
-
-  Returns:
-    The array.
+  Each dimension has the name of an axis of axes.py, or None for replicated.
   """
   mesh, rules = current_mesh(), nn_partitioning.get_axis_rules()
   if mesh is None or not rules:

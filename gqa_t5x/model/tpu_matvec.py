@@ -2,12 +2,12 @@
 
 Of one row XLA makes no matrix product: it multiplies element by element, slower than a
 chip reads the keys. But a matrix unit works on eight rows in the time of one. So the
-queries of eight heads are multiplied with the keys of all eight, as one row each that
-is zero where another head's keys are; and with each head's values, its probabilities
-and seven rows of zeros. (Eight heads together there, too, would cost a chip's memory
-more than a matrix unit gains: docs/tpu.md.)
+queries of R heads, each zero where another head's keys are, are multiplied with the
+keys of all R together. The values are multiplied head by head, with the probabilities
+and rows of zeros: R heads together would take more of a chip's memory than the matrix
+unit gains (docs/tpu.md).
 
-  R heads together   k = K / R groups of them   r: rows, one for each of the heads
+  R heads together   k = K / R sets of them   r: rows, one for each head of a set
 """
 
 import math
@@ -22,12 +22,17 @@ Array = jax.Array
 ROWS = 8  # that a matrix unit works on together
 
 
-def heads_together(num_heads: int) -> int:
-  """Returns R, a divisor of the heads that a device has.
+def is_matvec(x_BKGT: Array) -> bool:
+  """Returns whether a key has one query, on a TPU.
 
   Args:
-    num_heads: N, and K.
+    x_BKGT: queries or probabilities, with one more axis.
   """
+  return x_BKGT.shape[2] * x_BKGT.shape[3] == 1 and sharding.platform() == 'tpu'
+
+
+def heads_together(num_heads: int) -> int:
+  """Returns R, a divisor of the heads that a device has, for N = K heads in all."""
   name, _, _ = axes.kv_axes(num_heads, num_heads)
   return math.gcd(num_heads // sharding.parts(name), ROWS)
 
@@ -38,7 +43,7 @@ def logits(q_BKH: Array, k_BKHS: Array, dtype: jnp.dtype | None) -> Array:
   Args:
     q_BKH: one query a key.
     k_BKHS: keys.
-    dtype: of the result; None: of the queries.
+    dtype: of the result; None: that of the queries.
 
   Returns:
     `[B, K, S]`.
@@ -53,14 +58,6 @@ def logits(q_BKH: Array, k_BKHS: Array, dtype: jnp.dtype | None) -> Array:
 
 
 def weighted_sum(probs_BKS: Array, v_BKSH: Array) -> Array:
-  """Adds up values.
-
-  Args:
-    probs_BKS: their weights.
-    v_BKSH: values.
-
-  Returns:
-    `[B, K, H]`.
-  """
+  """Returns the sum of values `[B, K, S, H]` by their weights, `[B, K, H]`."""
   probs_BKrS = jnp.pad(probs_BKS[:, :, None], ((0, 0), (0, 0), (0, ROWS - 1), (0, 0)))
   return jnp.einsum('BKrS,BKSH->BKrH', probs_BKrS, v_BKSH)[:, :, 0]

@@ -12,7 +12,7 @@ import seqio
 from flax import linen as nn
 from t5x import models
 
-from gqa_t5x.decoding import generate
+from gqa_t5x.decoding import generate, sampling
 
 Array = jax.Array
 
@@ -30,7 +30,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     input_vocabulary: seqio.Vocabulary,
     output_vocabulary: seqio.Vocabulary,
     optimizer_def: Any,
-    decode_fn: Callable[..., Any] = generate.greedy,
+    decode_fn: Callable[..., Any] = sampling.greedy,
     **kwargs,
   ):
     super().__init__(

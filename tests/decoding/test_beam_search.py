@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gqa_t5x.decoding import beam_search, generate
-from gqa_t5x.model import decode_cache, network, sharding
+from gqa_t5x.model import network, sharding
 from helpers import model_oracle as oracle
 
 B, LENGTH = oracle.B, oracle.DECODE_LENGTH
@@ -75,15 +75,7 @@ PROMPTS = ((7, 3, 9), (), (5, 2, 8, 3, 3), (6,))
 
 @pytest.mark.parametrize(
   ('K', 'n', 'platform'),
-  [
-    (1, 4, 'cpu'),
-    (2, 1, 'cpu'),
-    (2, 2, 'cpu'),
-    (2, 4, 'cpu'),
-    (4, 4, 'cpu'),
-    (2, 4, 'tpu'),
-    (4, 4, 'tpu'),
-  ],
+  [(1, 4, 'cpu'), (2, 1, 'cpu'), (4, 3, 'cpu'), (2, 4, 'tpu'), (4, 3, 'tpu')],
 )
 def test_equals_a_loop_over_the_forward_pass(monkeypatch, K, n, platform):
   """With and without prompts, a marker that ends some beams, and a penalty."""
@@ -110,23 +102,6 @@ def test_equals_a_loop_over_the_forward_pass(monkeypatch, K, n, platform):
     assert any(ended) == (eos_id != -1)
 
 
-def test_enough_beams_find_the_best_of_all_sequences():
-  """Of two tokens: of 2500 pairs the 50 best, in their order."""
-  cfg, length = oracle.config(2), 2
-  tokens, scores = oracle.decode(cfg, 'beam_search', oracle.V)(
-    oracle.params(cfg), oracle.prompt_batch(length=length), -1
-  )
-  for b in range(B):
-    first = oracle.next_log_probs(cfg, b, ())
-    both = [first[v] + oracle.next_log_probs(cfg, b, (v,)) for v in range(oracle.V)]
-    both = np.concatenate(both)
-    best = np.argsort(both)[-oracle.V :]
-    np.testing.assert_array_equal(
-      tokens[b], np.stack([best // oracle.V, best % oracle.V], axis=1)
-    )
-    np.testing.assert_allclose(scores[b], both[best], atol=1e-4)
-
-
 # A model whose next token hangs on the last one and the row.
 
 
@@ -151,10 +126,8 @@ def table_search(n):
       # Some rows' logits are moved: only differences count.
       return logits + (jnp.arange(len(rows)) % 2)[:, None], state.cache
 
-    cache = {
-      'cache_index': jnp.zeros((), jnp.int32),
-      'cached_value': jnp.zeros((2, 1, 1, 1)),
-    }
+    layer = dict.fromkeys(('cached_key', 'cached_value'), jnp.zeros((2, 1, 1, 1)))
+    cache = {'cache_index': jnp.zeros((), jnp.int32), 'layer': layer}
     return beam_search.beam_search(
       prompts, {'decoder': cache}, tokens_to_logits, eos_id, n, **options
     )
@@ -344,7 +317,7 @@ def operations_on_caches(step, K):
   }
 
 
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('K', [1, oracle.N])
 def test_keys_and_values_are_neither_repeated_nor_moved(K):
   step, seen = trace(beam_search.beam_search, K)
   layer = 'decoder/layers_1/self_attention'
@@ -357,28 +330,3 @@ def test_keys_and_values_are_neither_repeated_nor_moved(K):
   assert shapes.count(key) == shapes.count(value) == oracle.DECODER_LAYERS
   assert largest(step) < BEAMS * np.prod(value)  # What T5X's beams read.
   assert operations_on_caches(step, K) == {'dynamic_update_slice'}
-
-
-def test_repeating_and_moving_would_be_found(monkeypatch):
-  def gathering(cache, origin_Bn):
-    def gather(x):
-      if x.ndim < 4:
-        return x
-      shape = B, x.shape[1], LENGTH, BEAMS, BIG
-      index = origin_Bn[:, None, None, :, None]
-      return jnp.take_along_axis(x.reshape(shape), index, axis=3).reshape(x.shape)
-
-    return jax.tree.map(gather, cache)
-
-  K = 2
-  monkeypatch.setattr(decode_cache, 'reorder', gathering)
-  assert 'gather' in operations_on_caches(trace(beam_search.beam_search, K)[0], K)
-
-  def repeating(tokens_to_logits, **kwargs):
-    def repeat(state):
-      jnp.repeat(jnp.zeros((B, K, INPUT_LENGTH, BIG)), BEAMS, axis=0)
-      return tokens_to_logits(state)
-
-    return beam_search.beam_search(tokens_to_logits=repeat, **kwargs)
-
-  assert largest(trace(repeating, K)[0]) == B * BEAMS * K * INPUT_LENGTH * BIG

@@ -15,7 +15,8 @@ import numpy as np
 from flax import core, traverse_util
 from flax.linen import partitioning as nn_partitioning
 
-from gqa_t5x.decoding import generate
+from gqa_t5x.decoding import beam_search, sampling
+from gqa_t5x.decoding.generate import generate
 from gqa_t5x.model import network
 
 V, D, F, N, H = 50, 20, 28, 4, 6
@@ -189,29 +190,32 @@ def prompt_batch(prompts=(), length=DECODE_LENGTH):
   return tokens
 
 
+DECODE_FNS = {
+  'greedy': sampling.greedy,
+  'temperature_sample': sampling.temperature_sample,
+  'beam_search': beam_search.beam_search,
+}
+
+
 @functools.cache
 def decode(cfg, name='greedy', num_decodes=1, **options):
   """Returns one of our decode functions, compiled around the network.
 
   Args:
     cfg: the network's.
-    name: of the decode function.
+    name: of the decode function, a key of DECODE_FNS.
     num_decodes, **options: what it takes that must be static.
 
   Returns:
     `(params, prompts, eos_id, **options) -> (tokens [B, num_decodes, T], scores)`.
   """
   module = network.Transformer(cfg)
-  decode_fn = functools.partial(
-    getattr(generate, name), num_decodes=num_decodes, **options
-  )
+  decode_fn = functools.partial(DECODE_FNS[name], num_decodes=num_decodes, **options)
 
   @jit
   def run(params, prompts, eos_id, **traced):
     inputs = batch()['encoder_input_tokens']
-    return generate.generate(
-      module, params, inputs, prompts, decode_fn, eos_id=eos_id, **traced
-    )
+    return generate(module, params, inputs, prompts, decode_fn, eos_id=eos_id, **traced)
 
   return run
 

@@ -169,34 +169,6 @@ def test_every_axis_of_the_model_has_a_rule(K, dimensions):
   assert {axis for axes_ in names.values() for axis in axes_} <= known
 
 
-# Path -> mesh axes of a model with 4 query heads on 2 partitions.
-SHARDED = {
-  1: {'query': (None, 'model'), 'key': (None, None), 'out': ('model', None)},
-  2: {'query': (None, 'model'), 'key': (None, 'model'), 'out': ('model', None)},
-  4: {'query': (None, 'model'), 'key': (None, 'model'), 'out': ('model', None)},
-}
-
-
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_what_the_model_resolves_to(K):
-  names = oracle.axis_names(oracle.initial_shapes(oracle.config(K)))
-  expected = SHARDED[K] | {'value': SHARDED[K]['key']}
-  for name, mesh_axes in expected.items():
-    for kind in ('self_attention', 'encoder_decoder_attention'):
-      path = f'decoder/layers_1/{kind}/{name}/kernel'
-      assert resolve(names[path], K, 2) == mesh_axes, path
-  others = {
-    'encoder/layers_0/attention/key/kernel': (None, 'model'),
-    'encoder/relpos_bias/rel_embedding': ('model', None),
-    'decoder/layers_0/mlp/wi_0/kernel': (None, 'model'),
-    'decoder/layers_0/mlp/wo/kernel': ('model', None),
-    'decoder/logits_dense/kernel': (None, 'model'),
-    'token_embedder/embedding': ('model', None),
-    'decoder/decoder_norm/scale': (None,),
-  }
-  assert {path: resolve(names[path], K, 2) for path in others} == others
-
-
 IMPORT = """
 import sys, time
 import jax

@@ -1,113 +1,36 @@
-"""The decode cache against arrays written out by hand."""
+"""The decode cache against arrays written out by hand.
+
+Whole decodes with pending keys and values are in test_golden.py.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from gqa_t5x.model import decode_cache
+
+# --- Writing ------------------------------------------------------------------
 
 write = jax.jit(decode_cache.write, static_argnames='axis')
 
 
-@pytest.mark.parametrize(
-  ('index', 'length', 'expected'),
-  [
-    (3, 2, [[3, 4]]),
-    (0, 1, [[0]]),
-    ([2, 0, 5], 2, [[2, 3], [0, 1], [5, 6]]),
-    ([[4, 1], [0, 3]], 1, [[4], [1], [0], [3]]),
-  ],
-)
-def test_query_positions(index, length, expected):
-  got = decode_cache.query_positions(jnp.asarray(index, jnp.int32), length)
-  assert got.dtype == jnp.int32
-  np.testing.assert_array_equal(got, expected)
-
-
-def test_causal_mask():
-  got = decode_cache.causal_mask(
-    jnp.asarray([[0, 1], [2, 3]]), jnp.asarray([0, 1, 99, 4, 3])
-  )
-  expected = [
-    [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]],
-    [[1, 1, 0, 0, 0], [1, 1, 0, 0, 1]],
-  ]
-  assert got.dtype == bool
-  np.testing.assert_array_equal(got, np.array(expected, bool)[:, None])
-
-
-# Four rows, one head, five positions of size one; one or two new positions.
-CACHE = np.array(
-  [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [16, 17, 18, 19, 20]],
-  np.float32,
-)
-ONE = np.array([[-1], [-2], [-3], [-4]], np.float32)
-TWO = np.array([[-1, -2], [-3, -4], [-5, -6], [-7, -8]], np.float32)
-
-
-@pytest.mark.parametrize(
-  ('new', 'index', 'expected'),
-  [
-    (
-      ONE,
-      2,
-      [[1, 2, -1, 4, 5], [6, 7, -2, 9, 10], [11, 12, -3, 14, 15], [16, 17, -4, 19, 20]],
-    ),
-    (
-      ONE,
-      [0, 4, 1, 3],
-      [[-1, 2, 3, 4, 5], [6, 7, 8, 9, -2], [11, -3, 13, 14, 15], [16, 17, 18, -4, 20]],
-    ),
-    (
-      ONE,
-      [[0, 4], [1, 3]],
-      [[-1, 2, 3, 4, 5], [6, 7, 8, 9, -2], [11, -3, 13, 14, 15], [16, 17, 18, -4, 20]],
-    ),
-    (
-      TWO,
-      1,
-      [
-        [1, -1, -2, 4, 5],
-        [6, -3, -4, 9, 10],
-        [11, -5, -6, 14, 15],
-        [16, -7, -8, 19, 20],
-      ],
-    ),
-    (
-      TWO,
-      [3, 0, 2, 1],
-      [
-        [1, 2, 3, -1, -2],
-        [-3, -4, 8, 9, 10],
-        [11, 12, -5, -6, 15],
-        [16, -7, -8, 19, 20],
-      ],
-    ),
-  ],
-)
-def test_write(new, index, expected):
-  got = write(
-    CACHE[:, None, :, None], new[:, None, :, None], jnp.asarray(index), axis=2
-  )
-  np.testing.assert_array_equal(got, np.array(expected)[:, None, :, None])
-
-
-@pytest.mark.parametrize('K', [1, 2, 4])
+@pytest.mark.parametrize('K', [1, 4])
 @pytest.mark.parametrize('index', [3, [3, 0, 2], [[3], [0], [2]]])
-def test_write_keeps_heads_and_units_apart(K, index):
+def test_write(K, index):
+  """One place for all rows, or one for each: the rest stays as it is."""
   rng = np.random.default_rng(0)
   cache = rng.standard_normal((3, K, 5, 6)).astype(np.float32)
   new = rng.standard_normal((3, K, 2, 6)).astype(np.float32)
   expected = cache.copy()
-  for b, start in enumerate(np.broadcast_to(np.reshape(index, -1), 3)):
-    for k in range(K):
-      expected[b, k, start : start + 2] = new[b, k]
-  got = write(cache, new, jnp.asarray(index), axis=2)
-  np.testing.assert_array_equal(got, expected)
-  cache, new = cache.swapaxes(2, 3), new.swapaxes(2, 3)  # as keys are kept
-  got = write(cache, new, jnp.asarray(index), axis=3)
-  np.testing.assert_array_equal(got, expected.swapaxes(2, 3))
+  for b, start in enumerate(np.broadcast_to(np.ravel(index), 3)):
+    expected[b, :, start : start + 2] = new[b]
+  values = write(cache, new, jnp.asarray(index), axis=2)
+  np.testing.assert_array_equal(values, expected)
+  cache, new = cache.swapaxes(2, 3), new.swapaxes(2, 3)
+  keys = write(cache, new, jnp.asarray(index), axis=3)
+  np.testing.assert_array_equal(keys, expected.swapaxes(2, 3))
 
 
 def test_write_keeps_the_dtype_of_the_cache():
@@ -117,7 +40,84 @@ def test_write_keeps_the_dtype_of_the_cache():
   np.testing.assert_array_equal(got.astype(np.float32), [[[[0], [1]]]])
 
 
-# Rows for samples, slots for beams.
+# --- Positions and masks ------------------------------------------------------
+
+
+class Decoder(nn.Module):
+  """Asks for positions as the network's decoder does."""
+
+  @nn.compact
+  def __call__(self, *args):
+    return decode_cache.advance(self, *args)
+
+
+def advance(length, S=None, prefill_lengths=None, slots_of_cache=0, **cache):
+  """Returns the positions of a call, and the counter after it."""
+  cache = {name: jnp.asarray(value) for name, value in cache.items()}
+  if cache:
+    cache['layer'] = {'cached_value': jnp.zeros((1, 1, slots_of_cache, 1))}
+  at, variables = Decoder().apply(
+    {'cache': cache}, length, S, prefill_lengths, mutable=['cache']
+  )
+  return at, variables['cache']['cache_index']
+
+
+@pytest.mark.parametrize(
+  ('index', 'length', 'expected'),
+  [
+    (3, 2, [[3, 4]]),
+    ([2, 0, 3], 2, [[2, 3], [0, 1], [3, 4]]),
+    ([[4, 1], [0, 3]], 1, [[4], [1], [0], [3]]),
+  ],
+)
+def test_positions_of_new_tokens(index, length, expected):
+  at, counter = advance(length, 5, cache_index=index, slots_of_cache=5)
+  assert at.queries_BT.dtype == jnp.int32
+  np.testing.assert_array_equal(at.queries_BT, expected)
+  np.testing.assert_array_equal(at.index, index)
+  np.testing.assert_array_equal(at.keys_S, np.arange(5))
+  seen = np.arange(5) <= np.array(expected)[:, :, None]
+  np.testing.assert_array_equal(at.mask, seen[:, None])
+  np.testing.assert_array_equal(counter, np.array(index) + length)
+
+
+def test_the_first_call_counts_nothing():
+  at, counter = advance(4)
+  assert (at.queries_BT.shape, at.keys_S.shape, at.mask.shape) == (
+    (1, 4),
+    (4,),
+    (1, 1, 4, 4),
+  )
+  assert counter == 0
+
+
+def test_a_prefill_counts_its_lengths():
+  lengths = jnp.asarray([3, 0, 1])
+  at, counter = advance(4, 4, lengths, cache_index=0, slots_of_cache=4)
+  np.testing.assert_array_equal(at.queries_BT, [[0, 1, 2, 3]])
+  np.testing.assert_array_equal(counter, lengths)
+
+
+def test_positions_with_pending_ones():
+  """Of five positions two are in the cache, three are pending."""
+  at, _ = advance(1, 5, cache_index=3, pending_positions=[2, 3, 4], slots_of_cache=5)
+  late = decode_cache.UNREACHED
+  np.testing.assert_array_equal(at.keys_S, [0, 1, late, late, late, 2, 3, 4])
+  np.testing.assert_array_equal(at.mask[0, 0], [[1, 1, 0, 0, 0, 1, 1, 0]])
+  assert at.index == 1  # The second of those that are pending.
+
+
+@pytest.mark.parametrize('slots', [None, np.zeros((1, 2, 6), int)])
+def test_another_length_than_the_cache(slots):
+  cache = {'cache_index': 0, 'slots_of_cache': 6}
+  if slots is not None:
+    cache |= {'slots': slots, 'slots_of_cache': 6 * 2}
+  message = r'for 6 positions, but this call is for 7; pass max_decode_length=6\.'
+  with pytest.raises(ValueError, match=message):
+    advance(1, 7, **cache)
+
+
+# --- Rows for samples, slots for beams ----------------------------------------
 
 
 def a_cache(B, S, index=0):
@@ -177,13 +177,6 @@ SLOTS = np.array(
         [[0, 2, 0, 0], [0, 2, 1, 1], [2, 2, 2, 2]],
       ],
     ),
-    (
-      [[1, 2, 0], [2, 2, 2]],
-      [
-        [[1, 1, 0, 0], [2, 0, 1, 1], [0, 1, 2, 2]],
-        [[2, 2, 0, 0], [2, 2, 1, 1], [2, 2, 2, 2]],
-      ],
-    ),
   ],
 )
 def test_reorder(origin, expected):
@@ -198,30 +191,14 @@ def test_reorder(origin, expected):
     assert got['layers_0']['self_attention'][name] is before
 
 
-@pytest.mark.parametrize(
-  ('index', 'expected'),
-  [
-    (0, [[0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]),
-    (1, [[0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]),
-    (2, [[0, 1, 1, 0, 1, 0], [1, 0, 0, 1, 0, 1]]),
-  ],
-)
-def test_beam_mask(index, expected):
+def test_beam_mask():
+  """Keys in any order; positions 99 and 3 are later than the new token."""
   slots = jnp.asarray([[[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [1, 1, 1]]])
-  got = decode_cache.beam_mask(slots, jnp.asarray([[index]]), jnp.arange(3))
-  assert (got.shape, got.dtype) == ((2, 1, 2, 6), bool)
-  np.testing.assert_array_equal(got[0, 0], np.array(expected, bool))
-  straight = [[1, 0] * (index + 1), [0, 1] * (index + 1)]
-  np.testing.assert_array_equal(got[1, 0][:, : 2 * (index + 1)], straight)
-  assert not got[1, 0][:, 2 * (index + 1) :].any()
-
-
-def test_beam_mask_of_keys_in_another_order():
-  """The second is not known yet; the last is beyond the table, and too late."""
-  slots = jnp.asarray([[[1, 0, 0], [0, 1, 1]]])
   got = decode_cache.beam_mask(slots, jnp.asarray([[2]]), jnp.asarray([0, 99, 2, 1, 3]))
-  expected = [[0, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 1, 0, 1, 0, 0]]
-  np.testing.assert_array_equal(got[0, 0], np.array(expected, bool))
+  assert (got.shape, got.dtype) == ((2, 1, 2, 5 * 2), bool)
+  first = [[0, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 1, 0, 1, 0, 0]]
+  second = [[1, 0, 0, 0, 1, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 1, 0, 1, 0, 0]]
+  np.testing.assert_array_equal(got[:, 0], np.array([first, second], bool))
 
 
 def test_every_beam_finds_its_own_past():
@@ -230,16 +207,21 @@ def test_every_beam_finds_its_own_past():
   rng = np.random.default_rng(7)
   pasts = [[[] for _ in range(n)] for _ in range(B)]
   cache = {'decoder': {'cache_index': jnp.zeros((), jnp.int32)}}
-  cache['decoder']['layer'] = {'cached_value': jnp.zeros((B, 1, S, 1))}
+  cache['decoder']['layer'] = {
+    'cached_key': jnp.zeros((B, 1, 1, S)),
+    'cached_value': jnp.zeros((B, 1, S, 1)),
+  }
   cache = decode_cache.with_beams(cache, n)['decoder']
   for s in range(S):
     new = rng.standard_normal((B, 1, n, 1)).astype(np.float32)
-    value = cache['layer']['cached_value']
-    value = write(value, new, jnp.asarray(s * n), axis=2)
-    cache['layer'] = {'cached_value': value}
-    mask = decode_cache.beam_mask(cache['slots'], jnp.asarray([[s]]), jnp.arange(S))
-    seen = np.asarray(mask)
-    stored = np.asarray(value)
+    layer = cache['layer']
+    layer['cached_value'] = write(
+      layer['cached_value'], new, jnp.asarray(s * n), axis=2
+    )
+    seen = np.asarray(
+      decode_cache.beam_mask(cache['slots'], jnp.asarray([[s]]), jnp.arange(S))
+    )
+    stored = np.asarray(layer['cached_value'])
     for b in range(B):
       for i in range(n):
         pasts[b][i].append(new[b, 0, i, 0])
@@ -248,3 +230,44 @@ def test_every_beam_finds_its_own_past():
     pasts = [[list(pasts[b][j]) for j in origin[b]] for b in range(B)]
     cache['cache_index'] = jnp.asarray(s + 1)
     cache = decode_cache.reorder({'decoder': cache}, jnp.asarray(origin))['decoder']
+
+
+# --- Pending keys and values --------------------------------------------------
+
+
+@pytest.mark.parametrize(('S', 'P'), [(40, 16), (16, 16), (5, 5)])
+def test_with_pending(S, P):
+  beams = 2
+  cache, most = decode_cache.with_pending(a_cache(3, S * beams, index=4), beams)
+  assert most == P
+  decoder = cache['decoder']
+  np.testing.assert_array_equal(decoder['pending_positions'], 4 + np.arange(P))
+  layer = decoder['layers_0']['self_attention']
+  assert layer['pending_key'].shape == layer['pending_value'].shape == (P, 3, 2, 1, 2)
+  assert layer['cached_value'].shape == (3, 1, S * beams, 2)
+
+
+@pytest.mark.parametrize('now', [3, 4, 5])
+def test_flush(now, monkeypatch):
+  """Positions 2, 3 and 4 move into the cache; those from now on are pending next."""
+  monkeypatch.setattr(decode_cache, 'MAX_PENDING', 3)
+  beams, S = 2, 6
+  cache = jax.tree.map(jnp.zeros_like, a_cache(1, S * beams))
+  cache['decoder']['cache_index'] = jnp.asarray(2)
+  cache, _ = decode_cache.with_pending(cache, beams)
+  layer = cache['decoder']['layers_0']['self_attention']
+  # 100 s + 10 beam + 0 or 1: position s of those that are pending.
+  s, beam, unit = np.ogrid[:3, :2, :2]
+  numbers = (100 * s + 10 * beam + unit).astype(np.float32)
+  layer['pending_key'] = jnp.asarray(numbers[:, None, :, None])
+  layer['pending_value'] = 1000 + layer['pending_key']
+  cache['decoder']['cache_index'] = jnp.asarray(now)
+  flushed = decode_cache.flush(cache)['decoder']
+  np.testing.assert_array_equal(flushed['pending_positions'], now + np.arange(3))
+  in_order = [[0, 1], [10, 11], [100, 101], [110, 111], [200, 201], [210, 211]]
+  expected = np.zeros((S * beams, 2))
+  expected[2 * beams : 5 * beams] = in_order
+  layer = flushed['layers_0']['self_attention']
+  np.testing.assert_array_equal(layer['cached_key'][0, 0], expected.T)
+  expected[2 * beams : 5 * beams] += 1000
+  np.testing.assert_array_equal(layer['cached_value'][0, 0], expected)

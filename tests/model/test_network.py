@@ -10,6 +10,7 @@ import pytest
 
 from gqa_t5x.conversion import plan as conversion
 from gqa_t5x.model import network, sizes
+from helpers import make_golden
 from helpers import model_oracle as oracle
 
 KINDS = {
@@ -25,9 +26,22 @@ def padded_logits(K):
   return np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.batch()))
 
 
+@functools.cache
+def golden():
+  """What T5X computed, in a file that it wrote (make_golden.py)."""
+  with np.load(make_golden.PATH) as file:
+    return dict(file)
+
+
+def assert_golden(logits, batch, name):
+  real = batch['decoder_target_tokens'] > 0
+  np.testing.assert_allclose(logits[real], golden()[name][real], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('K', oracle.KV_HEADS)
 def test_padded_logits_equal_the_oracle_of_unpadded_examples(K):
   logits = padded_logits(K)
+  assert_golden(logits, oracle.batch(), f'padded/logits/{K}')
   assert logits.shape == (oracle.B, oracle.T, oracle.V)
   assert logits.dtype == np.float32
   assert np.isfinite(logits).all()
@@ -38,6 +52,7 @@ def test_padded_logits_equal_the_oracle_of_unpadded_examples(K):
 def test_packed_examples_equal_the_same_examples_unpacked(K):
   cfg = oracle.config(K)
   packed = np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.packed_batch()))
+  assert_golden(packed, oracle.packed_batch(), f'packed/logits/{K}')
   first, second = oracle.TARGET_LENGTHS[::2], oracle.TARGET_LENGTHS[1::2]
   unpacked = []
   for row, a, b in zip(packed, first, second, strict=True):
@@ -45,8 +60,6 @@ def test_packed_examples_equal_the_same_examples_unpacked(K):
   for b, got in enumerate(unpacked):
     expected = oracle.expected_logits(cfg)[b]
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
-    alone = padded_logits(K)[b, : len(got)]
-    np.testing.assert_allclose(got, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_tokens_after_the_end_change_nothing_before():
@@ -64,10 +77,9 @@ def test_tokens_after_the_end_change_nothing_before():
   assert np.abs(logits[before, 3:] - padded_logits(2)[before, 3:]).max() > 0.1
 
 
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_initial_variables(K):
+def test_initial_variables():
   """No collections but parameters and their axes; T5X would save or refuse others."""
-  variables = oracle.initial_shapes(oracle.config(K))
+  variables = oracle.initial_shapes(oracle.config(2))
   assert variables.keys() == {'params', 'params_axes'}
   leaves = oracle.flat(variables['params'])
   assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype('float32')}
@@ -119,7 +131,7 @@ def test_logits_via_embedding():
 BFLOAT16_ERROR = np.sqrt(40) * float(jnp.finfo(jnp.bfloat16).eps) / 2
 
 
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('K', [2])
 def test_bfloat16_is_close_to_float32(K):
   cfg = oracle.config(K, dtype=jnp.bfloat16, float32_attention_logits=True)
   logits = np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.batch()))
@@ -172,26 +184,23 @@ def test_what_rematerialisation_computes_again():
   assert counts['full'] - counts['minimal'] >= 3 * 3 + 2 * 2
 
 
-def repeated_within_groups(K):
-  """Returns MHA parameters whose decoder K/V heads are equal within K groups."""
-  return oracle.repeat_kv_heads(oracle.params(oracle.config(K)), K)
-
-
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
+@pytest.mark.parametrize('K', [1, 2])
 @pytest.mark.parametrize('method', ['mean', 'first'])
-def test_converting_equal_heads_leaves_the_logits(K, method):
-  mha, gqa = oracle.config(), oracle.config(K)
-  before = repeated_within_groups(K)
+def test_converting_equal_heads_leaves_the_model(K, method):
+  """Of heads that are equal within each group one is left: the model of K heads."""
+  expected = oracle.params(oracle.config(K))
+  before = oracle.repeat_kv_heads(expected, K)
   after = conversion.convert_params(before, num_kv_heads=K, method=method)
-  expected_shapes = oracle.flat(oracle.initial_shapes(gqa)['params'])
-  got_shapes = {path: leaf.shape for path, leaf in oracle.flat(after).items()}
-  assert got_shapes == {path: leaf.shape for path, leaf in expected_shapes.items()}
-  np.testing.assert_allclose(
-    oracle.forward(gqa)(after, oracle.batch()),
-    oracle.forward(mha)(before, oracle.batch()),
-    atol=1e-4,
-    rtol=1e-4,
-  )
+  after, expected = oracle.flat(after), oracle.flat(expected)
+  assert after.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(after[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_equal_heads_in_each_group_are_multi_head_attention():
+  params = oracle.repeat_kv_heads(oracle.params(oracle.config(2)), 2)
+  logits = oracle.forward(oracle.config())(params, oracle.batch())
+  np.testing.assert_allclose(logits, padded_logits(2), atol=1e-4, rtol=1e-4)
 
 
 def test_converting_to_all_heads_changes_nothing():
@@ -203,61 +212,30 @@ def test_converting_to_all_heads_changes_nothing():
     np.testing.assert_array_equal(after[name], value)
 
 
-# Parameter counts: V, D, F, N, H, encoder and decoder layers, exact count for MHA (the
-# released T5.1.1), for MQA, and for one K between.
+# Exact parameter counts by K; None: MHA, as T5.1.1 was released.
 COUNTS = {
-  'tiny': ((32128, 128, 256, 8, 16, 2, 4), 9_472_768, {1: 9_243_392, 2: 9_276_160}),
-  'mini': ((32128, 256, 512, 8, 64, 2, 6), 26_941_952, {1: 24_189_440, 4: 25_369_088}),
-  'small': (
-    (32128, 512, 1024, 6, 64, 8, 8),
-    76_961_152,
-    {1: 71_718_272, 2: 72_766_848},
-  ),
-  'base': ((32128, 768, 2048, 12, 64, 12, 12), 247_577_856, {1: 221_625_600}),
-  'large': ((32128, 1024, 2816, 16, 64, 24, 24), 783_150_080, {8: 732_818_432}),
-  'xl': ((32128, 2048, 5120, 32, 64, 24, 24), 2_849_757_184, {8: 2_547_767_296}),
-  'xxl': ((32128, 4096, 10240, 64, 64, 24, 24), 11_135_332_352, {8: 9_726_046_208}),
+  'tiny': {None: 9_472_768, 1: 9_243_392, 2: 9_276_160},
+  'mini': {None: 26_941_952, 1: 24_189_440, 4: 25_369_088},
+  'small': {None: 76_961_152, 1: 71_718_272, 2: 72_766_848},
+  'base': {None: 247_577_856, 1: 221_625_600},
+  'large': {None: 783_150_080, 8: 732_818_432},
+  'xl': {None: 2_849_757_184, 8: 2_547_767_296},
+  'xxl': {None: 11_135_332_352, 8: 9_726_046_208},
+  # Both have as many parameters (Shazeer 2019).
+  'shazeer_mha': {None: 209_748_480},
+  'shazeer_mqa': {None: 209_748_480},
 }
-
-
-def count_by_formula(sizes, K):
-  V, D, F, N, H, encoder_layers, decoder_layers = sizes
-  mlp = 3 * D * F + D
-  multi_head = 4 * D * N * H + D
-  grouped = 2 * D * N * H + 2 * D * K * H + D
-  stacks = encoder_layers * (multi_head + mlp) + decoder_layers * (2 * grouped + mlp)
-  return stacks + 2 * V * D + 2 * (32 * N + D)
 
 
 def count(cfg):
-  leaves = oracle.flat(oracle.initial_shapes(cfg)['params']).values()
-  return sum(int(np.prod(leaf.shape)) for leaf in leaves)
-
-
-# Shazeer (2019), by hand: table (and output projection), attention with its norm, MLP
-# with its norm, position biases of 32 buckets and last norms. One key/value head of 8
-# leaves out 2 x 7 x 128 columns in all 18 attention layers, and 1344 more units fill
-# 12 MLPs: 18 * 1792 = 12 * 2 * 1344 columns of 1024.
-SHAZEER = {
-  'shazeer_mha': 32768 * 1024
-  + 18 * (4 * 1024 * 1024 + 1024)
-  + 12 * (2 * 1024 * 4096 + 1024)
-  + 2 * (32 * 8 + 1024),
-  'shazeer_mqa': 32768 * 1024
-  + 18 * (2 * 1024 * 1024 + 2 * 1024 * 128 + 1024)
-  + 12 * (2 * 1024 * 5440 + 1024)
-  + 2 * (32 * 8 + 1024),
-}
-
-
-def test_every_size_has_a_row():
-  assert sizes.SIZES.keys() == COUNTS.keys() | SHAZEER.keys()
-
-
-def test_shazeers_models_have_as_many_parameters():
-  counts = {size: count(network.config(size)) for size in SHAZEER}
-  assert counts == SHAZEER
-  assert set(counts.values()) == {209_748_480}
+  """Counts parameters; one layer of a stack stands for all of them."""
+  one_layer = cfg.replace(num_encoder_layers=1, num_decoder_layers=1)
+  times = {'encoder': cfg.num_encoder_layers, 'decoder': cfg.num_decoder_layers}
+  total = 0
+  for path, leaf in oracle.flat(oracle.initial_shapes(one_layer)['params']).items():
+    stack, layer, *_ = path.split('/')
+    total += leaf.size * (times[stack] if layer == 'layers_0' else 1)
+  return total
 
 
 @pytest.mark.parametrize(
@@ -277,30 +255,14 @@ def test_heads_of_a_size(size, heads, expected):
   assert (cfg.encoder_kv, cfg.self_kv, cfg.cross_kv) == expected
 
 
-@pytest.mark.parametrize('size', COUNTS)
-def test_parameter_counts(size):
-  sizes, mha, others = COUNTS[size]
-  N = sizes[3]
-  assert count(network.config(size)) == mha
-  assert count_by_formula(sizes, N) == mha
-  for K, expected in others.items():
-    assert count(network.config(size, num_kv_heads=K)) == expected
-    assert count_by_formula(sizes, K) == expected
-
-
-@pytest.mark.parametrize(
-  ('size', 'K'),
-  [
-    (size, K)
-    for size, (sizes, _, _) in COUNTS.items()
-    for K in range(1, sizes[3] + 1)
-    if sizes[3] % K == 0
-  ],
-)
-def test_parameter_counts_of_all_heads(size, K):
-  """At one and two layers: the tests above count whole models."""
-  cfg = network.config(size, num_kv_heads=K, num_encoder_layers=1, num_decoder_layers=2)
-  assert count(cfg) == count_by_formula((*COUNTS[size][0][:5], 1, 2), K)
+def test_parameter_counts():
+  """Of every size."""
+  counts = {
+    size: {K: count(network.config(size, num_kv_heads=K)) for K in expected}
+    for size, expected in COUNTS.items()
+  }
+  assert counts == COUNTS
+  assert sizes.SIZES.keys() == COUNTS.keys()
 
 
 def test_config_of_a_size():

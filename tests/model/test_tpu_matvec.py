@@ -1,10 +1,11 @@
-"""Products of one query a key, heads together, against each head by itself."""
+"""Products where a key has one query, against each head by itself."""
 
+import jax
 import numpy as np
 import pytest
 
 from gqa_t5x.model import attention, sharding, tpu_matvec
-from helpers.sharding_cases import config, entered, partitioner
+from helpers.sharding_cases import entered, partitioner
 
 
 def head_by_head(q_BNH, k_BNHS, v_BNSH):
@@ -17,43 +18,37 @@ def head_by_head(q_BNH, k_BNHS, v_BNSH):
   return out
 
 
-@pytest.mark.parametrize('beside', [0, 3])
-@pytest.mark.parametrize('N', [1, 2, 6, 8, 12, 16])
-def test_equals_each_head_alone(N, beside, monkeypatch):
+@pytest.mark.parametrize('P', [0, 3])
+@pytest.mark.parametrize('N', [1, 6, 8, 16])
+def test_equals_each_head_alone(N, P, monkeypatch):
+  """Of S + P positions the last P are pending."""
   monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
-  seen = []
-  for name in ('logits', 'weighted_sum'):
-    product = getattr(tpu_matvec, name)
-    monkeypatch.setattr(
-      tpu_matvec, name, lambda *args, p=product: seen.append(p) or p(*args)
-    )
+  B, H, S = 3, 4, 7
   rng = np.random.default_rng(N)
   q, k, v = (
     rng.normal(size=shape).astype(np.float32)
-    for shape in ((3, 1, N, 4), (3, N, 4, 7), (3, N, 7, 4))
+    for shape in ((B, 1, N, H), (B, N, H, S + P), (B, N, S + P, H))
   )
-  more = rng.normal(size=(2, 3, N, 4, beside)).astype(np.float32)
-  extra = (more[0], more[1].swapaxes(2, 3)) if beside else None
-  found = attention.grouped_attention(q, k, v, beside=extra)
-  all_k = np.concatenate([k, more[0]], axis=3)
-  all_v = np.concatenate([v, more[1].swapaxes(2, 3)], axis=2)
-  np.testing.assert_allclose(
-    found[:, 0], head_by_head(q[:, 0], all_k, all_v), rtol=2e-5, atol=2e-6
-  )
-  assert len(seen) == (4 if beside else 2)
+  pending = (k[..., S:], v[:, :, S:]) if P else None
+
+  def attend(q):
+    return attention.grouped_attention(q, k[..., :S], v[:, :, :S], pending=pending)
+
+  expected = head_by_head(q[:, 0], k, v)
+  np.testing.assert_allclose(attend(q)[:, 0], expected, rtol=2e-5, atol=2e-6)
+  # The queries' rows: one for each head that is multiplied together.
+  R = tpu_matvec.heads_together(N)
+  assert f'f32[{B},{N // R},{R},{R * H}]' in str(jax.make_jaxpr(attend)(q))
 
 
-# Key/value heads, model partitions -> heads together: within a device, eight at most.
 @pytest.mark.parametrize(
-  ('N', 'num_partitions', 'expected'),
-  [(8, 1, 8), (8, 2, 4), (8, 4, 2), (8, 8, 1)],
+  ('num_partitions', 'expected'), [(1, 8), (2, 4), (4, 2), (8, 1)]
 )
-def test_heads_of_one_device(N, num_partitions, expected):
-  assert config(N).num_heads == N
-  with entered(partitioner(N, num_partitions, None)):
-    assert tpu_matvec.heads_together(N) == expected
+def test_heads_together_are_of_one_device(num_partitions, expected):
+  with entered(partitioner(8, num_partitions)):
+    assert tpu_matvec.heads_together(8) == expected
 
 
 @pytest.mark.parametrize(('N', 'expected'), [(1, 1), (6, 2), (12, 4), (16, 8), (64, 8)])
-def test_heads_of_a_single_device(N, expected):
+def test_heads_together_are_eight_at_most(N, expected):
   assert tpu_matvec.heads_together(N) == expected

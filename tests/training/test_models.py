@@ -14,6 +14,7 @@ from t5x import adafactor
 from t5x import models as t5x_models
 from t5x import trainer as t5x_trainer
 
+from gqa_t5x.decoding import beam_search, sampling
 from gqa_t5x.decoding import generate as decoding
 from gqa_t5x.training import models
 from helpers import model_oracle as oracle
@@ -26,8 +27,8 @@ plain_generate = decoding.generate
 generate = oracle.jit(
   plain_generate, static_argnames=('module', 'decode_fn', 'num_decodes')
 )
-sample_two = functools.partial(decoding.temperature_sample, topk=3)
-DECODE_FNS = {1: decoding.greedy, 2: sample_two, 3: decoding.beam_search}
+sample_two = functools.partial(sampling.temperature_sample, topk=3)
+DECODE_FNS = {1: sampling.greedy, 2: sample_two, 3: beam_search.beam_search}
 RNG = jax.random.PRNGKey(5)
 
 

@@ -103,7 +103,7 @@ def main_loop(module: Module, name: str | None = None) -> str:
   """Returns the body of a computation's only loop that may stop early.
 
   In the entry that is decoding's; in its body, that of the steps between two moves of
-  recent keys and values into the cache (recent.py).
+  pending keys and values into the cache (decode_cache.py).
 
   Args:
     module: the program.

@@ -11,7 +11,8 @@ from gqa_t5x.analysis.benchmarks import random_model, settings
 from gqa_t5x.analysis.benchmarks.settings import BadSetting
 from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.analysis.tpu import program
-from gqa_t5x.decoding import generate as decoding
+from gqa_t5x.decoding import beam_search, sampling
+from gqa_t5x.decoding.generate import generate
 from gqa_t5x.model import network
 
 EOS = 1
@@ -78,7 +79,7 @@ class Decode:
 
 
 def lower(setting: Decode, partitioner: Any) -> tuple[Any, dict[str, float]]:
-  """Lowers `decoding.generate` for the devices of a partitioner.
+  """Lowers `generate` for the devices of a partitioner.
 
   Args:
     setting: what to decode.
@@ -102,14 +103,12 @@ def lower(setting: Decode, partitioner: Any) -> tuple[Any, dict[str, float]]:
     )
   cfg = setting.config
   module = network.Transformer(cfg)
-  decode_fn, more = decoding.greedy, {}
+  decode_fn, more = sampling.greedy, {}
   if setting.num_beams > 1:
-    decode_fn, more = decoding.beam_search, {'num_decodes': setting.num_beams}
+    decode_fn, more = beam_search.beam_search, {'num_decodes': setting.num_beams}
 
-  def generate(params, inputs, prompts):
-    return decoding.generate(
-      module, params, inputs, prompts, decode_fn, eos_id=EOS, **more
-    )
+  def decode(params, inputs, prompts):
+    return generate(module, params, inputs, prompts, decode_fn, eos_id=EOS, **more)
 
   variables = random_model.variable_shapes(cfg)
   params = jax.tree.map(
@@ -121,7 +120,7 @@ def lower(setting: Decode, partitioner: Any) -> tuple[Any, dict[str, float]]:
   ]
   rows = partitioner.data_partition_spec
   layout = random_model.partition_specs(variables, partitioner.logical_axis_rules)
-  lowered = partitioner.partition(generate, (layout, rows, rows), rows).lower(
+  lowered = partitioner.partition(decode, (layout, rows, rows), rows).lower(
     params, *tokens
   )
   return lowered, {

@@ -13,7 +13,7 @@ from gqa_t5x.analysis.benchmarks.settings import BadSetting
 from gqa_t5x.analysis.hlo import traffic
 from gqa_t5x.analysis.tpu import compile_decode, compile_train, program, topology
 from gqa_t5x.analysis.tpu.chips import CHIPS, Chip
-from gqa_t5x.model import axes, recent
+from gqa_t5x.model import axes, decode_cache
 from gqa_t5x.training import partitioning
 
 Row = dict[str, Any]
@@ -68,8 +68,8 @@ def decode_row(slice_name: str, setting: compile_decode.Decode) -> tuple[Row, st
     return row, ''
   module = compiled.module
   loop = traffic.main_loop(module)
-  steps = {traffic.main_loop(module, loop): recent.POSITIONS}
-  step = traffic.count(module, loop, steps) * (1 / recent.POSITIONS)
+  steps = {traffic.main_loop(module, loop): decode_cache.MAX_PENDING}
+  step = traffic.count(module, loop, steps) * (1 / decode_cache.MAX_PENDING)
   _add_step(row, program.cost(step, chip), chip)
   prepare = program.cost(traffic.count(module, trips={loop: 0} | steps), chip)
   row |= _named('prepare', prepare, chip)
