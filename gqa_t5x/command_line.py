@@ -33,7 +33,7 @@ class Command:
 
   `text`, `whole`, `switch`, `choice`, `words` and `texts` define a flag each; the last
   two take a list, comma-separated or by repeating the flag. Arguments: name, default,
-  help.
+  help. `rewrite` may be set to what turns arguments into flags that are defined.
   """
 
   def __init__(self, module: str, doc: str, max_words: int = 0):
@@ -45,6 +45,7 @@ class Command:
       max_words: arguments besides the flags that are taken.
     """
     self.values = flags.FlagValues()
+    self.rewrite: Callable[[Sequence[str]], Sequence[str]] = list
     self._module, self._doc, self._max_words = module, doc, max_words
     define = {'flag_values': self.values, 'module_name': module}
     self.text = functools.partial(flags.DEFINE_string, **define)
@@ -89,7 +90,7 @@ class Command:
     """
     args = self.values
     try:
-      words = args(list(argv))[1:]
+      words = args(list(self.rewrite(argv)))[1:]
       logging.set_verbosity(args.verbosity)
       if args.help:
         print(f'{self._doc}\nFlags:{args.module_help(self._module)}')
