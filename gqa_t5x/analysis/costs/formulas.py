@@ -1,4 +1,4 @@
-"""What a model costs by formula: parameters, FLOPs, bytes and their ratio.
+"""What a model costs by formula: parameters, FLOPs and bytes.
 
 FLOPs are those of matrix products, 2 a multiply-add. Bytes are those that cross the
 memory bus if whatever is needed is read once; products.py says more. Keys and values
@@ -23,38 +23,27 @@ RELPOS_BUCKETS = 32
 FORWARD_AND_BACKWARD = 3
 
 
-def parameters(cfg: T5Config) -> dict[str, int]:
-  """Counts parameters by part of the model; their sum is the whole.
+def num_parameters(cfg: T5Config) -> int:
+  """Counts a model's parameters.
 
   Args:
     cfg: the configuration.
 
   Returns:
-    Part -> number of parameters of all its layers. An attention kind has query, key,
-    value and output kernels; norms include the one at the end of a stack.
+    Number of parameters: kernels, the embedding, norms and position biases.
 
   Source: T5.1.1; GQA, section 2.2 (K and V kernels of K heads).
   """
-  D = cfg.emb_dim
-  mlp = (len(cfg.mlp_activations) + 1) * D * cfg.mlp_dim
-  query_and_out = 2 * D * cfg.num_heads * cfg.head_dim
-  encoder_attention, self_attention, cross_attention = (
-    query_and_out + _key_and_value_kernels(cfg, K)
-    for K in (cfg.encoder_kv, cfg.self_kv, cfg.cross_kv)
+  made_once = products.encoder(cfg, 1, 1), products.cross_kv(cfg, 1, 1)
+  # Both stacks have a norm at their end, too, and a bias.
+  norms = 2 * cfg.num_encoder_layers + 3 * cfg.num_decoder_layers + 2
+  return (
+    products.total(made_once).weights
+    + step_kernels(cfg)
+    + cfg.vocab_size * cfg.emb_dim
+    + norms * cfg.emb_dim
+    + 2 * RELPOS_BUCKETS * cfg.num_heads
   )
-  return {
-    'embedding': cfg.vocab_size * D,
-    'encoder_attention': cfg.num_encoder_layers * encoder_attention,
-    'self_attention': cfg.num_decoder_layers * self_attention,
-    'cross_attention': cfg.num_decoder_layers * cross_attention,
-    'encoder_mlp': cfg.num_encoder_layers * mlp,
-    'decoder_mlp': cfg.num_decoder_layers * mlp,
-    'encoder_norms': (2 * cfg.num_encoder_layers + 1) * D,
-    'decoder_norms': (3 * cfg.num_decoder_layers + 1) * D,
-    'encoder_relpos_bias': RELPOS_BUCKETS * cfg.num_heads,
-    'decoder_relpos_bias': RELPOS_BUCKETS * cfg.num_heads,
-    'logits_dense': 0 if cfg.logits_via_embedding else D * cfg.vocab_size,
-  }
 
 
 def step_kernels(cfg: T5Config) -> int:
@@ -65,11 +54,10 @@ def step_kernels(cfg: T5Config) -> int:
 
   Returns:
     Number of parameters: the decoder's kernels but those of cross-attention K and V.
+    The embedding is not counted where it makes the logits.
   """
-  parts = parameters(cfg)
-  kernels = ('self_attention', 'cross_attention', 'decoder_mlp', 'logits_dense')
-  cross_kv = cfg.num_decoder_layers * _key_and_value_kernels(cfg, cfg.cross_kv)
-  return sum(parts[part] for part in kernels) - cross_kv
+  table = cfg.vocab_size * cfg.emb_dim if cfg.logits_via_embedding else 0
+  return products.decoder(cfg, 1, 1, 1, 1).weights - table
 
 
 def decoder_step_parameters(cfg: T5Config, rows: int) -> int:
@@ -92,10 +80,10 @@ def decoder_step_parameters(cfg: T5Config, rows: int) -> int:
   Source: Shazeer 2019, section 2.4 (a step reads every weight once).
   """
   _check_positive(rows=rows)
-  parts = parameters(cfg)
-  read = step_kernels(cfg) + parts['decoder_norms'] + parts['decoder_relpos_bias']
-  embedding = parts['embedding'] if cfg.logits_via_embedding else rows * cfg.emb_dim
-  return read + embedding
+  norms = 3 * cfg.num_decoder_layers + 1
+  vectors = cfg.vocab_size if cfg.logits_via_embedding else rows
+  biases = RELPOS_BUCKETS * cfg.num_heads
+  return step_kernels(cfg) + (norms + vectors) * cfg.emb_dim + biases
 
 
 def self_cache_bytes(cfg: T5Config, rows: int = 1, positions: int = 1) -> int:
@@ -166,11 +154,6 @@ class DecodeStep:
   def bytes(self) -> int:
     """Bytes of parameters, keys and values read."""
     return self.param_bytes + self.cache_bytes
-
-  @property
-  def intensity(self) -> float:
-    """FLOPs a byte."""
-    return self.flops / self.bytes
 
 
 def decode_step(
@@ -257,11 +240,6 @@ class TrainingStep:
     """Bytes read and written by matrix products."""
     return self.param_bytes + self.activation_bytes
 
-  @property
-  def intensity(self) -> float:
-    """FLOPs a byte."""
-    return self.flops / self.bytes
-
 
 def training_step(
   cfg: T5Config,
@@ -311,26 +289,6 @@ def training_step(
   )
 
 
-def shazeer_training_ratio(b: int, n: int, k: int) -> float:
-  """Returns the memory accesses per arithmetic operation of training with MHA.
-
-  Args:
-    b: batch size (B).
-    n: length (S and T).
-    k: head size (H).
-
-  Returns:
-    1/k + 1/(b n): numbers read or written a multiply-add, up to a constant factor.
-
-  Raises:
-    ValueError: if a number is not positive.
-
-  Source: Shazeer 2019, section 2.3.
-  """
-  _check_positive(b=b, n=n, k=k)
-  return 1 / k + 1 / (b * n)
-
-
 def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
   """Returns the memory accesses per arithmetic operation of incremental decoding.
 
@@ -353,11 +311,6 @@ def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
   _check_positive(b=b, n=n, d=d)
   axes.check_heads(h, g)
   return n * g / (d * h) + 1 / b
-
-
-def _key_and_value_kernels(cfg: T5Config, K: int) -> int:
-  """Counts the parameters that make K and V in one layer."""
-  return 2 * cfg.emb_dim * K * cfg.head_dim
 
 
 def _key_and_value_bytes(cfg: T5Config, K: int) -> int:

@@ -1,4 +1,4 @@
-"""Compiles decoding for a TPU slice: the whole loop, as a user's program runs it."""
+"""Lowers decoding for a TPU slice: the whole loop, as a user's program runs it."""
 
 import dataclasses
 import functools
@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
+from flax.linen import partitioning as nn_partitioning
+from jax.sharding import PartitionSpec
 
-from gqa_t5x.analysis.benchmarks import random_model, settings
-from gqa_t5x.analysis.benchmarks.settings import BadSetting
+from gqa_t5x.analysis import models
 from gqa_t5x.analysis.costs import formulas
-from gqa_t5x.analysis.tpu import program
-from gqa_t5x.decoding import generate as decoding
+from gqa_t5x.decoding import beam_search, generate, sampling
+from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
 
 EOS = 1
@@ -28,7 +30,7 @@ class Decode:
     input_length: S, tokens.
     output_length: T, tokens; positions of the self-attention cache.
     num_beams: 1 decodes greedily.
-    dtype: of parameters, activations and cache: a key of settings.DTYPES.
+    dtype: of parameters, activations and cache: a key of models.DTYPES.
     model_partitions: devices that share a copy of the model.
     kv_sharding: of `axes.kv_head_rules`; None is by rule.
     num_layers: of encoder and decoder each; None: the size's.
@@ -47,8 +49,8 @@ class Decode:
 
   @functools.cached_property
   def config(self) -> network.T5Config:
-    """The model's configuration; its errors are BadSetting."""
-    cfg = settings.config(self.size, self.num_kv_heads, self.dtype)
+    """The model's configuration; its errors are BadInput."""
+    cfg = models.config(self.size, self.num_kv_heads, self.dtype)
     if self.num_layers is None:
       return cfg
     n = self.num_layers
@@ -77,54 +79,58 @@ class Decode:
     ) + formulas.self_cache_bytes(self.config, rows, self.output_length)
 
 
-def lower(setting: Decode, partitioner: Any) -> tuple[Any, dict[str, float]]:
-  """Lowers `decoding.generate` for the devices of a partitioner.
+def lower(setting: Decode, partitioner: Any) -> tuple[Any, Any, Any]:
+  """Lowers `generate` for the devices of a partitioner.
 
   Args:
     setting: what to decode.
-    partitioner: of gqa_t5x.partitioning, with the devices of a slice.
+    partitioner: of `training.partitioning`, with the devices of a slice.
 
   Returns:
     (the lowered program, from parameters, inputs `[B, S]` and prompts `[B, T]` to
-    tokens and scores; bytes of `parameters` and `cache` on one device).
+    tokens and scores; the parameters' shapes; their PartitionSpecs).
 
   Raises:
-    BadSetting: numbers that are not positive or do not divide.
+    BadInput: numbers that are not positive or do not divide.
   """
-  settings.check_positive(
+  models.check_positive(
     setting, 'batch_size', 'input_length', 'output_length', 'num_beams'
   )
   copies = partitioner.mesh.shape['data']
   if setting.batch_size % copies:
-    raise BadSetting(
+    raise BadInput(
       f'batch_size={setting.batch_size} is not divisible by the {copies} copies of the'
       f' model (devices / model_partitions={setting.model_partitions}).'
     )
   cfg = setting.config
   module = network.Transformer(cfg)
-  decode_fn, more = decoding.greedy, {}
+  decode_fn, more = sampling.greedy, {}
   if setting.num_beams > 1:
-    decode_fn, more = decoding.beam_search, {'num_decodes': setting.num_beams}
+    decode_fn, more = beam_search.beam_search, {'num_decodes': setting.num_beams}
 
-  def generate(params, inputs, prompts):
-    return decoding.generate(
+  def decode(params, inputs, prompts):
+    return generate.generate(
       module, params, inputs, prompts, decode_fn, eos_id=EOS, **more
     )
 
-  variables = random_model.variable_shapes(cfg)
+  variables = models.variable_shapes(cfg)
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, cfg.dtype), variables['params']
   )
+  specs = _partition_specs(variables['params_axes'], partitioner.logical_axis_rules)
   tokens = [
     jax.ShapeDtypeStruct((setting.batch_size, length), jnp.int32)
     for length in (setting.input_length, setting.output_length)
   ]
   rows = partitioner.data_partition_spec
-  layout = random_model.partition_specs(variables, partitioner.logical_axis_rules)
-  lowered = partitioner.partition(generate, (layout, rows, rows), rows).lower(
-    params, *tokens
+  partitioned = partitioner.partition(decode, (specs, rows, rows), rows)
+  return partitioned.lower(params, *tokens), params, specs
+
+
+def _partition_specs(params_axes: Any, rules: Any) -> Any:
+  """Returns how parameters of these logical axes are sharded, by rules to mesh axes."""
+  return jax.tree.map(
+    lambda names: nn_partitioning.logical_to_mesh_axes(tuple(names), rules),
+    unfreeze(nn_partitioning.get_axis_names(params_axes)),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
   )
-  return lowered, {
-    'parameters': program.bytes_on_device(params, layout, partitioner.mesh),
-    'cache': setting.cache_bytes() / partitioner.mesh.size,
-  }
