@@ -169,7 +169,7 @@ def test_conversion_and_benchmark_commands_parse():
         assert args(stage.command[1:]) == ['gqa_t5x.convert']
         assert str(stage.result.parent) == args.output
       if stage.command[1] == 'gqa_t5x.benchmark':
-        args = define_flags('decode')
+        args = define_flags('decode').values
         assert args(stage.command[1:]) == ['gqa_t5x.benchmark', 'decode']
         assert str(stage.result) == args.json
         assert stage.alone

@@ -35,15 +35,15 @@ def random_params(cfg: network.T5Config, dtype: Any) -> dict[str, Any]:
     dtype: of the parameters.
   """
   leaves, treedef = jax.tree.flatten(models.variable_shapes(cfg)['params'])
-
-  @functools.partial(jax.jit, static_argnums=1)
-  def make(key, shape):
-    scale = (3 / shape[0]) ** 0.5
-    return jax.random.uniform(key, shape, dtype, -scale, scale)
-
-  keys = jax.random.split(jax.random.PRNGKey(0), len(leaves))
-  values = [make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+  values = [_random(seed, leaf.shape, dtype) for seed, leaf in enumerate(leaves)]
   return jax.tree.unflatten(treedef, values)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random(seed, shape, dtype):
+  scale = (3 / shape[0]) ** 0.5
+  key = jax.random.key(seed, impl='rbg')  # It compiles and runs faster than JAX's own.
+  return jax.random.uniform(key, shape, dtype, -scale, scale)
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def write_shazeer(doc: Document, found: Results, lab: Lab) -> None:
   table, wanted = [], Lab(lab.scale, str(lab.output_dir))
   for name, facts in paper.SHAZEER.items():
     cfg = network.config(facts['size'])
-    count = f'{sum(formulas.parameters(cfg).values()):,}'
+    count = f'{formulas.num_parameters(cfg):,}'
     rows_name = f'shazeer_{name.lower()}'
     rows = found.rows(lab.rows(rows_name), 'decode_benchmark', size=facts['size'])
     if not rows:
