@@ -35,45 +35,12 @@ def parameter_shapes(cfg):
   return oracle.flat(oracle.initial_shapes(cfg)['params'])
 
 
-# Part -> what the paths of its parameters look like.
-PARTS = {
-  'embedding': 'token_embedder/embedding',
-  'encoder_attention': 'encoder/layers_[0-9]+/attention/(query|key|value|out)/kernel',
-  'self_attention': 'decoder/.*/self_attention/(query|key|value|out)/kernel',
-  'cross_attention': 'decoder/.*/encoder_decoder_attention/.*/kernel',
-  'encoder_mlp': 'encoder/.*/mlp/.*/kernel',
-  'decoder_mlp': 'decoder/.*/mlp/.*/kernel',
-  'encoder_norms': 'encoder/.*norm/scale',
-  'decoder_norms': 'decoder/.*norm/scale',
-  'encoder_relpos_bias': 'encoder/relpos_bias/rel_embedding',
-  'decoder_relpos_bias': 'decoder/relpos_bias/rel_embedding',
-  'logits_dense': 'decoder/logits_dense/kernel',
-}
-
-
-def assert_parameters_are_those_of_the_tree(cfg):
-  shapes = parameter_shapes(cfg)
-  by_part = {
-    part: elements(leaf for path, leaf in shapes.items() if re.fullmatch(pattern, path))
-    for part, pattern in PARTS.items()
-  }
-  assert formulas.parameters(cfg) == by_part
-  assert sum(formulas.parameters(cfg).values()) == elements(shapes.values())
-
-
 @pytest.mark.parametrize(
   'fields', [*CONFIGS, TIED, {'mlp_activations': ('relu',)}, {'num_encoder_layers': 3}]
 )
-def test_parameters_by_part(fields):
-  assert_parameters_are_those_of_the_tree(oracle.config(**fields))
-
-
-@pytest.mark.parametrize('size', ['tiny', 'base', 'xxl'])
-@pytest.mark.parametrize('K', [1, 2, None])
-def test_parameters_of_a_size_by_part(size, K):
-  layers = dict(num_encoder_layers=1, num_decoder_layers=2)
-  cfg = network.config(size, num_kv_heads=K, **layers)
-  assert_parameters_are_those_of_the_tree(cfg)
+def test_parameters_are_those_of_the_tree(fields):
+  cfg = oracle.config(**fields)
+  assert formulas.num_parameters(cfg) == elements(parameter_shapes(cfg).values())
 
 
 @pytest.mark.parametrize(
@@ -89,8 +56,7 @@ def test_parameters_of_a_size_by_part(size, K):
   ],
 )
 def test_parameters_of_published_sizes(size, K, expected):
-  cfg = network.config(size, num_kv_heads=K)
-  assert sum(formulas.parameters(cfg).values()) == expected
+  assert formulas.num_parameters(network.config(size, num_kv_heads=K)) == expected
 
 
 def read_by_a_step(path):
@@ -224,16 +190,12 @@ def test_attention_of_a_step_is_exactly_xlas(K, length):
   np.testing.assert_array_equal(mixed_difference(xla_step), by_hand)
 
 
-MORE = [{'batch_size': B + 2}, {'input_length': S + 12}]
+def test_flops_of_a_step_are_xlas():
+  xla = [compiled_flops(K) for K in KV_HEADS]
+  assert_rest_is_elementwise(xla, [formula_step(K)[0] for K in KV_HEADS])
 
 
-@pytest.mark.parametrize('lengths', [{}, *MORE])
-def test_flops_of_a_step_are_xlas(lengths):
-  xla = [compiled_flops(K, **lengths) for K in KV_HEADS]
-  assert_rest_is_elementwise(xla, [formula_step(K, **lengths)[0] for K in KV_HEADS])
-
-
-@pytest.mark.parametrize('more', MORE)
+@pytest.mark.parametrize('more', [{'batch_size': B + 2}, {'input_length': S + 12}])
 def test_flops_of_a_larger_or_longer_step_are_xlas(more):
   """Of 12 more positions, softmax is 2.5%: 6.5 FLOPs beside the 4 H of a logit."""
   xla = compiled_flops(2, **more) - compiled_flops(2)
@@ -253,7 +215,7 @@ def assert_rest_is_elementwise(xla, formula):
   assert (np.diff(formula) > 0).all()  # More K/V heads, more FLOPs.
 
 
-@pytest.mark.parametrize('lengths', [(B, S), (B + 2, S), (B, S + 12)])
+@pytest.mark.parametrize('lengths', [(B, S), (B + 2, S + 12)])
 def test_flops_before_the_first_step_are_xlas(lengths):
   xla, formula = [], []
   for K in (1, oracle.N):
@@ -320,7 +282,6 @@ def test_training_is_exactly_its_matrix_products(fields):
   flops, touched = count_products(gradient, shapes)
   step = formulas.training_step(cfg, 3, 11, 5)
   assert (step.flops, step.bytes) == (flops, touched)
-  assert step.intensity == flops / touched
 
 
 @pytest.mark.parametrize('float32_logits', [False, True])
@@ -347,7 +308,6 @@ POSITIVE = [
     functools.partial(formulas.training_step, CFG),
     ('batch_size', 'input_length', 'target_length', 'param_itemsize'),
   ),
-  (formulas.shazeer_training_ratio, ('b', 'n', 'k')),
   (functools.partial(formulas.shazeer_decoding_ratio, h=4, g=2), ('b', 'n', 'd')),
 ]
 
