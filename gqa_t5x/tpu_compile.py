@@ -153,18 +153,9 @@ def _decode(args: flags.FlagValues) -> Result | None:
       f'model_partitions={partitions} does not divide the {len(devices)} devices of'
       f' {args.topology}.'
     )
-  setting = decode_program.Decode(
-    size=args.size,
-    num_kv_heads=args.num_kv_heads,
-    batch_size=args.batch_size,
-    input_length=args.input_length,
-    output_length=args.output_length,
-    num_beams=args.num_beams,
-    dtype=args.dtype,
-    model_partitions=partitions,
-    kv_sharding=args.kv_sharding,
-    num_layers=args.num_layers,
-  )
+  names = (field.name for field in dataclasses.fields(decode_program.Decode))
+  given = {name: args[name].value for name in names}
+  setting = decode_program.Decode(**given | {'model_partitions': partitions})
   if not args.search:
     return _compile_decoding(args.topology, setting)
 

@@ -36,10 +36,3 @@ def variable_shapes(cfg: network.T5Config) -> dict[str, Any]:
       jax.random.PRNGKey(0), tokens, tokens, tokens, enable_dropout=False
     )
   )
-
-
-def check_positive(setting: Any, *names: str) -> None:
-  """Raises BadInput unless the named fields of a setting are at least 1."""
-  for name in names:
-    if getattr(setting, name) < 1:
-      raise BadInput(f'{name}={getattr(setting, name)} must be at least 1.')

@@ -80,7 +80,8 @@ def test_a_tied_table_is_read_whole():
   shapes = parameter_shapes(oracle.config(**TIED))
   read = elements(leaf for path, leaf in shapes.items() if read_by_a_step(path))
   expected = read + oracle.V * oracle.D
-  assert formulas.decoder_step_parameters(oracle.config(**TIED), rows=4) == expected
+  step = formulas.decode_step(oracle.config(**TIED), 4, S, P, param_itemsize=1)
+  assert step.param_bytes == expected
 
 
 @functools.cache
@@ -113,14 +114,6 @@ def test_cache_bytes_are_those_of_the_cache(fields):
   step = formulas.decode_step(cfg, B, S, P)
   assert (step.cross_kv_bytes, step.self_cache_bytes) == (cross, own)
   assert step.cache_bytes == cross + own
-  assert (
-    formulas.cross_kv_bytes(cfg, B, S) == B * S * formulas.cross_kv_bytes(cfg) == cross
-  )
-  assert (
-    formulas.self_cache_bytes(cfg, B, P)
-    == B * P * formulas.self_cache_bytes(cfg)
-    == own
-  )
 
 
 def test_beams_share_cross_attention_only():
@@ -300,9 +293,6 @@ POSITIVE = [
     functools.partial(formulas.decode_step, CFG),
     ('batch_size', 'input_length', 'self_positions', 'num_beams', 'param_itemsize'),
   ),
-  (functools.partial(formulas.decoder_step_parameters, CFG), ('rows',)),
-  (functools.partial(formulas.self_cache_bytes, CFG), ('rows', 'positions')),
-  (functools.partial(formulas.cross_kv_bytes, CFG), ('batch_size', 'input_length')),
   (functools.partial(formulas.prepare_flops, CFG), ('batch_size', 'input_length')),
   (
     functools.partial(formulas.training_step, CFG),

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import timing, workload
 from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.analysis.decode_setting import DecodeSetting
 from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
@@ -33,33 +33,14 @@ COLUMNS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-  """What is decoded.
+class Setting(DecodeSetting):
+  """What is decoded, and by what.
 
   Attributes:
-    size: a key of sizes.SIZES.
-    num_kv_heads: K of decoder self- and cross-attention.
-    batch_size: B, inputs.
-    input_length: S, tokens.
-    output_length: T, tokens; positions of the self-attention cache.
-    dtype: of parameters, activations and cache: a key of models.DTYPES.
-    num_beams: 1 decodes greedily.
     system: 'gqa_t5x', or 't5x': T5X's own network and decoding.
   """
 
-  size: str
-  num_kv_heads: int
-  batch_size: int
-  input_length: int
-  output_length: int
-  dtype: str
-  num_beams: int
   system: str = 'gqa_t5x'
-
-  @property
-  def config(self) -> network.T5Config:
-    """The model's configuration; its errors are BadInput."""
-    return models.config(self.size, self.num_kv_heads, self.dtype)
 
   def nbytes(self) -> int:
     """Memory that it needs, in bytes: parameters, keys, values and logits.
@@ -68,12 +49,12 @@ class Setting:
     """
     cfg, rows = self.config, self.batch_size * self.num_beams
     itemsize = jnp.dtype(cfg.dtype).itemsize
-    twice = self.system == 'gqa_t5x' and jax.default_backend() == 'cpu'  # decoding.py
+    # On CPUs, `generate` keeps the kernels of a step transposed as well.
+    twice = self.system == 'gqa_t5x' and jax.default_backend() == 'cpu'
     return (
       formulas.num_parameters(cfg) * itemsize
       + twice * formulas.step_kernels(cfg) * itemsize
-      + formulas.cross_kv_bytes(cfg, self.batch_size, self.input_length)
-      + formulas.self_cache_bytes(cfg, rows, self.output_length)
+      + self.cost.cache_bytes
       + 4 * rows * cfg.vocab_size
       + self.encoded_together * cfg.num_heads * self.input_length**2 * (4 + itemsize)
     )
@@ -102,7 +83,6 @@ class Setting:
 
   def check(self) -> None:
     """Raises BadInput for what cannot be, or does not fit into memory."""
-    models.check_positive(self, 'batch_size', 'input_length', 'num_beams')
     if self.output_length < 4:
       raise BadInput(
         f'output_length={self.output_length} must be at least 4: a step is timed by the'
@@ -226,16 +206,7 @@ def _row(
   setting: Setting, seconds: float, encode_seconds: float, stream: float, command: str
 ) -> dict[str, Any]:
   """Returns a row; `python -m gqa_t5x.benchmark decode --help` explains its keys."""
-  cfg = setting.config
-  rows = setting.batch_size * setting.num_beams
-  step = formulas.decode_step(
-    cfg,
-    setting.batch_size,
-    setting.input_length,
-    setting.output_length,
-    num_beams=setting.num_beams,
-    param_itemsize=jnp.dtype(cfg.dtype).itemsize,
-  )
+  rows, step = setting.batch_size * setting.num_beams, setting.cost
   rate = workload.matmul_rate(setting.size, rows, setting.dtype)
   floor = max(step.bytes / (1e9 * stream), step.flops / (1e9 * rate))
   total = encode_seconds + setting.output_length * seconds

@@ -72,7 +72,6 @@ class Setting:
 
   def check(self) -> None:
     """Raises BadInput for what cannot be, or does not fit into memory."""
-    models.check_positive(self, 'batch_size', 'input_length', 'target_length')
     workload.check_memory(self)
 
   def describe(self) -> str:

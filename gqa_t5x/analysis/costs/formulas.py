@@ -1,4 +1,4 @@
-"""What a model costs by formula: parameters, FLOPs and bytes.
+"""What a model costs by formula: parameters, FLOPs, bytes, and Shazeer's ratio.
 
 FLOPs are those of matrix products, 2 a multiply-add. Bytes are those that cross the
 memory bus if whatever is needed is read once; products.py says more. Keys and values
@@ -14,6 +14,7 @@ import dataclasses
 import numpy as np
 
 from gqa_t5x.analysis.costs import products
+from gqa_t5x.errors import BadInput
 from gqa_t5x.model import axes
 from gqa_t5x.model.network import T5Config
 
@@ -60,72 +61,6 @@ def step_kernels(cfg: T5Config) -> int:
   return products.decoder(cfg, 1, 1, 1, 1).weights - table
 
 
-def decoder_step_parameters(cfg: T5Config, rows: int) -> int:
-  """Counts the parameters that one decode step reads.
-
-  That is the decoder with its output projection, but not what makes cross-attention
-  K and V, since those are computed once an input; and of the embedding table one
-  vector a row, or all of it if it is the output projection, too.
-
-  Args:
-    cfg: the configuration.
-    rows: sequences decoded together: batch size times beams.
-
-  Returns:
-    Number of parameters.
-
-  Raises:
-    ValueError: if `rows` is not positive.
-
-  Source: Shazeer 2019, section 2.4 (a step reads every weight once).
-  """
-  _check_positive(rows=rows)
-  norms = 3 * cfg.num_decoder_layers + 1
-  vectors = cfg.vocab_size if cfg.logits_via_embedding else rows
-  biases = RELPOS_BUCKETS * cfg.num_heads
-  return step_kernels(cfg) + (norms + vectors) * cfg.emb_dim + biases
-
-
-def self_cache_bytes(cfg: T5Config, rows: int = 1, positions: int = 1) -> int:
-  """Returns the size of the self-attention cache of all layers.
-
-  Args:
-    cfg: the configuration.
-    rows: sequences decoded together: batch size times beams.
-    positions: T, tokens of each.
-
-  Returns:
-    Bytes; by default those of one token.
-
-  Raises:
-    ValueError: if a number is not positive.
-
-  Source: Shazeer 2019, section 2.4 (MHA) and 3.1 (MQA).
-  """
-  _check_positive(rows=rows, positions=positions)
-  return rows * positions * _key_and_value_bytes(cfg, cfg.self_kv)
-
-
-def cross_kv_bytes(cfg: T5Config, batch_size: int = 1, input_length: int = 1) -> int:
-  """Returns the size of the cross-attention K and V of all layers.
-
-  Args:
-    cfg: the configuration.
-    batch_size: B; the beams of an input share its K and V.
-    input_length: S, tokens.
-
-  Returns:
-    Bytes; by default those of one token.
-
-  Raises:
-    ValueError: if a number is not positive.
-
-  Source: Shazeer 2019, section 2.4 (MHA) and 3.1 (MQA).
-  """
-  _check_positive(batch_size=batch_size, input_length=input_length)
-  return batch_size * input_length * _key_and_value_bytes(cfg, cfg.cross_kv)
-
-
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
   """The cost of decoding one token of every row.
@@ -135,8 +70,12 @@ class DecodeStep:
 
   Attributes:
     flops: FLOPs, 2 a multiply-add.
-    param_bytes: bytes of parameters read.
-    cross_kv_bytes: bytes of cross-attention K and V read, once an input.
+    param_bytes: bytes of parameters read: the decoder with its output projection, but
+      not what makes cross-attention K and V, since those are computed once an input;
+      and of the embedding table one vector a row, or all of it if it is the output
+      projection, too.
+    cross_kv_bytes: bytes of cross-attention K and V read, once an input: the beams of
+      an input share them.
     self_cache_bytes: bytes of the self-attention cache read, once a row.
   """
 
@@ -147,7 +86,7 @@ class DecodeStep:
 
   @property
   def cache_bytes(self) -> int:
-    """Bytes of keys and values read."""
+    """Bytes of keys and values read: all that there are."""
     return self.cross_kv_bytes + self.self_cache_bytes
 
   @property
@@ -173,16 +112,13 @@ def decode_step(
     input_length: S, tokens.
     self_positions: positions of the self-attention cache that the step reads: the
       length of the cache where all of it is read, else those written so far.
-    num_beams: rows an input. They share its cross-attention K and V.
+    num_beams: rows an input.
     param_itemsize: bytes of one parameter in memory.
 
-  Returns:
-    FLOPs and bytes; see `DecodeStep`.
-
   Raises:
-    ValueError: if a number is not positive.
+    BadInput: if a number is not positive.
 
-  Source: Shazeer 2019, sections 2.4 and 3.1.
+  Source: Shazeer 2019, sections 2.4 (MHA: a step reads every weight once), 3.1 (MQA).
   """
   _check_positive(
     batch_size=batch_size,
@@ -192,11 +128,15 @@ def decode_step(
     param_itemsize=param_itemsize,
   )
   rows = batch_size * num_beams
+  norms = 3 * cfg.num_decoder_layers + 1
+  vectors = cfg.vocab_size if cfg.logits_via_embedding else rows
+  biases = RELPOS_BUCKETS * cfg.num_heads
+  read = step_kernels(cfg) + (norms + vectors) * cfg.emb_dim + biases
   return DecodeStep(
     flops=products.decoder(cfg, rows, 1, self_positions, input_length).flops,
-    param_bytes=param_itemsize * decoder_step_parameters(cfg, rows),
-    cross_kv_bytes=cross_kv_bytes(cfg, batch_size, input_length),
-    self_cache_bytes=self_cache_bytes(cfg, rows, self_positions),
+    param_bytes=param_itemsize * read,
+    cross_kv_bytes=batch_size * input_length * _key_value_bytes(cfg, cfg.cross_kv),
+    self_cache_bytes=rows * self_positions * _key_value_bytes(cfg, cfg.self_kv),
   )
 
 
@@ -212,7 +152,7 @@ def prepare_flops(cfg: T5Config, batch_size: int, input_length: int) -> int:
     FLOPs, 2 a multiply-add.
 
   Raises:
-    ValueError: if a number is not positive.
+    BadInput: if a number is not positive.
 
   Source: Vaswani et al. 2017; Shazeer 2019, section 2.3.
   """
@@ -266,7 +206,7 @@ def training_step(
     FLOPs and bytes; see `TrainingStep`.
 
   Raises:
-    ValueError: if a number is not positive.
+    BadInput: if a number is not positive.
 
   Source: Shazeer 2019, section 2.3.
   """
@@ -304,7 +244,7 @@ def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
     n/d + 1/b for MHA and n/(d h) + 1/b for MQA.
 
   Raises:
-    ValueError: if a number is not positive, or g does not divide h.
+    BadInput: if a number is not positive, or g does not divide h.
 
   Source: Shazeer 2019, sections 2.4 (MHA) and 3.1 (MQA).
   """
@@ -313,7 +253,7 @@ def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
   return n * g / (d * h) + 1 / b
 
 
-def _key_and_value_bytes(cfg: T5Config, K: int) -> int:
+def _key_value_bytes(cfg: T5Config, K: int) -> int:
   """Returns the bytes of one token's K and V in all decoder layers."""
   return 2 * cfg.num_decoder_layers * K * cfg.head_dim * np.dtype(cfg.dtype).itemsize
 
@@ -321,4 +261,4 @@ def _key_and_value_bytes(cfg: T5Config, K: int) -> int:
 def _check_positive(**numbers: int) -> None:
   for name, number in numbers.items():
     if number < 1:
-      raise ValueError(f'{name}={number} must be at least 1.')
+      raise BadInput(f'{name}={number} must be at least 1.')

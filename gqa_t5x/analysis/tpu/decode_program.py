@@ -1,7 +1,6 @@
 """Lowers decoding for a TPU slice: the whole loop, as a user's program runs it."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax.sharding import PartitionSpec
 
 from gqa_t5x.analysis import models
-from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.analysis.decode_setting import DecodeSetting
 from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
@@ -20,40 +19,25 @@ EOS = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Decode:
+class Decode(DecodeSetting):
   """What is decoded, and how it is laid out.
 
   Attributes:
-    size: a key of sizes.SIZES.
-    num_kv_heads: K of decoder self- and cross-attention; None: the size's, or MHA.
-    batch_size: B, inputs of the whole slice.
-    input_length: S, tokens.
-    output_length: T, tokens; positions of the self-attention cache.
-    num_beams: 1 decodes greedily.
-    dtype: of parameters, activations and cache: a key of models.DTYPES.
     model_partitions: devices that share a copy of the model.
     kv_sharding: of `axes.kv_head_rules`; None is by rule.
     num_layers: of encoder and decoder each; None: the size's.
   """
 
-  size: str
-  num_kv_heads: int | None
-  batch_size: int
-  input_length: int
-  output_length: int
-  num_beams: int
-  dtype: str
   model_partitions: int
   kv_sharding: str | None = None
   num_layers: int | None = None
 
-  @functools.cached_property
+  @property
   def config(self) -> network.T5Config:
     """The model's configuration; its errors are BadInput."""
-    cfg = models.config(self.size, self.num_kv_heads, self.dtype)
-    if self.num_layers is None:
+    cfg, n = super().config, self.num_layers
+    if n is None:
       return cfg
-    n = self.num_layers
     return dataclasses.replace(cfg, num_encoder_layers=n, num_decoder_layers=n)
 
   def least_bytes(self, devices: int) -> float:
@@ -61,22 +45,8 @@ class Decode:
 
     That is its part of the parameters and of the cache, once, the cache being full.
     """
-    step = formulas.decode_step(
-      self.config,
-      self.batch_size,
-      self.input_length,
-      self.output_length,
-      num_beams=self.num_beams,
-      param_itemsize=jnp.dtype(self.config.dtype).itemsize,
-    )
-    return step.param_bytes / self.model_partitions + step.cache_bytes / devices
-
-  def cache_bytes(self) -> int:
-    """Returns the bytes of all keys and values, of the whole slice."""
-    rows = self.batch_size * self.num_beams
-    return formulas.cross_kv_bytes(
-      self.config, self.batch_size, self.input_length
-    ) + formulas.self_cache_bytes(self.config, rows, self.output_length)
+    cost = self.cost
+    return cost.param_bytes / self.model_partitions + cost.cache_bytes / devices
 
 
 def lower(setting: Decode, partitioner: Any) -> tuple[Any, Any, Any]:
@@ -91,11 +61,8 @@ def lower(setting: Decode, partitioner: Any) -> tuple[Any, Any, Any]:
     tokens and scores; the parameters' shapes; their PartitionSpecs).
 
   Raises:
-    BadInput: numbers that are not positive or do not divide.
+    BadInput: a batch that does not divide.
   """
-  models.check_positive(
-    setting, 'batch_size', 'input_length', 'output_length', 'num_beams'
-  )
   copies = partitioner.mesh.shape['data']
   if setting.batch_size % copies:
     raise BadInput(

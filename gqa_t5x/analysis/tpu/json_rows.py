@@ -48,7 +48,7 @@ def decode_row(
     'num_layers': cfg.num_decoder_layers,
     'least_bytes_per_step': chip.devices * setting.least_bytes(mesh.size),
     'parameters_bytes': chip.devices * program.bytes_on_device(params, specs, mesh),
-    'cache_bytes': chip.devices * setting.cache_bytes() / mesh.size,
+    'cache_bytes': chip.devices * setting.cost.cache_bytes / mesh.size,
   }
   compiled = _compile(row, lowered, chip)
   if compiled is None:
