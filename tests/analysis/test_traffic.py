@@ -126,56 +126,68 @@ def test_a_conditional_counts_its_costlier_branch():
   assert moved(body, branches) == (16384, 0)
 
 
-# 4096 numbers of 4 bytes in, among 4 devices.
-IN = '%x = f32[4096]{0} parameter(0)'
+@pytest.mark.parametrize(
+  ('kind', 'attributes', 'expected'),
+  [
+    # 4096 numbers of 4 bytes, among 4 devices.
+    ('all-gather', 'replica_groups={{0,1,2,3}}, dimensions={0}', 3 * 16384),
+    ('reduce-scatter', 'replica_groups={{0,1,2,3}}, to_apply=%add', 12288),
+    ('all-reduce', 'replica_groups={{0,1,2,3}}, to_apply=%add', 24576),
+    ('all-to-all', 'replica_groups={{0,1,2,3}}, dimensions={0}', 12288),
+    ('collective-permute', 'source_target_pairs={{0,1},{1,0}}', 16384),
+  ],
+)
+def test_collectives(kind, attributes, expected):
+  at_once = f"""
+  %x = f32[4096] parameter(0)
+  ROOT %y = f32[4096] {kind}(%x), {attributes}
+  """
+  counted = traffic.count(program(at_once))
+  assert counted.collectives == {kind: expected}
+  asynchronous = f"""
+  %x = f32[4096] parameter(0)
+  %s = (f32[4096], f32[4096]) {kind}-start(%x), {attributes}
+  ROOT %y = f32[4096] {kind}-done(%s)
+  """
+  assert traffic.count(program(asynchronous)) == counted
+
+
+def all_reduced(attributes):
+  """Bytes received when 4096 numbers of 4 bytes are added up."""
+  counted = traffic.count(
+    program(f"""
+    %x = f32[4096] parameter(0)
+    ROOT %y = f32[4096] all-reduce(%x), {attributes}to_apply=%add
+    """)
+  )
+  return counted.collectives['all-reduce']
 
 
 @pytest.mark.parametrize(
-  ('line', 'expected'),
+  'groups',
   [
-    ('all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}', 3 * 16384),
-    ('reduce-scatter(%x), replica_groups={{0,1,2,3}}, to_apply=%add', 12288),
-    ('all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add', 24576),
-    ('all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add', 24576),
-    ('all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add', 24576),
-    ("all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add", 24576),
-    (
-      "all-reduce(%x), replica_groups=mesh['a'=2,'b'=2] {'a','b'}, to_apply=%add",
-      24576,
-    ),
-    (
-      "all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0))"
-      " {'b'}, to_apply=%add",
-      24576,
-    ),
+    '{{0,1,2,3},{4,5,6,7}}',
+    '[2,4]<=[8]',
+    '[2,4]<=[4,2]T(1,0)',
+    "mesh['a'=2,'b'=4] {'b'}",
+    "mesh['a'=2,'b'=2] {'a','b'}",
+    "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
     # A part of an axis: 8 devices in two groups.
-    ("all-reduce(%x), replica_groups=mesh['a'=8] {'a':(2)4}, to_apply=%add", 24576),
-    # All 8 devices of the program.
-    ('all-reduce(%x), replica_groups={}, to_apply=%add', 2 * 7 / 8 * 16384),
-    ('all-reduce(%x), to_apply=%add', 2 * 7 / 8 * 16384),
-    ('all-to-all(%x), replica_groups={{0,1,2,3}}, dimensions={0}', 12288),
-    ('collective-permute(%x), source_target_pairs={{0,1},{1,0}}', 16384),
+    "mesh['a'=8] {'a':(2)4}",
   ],
 )
-def test_collectives(line, expected):
-  kind = line.partition('(')[0]
-  counted = traffic.count(program(f'{IN}\nROOT %y = f32[4096]{{0}} {line}'))
-  assert counted.collectives == {kind: expected}
-  asynchronous = line.replace(kind, f'{kind}-start', 1)
-  started = f"""
-  {IN}
-  %s = (f32[4096]{{0}}, f32[4096]{{0}}) {asynchronous}
-  ROOT %y = f32[4096]{{0}} {kind}-done(%s)
-  """
-  assert traffic.count(program(started)) == counted
+def test_groups_of_4(groups):
+  assert all_reduced(f'replica_groups={groups}, ') == 2 * 3 / 4 * 16384
+
+
+@pytest.mark.parametrize('groups', ['', 'replica_groups={}, '])
+def test_without_groups_all_8_devices_take_part(groups):
+  assert all_reduced(groups) == 2 * 7 / 8 * 16384
 
 
 def test_groups_that_are_written_in_no_known_way():
-  body = (
-    f'{IN}\nROOT %y = f32[4096]{{0}} all-reduce(%x), replica_groups=[8], to_apply=%add'
-  )
   with pytest.raises(ValueError, match=r'y: replica_groups=\[8\], to_apply=%add'):
-    traffic.count(program(body))
+    all_reduced('replica_groups=[8], ')
 
 
 TWO_ADDED_UP = """
@@ -237,79 +249,63 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
   assert counted.collectives == {'all-reduce': 7 * 1024}  # 2 * 1 / 2 of 1024 bytes.
 
 
-@pytest.mark.parametrize(
-  ('left', 'right', 'out', 'options', 'expected'),
-  [
-    # 3 x 5 by 5 x 7.
-    ('[3,5]', '[5,7]', '[3,7]', 'dim_labels=bf_io->bf', 2 * 3 * 5 * 7),
-    ('[3,5]', '[7,5]', '[3,7]', 'dim_labels=bf_oi->bf', 2 * 3 * 5 * 7),
-    # A batch of 4 such products, as TPU programs write them: its positions are those of
-    # a window as large as the batch, of which one each is within the array.
-    (
-      '[4,3,5]',
-      '[4,5,7]',
-      '[4,3,7]',
-      'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
-      2 * 4 * 3 * 5 * 7,
-    ),
-    # An ordinary convolution over 6 positions by 3, padded by 1: 2 + 4 * 3 + 2 meet.
-    (
-      '[2,6,5]',
-      '[3,5,7]',
-      '[2,6,7]',
-      'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f',
-      2 * 2 * 5 * 7 * 16,
-    ),
-    # Every second of them, padded on one side only: 2 + 3 + 3 meet.
-    (
-      '[2,6,5]',
-      '[3,5,7]',
-      '[2,3,7]',
-      'window={size=3 stride=2 pad=1_0}, dim_labels=b0f_0io->b0f',
-      2 * 2 * 5 * 7 * 8,
-    ),
-    # The window skips every second position, and cuts off the first two: positions 2
-    # and 4, 3 and 5, and 4 alone.
-    (
-      '[2,6,5]',
-      '[2,5,7]',
-      '[2,3,7]',
-      'window={size=2 pad=-2_1 rhs_dilate=2}, dim_labels=b0f_0io->b0f',
-      2 * 2 * 5 * 7 * 5,
-    ),
-    # In two dimensions: 4 x 3 windows of 2 x 1.
-    (
-      '[1,5,3,5]',
-      '[2,1,5,7]',
-      '[1,4,3,7]',
-      'window={size=2x1}, dim_labels=b01f_01io->b01f',
-      2 * 5 * 7 * 4 * 3 * 2,
-    ),
-    # Groups: a feature of the output comes from 5 of the 10 of the input; a batch of 4
-    # is 2 of 2.
-    (
-      '[3,10]',
-      '[5,14]',
-      '[3,14]',
-      'feature_group_count=2, dim_labels=bf_io->bf',
-      2 * 3 * 5 * 14,
-    ),
-    (
-      '[4,5]',
-      '[5,14]',
-      '[2,14]',
-      'batch_group_count=2, dim_labels=bf_io->bf',
-      2 * 2 * 5 * 14,
-    ),
-  ],
-)
-def test_flops(left, right, out, options, expected):
-  body = f"""
+# Left, right and result; options of the convolution; multiply-adds.
+CONVOLUTIONS = [
+  # 3 x 5 by 5 x 7.
+  ('[3,5] [5,7] [3,7]', 'dim_labels=bf_io->bf', 3 * 5 * 7),
+  ('[3,5] [7,5] [3,7]', 'dim_labels=bf_oi->bf', 3 * 5 * 7),
+  # A batch of 4 such products, as TPU programs write them: its positions are those of
+  # a window as large as the batch, of which one each is within the array.
+  (
+    '[4,3,5] [4,5,7] [4,3,7]',
+    'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
+    4 * 3 * 5 * 7,
+  ),
+  # An ordinary convolution over 6 positions by 3, padded by 1: 2 + 4 * 3 + 2 meet.
+  (
+    '[2,6,5] [3,5,7] [2,6,7]',
+    'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f',
+    2 * 5 * 7 * 16,
+  ),
+  # Every second of them, padded on one side only: 2 + 3 + 3 meet.
+  (
+    '[2,6,5] [3,5,7] [2,3,7]',
+    'window={size=3 stride=2 pad=1_0}, dim_labels=b0f_0io->b0f',
+    2 * 5 * 7 * 8,
+  ),
+  # The window skips every second position, and cuts off the first two: positions 2
+  # and 4, 3 and 5, and 4 alone.
+  (
+    '[2,6,5] [2,5,7] [2,3,7]',
+    'window={size=2 pad=-2_1 rhs_dilate=2}, dim_labels=b0f_0io->b0f',
+    2 * 5 * 7 * 5,
+  ),
+  # In two dimensions: 4 x 3 windows of 2 x 1.
+  (
+    '[1,5,3,5] [2,1,5,7] [1,4,3,7]',
+    'window={size=2x1}, dim_labels=b01f_01io->b01f',
+    5 * 7 * 4 * 3 * 2,
+  ),
+  # Groups: a feature of the output comes from 5 of the 10 of the input.
+  (
+    '[3,10] [5,14] [3,14]',
+    'feature_group_count=2, dim_labels=bf_io->bf',
+    3 * 5 * 14,
+  ),
+  # A batch of 4 is 2 of 2.
+  ('[4,5] [5,14] [2,14]', 'batch_group_count=2, dim_labels=bf_io->bf', 2 * 5 * 14),
+]
+
+
+@pytest.mark.parametrize(('shapes', 'options', 'multiply_adds'), CONVOLUTIONS)
+def test_flops_of_a_convolution(shapes, options, multiply_adds):
+  left, right, out = shapes.split()
+  entry = f"""
   %x = f32{left} parameter(0)
   %y = f32{right} parameter(1)
   ROOT %z = f32{out} convolution(%x, %y), {options}
   """
-  assert traffic.count(program(body)).flops == expected
+  assert traffic.count(program(entry)).flops == 2 * multiply_adds
 
 
 def test_flops_of_a_dot():
