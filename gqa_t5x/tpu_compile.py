@@ -36,8 +36,8 @@ token position of the whole batch, the cache being full:
   prepare_...                 decoding: before the first step
   seconds_per_sample          decoding: (prepare + output_length steps) * chips / batch
 
-Exit code: 0 if it fits, 2 if not, 1 on an error,
-130 or 143 when stopped.
+Exit code: 0 if it fits, 2 if not, 1 on an error, 130 or 143 when
+stopped.
 """
 
 import os

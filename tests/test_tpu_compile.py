@@ -125,6 +125,43 @@ def test_the_largest_size_that_fits(most):
   assert len(tried) == len(set(tried)) <= 3
 
 
+def compiled_as(tried, key, time, fits):
+  """A compiler of pretence: from (partitions, number) to a row, remembering both."""
+
+  def compile_one(M, number):
+    tried.append((M, number))
+    row = {'fits': fits(M, number), 'hbm_peak_bytes': 9, 'hbm_capacity_bytes': 9}
+    return row | {'parameters_bytes': 1, key: time(M, number)}, f'{M} x {number}'
+
+  return compile_one
+
+
+def test_search_for_decoding():
+  """Of 4 devices on 2 chips: every copy of the model gets as many inputs."""
+  tried = []
+  compile_one = compiled_as(
+    tried, 'seconds_per_sample', lambda M, batch: abs(M - 2), lambda M, batch: M > 1
+  )
+  _, text = layout_search.search_decode(4, 2, None, 3, compile_one)
+  assert text == '2 x 6'
+  assert tried == [(4, 6), (2, 6), (1, 4)]
+  tried.clear()
+  assert layout_search.search_decode(4, 2, 4, 3, compile_one)[1] == '4 x 6'
+  assert tried == [(4, 6)]
+  assert layout_search.search_decode(4, 2, 1, 3, compile_one) is None
+
+
+def test_search_for_training():
+  """Of 8 devices and 12 rows: 4, 2 or 1 copies have 3, 6 or 12 rows each."""
+  tried = []
+  compile_one = compiled_as(
+    tried, 'roofline_ms', lambda M, parts: M + parts, lambda M, parts: parts > 1
+  )
+  _, text = layout_search.search_train(8, 12, compile_one)
+  assert text == '4 x 2'
+  assert set(tried) == {(8, 1), (8, 2), (4, 1), (4, 2), (2, 1)}
+
+
 def test_a_report():
   row = {
     'mode': 'decode', 'topology': 'v4:2x2x2', 'chips': 8, 'model_partitions': 8,
