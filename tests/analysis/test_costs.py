@@ -22,9 +22,7 @@ MIXED_HEADS = dict(
 )
 CONFIGS = [*({'num_kv_heads': K} for K in KV_HEADS), MIXED_HEADS]
 
-# Wide enough for matrix products to be nearly all of the arithmetic.
-B, S, P, H = 3, 17, 7, 64
-WIDE = dict(vocab_size=600, emb_dim=120, mlp_dim=280)
+B, S, P = 3, 17, 7
 
 
 def elements(leaves):
@@ -126,127 +124,6 @@ def test_beams_share_cross_attention_only():
   assert four.param_bytes == one.param_bytes + 4 * 3 * B * oracle.D
 
 
-def wide_config(K, head_dim=H):
-  return oracle.config(K, **WIDE, head_dim=head_dim)
-
-
-@functools.cache
-def lowered_step(K, batch_size=B, input_length=S, cache_length=P, head_dim=H):
-  cfg = wide_config(K, head_dim)
-  shapes = step_shapes(cfg, batch_size, input_length, cache_length)
-  newest = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-  return oracle.jit(
-    lambda *arrays: generate.step(network.Transformer(cfg), *arrays, cache_length)
-  ).lower(*shapes, newest)
-
-
-def xla_step(*args, **lengths):
-  """Returns XLA's count of FLOPs and bytes before it fuses anything."""
-  cost = lowered_step(*args, **lengths).cost_analysis()
-  return np.array([cost['flops'], cost['bytes accessed']])
-
-
-@functools.cache
-def compiled_flops(*args, **lengths):
-  """Returns XLA's count of FLOPs of what it runs in the end."""
-  return lowered_step(*args, **lengths).compile().cost_analysis()['flops']
-
-
-def formula_step(K, batch_size=B, input_length=S, cache_length=P, head_dim=H):
-  cfg = wide_config(K, head_dim)
-  step = formulas.decode_step(cfg, batch_size, input_length, cache_length)
-  return np.array([step.flops, step.bytes])
-
-
-@pytest.mark.parametrize('K', KV_HEADS)
-@pytest.mark.parametrize('length', ['input_length', 'cache_length'])
-def test_attention_of_a_step_is_exactly_xlas(K, length):
-  """How much 12 more positions cost more with heads larger by 16.
-
-  That leaves the two products of attention, and the keys and values they read: the
-  softmax does not grow with the head size, nor the projections with the length.
-  """
-  longer = {length: {'input_length': S, 'cache_length': P}[length] + 12}
-
-  def mixed_difference(cost):
-    large = {'head_dim': H + 16}
-    more_of_large_heads = cost(K, **longer, **large) - cost(K, **large)
-    return more_of_large_heads - (cost(K, **longer) - cost(K))
-
-  two_products_and_multiply_adds, key_and_value_of_float32 = 2 * 2, 2 * 4
-  once = oracle.DECODER_LAYERS * B * 12 * 16
-  by_hand = [
-    once * oracle.N * two_products_and_multiply_adds,
-    once * K * key_and_value_of_float32,
-  ]
-  np.testing.assert_array_equal(mixed_difference(formula_step), by_hand)
-  np.testing.assert_array_equal(mixed_difference(xla_step), by_hand)
-
-
-def test_flops_of_a_step_are_xlas():
-  xla = [compiled_flops(K) for K in KV_HEADS]
-  assert_rest_is_elementwise(xla, [formula_step(K)[0] for K in KV_HEADS])
-
-
-@pytest.mark.parametrize('more', [{'batch_size': B + 2}, {'input_length': S + 12}])
-def test_flops_of_a_larger_or_longer_step_are_xlas(more):
-  """Of 12 more positions, softmax is 2.5%: 6.5 FLOPs beside the 4 H of a logit."""
-  xla = compiled_flops(2, **more) - compiled_flops(2)
-  flops = formula_step(2, **more)[0] - formula_step(2)[0]
-  assert 0.97 * xla < flops < xla
-
-
-def assert_rest_is_elementwise(xla, formula):
-  """Checks that XLA counts up to 2% more, and equally much for every K.
-
-  That is norms, softmax and GELU. Past 2**24, XLA's float32 counts by twos.
-  """
-  rest = np.array(xla) - formula
-  assert (rest > 0).all()
-  assert (rest < 0.02 * np.array(formula)).all()
-  assert np.ptp(rest) <= 4
-  assert (np.diff(formula) > 0).all()  # More K/V heads, more FLOPs.
-
-
-@pytest.mark.parametrize('lengths', [(B, S), (B + 2, S + 12)])
-def test_flops_before_the_first_step_are_xlas(lengths):
-  xla, formula = [], []
-  for K in (1, oracle.N):
-    cfg = wide_config(K)
-    params, _, _, tokens = step_shapes(cfg, *lengths, P)
-    prepare = oracle.jit(
-      lambda params, tokens, cfg=cfg: generate.prepare(
-        network.Transformer(cfg), params, tokens, P
-      )
-    )
-    xla.append(prepare.lower(params, tokens).compile().cost_analysis()['flops'])
-    formula.append(formulas.prepare_flops(cfg, *lengths))
-  assert_rest_is_elementwise(xla, formula)
-
-
-def apply_shapes(cfg, batch_size, input_length, target_length):
-  """Returns a forward pass, and the shapes of what it is given."""
-
-  def forward(params, inputs, targets):
-    return network.Transformer(cfg).apply(
-      {'params': params}, inputs, targets, targets, enable_dropout=False
-    )
-
-  inputs = jax.ShapeDtypeStruct((batch_size, input_length), jnp.int32)
-  targets = jax.ShapeDtypeStruct((batch_size, target_length), jnp.int32)
-  return forward, (oracle.initial_shapes(cfg)['params'], inputs, targets)
-
-
-def test_flops_of_a_forward_pass_are_xlas():
-  xla, formula = [], []
-  for K in (1, oracle.N):
-    forward, shapes = apply_shapes(wide_config(K), B, S, P)
-    compiled = oracle.jit(forward).lower(*shapes).compile()
-    xla.append(compiled.cost_analysis()['flops'])
-    formula.append(formulas.training_step(wide_config(K), B, S, P).flops / 3)
-  assert_rest_is_elementwise(xla, formula)
-
-
 def products(jaxpr):
   """Yields the shapes of every matrix product: two operands, result, summed length."""
   for equation in jaxpr.eqns:
@@ -265,6 +142,64 @@ def count_products(function, shapes):
     flops += 2 * arrays[2].size * summed
     touched += sum(array.size * array.dtype.itemsize for array in arrays)
   return flops, touched
+
+
+def run_step(cfg, cache_length):
+  return lambda *arrays: generate.step(network.Transformer(cfg), *arrays, cache_length)
+
+
+@pytest.mark.parametrize('fields', [*CONFIGS, TIED])
+@pytest.mark.parametrize('lengths', [(B, S, P), (B + 2, S + 12, P + 4)])
+def test_a_step_is_exactly_its_matrix_products(fields, lengths):
+  cfg, (batch_size, _, cache_length) = oracle.config(**fields), lengths
+  newest = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+  shapes = *step_shapes(cfg, *lengths), newest
+  flops, _ = count_products(run_step(cfg, cache_length), shapes)
+  assert formulas.decode_step(cfg, *lengths).flops == flops
+
+
+def xla_flops(function, *shapes):
+  """Returns XLA's count of what it runs in the end."""
+  compiled = oracle.jit(function).lower(*shapes).compile()
+  return compiled.cost_analysis()['flops']
+
+
+@pytest.mark.parametrize('what', ['step', 'prepare'])
+def test_flops_are_xlas(what):
+  """XLA counts up to 2% more, norms, softmax and GELU: equally much for every K."""
+  xla, formula = [], []
+  for K in (1, oracle.N):
+    # Wide enough for matrix products to be nearly all of the arithmetic.
+    cfg = oracle.config(K, vocab_size=600, emb_dim=120, mlp_dim=280, head_dim=64)
+    params, kept, cache, tokens = step_shapes(cfg, B, S, P)
+    if what == 'step':
+      newest = jax.ShapeDtypeStruct((B,), jnp.int32)
+      shapes = params, kept, cache, tokens, newest
+      xla.append(xla_flops(run_step(cfg, P), *shapes))
+      formula.append(formulas.decode_step(cfg, B, S, P).flops)
+    else:
+      module = network.Transformer(cfg)
+      prepare = functools.partial(generate.prepare, module, max_length=P)
+      xla.append(xla_flops(prepare, params, tokens))
+      formula.append(formulas.prepare_flops(cfg, B, S))
+  rest = np.array(xla) - formula
+  assert (rest > 0).all()
+  assert (rest < 0.02 * np.array(formula)).all()
+  assert np.ptp(rest) <= 4  # Past 2**24, XLA's float32 counts by twos.
+  assert formula[1] > formula[0]  # More K/V heads, more FLOPs.
+
+
+def apply_shapes(cfg, batch_size, input_length, target_length):
+  """Returns a forward pass, and the shapes of what it is given."""
+
+  def forward(params, inputs, targets):
+    return network.Transformer(cfg).apply(
+      {'params': params}, inputs, targets, targets, enable_dropout=False
+    )
+
+  inputs = jax.ShapeDtypeStruct((batch_size, input_length), jnp.int32)
+  targets = jax.ShapeDtypeStruct((batch_size, target_length), jnp.int32)
+  return forward, (oracle.initial_shapes(cfg)['params'], inputs, targets)
 
 
 @pytest.mark.parametrize('fields', [*CONFIGS, {'mlp_activations': ('relu',)}])

@@ -14,14 +14,17 @@ TILED = 'f32[16,256]{1,0:T(8,128)}'
 SCALAR = 's32[]{:S(6)}'
 
 
-def entry(operands, lines):
+def entry(operands, *lines):
   """The lines of a program: its parameters by name and type, and what they are for."""
-  parameters = [
-    f'%{name} = {kind} parameter({n})'
-    for n, (name, kind) in enumerate(operands.items())
-  ]
-  *others, root = [lines] if isinstance(lines, str) else lines
+  numbered = enumerate(operands.items())
+  parameters = [f'%{name} = {kind} parameter({n})' for n, (name, kind) in numbered]
+  *others, root = lines
   return '\n'.join([*parameters, *others, f'ROOT {root}'])
+
+
+def computation(name, operands, *lines):
+  """What a fusion calls."""
+  return f'%{name} () -> () {{\n{entry(operands, *lines)}\n}}\n'
 
 
 @pytest.mark.parametrize(
@@ -207,140 +210,119 @@ def entry(operands, lines):
   ],
 )
 def test_bytes(operands, lines, expected):
-  assert moved(entry(operands, lines)) == expected
+  lines = [lines] if isinstance(lines, str) else lines
+  assert moved(entry(operands, *lines)) == expected
 
 
 @pytest.mark.parametrize(
   ('computations', 'operands', 'line', 'expected'),
   [
     pytest.param(
-      """
-    %renamed (b: f32[16,256]) -> f32[4096] {
-      %b = f32[16,256] parameter(0)
-      ROOT %flat = f32[4096] bitcast(%b)
-    }
-    %fused (p: f32[16,256], i: s32[]) -> f32[8] {
-      %p = f32[16,256] parameter(0)
-      %i = s32[] parameter(1)
-      %inner = f32[4096] fusion(%p), kind=kLoop, calls=%renamed
-      ROOT %taken = f32[8] dynamic-slice(%inner, %i)
-    }
-    """,
+      computation('renamed', dict(b=X), '%flat = f32[4096] bitcast(%b)')
+      + computation(
+        'fused',
+        dict(p=X, i='s32[]'),
+        '%inner = f32[4096] fusion(%p), kind=kLoop, calls=%renamed',
+        '%taken = f32[8] dynamic-slice(%inner, %i)',
+      ),
       dict(x=X, i=SCALAR),
       '%y = f32[8] fusion(%x, %i), kind=kLoop, calls=%fused',
       (32, 32),
       id='8 numbers of a parameter, which a fusion in the fusion renames',
     ),
     pytest.param(
-      """
-    %fused (p: f32[16,256], u: f32[1,256], i: s32[]) -> (f32[16,256], f32[1,256]) {
-      %p = f32[16,256] parameter(0)
-      %u = f32[1,256] parameter(1)
-      %i = s32[] parameter(2)
-      %twice = f32[1,256] add(%u, %u)
-      %new = f32[16,256] dynamic-update-slice(%p, %twice, %i, %i)
-      ROOT %pair = (f32[16,256], f32[1,256]) tuple(%new, %twice)
-    }
-    """,
+      computation(
+        'fused',
+        dict(p=X, u='f32[1,256]', i='s32[]'),
+        '%twice = f32[1,256] add(%u, %u)',
+        '%new = f32[16,256] dynamic-update-slice(%p, %twice, %i, %i)',
+        '%pair = (f32[16,256], f32[1,256]) tuple(%new, %twice)',
+      ),
       dict(x=X, u='f32[1,256]', i=SCALAR),
       '%y = (f32[16,256], f32[1,256]{1,0:S(1)}) fusion(%x, %u, %i), calls=%fused',
       (1024, 1024),
       id='one row in place, and that row as a second result',
     ),
     pytest.param(
-      """
-    %fused (p: f32[16,256], i: s32[]) -> f32[256] {
-      %p = f32[16,256] parameter(0)
-      %i = s32[] parameter(1)
-      %taken = f32[1,256] dynamic-slice(%p, %i, %i)
-      %zero = f32[] constant(0)
-      ROOT %sum = f32[256] reduce(%p, %zero), dimensions={0}, to_apply=%add
-    }
-    """,
+      computation(
+        'fused',
+        dict(p=X, i='s32[]'),
+        '%taken = f32[1,256] dynamic-slice(%p, %i, %i)',
+        '%zero = f32[] constant(0)',
+        '%sum = f32[256] reduce(%p, %zero), dimensions={0}, to_apply=%add',
+      ),
       dict(x=X, i=SCALAR),
       '%y = f32[256]{0:S(1)} fusion(%x, %i), kind=kInput, calls=%fused',
       (16384, 0),
       id='what is sliced and read whole is read whole',
     ),
     pytest.param(
-      """
-    %fused (u: f32[1,256], i: s32[]) -> f32[16,256] {
-      %u = f32[1,256] parameter(0)
-      %i = s32[] parameter(1)
-      %zero = f32[] constant(0)
-      %zeros = f32[16,256] broadcast(%zero), dimensions={}
-      ROOT %new = f32[16,256] dynamic-update-slice(%zeros, %u, %i, %i)
-    }
-    """,
+      computation(
+        'fused',
+        dict(u='f32[1,256]', i='s32[]'),
+        '%zero = f32[] constant(0)',
+        '%zeros = f32[16,256] broadcast(%zero), dimensions={}',
+        '%new = f32[16,256] dynamic-update-slice(%zeros, %u, %i, %i)',
+      ),
       dict(u='f32[1,256]', i=SCALAR),
       '%y = f32[16,256] fusion(%u, %i), kind=kLoop, calls=%fused',
       (1024, 16384),
       id='no array is there to be changed in place: all is written',
     ),
     pytest.param(
-      """
-    %fused (p: f32[16,256], u: f32[1,256], i: s32[]) -> (f32[16,256], f32[256]) {
-      %p = f32[16,256] parameter(0)
-      %u = f32[1,256] parameter(1)
-      %i = s32[] parameter(2)
-      %new = f32[16,256] dynamic-update-slice(%p, %u, %i, %i)
-      %zero = f32[] constant(0)
-      %sum = f32[256] reduce(%new, %zero), dimensions={0}, to_apply=%add
-      ROOT %pair = (f32[16,256], f32[256]) tuple(%new, %sum)
-    }
-    """,
+      computation(
+        'fused',
+        dict(p=X, u='f32[1,256]', i='s32[]'),
+        '%new = f32[16,256] dynamic-update-slice(%p, %u, %i, %i)',
+        '%zero = f32[] constant(0)',
+        '%sum = f32[256] reduce(%new, %zero), dimensions={0}, to_apply=%add',
+        '%pair = (f32[16,256], f32[256]) tuple(%new, %sum)',
+      ),
       dict(x=X, u='f32[1,256]{1,0:S(1)}', i=SCALAR),
       '%y = (f32[16,256], f32[256]{0:S(1)}) fusion(%x, %u, %i), calls=%fused',
       (16384, 1024),
       id='changed in place, and then read whole',
     ),
     pytest.param(
-      """
-    %fused (p: f32[16,256], u: f32[1,256], i: s32[]) -> (f32[16,256], f32[1,256]) {
-      %p = f32[16,256] parameter(0)
-      %u = f32[1,256] parameter(1)
-      %i = s32[] parameter(2)
-      %new = f32[16,256] dynamic-update-slice(%p, %u, %i, %i)
-      %row = f32[1,256] dynamic-slice(%new, %i, %i)
-      ROOT %pair = (f32[16,256], f32[1,256]) tuple(%new, %row)
-    }
-    """,
+      computation(
+        'fused',
+        dict(p=X, u='f32[1,256]', i='s32[]'),
+        '%new = f32[16,256] dynamic-update-slice(%p, %u, %i, %i)',
+        '%row = f32[1,256] dynamic-slice(%new, %i, %i)',
+        '%pair = (f32[16,256], f32[1,256]) tuple(%new, %row)',
+      ),
       dict(x=X, u='f32[1,256]{1,0:S(1)}', i=SCALAR),
       '%y = (f32[16,256], f32[1,256]{1,0:S(1)}) fusion(%x, %u, %i), calls=%fused',
       (1024, 1024),
       id='changed in place, and one row of it is read',
     ),
     pytest.param(
-      """
-    %row (q: f32[16,256], j: s32[]) -> f32[256] {
-      %j = s32[] parameter(1)
-      %q = f32[16,256] parameter(0)
-      %wide = f32[16,256] convert(%q)
-      %one = f32[1,256] dynamic-slice(%wide, %j, %j)
-      ROOT %flat = f32[256] bitcast(%one)
-    }
-    %fused (i: s32[], p: bf16[16,256]) -> f32[256] {
-      %i = s32[] parameter(0)
-      %p = bf16[16,256] parameter(1)
-      %one = f32[256] fusion(%p, %i), kind=kLoop, calls=%row
-      ROOT %other = f32[256] negate(%one)
-    }
-    """,
+      computation(
+        'row',
+        dict(q=X, j='s32[]'),
+        '%wide = f32[16,256] convert(%q)',
+        '%one = f32[1,256] dynamic-slice(%wide, %j, %j)',
+        '%flat = f32[256] bitcast(%one)',
+      )
+      + computation(
+        'fused',
+        dict(i='s32[]', p='bf16[16,256]'),
+        '%one = f32[256] fusion(%p, %i), kind=kLoop, calls=%row',
+        '%other = f32[256] negate(%one)',
+      ),
       dict(x='bf16[16,256]', i=SCALAR),
       '%y = f32[256]{0:S(1)} fusion(%i, %x), kind=kLoop, calls=%fused',
       (512, 0),
       id='a row of bf16 that is sliced as f32, operands in another order',
     ),
     pytest.param(
-      """
-    %fused (table: bf16[64,256], i: s32[3]) -> bf16[3,256] {
-      %table = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(0)
-      %i = s32[3]{0:T(128)} parameter(1)
-      %ids = s32[3] custom-call(%i), custom_call_target="AssumeGatherIndicesInBound"
-      %taken = bf16[3,256]{1,0:T(8,128)(2,1)} gather(%table, %ids), offset_dims={1}, slice_sizes={1,256}
-      ROOT %y = bf16[3,256]{1,0:T(8,128)(2,1)} reshape(%taken)
-    }
-    """,
+      computation(
+        'fused',
+        dict(table='bf16[64,256]{1,0:T(8,128)(2,1)}', i='s32[3]{0:T(128)}'),
+        '%ids = s32[3] custom-call(%i), custom_call_target="AssumeGatherIndicesInBound"',
+        '%taken = bf16[3,256]{1,0:T(8,128)(2,1)} gather(%table, %ids), offset_dims={1}, slice_sizes={1,256}',
+        '%y = bf16[3,256]{1,0:T(8,128)(2,1)} reshape(%taken)',
+      ),
       dict(x='bf16[64,256]{1,0:T(8,128)(2,1)}', i='s32[3]{0:T(128)S(1)}'),
       '%y = bf16[3,256]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %i), calls=%fused',
       (3072, 0),

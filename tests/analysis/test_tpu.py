@@ -1,7 +1,7 @@
 """Training and decoding compiled for TPUs: what fits, what is read, what is sent.
 
 Run by `make test-tpu`. Layers are few, but as wide as T5.1.1-XXL's, and caches are
-larger than what a chip holds beside its memory.
+larger than what fits on a chip outside of its HBM.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Times the conversion of a checkpoint, and `cp` of it on the same disk."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -106,14 +107,14 @@ def _write_random(size: str, path: pathlib.Path) -> None:
     for name, leaf in tree.items()
   }
 
-  def unit(seed, name, spec):
-    def compute():
-      rng = np.random.default_rng(seed)
-      return {name: rng.random(spec.shape, np.float32) - 0.5}
+  def random(seed, name, shape):
+    rng = np.random.default_rng(seed)
+    return {name: rng.random(shape, np.float32) - 0.5}
 
-    return Unit({name: spec}, compute)
-
-  units = [unit(i, *item) for i, item in enumerate(specs.items())]
+  units = [
+    Unit({name: spec}, functools.partial(random, seed, name, spec.shape))
+    for seed, (name, spec) in enumerate(specs.items())
+  ]
   step = TensorSpec((), np.dtype(np.int32))
   units.append(
     Unit({'state/step': step}, lambda: {'state/step': np.asarray(STEP, np.int32)})
@@ -141,7 +142,7 @@ def _round(
     [sys.executable, '-c', _CHILD, *words], capture_output=True, text=True, check=False
   )
   if done.returncode:
-    raise BadInput(done.stderr.strip().splitlines()[-1])
+    raise BadInput(done.stderr.strip().splitlines()[-1].removeprefix('error: '))
   seconds, peak = done.stdout.splitlines()[-1].split()
   written = _size(output)
   shutil.rmtree(output)
