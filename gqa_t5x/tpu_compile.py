@@ -153,9 +153,9 @@ def _decode(args: flags.FlagValues) -> Result | None:
       f'model_partitions={partitions} does not divide the {len(devices)} devices of'
       f' {args.topology}.'
     )
-  names = (field.name for field in dataclasses.fields(decode_program.Decode))
+  names = (field.name for field in dataclasses.fields(decode_program.Setting))
   given = {name: args[name].value for name in names}
-  setting = decode_program.Decode(**given | {'model_partitions': partitions})
+  setting = decode_program.Setting(**given | {'model_partitions': partitions})
   if not args.search:
     return _compile_decoding(args.topology, setting)
 
@@ -172,7 +172,7 @@ def _decode(args: flags.FlagValues) -> Result | None:
   )
 
 
-def _compile_decoding(slice_name: str, setting: decode_program.Decode) -> Result:
+def _compile_decoding(slice_name: str, setting: decode_program.Setting) -> Result:
   cfg = setting.config
   num_kv_heads = math.gcd(cfg.self_kv, cfg.cross_kv)
   with _refusals():

@@ -19,7 +19,7 @@ EOS = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Decode(DecodeSetting):
+class Setting(DecodeSetting):
   """What is decoded, and how it is laid out.
 
   Attributes:
@@ -49,7 +49,7 @@ class Decode(DecodeSetting):
     return cost.param_bytes / self.model_partitions + cost.cache_bytes / devices
 
 
-def lower(setting: Decode, partitioner: Any) -> tuple[Any, Any, Any]:
+def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
   """Lowers `generate` for the devices of a partitioner.
 
   Args:

@@ -10,16 +10,20 @@ import flax
 from jax.sharding import Mesh
 
 from gqa_t5x.analysis.hlo import traffic
-from gqa_t5x.analysis.tpu import program, topology
+from gqa_t5x.analysis.tpu import decode_program, program, topology
 from gqa_t5x.analysis.tpu.chips import CHIPS, Chip
-from gqa_t5x.analysis.tpu.decode_program import Decode
 from gqa_t5x.model import recent
 
 CompiledRow = dict[str, Any]
 
 
 def decode_row(
-  slice_name: str, setting: Decode, mesh: Mesh, lowered: Any, params: Any, specs: Any
+  slice_name: str,
+  setting: decode_program.Setting,
+  mesh: Mesh,
+  lowered: Any,
+  params: Any,
+  specs: Any,
 ) -> tuple[CompiledRow, str]:
   """Compiles decoding.
 
