@@ -209,7 +209,7 @@ def test_training_is_exactly_its_matrix_products(fields):
   gradient = jax.grad(lambda *arrays: jnp.sum(jax.nn.log_softmax(forward(*arrays))))
   flops, touched = count_products(gradient, shapes)
   step = formulas.training_step(cfg, 3, 11, 5)
-  assert (step.flops, step.bytes) == (flops, touched)
+  assert (step.flops, 4 * step.weights + step.activation_bytes) == (flops, touched)
 
 
 @pytest.mark.parametrize('float32_logits', [False, True])
@@ -217,9 +217,10 @@ def test_bytes_of_a_bfloat16_forward_pass(float32_logits):
   """JAX multiplies bfloat16 copies of the kernels, but for the last: float32."""
   cfg = oracle.config(2, **BFLOAT16, float32_attention_logits=float32_logits)
   flops, touched = count_products(*apply_shapes(cfg, 3, 11, 5))
-  step = formulas.training_step(cfg, 3, 11, 5, param_itemsize=2)
+  step = formulas.training_step(cfg, 3, 11, 5)
   assert step.flops == 3 * flops
-  assert step.bytes + 3 * 2 * oracle.D * oracle.V == 3 * touched
+  float32 = 3 * 2 * oracle.D * oracle.V  # The bytes that the last kernel has more.
+  assert 2 * step.weights + step.activation_bytes + float32 == 3 * touched
 
 
 CFG = oracle.config(2)
@@ -231,7 +232,7 @@ POSITIVE = [
   (functools.partial(formulas.prepare_flops, CFG), ('batch_size', 'input_length')),
   (
     functools.partial(formulas.training_step, CFG),
-    ('batch_size', 'input_length', 'target_length', 'param_itemsize'),
+    ('batch_size', 'input_length', 'target_length'),
   ),
   (functools.partial(formulas.shazeer_decoding_ratio, h=4, g=2), ('b', 'n', 'd')),
 ]

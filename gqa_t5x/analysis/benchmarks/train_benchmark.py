@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import timing, workload
-from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.analysis.costs import formulas, products
 from gqa_t5x.model import network
 
 COLUMNS = {
@@ -56,7 +56,7 @@ class Setting:
     return models.config(self.size, self.num_kv_heads, self.dtype)
 
   @property
-  def cost(self) -> formulas.TrainingStep:
+  def cost(self) -> products.Products:
     """FLOPs and bytes of a step, by formula."""
     return formulas.training_step(
       self.config, self.batch_size, self.input_length, self.target_length

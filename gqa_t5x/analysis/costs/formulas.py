@@ -161,34 +161,9 @@ def prepare_flops(cfg: T5Config, batch_size: int, input_length: int) -> int:
   return encoder.flops + products.cross_kv(cfg, batch_size, input_length).flops
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingStep:
-  """The cost of a forward and a backward pass, without the optimizer.
-
-  Attributes:
-    flops: FLOPs, 2 a multiply-add.
-    param_bytes: bytes of kernels: read forward, read backward, gradient written.
-    activation_bytes: bytes of all other operands and results of matrix products.
-  """
-
-  flops: int
-  param_bytes: int
-  activation_bytes: int
-
-  @property
-  def bytes(self) -> int:
-    """Bytes read and written by matrix products."""
-    return self.param_bytes + self.activation_bytes
-
-
 def training_step(
-  cfg: T5Config,
-  batch_size: int,
-  input_length: int,
-  target_length: int,
-  *,
-  param_itemsize: int = 4,
-) -> TrainingStep:
+  cfg: T5Config, batch_size: int, input_length: int, target_length: int
+) -> products.Products:
   """Returns the cost of training on one batch: three times its forward pass.
 
   The backward pass of a product is two of the same size, one for each operand's
@@ -200,10 +175,10 @@ def training_step(
     batch_size: B.
     input_length: S, tokens, padding included.
     target_length: T, tokens, padding included.
-    param_itemsize: bytes of one parameter, and of its gradient.
 
   Returns:
-    FLOPs and bytes; see `TrainingStep`.
+    The matrix products of both passes, without the optimizer. Kernels count when read
+    forward, when read backward, and when their gradient is written.
 
   Raises:
     BadInput: if a number is not positive.
@@ -211,22 +186,14 @@ def training_step(
   Source: Shazeer 2019, section 2.3.
   """
   _check_positive(
-    batch_size=batch_size,
-    input_length=input_length,
-    target_length=target_length,
-    param_itemsize=param_itemsize,
+    batch_size=batch_size, input_length=input_length, target_length=target_length
   )
   parts = (
     products.encoder(cfg, batch_size, input_length),
     products.cross_kv(cfg, batch_size, input_length),
     products.decoder(cfg, batch_size, target_length, target_length, input_length),
   )
-  step = products.total(parts, FORWARD_AND_BACKWARD)
-  return TrainingStep(
-    flops=step.flops,
-    param_bytes=param_itemsize * step.weights,
-    activation_bytes=step.activation_bytes,
-  )
+  return products.total(parts, FORWARD_AND_BACKWARD)
 
 
 def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
