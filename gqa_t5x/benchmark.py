@@ -2,7 +2,7 @@
 
   python -m gqa_t5x.benchmark decode --size=base --num_kv_heads=12,4,1
 
-times a decode step of T5.1.1-base with 12, 4 and 1 key/value heads, beside what the
+times a decode step of T5.1.1-base with 12, 4 and 1 key/value heads, and says what the
 memory bus allows. Weights are random: what a step costs does not depend on them. Needs
 JAX and Flax only. Any flag of a setting takes a comma list; all combinations are
 measured, and those that fit into memory together take turns:
@@ -19,7 +19,7 @@ Two more things can be measured; the last one needs what conversion needs:
   python -m gqa_t5x.benchmark train --size=base --num_kv_heads=12,4
   python -m gqa_t5x.benchmark convert --size=large --work_dir=/path/on/that/disk
 
---json writes one row a setting. Beside the setting it holds, for `decode`:
+--json writes one row a setting. In addition to the setting it holds, for `decode`:
 
   ms_per_step            one more token of every row: slope between two lengths
   encode_ms              the encoder, and all that is made once an input
@@ -48,98 +48,198 @@ for `convert`:
   input_bytes, output_bytes, gb_per_s (of the input), peak_mb (resident, 1e6 bytes)
 """
 
+import dataclasses
 import functools
 import importlib
 import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from etils import epath
 
-from gqa_t5x.analysis.benchmarks import benchmark_report
-from gqa_t5x.analysis.benchmarks.settings import DTYPES, BadSetting
+from gqa_t5x import command_line, files
+from gqa_t5x.analysis import models
+from gqa_t5x.analysis.benchmarks import table_and_figure
+from gqa_t5x.errors import BadInput
 from gqa_t5x.model import sizes
 
-BENCHMARKS = ('decode', 'train', 'convert')
 FILL = 'fill'  # --batch_size of as many as fit
 PARTIAL = '.partial'  # the file of --json while it grows
-WORDS = {'size': sizes.SIZES, 'dtype': DTYPES, 'method': (), 'compression': ()}
+WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression': ()}
+
+_SIZE = ('base', 'Model sizes: ' + ', '.join(sizes.SIZES) + '.')
+_HEADS = (
+  None,
+  "Key/value heads; by default the size's own, or every divisor of its heads.",
+)
+# Benchmark -> the flags that take a comma list of settings: default and text.
+LISTS = {
+  'decode': {
+    'size': _SIZE,
+    'num_kv_heads': _HEADS,
+    'batch_size': ('8', 'Inputs decoded together; fill: as many as fit, by eights.'),
+    'input_length': ('512', 'Tokens of each input.'),
+    'output_length': ('64', 'Tokens decoded; positions of the self-attention cache.'),
+    'dtype': ('float32', 'Of parameters, activations and cache: float32 or bfloat16.'),
+    'num_beams': ('1', 'Beams of each input; 1 is greedy.'),
+  },
+  'train': {
+    'size': _SIZE,
+    'num_kv_heads': _HEADS,
+    'batch_size': ('8', 'Examples of a batch.'),
+    'input_length': ('512', 'Tokens of each input.'),
+    'target_length': ('128', 'Tokens of each target.'),
+    'dtype': (
+      'float32',
+      'Of activations, float32 or bfloat16; parameters are float32.',
+    ),
+  },
+  'convert': {
+    'size': _SIZE,
+    'num_kv_heads': (None, 'Key/value heads; by default a quarter of the heads.'),
+    'method': ('mean', 'Of conversion, as of gqa_t5x.convert.'),
+    'compression': ('none,zstd', 'Of the result, as of gqa_t5x.convert.'),
+  },
+}
 
 
-def module_of(name: str) -> Any:
-  """Returns the module of a benchmark: its LISTS, COLUMNS, Setting and measure.
+def define_flags(name: str) -> command_line.Command:
+  """The flags of a benchmark.
 
   Args:
-    name: one of BENCHMARKS.
+    name: a key of LISTS.
+  """
+  doc = f'{__doc__}\nThese are the flags of `{name}`; others: benchmark NAME --help.'
+  command = command_line.Command('gqa_t5x.benchmark', doc, max_words=1)
+  for flag, (default, text) in LISTS[name].items():
+    command.words(flag, default, text)
+  few, least = (3, 1) if name == 'convert' else (7, 5)
+  command.whole('repeats', few, 'Times, of which the median counts.', least)
+  command.text('json', None, 'Write the rows to this file.')
+  if name == 'convert':
+    command.text('work_dir', '.', 'A folder on the disk to measure.')
+  else:
+    command.choice('compare', None, ['t5x'], 'Measure T5X itself as well.')
+  if name == 'decode':
+    command.text('png', None, 'Draw seconds per sample to this file.')
+  return command
+
+
+def run(args: flags.FlagValues, name: str | None = None) -> None:
+  """Measures, prints a table and writes files.
+
+  A benchmark's `measure(chosen, repeats, command)` yields rows in the order of the
+  settings; those that fit into memory together take turns, and the median of so many
+  repeats counts.
+
+  Args:
+    args: parsed flags of `name`.
+    name: a key of LISTS.
 
   Raises:
-    BadSetting: what it needs is not installed.
+    BadInput: for what cannot be measured or written, before anything is run.
   """
+  if name not in LISTS:
+    raise BadInput(f'say what to measure: {", ".join(LISTS)}; not {name!r}.')
+  png = getattr(args, 'png', None)
+  if png:
+    table_and_figure.check_matplotlib()
+  for path in filter(None, (args.json, png)):
+    files.check_folder_of(path)
+  module = _module(name)
+  measure = functools.partial(module.measure, command=_command(name, args))
+  if name == 'convert':
+    if not pathlib.Path(args.work_dir).is_dir():
+      raise BadInput(f'work_dir={args.work_dir}: there is no such folder.')
+    measure = functools.partial(measure, work_dir=args.work_dir)
+  elif args.compare:
+    measure = functools.partial(measure, baseline=_t5x(name))
+  lists = {flag: args[flag].value for flag in LISTS[name]}
+  chosen = settings(name, lists, with_t5x=name != 'convert' and bool(args.compare))
+  for setting in chosen:
+    setting.check()
+  rows = []
+  with table_and_figure.progress(len(chosen)) as advance:
+    for row in measure(chosen, args.repeats):
+      rows.append(row)
+      advance()
+      if args.json:  # What was measured is not lost if the rest is stopped.
+        epath.Path(args.json + PARTIAL).write_text(json.dumps(rows, indent=1))
+  if args.json:
+    epath.Path(args.json + PARTIAL).replace(args.json)
+  table_and_figure.print_table(rows, module.COLUMNS)
+  if png:
+    table_and_figure.draw(rows, pathlib.Path(png))
+
+
+def _module(name: str) -> Any:
+  """Returns the module of a benchmark: its COLUMNS, Setting and measure."""
   try:
     return importlib.import_module(f'gqa_t5x.analysis.benchmarks.{name}_benchmark')
   except ImportError as error:
-    raise BadSetting(
+    raise BadInput(
       f'{name} needs {error.name}, which is not installed;'
       " pip install 'gqa_t5x[train]'."
     ) from error
 
 
-def define_flags(name: str) -> flags.FlagValues:
-  """The flags of a benchmark, apart from absl's global ones.
-
-  Args:
-    name: one of BENCHMARKS.
-  """
-  values = flags.FlagValues()
-  define = {'flag_values': values, 'module_name': 'gqa_t5x.benchmark'}
-  for flag, (default, text) in module_of(name).LISTS.items():
-    flags.DEFINE_list(flag, default, text, **define)
-  few, least = (3, 1) if name == 'convert' else (7, 5)
-  flags.DEFINE_integer(
-    'repeats', few, 'Times, of which the median counts.', least, **define
-  )
-  flags.DEFINE_string('json', None, 'Write the rows to this file.', **define)
-  if name == 'convert':
-    flags.DEFINE_string('work_dir', '.', 'A folder on the disk to measure.', **define)
-  else:
-    flags.DEFINE_enum('compare', None, ['t5x'], 'Measure T5X itself as well.', **define)
-  if name == 'decode':
-    flags.DEFINE_string('png', None, 'Draw seconds per sample to this file.', **define)
-  flags.DEFINE_bool('help', False, 'Show this text.', short_name='h', **define)
-  return values
+def _t5x(name: str) -> Any:
+  """Returns what `measure` of decode or train takes as the baseline."""
+  try:
+    from gqa_t5x.training import t5x_baseline
+  except ImportError as error:
+    raise BadInput(
+      "--compare=t5x needs T5X's own example network (t5x.examples.t5), which is not"
+      ' installed; run make setup ENGINE=t5x.'
+    ) from error
+  return t5x_baseline.Decoder if name == 'decode' else t5x_baseline.network
 
 
-def settings(name: str, args: flags.FlagValues) -> list[Any]:
+def _command(name: str, args: flags.FlagValues) -> str:
+  """Returns what to type for the same rows, wherever they are written."""
+  given = [
+    args[flag].serialize()
+    for flag in (*LISTS[name], 'repeats', 'compare')
+    if flag in args and args[flag].present
+  ]
+  return ' '.join(['python -m gqa_t5x.benchmark', name, *given])
+
+
+def settings(
+  name: str, lists: Mapping[str, Sequence[str] | None], with_t5x: bool
+) -> list[Any]:
   """Returns every combination of what the flags list.
 
   Args:
-    name: one of BENCHMARKS.
-    args: parsed flags.
-
-  Returns:
-    The settings, T5X's own after ours.
+    name: a key of LISTS.
+    lists: flag -> the words that were given.
+    with_t5x: whether each list of heads is followed by T5X's own network once.
 
   Raises:
-    BadSetting: for what is not a number, or an unknown size or dtype.
+    BadInput: for what is not a number, or an unknown size or dtype.
   """
-  module = module_of(name)
-  lists = {flag: _values(name, flag, args[flag].value) for flag in module.LISTS}
-  ours = []
-  for size in lists['size']:
-    heads = lists['num_kv_heads'] or _default_heads(name, size)
-    # Heads come last: those that differ in nothing else take turns.
-    others = [flag for flag in lists if flag not in ('size', 'num_kv_heads')]
-    for values in itertools.product(*(lists[flag] for flag in others)):
-      for num_kv_heads in heads:
-        fields = dict(zip(others, values, strict=True))
-        setting = module.Setting(size=size, num_kv_heads=num_kv_heads, **fields)
-        fill = fields.get('batch_size') == FILL
-        ours.append(setting.filled() if fill else setting)
-  return with_t5x(ours) if 'compare' in args and args.compare else ours
+  make = _module(name).Setting
+  values = {flag: _values(name, flag, words) for flag, words in lists.items()}
+  # Heads come last: those that differ in nothing else take turns.
+  others = [flag for flag in values if flag not in ('size', 'num_kv_heads')]
+  found = []
+  for size, *rest in itertools.product(
+    values['size'], *(values[flag] for flag in others)
+  ):
+    fields = dict(zip(others, rest, strict=True), size=size)
+    heads = values['num_kv_heads'] or _default_heads(name, size)
+    ours = [make(num_kv_heads=num_kv_heads, **fields) for num_kv_heads in heads]
+    if fields.get('batch_size') == FILL:
+      ours = [setting.filled() for setting in ours]
+    found += ours
+    if with_t5x:
+      changes = {'num_kv_heads': sizes.SIZES[size]['num_heads'], 'system': 't5x'}
+      found += dict.fromkeys(dataclasses.replace(one, **changes) for one in ours)
+  return found
 
 
 def _default_heads(name: str, size: str) -> list[int]:
@@ -152,24 +252,6 @@ def _default_heads(name: str, size: str) -> list[int]:
   return [k for k in range(num_heads, 0, -1) if num_heads % k == 0]
 
 
-def with_t5x(ours: Sequence[Any]) -> list[Any]:
-  """Returns settings, each list of heads followed by T5X's own network once."""
-  result = list(ours)
-  for setting in ours:
-    changes = {'num_kv_heads': setting.config.num_heads, 'system': 't5x'}
-    theirs = type(setting)(**(vars(setting) | changes))
-    if theirs not in result:
-      result.append(theirs)
-  return sorted(result, key=_turn)
-
-
-def _turn(setting: Any) -> tuple[Any, ...]:
-  """Settings that differ in heads and network only are neighbours."""
-  values = vars(setting) | {'num_kv_heads': 0, 'system': ''}
-  known = list(sizes.SIZES)
-  return known.index(setting.size), *(v for n, v in values.items() if n != 'size')
-
-
 def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
   if not words:
     return []
@@ -177,101 +259,28 @@ def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
     known = WORDS[flag]
     unknown = [word for word in words if known and word not in known]
     if unknown:
-      raise BadSetting(f'{flag}={unknown[0]}; choose from {", ".join(known)}.')
+      raise BadInput(f'{flag}={unknown[0]}; choose from {", ".join(known)}.')
     return list(words)
   can_fill = name == 'decode' and flag == 'batch_size'
   try:
     return [FILL if word == FILL and can_fill else int(word) for word in words]
   except ValueError as error:
-    raise BadSetting(f'{flag}={",".join(words)} must be whole numbers.') from error
-
-
-def run(name: str, args: flags.FlagValues) -> None:
-  """Measures, prints a table and writes files.
-
-  A benchmark's `measure(chosen, repeats, command)` yields rows in the order of the
-  settings; those that fit into memory together take turns, and the median of so many
-  repeats counts.
-
-  Args:
-    name: one of BENCHMARKS.
-    args: parsed flags.
-
-  Raises:
-    BadSetting: for what cannot be measured or written, before anything is run.
-  """
-  png = args.png if 'png' in args else None
-  if png:
-    benchmark_report.check_matplotlib()
-  for path in filter(None, (args.json, png)):
-    if '://' not in path and not pathlib.Path(path).absolute().parent.is_dir():
-      raise BadSetting(f'{path}: there is no such folder.')
-  module = module_of(name)
-  command = _command(name, args)
-  measure = module.measure
-  if name == 'convert':
-    if not pathlib.Path(args.work_dir).is_dir():
-      raise BadSetting(f'work_dir={args.work_dir}: there is no such folder.')
-    measure = functools.partial(measure, work_dir=args.work_dir)
-  chosen = settings(name, args)
-  for setting in chosen:
-    setting.check()
-  rows = []
-  with benchmark_report.progress(len(chosen)) as advance:
-    for row in measure(chosen, args.repeats, command):
-      rows.append(row)
-      advance(row)
-      if args.json:  # What was measured is not lost if the rest is stopped.
-        epath.Path(args.json + PARTIAL).write_text(json.dumps(rows, indent=1))
-  if args.json:
-    epath.Path(args.json + PARTIAL).replace(args.json)
-  benchmark_report.print_table(rows, module.COLUMNS)
-  if png:
-    benchmark_report.draw(rows, pathlib.Path(png))
-
-
-def _command(name: str, args: flags.FlagValues) -> str:
-  """Returns what to type for the same rows, wherever they are written."""
-  given = [
-    args[flag].serialize()
-    for flag in (*module_of(name).LISTS, 'repeats', 'compare')
-    if flag in args and args[flag].present
-  ]
-  return ' '.join(['python -m gqa_t5x.benchmark', name, *given])
+    raise BadInput(f'{flag}={",".join(words)} must be whole numbers.') from error
 
 
 def main(argv: Sequence[str]) -> int:
   """The command.
 
   Args:
-    argv: program name, one of BENCHMARKS, and flags.
+    argv: program name, a key of LISTS, and flags.
 
   Returns:
-    Exit code: 0, 1 for bad input, 130 when interrupted.
+    Exit code: 0, 1 for bad input, 130 or 143 when stopped.
   """
   words = [word for word in argv[1:] if not word.startswith('-')]
-  name = words[0] if words else None
-  wants_help = {'--help', '-h', '-help'} & set(argv)
-  try:
-    if name not in BENCHMARKS and not wants_help:
-      raise BadSetting(f'say what to measure: {", ".join(BENCHMARKS)}; not {name!r}.')
-    name = name if name in BENCHMARKS else 'decode'
-    args = define_flags(name)
-    rest = args(list(argv))[1:]
-    if args.help:
-      text = args.module_help('gqa_t5x.benchmark')
-      print(f'{__doc__}\nFlags of {name}:{text}')
-      return 0
-    if rest != [name]:
-      raise BadSetting(f'unexpected argument {rest[1]!r}; see --help.')
-    run(name, args)
-    return 0
-  except (BadSetting, flags.Error) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print(f'stopped; rows until then: --json{PARTIAL}', file=sys.stderr)
-    return 130
+  name = words[0] if words and words[0] in LISTS else 'decode'
+  stopped = f'stopped; rows until then: --json{PARTIAL}'
+  return define_flags(name).run(argv, run, stopped=stopped)
 
 
 if __name__ == '__main__':

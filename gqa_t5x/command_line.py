@@ -54,7 +54,7 @@ class Command:
     self.texts = functools.partial(flags.DEFINE_multi_string, **define)
     self._define = define
     self.switch('help', False, 'Show this text.', short_name='h')
-    self.whole('verbosity', 0, '1: say where an error comes from.', least=None)
+    self.whole('verbosity', -1, '1: say where an error comes from.', least=None)
 
   def whole(
     self, name: str, default: int | None, text: str, least: int | None = 1

@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from gqa_t5x.errors import BadInput
+
 _TEMPORARY = '.tmp-'
 
 
@@ -57,6 +59,18 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     value: what `json.dumps` takes.
   """
   write_text(path, json.dumps(value, indent=1) + '\n')
+
+
+def check_folder_of(path: str) -> None:
+  """Raises BadInput if a file is to be written into a local folder that is not there.
+
+  A command asks before it begins to compute.
+
+  Args:
+    path: the file to come, local or gs://.
+  """
+  if '://' not in path and not epath.Path(path).absolute().parent.is_dir():
+    raise BadInput(f'{path}: there is no such folder.')
 
 
 def lock(path: epath.PathLike) -> int | None:

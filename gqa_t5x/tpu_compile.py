@@ -32,11 +32,12 @@ token position of the whole batch, the cache being full:
   compute_ms, memory_ms, links_ms   at the chip's published peaks
   roofline_ms                 the largest of the three
   cycles_per_step             the compiler's estimate of its instructions, one after
-                              another, without the copies that go on beside them
+                              another, without the copies that go on meanwhile
   prepare_...                 decoding: before the first step
   seconds_per_sample          decoding: (prepare + output_length steps) * chips / batch
 
-Exit code: 0 if it fits, 2 if not, 1 on an error.
+Exit code: 0 if it fits, 2 if not, 1 on an error, 130 or 143 when
+stopped.
 """
 
 import os
@@ -44,147 +45,210 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'  # The machine's own accelerator is left alone.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
+import contextlib
+import dataclasses
 import functools
-import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import flags, logging
-from etils import epath
-from t5x import gin_utils
+import jax.numpy as jnp
+from absl import flags
 
-from gqa_t5x.analysis.benchmarks.settings import DTYPES, BadSetting
+from gqa_t5x import command_line, files
+from gqa_t5x.analysis import models
 from gqa_t5x.analysis.tpu import (
-  compile_decode,
-  compile_report,
-  compile_search,
-  compile_train,
-  compiled_rows,
+  decode_program,
+  json_rows,
+  layout_search,
+  row_text,
   topology,
 )
+from gqa_t5x.analysis.tpu.layout_search import Result
+from gqa_t5x.errors import BadInput
 from gqa_t5x.model import axes, sizes
+from gqa_t5x.training import gin_command, lowering
 
-MODES = ('train', 'decode')
 
-
-def define_flags() -> flags.FlagValues:
-  """The flags of the command, apart from absl's global ones."""
-  values = flags.FlagValues()
-  define = {'flag_values': values, 'module_name': 'gqa_t5x.tpu_compile'}
-
-  def whole(name, default, text, least=1):
-    flags.DEFINE_integer(name, default, text, least, **define)
-
+def define_flags() -> command_line.Command:
+  """The flags of the command."""
+  command = command_line.Command('gqa_t5x.tpu_compile', __doc__)
   text = 'The slice: GENERATION:SHAPE in chips, such as v4:2x2x2.'
-  flags.DEFINE_string('topology', None, text, **define)
+  command.text('topology', None, text)
   text = 'What to compile; train if there is a gin file.'
-  flags.DEFINE_enum('mode', None, MODES, text, **define)
-  text = 'Training: a gin file. May be repeated; later files override earlier ones.'
-  flags.DEFINE_multi_string('gin_file', [], text, **define)
-  text = 'NAME = VALUE, applied after the files; --gin.NAME=VALUE is short for it.'
-  flags.DEFINE_multi_string('gin_bindings', [], text, **define)
-  text = 'Comma-separated folders that hold the gin files.'
-  flags.DEFINE_list('gin_search_paths', ['.'], text, **define)
-  text = 'Decoding: the model.'
-  flags.DEFINE_enum('size', None, list(sizes.SIZES), text, **define)
-  whole('num_kv_heads', None, "Key/value heads; the size's own by default, or MHA.")
-  whole('num_layers', None, "Of encoder and decoder each; the size's by default.")
-  whole('batch_size', 8, 'Inputs decoded together, on the whole slice.')
-  whole('input_length', 512, 'Tokens of each input.')
-  whole('output_length', 64, 'Tokens decoded; positions of the self-attention cache.')
-  whole('num_beams', 1, 'Beams of each input; 1 is greedy.')
+  command.choice('mode', None, ('train', 'decode'), text)
+  gin_command.gin_flags(command)
+  command.choice('size', None, sizes.SIZES, 'Decoding: the model.')
+  text = "Key/value heads; the size's own by default, or MHA."
+  command.whole('num_kv_heads', None, text)
+  text = "Of encoder and decoder each; the size's by default."
+  command.whole('num_layers', None, text)
+  command.whole('batch_size', 8, 'Inputs decoded together, on the whole slice.')
+  command.whole('input_length', 512, 'Tokens of each input.')
+  text = 'Tokens decoded; positions of the self-attention cache.'
+  command.whole('output_length', 64, text)
+  command.whole('num_beams', 1, 'Beams of each input; 1 is greedy.')
   text = 'Of parameters, activations and cache.'
-  flags.DEFINE_enum('dtype', 'bfloat16', list(DTYPES), text, **define)
-  whole('model_partitions', None, 'Devices a copy of the model; all by default.')
+  command.choice('dtype', 'bfloat16', models.DTYPES, text)
+  text = 'Devices a copy of the model; all by default.'
+  command.whole('model_partitions', None, text)
   text = 'How kept keys and values are split over them; by rule if not given.'
-  flags.DEFINE_enum('kv_sharding', None, list(axes.KV_SHARDINGS), text, **define)
+  command.choice('kv_sharding', None, axes.KV_SHARDINGS, text)
   text = 'Look for the best layout, whatever --batch_size says.'
-  flags.DEFINE_bool('search', False, text, **define)
-  whole('max_batch_per_chip', 32, 'The largest batch that --search tries, per chip.')
-  flags.DEFINE_string('json', None, 'Write the object to this file.', **define)
-  flags.DEFINE_string('hlo', None, "Write the compiled program's text here.", **define)
-  flags.DEFINE_bool('help', False, 'Show this text.', short_name='h', **define)
-  return values
+  command.switch('search', False, text)
+  text = 'The largest batch that --search tries, per chip.'
+  command.whole('max_batch_per_chip', 32, text)
+  command.text('json', None, 'Write the object to this file.')
+  command.text('hlo', None, "Write the compiled program's text here.")
+  return command
 
 
-def compile_all(args: flags.FlagValues) -> tuple[dict[str, Any], str]:
-  """Compiles what the flags say.
+def run(args: flags.FlagValues, given: Sequence[str]) -> int:
+  """Compiles what the flags say, prints and writes it.
 
   Args:
     args: parsed flags.
+    given: the arguments as they were typed.
 
   Returns:
-    (the row, the text of the program).
+    Exit code: 0 if it fits, 2 if not.
 
   Raises:
-    BadSetting: what cannot be compiled.
+    BadInput: what cannot be compiled or written.
   """
+  for path in filter(None, (args.json, args.hlo)):
+    files.check_folder_of(path)
+  row, text = _compile(args)
+  words = [word for word in given if not word.startswith(('--json', '--hlo'))]
+  row['command'] = ' '.join(['python -m gqa_t5x.tpu_compile', *words])
+  if args.json:
+    files.write_json(args.json, row)
+  if args.hlo and text:
+    files.write_text(args.hlo, text)
+  print(row_text.text(row))
+  return 0 if row['fits'] else 2
+
+
+def _compile(args: flags.FlagValues) -> Result:
   if not args.topology:
-    raise BadSetting('--topology is missing; such as --topology=v4:2x2x2.')
+    raise BadInput('--topology is missing; such as --topology=v4:2x2x2.')
   topology.parse(args.topology)
   mode = args.mode or ('train' if args.gin_file else 'decode')
-  if mode == 'train':
-    return _train(args)
-  if args.size is None:
-    raise BadSetting('decoding needs --size, and training a --gin_file; see --help.')
-  return _decode(args)
+  if mode == 'train' and not args.gin_file:
+    raise BadInput('--gin_file is missing; see --help for an example.')
+  if mode == 'decode' and args.size is None:
+    raise BadInput('decoding needs --size, and training a --gin_file; see --help.')
+  result = _train(args) if mode == 'train' else _decode(args)
+  if result is None:
+    raise BadInput(f'{args.topology}: nothing fits, with any number of partitions.')
+  return result
 
 
-def _seen(row: dict[str, Any]) -> None:
-  print(compile_report.headline(row), file=sys.stderr, flush=True)
-
-
-def _decode(args: flags.FlagValues) -> tuple[dict[str, Any], str]:
-  num_devices = len(topology.devices(args.topology))
-  partitions = args.model_partitions or num_devices
-  if num_devices % partitions:
-    raise BadSetting(
-      f'model_partitions={partitions} does not divide the {num_devices} devices of'
+def _decode(args: flags.FlagValues) -> Result | None:
+  devices = topology.devices(args.topology)
+  partitions = args.model_partitions or len(devices)
+  if len(devices) % partitions:
+    raise BadInput(
+      f'model_partitions={partitions} does not divide the {len(devices)} devices of'
       f' {args.topology}.'
     )
-  setting = compile_decode.Decode(
-    size=args.size,
-    num_kv_heads=args.num_kv_heads,
-    batch_size=args.batch_size,
-    input_length=args.input_length,
-    output_length=args.output_length,
-    num_beams=args.num_beams,
-    dtype=args.dtype,
-    model_partitions=partitions,
-    kv_sharding=args.kv_sharding,
-    num_layers=args.num_layers,
+  names = (field.name for field in dataclasses.fields(decode_program.Setting))
+  given = {name: args[name].value for name in names}
+  setting = decode_program.Setting(**given | {'model_partitions': partitions})
+  if not args.search:
+    return _compile_decoding(args.topology, setting)
+
+  def compile_batch(M, batch_size):
+    changed = dataclasses.replace(setting, model_partitions=M, batch_size=batch_size)
+    return _shown(_compile_decoding(args.topology, changed))
+
+  return layout_search.search_decode(
+    len(devices),
+    math.prod(topology.parse(args.topology)[1]),
+    args.model_partitions,
+    args.max_batch_per_chip,
+    compile_batch,
   )
-  if args.search:
-    return compile_search.search_decode(
-      args.topology, setting, args.model_partitions, args.max_batch_per_chip, _seen
+
+
+def _compile_decoding(slice_name: str, setting: decode_program.Setting) -> Result:
+  cfg = setting.config
+  num_kv_heads = math.gcd(cfg.self_kv, cfg.cross_kv)
+  with _refusals():
+    partitioner = lowering.decoding_partitioner(
+      topology.devices(slice_name),
+      setting.model_partitions,
+      None if num_kv_heads == cfg.num_heads else num_kv_heads,
+      setting.kv_sharding,
     )
-  return compiled_rows.decode_row(args.topology, setting)
+    lowered = decode_program.lower(setting, partitioner)
+  return json_rows.decode_row(slice_name, setting, partitioner.mesh, *lowered)
 
 
-def _train(args: flags.FlagValues) -> tuple[dict[str, Any], str]:
-  if not args.gin_file:
-    raise BadSetting('--gin_file is missing; see --help for an example.')
-  configure = functools.partial(_configure, args)
-  if args.search:
-    return compile_search.search_train(args.topology, configure, _seen)
-  return compiled_rows.train_row(args.topology, configure([]))
+def _train(args: flags.FlagValues) -> Result | None:
+  configure = functools.partial(
+    _train_arguments, args.gin_file, args.gin_bindings, args.gin_search_paths
+  )
+  if not args.search:
+    return _compile_training(args.topology, configure([]))
+
+  def compile_parts(M, microbatches):
+    more = [f'MODEL_PARTITIONS = {M}', f'NUM_MICROBATCHES = {microbatches}']
+    row, text = _compile_training(args.topology, configure(more))
+    row['num_microbatches'] = microbatches
+    return _shown((row, text))
+
+  batch_size = configure([])['train_dataset_cfg'].batch_size
+  num_devices = len(topology.devices(args.topology))
+  return layout_search.search_train(num_devices, batch_size, compile_parts)
 
 
-def _configure(args: flags.FlagValues, bindings: list[str]) -> dict[str, Any]:
-  """Returns what t5x.train would get; errors of gin are BadSetting."""
+def _train_arguments(
+  gin_files: Sequence[str],
+  bindings: Sequence[str],
+  search_paths: Sequence[str],
+  more: Sequence[str],
+) -> dict[str, Any]:
+  with _refusals():
+    return lowering.train_arguments(gin_files, [*bindings, *more], search_paths)
+
+
+def _compile_training(slice_name: str, arguments: dict[str, Any]) -> Result:
+  partitioner, data = arguments['partitioner'], arguments['train_dataset_cfg']
+  partitioner.devices = topology.devices(slice_name)
+  with _refusals():
+    copies = partitioner.mesh.shape['data']
+    if data.batch_size % copies:
+      raise BadInput(
+        f'BATCH_SIZE={data.batch_size} is not divisible by the {copies} copies of the'
+        f' model on {slice_name}; set MODEL_PARTITIONS or BATCH_SIZE.'
+      )
+    lowered, state = lowering.lower_train_step(**arguments)
+  cfg = arguments['model'].module.config
+  facts = {
+    'num_kv_heads': cfg.cross_kv,
+    'batch_size': data.batch_size,
+    'input_length': data.task_feature_lengths['inputs'],
+    'output_length': data.task_feature_lengths['targets'],
+    'dtype': str(jnp.dtype(cfg.dtype)),
+  }
+  return json_rows.train_row(slice_name, facts, partitioner.mesh, lowered, state)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+  """What gin, T5X and the model refuse is bad input."""
   try:
-    return compile_train.arguments(
-      args.gin_file, [*args.gin_bindings, *bindings], args.gin_search_paths
-    )
-  except (ValueError, OSError) as error:
-    raise BadSetting(' '.join(str(error).split())) from error
+    yield
+  except ValueError as error:
+    raise BadInput(str(error)) from error
 
 
-def _write(path: str, text: str) -> None:
-  partial = epath.Path(path + '.partial')
-  partial.write_text(text)
-  partial.replace(path)
+def _shown(result: Result) -> Result:
+  """Tells the user what a search has tried."""
+  print(row_text.headline(result[0]), file=sys.stderr, flush=True)
+  return result
 
 
 def main(argv: Sequence[str]) -> int:
@@ -194,36 +258,10 @@ def main(argv: Sequence[str]) -> int:
     argv: program name and flags.
 
   Returns:
-    Exit code: 0 if it fits, 2 if not, 1 on an error, 130 when interrupted.
+    Exit code: 0 if it fits, 2 if not, 1 on an error, 130 or 143 when stopped.
   """
-  try:
-    args = define_flags()
-    rest = args(list(gin_utils.rewrite_gin_args(argv)))[1:]
-    if args.help:
-      print(f'{__doc__}\nFlags:{args.module_help("gqa_t5x.tpu_compile")}')
-      return 0
-    if rest:
-      raise BadSetting(f'unexpected argument {rest[0]!r}; see --help.')
-    for path in filter(None, (args.json, args.hlo)):
-      if '://' not in path and not epath.Path(path).absolute().parent.is_dir():
-        raise BadSetting(f'{path}: there is no such folder.')
-    row, text = compile_all(args)
-    given = [word for word in argv[1:] if not word.startswith(('--json', '--hlo'))]
-    row['command'] = ' '.join(['python -m gqa_t5x.tpu_compile', *given])
-    if args.json:
-      _write(args.json, json.dumps(row, indent=1))
-    if args.hlo and text:
-      _write(args.hlo, text)
-    print(compile_report.text(row))
-    return 0 if row['fits'] else 2
-  except (BadSetting, flags.Error) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print('stopped', file=sys.stderr)
-    return 130
+  return define_flags().run(argv, functools.partial(run, given=argv[1:]))
 
 
 if __name__ == '__main__':
-  logging.set_verbosity(logging.WARNING)
   sys.exit(main(sys.argv))

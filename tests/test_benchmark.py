@@ -11,21 +11,35 @@ import pytest
 
 from gqa_t5x import benchmark
 from gqa_t5x.analysis.benchmarks import (
-  benchmark_report,
   decode_benchmark,
+  table_and_figure,
   timing,
   train_benchmark,
+  workload,
 )
 from gqa_t5x.analysis.benchmarks.decode_benchmark import Setting
-from gqa_t5x.analysis.benchmarks.settings import BadSetting
 from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network, sizes
 
 
-def chosen(name, *words):
-  args = benchmark.define_flags(name)
+@pytest.fixture(scope='module', autouse=True)
+def small_machine():
+  """A model of one layer, and small measures of the machine."""
+  dims = dict(emb_dim=16, num_heads=8, head_dim=4, mlp_dim=32, vocab_size=64)
+  with pytest.MonkeyPatch.context() as patch:
+    layers = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
+    patch.setitem(sizes.SIZES, 'one_layer', dims | layers)
+    patch.setattr(timing, 'STREAM_BYTES', {'cpu': 2**20})
+    patch.setattr(workload, 'matmul_rate', lambda *_: 0.5)
+    yield
+
+
+def chosen(name, *words, with_t5x=False):
+  args = benchmark.define_flags(name).values
   args(['benchmark', name, *words])
-  return benchmark.settings(name, args)
+  lists = {flag: args[flag].value for flag in benchmark.LISTS[name]}
+  return benchmark.settings(name, lists, with_t5x)
 
 
 @pytest.mark.parametrize('name', ['decode', 'train'])
@@ -45,18 +59,22 @@ def test_a_size_with_heads_of_its_own(name):
 
 
 def test_default_settings():
-  """Every divisor of the heads."""
+  """Every divisor of the heads; a quarter of them for conversion, twice."""
   found = chosen('decode')
   assert [s.num_kv_heads for s in found] == [12, 6, 4, 3, 2, 1]
   assert {
     (s.size, s.batch_size, s.input_length, s.dtype, s.num_beams, s.system)
     for s in found
   } == {('base', 8, 512, 'float32', 1, 'gqa_t5x')}
+  assert [tuple(vars(s).values()) for s in chosen('convert')] == [
+    ('base', 3, 'mean', 'none'),
+    ('base', 3, 'mean', 'zstd'),
+  ]
 
 
 def test_all_combinations_with_t5x():
   """Settings that differ in heads and system only are neighbours."""
-  found = chosen('decode', '--num_kv_heads=4,1', '--batch_size=1,8', '--compare=t5x')
+  found = chosen('decode', '--num_kv_heads=4,1', '--batch_size=1,8', with_t5x=True)
   assert [(s.batch_size, s.num_kv_heads, s.system) for s in found] == [
     (1, 4, 'gqa_t5x'),
     (1, 1, 'gqa_t5x'),
@@ -85,7 +103,7 @@ def test_all_combinations_with_t5x():
     (['decode', '--compare=torch'], 'flag --compare=torch'),
     (['dance'], "say what to measure: decode, train, convert; not 'dance'."),
     ([], 'say what to measure: decode, train, convert; not None.'),
-    (['decode', 'fast'], "unexpected argument 'fast'; see --help."),
+    (['decode', 'fast'], "unexpected argument 'fast'; see --help"),
     (['train', '--num_beams=2'], "Unknown command line flag 'num_beams'"),
     (['train', '--target_length=0'], 'target_length=0 must be at least 1.'),
     (['train', '--batch_size=1000000'], 'target 128, float32 needs '),
@@ -121,13 +139,16 @@ def test_missing_extras(monkeypatch, capsys):
 
 
 def test_memory_is_that_of_the_arrays():
-  setting = Setting('tiny', 2, 3, 10, 8, 'float32', 2)
-  runner = decode_benchmark.Runner(setting)
-  leaves = jax.tree.leaves((runner._params, runner._kept))
+  setting = Setting('one_layer', 8, 2, 8, 4, 'float32', 2)
+  params = workload.random_params(setting.config, jnp.float32)
+  decoder = decode_benchmark.Decoder(
+    setting.config, params, jnp.ones((2, 8), jnp.int32), 4, 2
+  )
+  leaves = jax.tree.leaves((params, decoder._kept))
   cross_and_params = sum(leaf.nbytes for leaf in leaves)
-  self_cache = 2 * sum(x.nbytes for x in jax.tree.leaves(runner._cache) if x.ndim == 4)
-  logits = 4 * 3 * 2 * sizes.VOCAB_SIZE
-  encoder = 3 * 8 * 10 * 10 * (4 + 4)
+  self_cache = 2 * sum(x.nbytes for x in jax.tree.leaves(decoder._cache) if x.ndim == 4)
+  logits = 4 * 2 * 2 * 64
+  encoder = 2 * 8 * 8 * 8 * (4 + 4)
   assert setting.nbytes() == cross_and_params + self_cache + logits + encoder
 
 
@@ -142,9 +163,7 @@ def test_a_batch_that_fills_the_memory(monkeypatch):
     assert found.nbytes() <= 0.9 * 2e9 < more.nbytes()
   monkeypatch.setattr(timing, 'free_bytes', lambda: 1e6)
   (found,) = chosen('decode', '--size=tiny', '--num_kv_heads=1', '--batch_size=fill')
-  with pytest.raises(
-    BadSetting, match=r'batch 8, .* needs .* GB, and 0\.0 GB are free'
-  ):
+  with pytest.raises(BadInput, match=r'batch 8, .* needs .* GB, and 0\.0 GB are free'):
     found.check()
 
 
@@ -167,44 +186,41 @@ def test_slopes(monkeypatch):
   assert calls[2:6] == [('a', 2), ('a', 10), ('b', 2), ('b', 10)]
 
 
-@pytest.fixture(scope='module')
-def rows(tmp_path_factory):
-  """Rows of a run of the command, with small measures of the machine."""
-  folder = tmp_path_factory.mktemp('benchmark')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(timing, 'STREAM_BYTES', {'cpu': 2**20})
-    patch.setattr(decode_benchmark, '_matmul_rate', lambda *_: 0.5)
-    words = ['--size=tiny', '--num_kv_heads=8,1', '--num_beams=1,2', '--batch_size=2']
-    words += ['--input_length=8', '--output_length=4', '--repeats=5']
-    words += [f'--json={folder}/rows.json', f'--png={folder}/heads.png']
-    assert benchmark.main(['benchmark', 'decode', *words]) == 0
-  assert (folder / 'heads.png').read_bytes()[:4] == b'\x89PNG'
-  assert {path.name for path in folder.iterdir()} == {'rows.json', 'heads.png'}
+def write_rows(name, folder, *words):
+  argv = ['benchmark', name, *words, f'--json={folder}/rows.json']
+  assert benchmark.main(argv) == 0
   return json.loads((folder / 'rows.json').read_text())
 
 
+@pytest.fixture(scope='module')
+def rows(tmp_path_factory):
+  """Rows of a run of the command."""
+  folder = tmp_path_factory.mktemp('benchmark')
+  words = ['--size=one_layer', '--num_kv_heads=8,1', '--num_beams=2', '--batch_size=2']
+  words += ['--input_length=8', '--output_length=4', '--repeats=5']
+  found = write_rows('decode', folder, *words, f'--png={folder}/heads.png')
+  assert (folder / 'heads.png').read_bytes()[:4] == b'\x89PNG'
+  assert {path.name for path in folder.iterdir()} == {'rows.json', 'heads.png'}
+  return found
+
+
 def test_rows(rows):
-  assert [(row['num_beams'], row['num_kv_heads']) for row in rows] == [
-    (1, 8),
-    (1, 1),
-    (2, 8),
-    (2, 1),
-  ]
+  assert [row['num_kv_heads'] for row in rows] == [8, 1]
   for row in rows:
     step = formulas.decode_step(
-      network.config('tiny', num_kv_heads=row['num_kv_heads']),
+      network.config('one_layer', num_kv_heads=row['num_kv_heads']),
       2,
       8,
       4,
-      num_beams=row['num_beams'],
+      num_beams=2,
     )
     seconds = row['ms_per_step'] / 1e3
     nbytes = row['param_bytes_per_step'] + row['cache_bytes_per_step']
     assert (row['kind'], row['source']) == ('decode_benchmark', 'measured')
     # Where the rows went is not a part of it.
     assert row['command'] == (
-      'python -m gqa_t5x.benchmark decode --size=tiny --num_kv_heads=8,1'
-      ' --batch_size=2 --input_length=8 --output_length=4 --num_beams=1,2 --repeats=5'
+      'python -m gqa_t5x.benchmark decode --size=one_layer --num_kv_heads=8,1'
+      ' --batch_size=2 --input_length=8 --output_length=4 --num_beams=2 --repeats=5'
     )
     assert (nbytes, row['flops_per_step']) == (step.bytes, step.flops)
     expected = {
@@ -226,7 +242,7 @@ def test_rows(rows):
 
 
 def test_rows_of_a_run_that_is_stopped_are_kept(tmp_path, monkeypatch):
-  def stopped(settings, repeats, command):
+  def stopped(settings, repeats, *, command):
     yield {'ms_per_step': 1.5}
     raise KeyboardInterrupt
 
@@ -241,74 +257,87 @@ def test_rows_of_a_run_that_is_stopped_are_kept(tmp_path, monkeypatch):
 def test_table(rows, capsys):
   slow = {**rows[0], 'ms_per_step': 40.0, 'system': 't5x'}
   fast = {**rows[0], 'ms_per_step': 10.0}
-  benchmark_report.print_table([fast, slow], decode_benchmark.COLUMNS)
+  table_and_figure.print_table([fast, slow], decode_benchmark.COLUMNS)
   lines = capsys.readouterr().out.splitlines()
-  assert lines[1].split()[:7] == ['tiny', '8', '2', '8', '1', '10', '█' * 6]
-  assert lines[2].split()[:8] == ['tiny', '(T5X)', '8', '2', '8', '1', '40', '█' * 24]
+  numbers = '8 2 8 2'  # heads, batch, input, beams
+  assert ' '.join(lines[1].split()[:7]) == f'one_layer {numbers} 10 {"█" * 6}'
+  assert ' '.join(lines[2].split()[:8]) == f'one_layer (T5X) {numbers} 40 {"█" * 24}'
 
 
-def write_rows(name, folder, *words):
-  assert benchmark.main(['benchmark', name, *words, f'--json={folder}/rows.json']) == 0
-  return json.loads((folder / 'rows.json').read_text())
-
-
-def test_training_rows(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(train_benchmark, '_matmul_rate', lambda *_: 0.5)
-  words = ['--size=tiny', '--num_kv_heads=8,1', '--batch_size=2', '--input_length=8']
-  rows = write_rows('train', tmp_path, *words, '--target_length=4', '--repeats=5')
-  assert [row['num_kv_heads'] for row in rows] == [8, 1]
-  for row in rows:
-    cfg = network.config('tiny', num_kv_heads=row['num_kv_heads'])
-    flops, seconds = (
-      formulas.training_step(cfg, 2, 8, 4).flops,
-      row['ms_per_step'] / 1e3,
-    )
-    expected = {
-      'flops_per_step': flops,
-      'tokens_per_s': 2 * (8 + 4) / seconds,
-      'gflop_per_s': flops / seconds / 1e9,
-      'matmul_fraction': flops / seconds / 1e9 / 0.5,
-    }
-    assert {name: row[name] for name in expected} == pytest.approx(expected)
-    assert (row['kind'], row['source']) == ('train_benchmark', 'measured')
+def test_training_rows(tmp_path, capsys):
+  words = ['--size=one_layer', '--num_kv_heads=2', '--batch_size=2', '--repeats=5']
+  words += ['--input_length=8', '--target_length=4']
+  (row,) = write_rows('train', tmp_path, *words)
+  cfg = network.config('one_layer', num_kv_heads=2)
+  flops = formulas.training_step(cfg, 2, 8, 4).flops
+  seconds = row['ms_per_step'] / 1e3
+  expected = {
+    'flops_per_step': flops,
+    'tokens_per_s': 2 * (8 + 4) / seconds,
+    'gflop_per_s': flops / seconds / 1e9,
+    'matmul_fraction': flops / seconds / 1e9 / 0.5,
+  }
+  assert {name: row[name] for name in expected} == pytest.approx(expected)
+  assert (row['kind'], row['source']) == ('train_benchmark', 'measured')
   assert capsys.readouterr().out.splitlines()[1].split()[:5] == (
-    ['tiny', '8', '2', '8', '4']
+    ['one_layer', '2', '2', '8', '4']
   )
 
 
 def test_a_training_step_is_loss_and_gradients():
   """A step along the gradient lowers the loss by as much as its length says."""
-  runner = train_benchmark.Runner(
-    train_benchmark.Setting('tiny', 2, 2, 8, 4, 'float32')
-  )
-  loss, gradients = runner.step()
+  setting = train_benchmark.Setting('one_layer', 2, 2, 8, 4, 'float32')
+  trainee = train_benchmark.Trainee(network.Transformer(setting.config), setting)
+  loss, gradients = trainee.step()
   squares = sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(gradients))
   rate = 1e-3 / squares
-  runner._params = jax.tree.map(lambda p, g: p - rate * g, runner._params, gradients)
-  lower, _ = runner.step()
+  trainee._params = jax.tree.map(lambda p, g: p - rate * g, trainee._params, gradients)
+  lower, _ = trainee.step()
   assert float(loss - lower) == pytest.approx(1e-3, rel=0.1)
 
 
+def test_t5x_is_timed_where_a_setting_says_so():
+  """What the command hands in is made of the setting, and measured."""
+  made = []
+
+  def network_of_t5x(cfg):
+    made.append(cfg.self_kv)
+    return network.Transformer(cfg)
+
+  class DecoderOfT5X(decode_benchmark.Decoder):
+    def __init__(self, cfg, params, inputs_BS, length, num_beams):
+      made.append((inputs_BS.shape, length, num_beams))
+      super().__init__(cfg, params, inputs_BS, length, num_beams)
+
+  training = train_benchmark.Setting('one_layer', 2, 2, 8, 4, 'float32', 't5x')
+  decoding = Setting('one_layer', 8, 2, 8, 4, 'float32', 1, 't5x')
+  for module, setting, baseline in (
+    (train_benchmark, training, network_of_t5x),
+    (decode_benchmark, decoding, DecoderOfT5X),
+  ):
+    (row,) = module.measure([setting], 1, 'command', baseline)
+    assert (row['system'], row['command']) == ('t5x', 'command')
+  assert made == [2, ((2, 8), 4, 1)]
+
+
 def test_conversion_rows(tmp_path, capsys):
-  words = ['--size=tiny', '--num_kv_heads=2', '--repeats=1', f'--work_dir={tmp_path}']
-  rows = write_rows('convert', tmp_path, *words)
+  words = ['--size=tiny', '--num_kv_heads=2', '--compression=zstd', '--repeats=1']
+  (row,) = write_rows('convert', tmp_path, *words, f'--work_dir={tmp_path}')
   assert {path.name for path in tmp_path.iterdir()} == {'rows.json'}
-  assert [row['compression'] for row in rows] == ['none', 'zstd']
-  before = 4 * sum(formulas.parameters(network.config('tiny')).values())
-  after = 4 * sum(formulas.parameters(network.config('tiny', num_kv_heads=2)).values())
-  for row in rows:
-    # A message, a manifest and chunks that are filled up come on top.
-    assert before < row['input_bytes'] < 1.1 * before
-    expected = {
-      'cp_fraction': row['cp_seconds'] / row['seconds'],
-      'gb_per_s': row['input_bytes'] / row['seconds'] / 1e9,
-    }
-    assert {name: row[name] for name in expected} == pytest.approx(expected)
-    assert 50 < row['peak_mb'] < 1000
-  assert after < rows[0]['output_bytes'] < 1.1 * after
-  assert rows[1]['output_bytes'] < rows[0]['output_bytes']
+  before, after = (
+    4 * formulas.num_parameters(network.config('tiny', num_kv_heads=K)) for K in (8, 2)
+  )
+  # A message, a manifest and chunks that are filled up come on top.
+  assert before < row['input_bytes'] < 1.1 * before
+  assert 0.5 * after < row['output_bytes'] < after
+  expected = {
+    'cp_fraction': row['cp_seconds'] / row['seconds'],
+    'gb_per_s': row['input_bytes'] / row['seconds'] / 1e9,
+  }
+  assert {name: row[name] for name in expected} == pytest.approx(expected)
+  assert 50 < row['peak_mb'] < 1000
   assert capsys.readouterr().out.splitlines()[1].split()[:4] == (
-    ['tiny', '2', 'mean', 'none']
+    ['tiny', '2', 'mean', 'zstd']
   )
 
 
@@ -333,9 +362,8 @@ def test_a_bare_machine_imports_it_quickly():
   assert float(done.stdout.splitlines()[-1]) < 5
 
 
-def test_t5x_is_refused_by_name_where_it_is_missing(monkeypatch):
-  from gqa_t5x.analysis.benchmarks import t5x_runner
-
+def test_t5x_is_refused_by_name_where_it_is_missing(monkeypatch, capsys):
+  monkeypatch.delitem(sys.modules, 'gqa_t5x.training.t5x_baseline', raising=False)
   monkeypatch.setitem(sys.modules, 't5x.examples.t5', None)
-  with pytest.raises(BadSetting, match="needs T5X's own example network"):
-    t5x_runner.Runner(Setting('tiny', 8, 1, 4, 4, 'float32', 1, 't5x'))
+  assert benchmark.main(['benchmark', 'decode', '--compare=t5x']) == 1
+  assert "needs T5X's own example network" in capsys.readouterr().err

@@ -1,11 +1,14 @@
 """The command that compiles for TPUs, as far as it goes without their compiler."""
 
+import os
+import sys
+
 import pytest
 
 from gqa_t5x import tpu_compile
-from gqa_t5x.analysis.benchmarks.settings import BadSetting
-from gqa_t5x.analysis.tpu import compile_report, compile_search, program, topology
-from gqa_t5x.analysis.tpu.chips import CHIPS, GIB
+from gqa_t5x.analysis.tpu import layout_search, program, row_text, topology
+from gqa_t5x.analysis.tpu.chips import GIB
+from gqa_t5x.errors import BadInput
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,7 @@ def test_slices(name, expected):
     (['--topology=v4:2x2x1', '--mode=train'], '--gin_file is missing'),
     (['--topology=v4:2x2x1', '--size=huge'], 'value should be one of <tiny|mini|'),
     (['--topology=v4:2x2x1', '--batch_size=0'], '0 is not a positive integer'),
-    (['--topology=v4:2x2x1', 'xxl'], "unexpected argument 'xxl'; see --help."),
+    (['--topology=v4:2x2x1', 'xxl'], "unexpected argument 'xxl'; see --help"),
     (['--json=no/such/folder.json'], 'no/such/folder.json: there is no such folder.'),
   ],
 )
@@ -56,9 +59,7 @@ def test_without_the_compiler(monkeypatch):
     raise RuntimeError('JAX TPU support not installed; cannot generate TPU topology.')
 
   monkeypatch.setattr(topology.topologies, 'get_topology_desc', fail)
-  with pytest.raises(
-    BadSetting, match=r"The TPU compiler is not installed;.*'jax\[tpu"
-  ):
+  with pytest.raises(BadInput, match=r"The TPU compiler is not installed;.*'jax\[tpu"):
     topology.devices('v4:2x2x1')
 
 
@@ -78,15 +79,26 @@ def test_without_the_compiler(monkeypatch):
     ('INTERNAL: something else', None),
   ],
 )
-def test_programs_that_are_too_large(message, expected):
+def test_programs_that_do_not_compile(message, expected, capfd):
+  """What is too large says enough; all else comes with what the compiler wrote."""
+
   class Lowered:
     def compile(self):
+      os.write(2, b'written by C++\n')
       raise RuntimeError(message)
 
   with pytest.raises(program.TooLarge if expected else RuntimeError) as error:
     program.compile_program(Lowered())
   if expected:
     assert (error.value.needed, error.value.available) == expected
+  assert capfd.readouterr().err == ('' if expected else 'written by C++\n')
+
+
+def test_what_is_written_without_an_error_is_thrown_away(capfd):
+  with topology.quiet():
+    os.write(2, b'written by C++\n')
+  print('after', file=sys.stderr)
+  assert capfd.readouterr().err == 'after\n'
 
 
 @pytest.mark.parametrize('most', [0, 1, 5, 31, 32])
@@ -104,13 +116,50 @@ def test_the_largest_size_that_fits(most):
     }
     return row, f'program {n}'
 
-  found = compile_search.largest(list(range(1, 33)), compile_size)
+  found = layout_search.largest(list(range(1, 33)), compile_size)
   if most == 0:
     assert found is None
   else:
     assert found[0]['hbm_peak_bytes'] == 3 + 2 * most
     assert found[1] == f'program {most}'
   assert len(tried) == len(set(tried)) <= 3
+
+
+def compiled_as(tried, key, time, fits):
+  """A compiler of pretence: from (partitions, number) to a row, remembering both."""
+
+  def compile_one(M, number):
+    tried.append((M, number))
+    row = {'fits': fits(M, number), 'hbm_peak_bytes': 9, 'hbm_capacity_bytes': 9}
+    return row | {'parameters_bytes': 1, key: time(M, number)}, f'{M} x {number}'
+
+  return compile_one
+
+
+def test_search_for_decoding():
+  """Of 4 devices on 2 chips: every copy of the model gets as many inputs."""
+  tried = []
+  compile_one = compiled_as(
+    tried, 'seconds_per_sample', lambda M, batch: abs(M - 2), lambda M, batch: M > 1
+  )
+  _, text = layout_search.search_decode(4, 2, None, 3, compile_one)
+  assert text == '2 x 6'
+  assert tried == [(4, 6), (2, 6), (1, 4)]
+  tried.clear()
+  assert layout_search.search_decode(4, 2, 4, 3, compile_one)[1] == '4 x 6'
+  assert tried == [(4, 6)]
+  assert layout_search.search_decode(4, 2, 1, 3, compile_one) is None
+
+
+def test_search_for_training():
+  """Of 8 devices and 12 rows: 4, 2 or 1 copies have 3, 6 or 12 rows each."""
+  tried = []
+  compile_one = compiled_as(
+    tried, 'roofline_ms', lambda M, parts: M + parts, lambda M, parts: parts > 1
+  )
+  _, text = layout_search.search_train(8, 12, compile_one)
+  assert text == '4 x 2'
+  assert set(tried) == {(8, 1), (8, 2), (4, 1), (4, 2), (2, 1)}
 
 
 def test_a_report():
@@ -127,7 +176,7 @@ def test_a_report():
     'least_bytes_per_step': 1228e6, 'prepare_flops': 1e12, 'prepare_roofline_ms': 4.0,
     'seconds_per_sample': 0.066,
   }  # fmt: skip
-  text = ' '.join(compile_report.text(row).split())
+  text = ' '.join(row_text.text(row).split())
   for part in (
     'v4:2x2x2: 8 chips, each with 275 TFLOP/s, 1228 GB/s, 32 GiB, links of 300 GB/s',
     'peak 2.000 GiB of 30.75: fits',
@@ -139,23 +188,8 @@ def test_a_report():
     'one sample 0.066 s of one chip',
   ):
     assert part in text
-  assert compile_report.headline(row) == (
+  assert row_text.headline(row) == (
     'model 8 x data 1, batch 16: 2.00 of 30.75 GiB, 0.066 s a sample and chip'
   )
   too_large = row | {'fits': False, 'hbm_peak_bytes': 31 * GIB}
-  assert '31.000 GiB of 30.75: 0.25 GiB too much' in compile_report.text(too_large)
-
-
-def test_chips_are_those_of_a_list():
-  """Published peaks: FLOP/s, bytes/s, memory in GiB."""
-  assert {
-    name: (c.flops / 1e12, c.bandwidth / 1e9, c.memory / GIB, c.links / 1e9)
-    for name, c in CHIPS.items()
-    if c.links
-  } == {
-    'v3': (123, 900, 32, 280),
-    'v4': (275, 1228, 32, 300),
-    'v5e': (197, 819, 16, 200),
-    'v5p': (459, 2765, 95, 600),
-    'v6e': (918, 1638, 32, 400),
-  }
+  assert '31.000 GiB of 30.75: 0.25 GiB too much' in row_text.text(too_large)

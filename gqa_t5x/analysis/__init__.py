@@ -1,1 +1,1 @@
-"""What the model costs, by formula: to be set beside what is measured."""
+"""What models cost: by formula, as TPU programs, and measured."""

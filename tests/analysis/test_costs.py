@@ -22,9 +22,7 @@ MIXED_HEADS = dict(
 )
 CONFIGS = [*({'num_kv_heads': K} for K in KV_HEADS), MIXED_HEADS]
 
-# Wide enough for matrix products to be nearly all of the arithmetic.
-B, S, P, H = 3, 17, 7, 64
-WIDE = dict(vocab_size=600, emb_dim=120, mlp_dim=280)
+B, S, P = 3, 17, 7
 
 
 def elements(leaves):
@@ -35,45 +33,12 @@ def parameter_shapes(cfg):
   return oracle.flat(oracle.initial_shapes(cfg)['params'])
 
 
-# Part -> what the paths of its parameters look like.
-PARTS = {
-  'embedding': 'token_embedder/embedding',
-  'encoder_attention': 'encoder/layers_[0-9]+/attention/(query|key|value|out)/kernel',
-  'self_attention': 'decoder/.*/self_attention/(query|key|value|out)/kernel',
-  'cross_attention': 'decoder/.*/encoder_decoder_attention/.*/kernel',
-  'encoder_mlp': 'encoder/.*/mlp/.*/kernel',
-  'decoder_mlp': 'decoder/.*/mlp/.*/kernel',
-  'encoder_norms': 'encoder/.*norm/scale',
-  'decoder_norms': 'decoder/.*norm/scale',
-  'encoder_relpos_bias': 'encoder/relpos_bias/rel_embedding',
-  'decoder_relpos_bias': 'decoder/relpos_bias/rel_embedding',
-  'logits_dense': 'decoder/logits_dense/kernel',
-}
-
-
-def assert_parameters_are_those_of_the_tree(cfg):
-  shapes = parameter_shapes(cfg)
-  by_part = {
-    part: elements(leaf for path, leaf in shapes.items() if re.fullmatch(pattern, path))
-    for part, pattern in PARTS.items()
-  }
-  assert formulas.parameters(cfg) == by_part
-  assert sum(formulas.parameters(cfg).values()) == elements(shapes.values())
-
-
 @pytest.mark.parametrize(
   'fields', [*CONFIGS, TIED, {'mlp_activations': ('relu',)}, {'num_encoder_layers': 3}]
 )
-def test_parameters_by_part(fields):
-  assert_parameters_are_those_of_the_tree(oracle.config(**fields))
-
-
-@pytest.mark.parametrize('size', ['tiny', 'base', 'xxl'])
-@pytest.mark.parametrize('K', [1, 2, None])
-def test_parameters_of_a_size_by_part(size, K):
-  layers = dict(num_encoder_layers=1, num_decoder_layers=2)
-  cfg = network.config(size, num_kv_heads=K, **layers)
-  assert_parameters_are_those_of_the_tree(cfg)
+def test_parameters_are_those_of_the_tree(fields):
+  cfg = oracle.config(**fields)
+  assert formulas.num_parameters(cfg) == elements(parameter_shapes(cfg).values())
 
 
 @pytest.mark.parametrize(
@@ -89,8 +54,7 @@ def test_parameters_of_a_size_by_part(size, K):
   ],
 )
 def test_parameters_of_published_sizes(size, K, expected):
-  cfg = network.config(size, num_kv_heads=K)
-  assert sum(formulas.parameters(cfg).values()) == expected
+  assert formulas.num_parameters(network.config(size, num_kv_heads=K)) == expected
 
 
 def read_by_a_step(path):
@@ -114,7 +78,8 @@ def test_a_tied_table_is_read_whole():
   shapes = parameter_shapes(oracle.config(**TIED))
   read = elements(leaf for path, leaf in shapes.items() if read_by_a_step(path))
   expected = read + oracle.V * oracle.D
-  assert formulas.decoder_step_parameters(oracle.config(**TIED), rows=4) == expected
+  step = formulas.decode_step(oracle.config(**TIED), 4, S, P, param_itemsize=1)
+  assert step.param_bytes == expected
 
 
 @functools.cache
@@ -147,14 +112,6 @@ def test_cache_bytes_are_those_of_the_cache(fields):
   step = formulas.decode_step(cfg, B, S, P)
   assert (step.cross_kv_bytes, step.self_cache_bytes) == (cross, own)
   assert step.cache_bytes == cross + own
-  assert (
-    formulas.cross_kv_bytes(cfg, B, S) == B * S * formulas.cross_kv_bytes(cfg) == cross
-  )
-  assert (
-    formulas.self_cache_bytes(cfg, B, P)
-    == B * P * formulas.self_cache_bytes(cfg)
-    == own
-  )
 
 
 def test_beams_share_cross_attention_only():
@@ -165,131 +122,6 @@ def test_beams_share_cross_attention_only():
   assert four.self_cache_bytes == 4 * one.self_cache_bytes
   assert four.flops == 4 * one.flops
   assert four.param_bytes == one.param_bytes + 4 * 3 * B * oracle.D
-
-
-def wide_config(K, head_dim=H):
-  return oracle.config(K, **WIDE, head_dim=head_dim)
-
-
-@functools.cache
-def lowered_step(K, batch_size=B, input_length=S, cache_length=P, head_dim=H):
-  cfg = wide_config(K, head_dim)
-  shapes = step_shapes(cfg, batch_size, input_length, cache_length)
-  newest = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-  return oracle.jit(
-    lambda *arrays: generate.step(network.Transformer(cfg), *arrays, cache_length)
-  ).lower(*shapes, newest)
-
-
-def xla_step(*args, **lengths):
-  """Returns XLA's count of FLOPs and bytes before it fuses anything."""
-  cost = lowered_step(*args, **lengths).cost_analysis()
-  return np.array([cost['flops'], cost['bytes accessed']])
-
-
-@functools.cache
-def compiled_flops(*args, **lengths):
-  """Returns XLA's count of FLOPs of what it runs in the end."""
-  return lowered_step(*args, **lengths).compile().cost_analysis()['flops']
-
-
-def formula_step(K, batch_size=B, input_length=S, cache_length=P, head_dim=H):
-  cfg = wide_config(K, head_dim)
-  step = formulas.decode_step(cfg, batch_size, input_length, cache_length)
-  return np.array([step.flops, step.bytes])
-
-
-@pytest.mark.parametrize('K', KV_HEADS)
-@pytest.mark.parametrize('length', ['input_length', 'cache_length'])
-def test_attention_of_a_step_is_exactly_xlas(K, length):
-  """How much 12 more positions cost more with heads larger by 16.
-
-  That leaves the two products of attention, and the keys and values they read: the
-  softmax does not grow with the head size, nor the projections with the length.
-  """
-  longer = {length: {'input_length': S, 'cache_length': P}[length] + 12}
-
-  def mixed_difference(cost):
-    large = {'head_dim': H + 16}
-    more_of_large_heads = cost(K, **longer, **large) - cost(K, **large)
-    return more_of_large_heads - (cost(K, **longer) - cost(K))
-
-  two_products_and_multiply_adds, key_and_value_of_float32 = 2 * 2, 2 * 4
-  once = oracle.DECODER_LAYERS * B * 12 * 16
-  by_hand = [
-    once * oracle.N * two_products_and_multiply_adds,
-    once * K * key_and_value_of_float32,
-  ]
-  np.testing.assert_array_equal(mixed_difference(formula_step), by_hand)
-  np.testing.assert_array_equal(mixed_difference(xla_step), by_hand)
-
-
-MORE = [{'batch_size': B + 2}, {'input_length': S + 12}]
-
-
-@pytest.mark.parametrize('lengths', [{}, *MORE])
-def test_flops_of_a_step_are_xlas(lengths):
-  xla = [compiled_flops(K, **lengths) for K in KV_HEADS]
-  assert_rest_is_elementwise(xla, [formula_step(K, **lengths)[0] for K in KV_HEADS])
-
-
-@pytest.mark.parametrize('more', MORE)
-def test_flops_of_a_larger_or_longer_step_are_xlas(more):
-  """Of 12 more positions, softmax is 2.5%: 6.5 FLOPs beside the 4 H of a logit."""
-  xla = compiled_flops(2, **more) - compiled_flops(2)
-  flops = formula_step(2, **more)[0] - formula_step(2)[0]
-  assert 0.97 * xla < flops < xla
-
-
-def assert_rest_is_elementwise(xla, formula):
-  """Checks that XLA counts up to 2% more, and equally much for every K.
-
-  That is norms, softmax and GELU. Past 2**24, XLA's float32 counts by twos.
-  """
-  rest = np.array(xla) - formula
-  assert (rest > 0).all()
-  assert (rest < 0.02 * np.array(formula)).all()
-  assert np.ptp(rest) <= 4
-  assert (np.diff(formula) > 0).all()  # More K/V heads, more FLOPs.
-
-
-@pytest.mark.parametrize('lengths', [(B, S), (B + 2, S), (B, S + 12)])
-def test_flops_before_the_first_step_are_xlas(lengths):
-  xla, formula = [], []
-  for K in (1, oracle.N):
-    cfg = wide_config(K)
-    params, _, _, tokens = step_shapes(cfg, *lengths, P)
-    prepare = oracle.jit(
-      lambda params, tokens, cfg=cfg: generate.prepare(
-        network.Transformer(cfg), params, tokens, P
-      )
-    )
-    xla.append(prepare.lower(params, tokens).compile().cost_analysis()['flops'])
-    formula.append(formulas.prepare_flops(cfg, *lengths))
-  assert_rest_is_elementwise(xla, formula)
-
-
-def apply_shapes(cfg, batch_size, input_length, target_length):
-  """Returns a forward pass, and the shapes of what it is given."""
-
-  def forward(params, inputs, targets):
-    return network.Transformer(cfg).apply(
-      {'params': params}, inputs, targets, targets, enable_dropout=False
-    )
-
-  inputs = jax.ShapeDtypeStruct((batch_size, input_length), jnp.int32)
-  targets = jax.ShapeDtypeStruct((batch_size, target_length), jnp.int32)
-  return forward, (oracle.initial_shapes(cfg)['params'], inputs, targets)
-
-
-def test_flops_of_a_forward_pass_are_xlas():
-  xla, formula = [], []
-  for K in (1, oracle.N):
-    forward, shapes = apply_shapes(wide_config(K), B, S, P)
-    compiled = oracle.jit(forward).lower(*shapes).compile()
-    xla.append(compiled.cost_analysis()['flops'])
-    formula.append(formulas.training_step(wide_config(K), B, S, P).flops / 3)
-  assert_rest_is_elementwise(xla, formula)
 
 
 def products(jaxpr):
@@ -312,6 +144,64 @@ def count_products(function, shapes):
   return flops, touched
 
 
+def run_step(cfg, cache_length):
+  return lambda *arrays: generate.step(network.Transformer(cfg), *arrays, cache_length)
+
+
+@pytest.mark.parametrize('fields', [*CONFIGS, TIED])
+@pytest.mark.parametrize('lengths', [(B, S, P), (B + 2, S + 12, P + 4)])
+def test_a_step_is_exactly_its_matrix_products(fields, lengths):
+  cfg, (batch_size, _, cache_length) = oracle.config(**fields), lengths
+  newest = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+  shapes = *step_shapes(cfg, *lengths), newest
+  flops, _ = count_products(run_step(cfg, cache_length), shapes)
+  assert formulas.decode_step(cfg, *lengths).flops == flops
+
+
+def xla_flops(function, *shapes):
+  """Returns XLA's count of what it runs in the end."""
+  compiled = oracle.jit(function).lower(*shapes).compile()
+  return compiled.cost_analysis()['flops']
+
+
+@pytest.mark.parametrize('what', ['step', 'prepare'])
+def test_flops_are_xlas(what):
+  """XLA counts up to 2% more, norms, softmax and GELU: equally much for every K."""
+  xla, formula = [], []
+  for K in (1, oracle.N):
+    # Wide enough for matrix products to be nearly all of the arithmetic.
+    cfg = oracle.config(K, vocab_size=600, emb_dim=120, mlp_dim=280, head_dim=64)
+    params, kept, cache, tokens = step_shapes(cfg, B, S, P)
+    if what == 'step':
+      newest = jax.ShapeDtypeStruct((B,), jnp.int32)
+      shapes = params, kept, cache, tokens, newest
+      xla.append(xla_flops(run_step(cfg, P), *shapes))
+      formula.append(formulas.decode_step(cfg, B, S, P).flops)
+    else:
+      module = network.Transformer(cfg)
+      prepare = functools.partial(generate.prepare, module, max_length=P)
+      xla.append(xla_flops(prepare, params, tokens))
+      formula.append(formulas.prepare_flops(cfg, B, S))
+  rest = np.array(xla) - formula
+  assert (rest > 0).all()
+  assert (rest < 0.02 * np.array(formula)).all()
+  assert np.ptp(rest) <= 4  # Past 2**24, XLA's float32 counts by twos.
+  assert formula[1] > formula[0]  # More K/V heads, more FLOPs.
+
+
+def apply_shapes(cfg, batch_size, input_length, target_length):
+  """Returns a forward pass, and the shapes of what it is given."""
+
+  def forward(params, inputs, targets):
+    return network.Transformer(cfg).apply(
+      {'params': params}, inputs, targets, targets, enable_dropout=False
+    )
+
+  inputs = jax.ShapeDtypeStruct((batch_size, input_length), jnp.int32)
+  targets = jax.ShapeDtypeStruct((batch_size, target_length), jnp.int32)
+  return forward, (oracle.initial_shapes(cfg)['params'], inputs, targets)
+
+
 @pytest.mark.parametrize('fields', [*CONFIGS, {'mlp_activations': ('relu',)}])
 def test_training_is_exactly_its_matrix_products(fields):
   cfg = oracle.config(**fields)
@@ -319,8 +209,7 @@ def test_training_is_exactly_its_matrix_products(fields):
   gradient = jax.grad(lambda *arrays: jnp.sum(jax.nn.log_softmax(forward(*arrays))))
   flops, touched = count_products(gradient, shapes)
   step = formulas.training_step(cfg, 3, 11, 5)
-  assert (step.flops, step.bytes) == (flops, touched)
-  assert step.intensity == flops / touched
+  assert (step.flops, 4 * step.weights + step.activation_bytes) == (flops, touched)
 
 
 @pytest.mark.parametrize('float32_logits', [False, True])
@@ -328,9 +217,10 @@ def test_bytes_of_a_bfloat16_forward_pass(float32_logits):
   """JAX multiplies bfloat16 copies of the kernels, but for the last: float32."""
   cfg = oracle.config(2, **BFLOAT16, float32_attention_logits=float32_logits)
   flops, touched = count_products(*apply_shapes(cfg, 3, 11, 5))
-  step = formulas.training_step(cfg, 3, 11, 5, param_itemsize=2)
+  step = formulas.training_step(cfg, 3, 11, 5)
   assert step.flops == 3 * flops
-  assert step.bytes + 3 * 2 * oracle.D * oracle.V == 3 * touched
+  float32 = 3 * 2 * oracle.D * oracle.V  # The bytes that the last kernel has more.
+  assert 2 * step.weights + step.activation_bytes + float32 == 3 * touched
 
 
 CFG = oracle.config(2)
@@ -339,15 +229,11 @@ POSITIVE = [
     functools.partial(formulas.decode_step, CFG),
     ('batch_size', 'input_length', 'self_positions', 'num_beams', 'param_itemsize'),
   ),
-  (functools.partial(formulas.decoder_step_parameters, CFG), ('rows',)),
-  (functools.partial(formulas.self_cache_bytes, CFG), ('rows', 'positions')),
-  (functools.partial(formulas.cross_kv_bytes, CFG), ('batch_size', 'input_length')),
   (functools.partial(formulas.prepare_flops, CFG), ('batch_size', 'input_length')),
   (
     functools.partial(formulas.training_step, CFG),
-    ('batch_size', 'input_length', 'target_length', 'param_itemsize'),
+    ('batch_size', 'input_length', 'target_length'),
   ),
-  (formulas.shazeer_training_ratio, ('b', 'n', 'k')),
   (functools.partial(formulas.shazeer_decoding_ratio, h=4, g=2), ('b', 'n', 'd')),
 ]
 

@@ -5,46 +5,9 @@ import textwrap
 import pytest
 
 from gqa_t5x.analysis.hlo import traffic
-from helpers.hlo_programs import moved, program
+from helpers.hlo_programs import LOOP_BYTES, loop, moved, program
 
-LOOP = """
-%body (s: (s32[], f32[256])) -> (s32[], f32[256]) {{
-  %s = (s32[], f32[256]{{0}}) parameter(0)
-  %n = s32[] get-tuple-element(%s), index=0
-  %old = s32[]{{:S(6)}} copy(%n)
-  %step = s32[]{{:S(6)}} constant({step})
-  %new = s32[]{{:S(6)}} add(%old, %step)
-  %v = f32[256]{{0}} get-tuple-element(%s), index=1
-  %w = f32[256]{{0:S(1)}} negate(%v)
-  ROOT %t = (s32[], f32[256]{{0}}) tuple(%new, %w)
-}}
-
-%condition (c: (s32[], f32[256])) -> pred[] {{
-  %c = (s32[], f32[256]{{0}}) parameter(0)
-  %i = s32[] get-tuple-element(%c), index=0
-  %end = s32[]{{:S(6)}} {end}
-  ROOT %less = pred[]{{:S(6)}} compare(%i, %end), direction={direction}
-}}
-"""
-WHILE = """
-%n = s32[]{{:S(6)}} {begin}
-%v = f32[256]{{0:S(1)}} parameter(0)
-%s = (s32[], f32[256]{{0}}) tuple(%n, %v)
-ROOT %w = (s32[], f32[256]{{0}}) while(%s), condition=%condition, body=%body{noted}
-"""
-SEVEN = {'end': 'constant(7)', 'direction': 'LT', 'step': '1'}
-SEVEN |= {'begin': 'constant(0)', 'noted': ''}
 NOTED = ', backend_config={"known_trip_count":{"n":"5"}}'
-
-
-# The counter is read twice, and 256 numbers.
-A_TIME = 4 + 4 + 1024
-
-
-def loop(**change):
-  """(body, more) of a program with a loop; see A_TIME."""
-  values = SEVEN | change
-  return WHILE.format(**values), LOOP.format(**values)
 
 
 @pytest.mark.parametrize(
@@ -56,40 +19,65 @@ def loop(**change):
     # What the compiler notes comes first.
     ({'noted': NOTED}, 5),
     ({'noted': NOTED, 'end': 'get-tuple-element(%c), index=0'}, 5),
-    # Ends that no constant tells, and counters that do not count from one by one.
-    ({'end': 'get-tuple-element(%c), index=0'}, None),
-    ({'direction': 'NE'}, None),
-    ({'step': '2'}, None),
-    ({'begin': 'parameter(1)'}, None),
   ],
 )
-def test_loops(change, trips):
-  assert moved(*loop(**change), trips={'body': 3}) == (3 * A_TIME, 0)
-  module = program(*loop(**change))
-  if trips is None:
-    message = 'Loop w may stop early; say how often body runs.'
-    with pytest.raises(ValueError, match=message):
-      moved(*loop(**change))
-    assert traffic.main_loop(module) == 'body'
-  else:
-    assert moved(*loop(**change)) == (trips * A_TIME, 0)
-    with pytest.raises(ValueError, match='0 loops of the program may stop early'):
-      traffic.main_loop(module)
+def test_loops_that_say_how_often_they_run(change, trips):
+  assert moved(*loop(**change)) == (trips * LOOP_BYTES, 0)
+  # Who counts may know better.
+  assert moved(*loop(**change), trips={'body': 3}) == (3 * LOOP_BYTES, 0)
+  with pytest.raises(ValueError, match='0 loops of the program may stop early'):
+    traffic.main_loop(program(*loop(**change)))
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    # Ends that no constant tells, and counters that do not count from one by one.
+    {'end': 'get-tuple-element(%c), index=0'},
+    {'direction': 'NE'},
+    {'step': '2'},
+    {'begin': 'parameter(1)'},
+  ],
+)
+def test_loops_that_may_stop_early(change):
+  assert moved(*loop(**change), trips={'body': 3}) == (3 * LOOP_BYTES, 0)
+  message = 'Loop w may stop early; say how often body runs.'
+  with pytest.raises(ValueError, match=message):
+    moved(*loop(**change))
+  assert traffic.main_loop(program(*loop(**change))) == 'body'
 
 
 def test_a_loop_in_a_loop():
-  inner = LOOP.format(**SEVEN | {'end': 'constant(3)'})
-  outer = inner.replace('%body ', '%outer ').replace('%condition ', '%outer_condition ')
-  outer = outer.replace('constant(3)', 'constant(4)').replace(
-    '%w = f32[256]{0:S(1)} negate(%v)',
-    '%zero = s32[]{:S(6)} constant(0)\n'
-    '  %into = (s32[], f32[256]{0}) tuple(%zero, %v)\n'
-    '  %run = (s32[], f32[256]{0}) while(%into), condition=%condition, body=%body\n'
-    '  %w = f32[256]{0} get-tuple-element(%run), index=1',
-  )
-  body, _ = loop()
-  body = body.replace('%condition,', '%outer_condition,').replace('%body', '%outer')
-  assert moved(body, inner + outer) == (4 * (3 * A_TIME + 4 + 4), 0)
+  outer = """
+  %outer (s: (s32[], f32[256])) -> (s32[], f32[256]) {
+    %s = (s32[], f32[256]{0}) parameter(0)
+    %n = s32[] get-tuple-element(%s), index=0
+    %one = s32[]{:S(6)} constant(1)
+    %new = s32[]{:S(6)} add(%n, %one)
+    %v = f32[256]{0} get-tuple-element(%s), index=1
+    %zero = s32[]{:S(6)} constant(0)
+    %into = (s32[], f32[256]{0}) tuple(%zero, %v)
+    %run = (s32[], f32[256]{0}) while(%into), condition=%condition, body=%body
+    %w = f32[256]{0} get-tuple-element(%run), index=1
+    ROOT %t = (s32[], f32[256]{0}) tuple(%new, %w)
+  }
+  %outer_condition (c: (s32[], f32[256])) -> pred[] {
+    %c = (s32[], f32[256]{0}) parameter(0)
+    %i = s32[] get-tuple-element(%c), index=0
+    %end = s32[]{:S(6)} constant(4)
+    ROOT %less = pred[]{:S(6)} compare(%i, %end), direction=LT
+  }
+  """
+  entry = """
+  %n = s32[]{:S(6)} constant(0)
+  %v = f32[256]{0:S(1)} parameter(0)
+  %s = (s32[], f32[256]{0}) tuple(%n, %v)
+  ROOT %w = (s32[], f32[256]{0}) while(%s), condition=%outer_condition, body=%outer
+  """
+  _, inner = loop(end='constant(3)')
+  # Each round of the outer loop reads its own counter twice.
+  expected = 4 * (3 * LOOP_BYTES + 4 + 4)
+  assert moved(entry, inner + textwrap.dedent(outer)) == (expected, 0)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +101,9 @@ def test_calls(line):
 
 def test_cycles_are_those_that_the_compiler_notes():
   noted = ', backend_config={"window_config":{"estimated_cycles":"120"}}'
-  body, more = loop()
-  more = more.replace('negate(%v)', 'negate(%v)' + noted)
-  assert traffic.count(program(body, more)).cycles == 7 * 120
+  counted = traffic.count(program(*loop(work='negate(%v)' + noted)))
+  assert counted.cycles == 7 * 120
   assert traffic.count(program(*loop())).cycles == 0
-  both = traffic.Traffic(cycles=2) + traffic.Traffic(cycles=3)
-  assert (both * 4).cycles == 20
 
 
 def test_a_conditional_counts_its_costlier_branch():
@@ -141,61 +126,71 @@ def test_a_conditional_counts_its_costlier_branch():
   assert moved(body, branches) == (16384, 0)
 
 
-# 4096 numbers of 4 bytes in, among 4 devices.
-IN = '%x = f32[4096]{0} parameter(0)'
+@pytest.mark.parametrize(
+  ('kind', 'attributes', 'expected'),
+  [
+    # 4096 numbers of 4 bytes, among 4 devices.
+    ('all-gather', 'replica_groups={{0,1,2,3}}, dimensions={0}', 3 * 16384),
+    ('reduce-scatter', 'replica_groups={{0,1,2,3}}, to_apply=%add', 12288),
+    ('all-reduce', 'replica_groups={{0,1,2,3}}, to_apply=%add', 24576),
+    ('all-to-all', 'replica_groups={{0,1,2,3}}, dimensions={0}', 12288),
+    ('collective-permute', 'source_target_pairs={{0,1},{1,0}}', 16384),
+  ],
+)
+def test_collectives(kind, attributes, expected):
+  at_once = f"""
+  %x = f32[4096] parameter(0)
+  ROOT %y = f32[4096] {kind}(%x), {attributes}
+  """
+  counted = traffic.count(program(at_once))
+  assert counted.collectives == {kind: expected}
+  asynchronous = f"""
+  %x = f32[4096] parameter(0)
+  %s = (f32[4096], f32[4096]) {kind}-start(%x), {attributes}
+  ROOT %y = f32[4096] {kind}-done(%s)
+  """
+  assert traffic.count(program(asynchronous)) == counted
+
+
+def all_reduced(attributes):
+  """Bytes received when 4096 numbers of 4 bytes are added up."""
+  counted = traffic.count(
+    program(f"""
+    %x = f32[4096] parameter(0)
+    ROOT %y = f32[4096] all-reduce(%x), {attributes}to_apply=%add
+    """)
+  )
+  return counted.collectives['all-reduce']
 
 
 @pytest.mark.parametrize(
-  ('line', 'expected'),
+  'groups',
   [
-    ('all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}', 3 * 16384),
-    ('reduce-scatter(%x), replica_groups={{0,1,2,3}}, to_apply=%add', 12288),
-    ('all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add', 24576),
-    ('all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add', 24576),
-    ('all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add', 24576),
-    ("all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add", 24576),
-    (
-      "all-reduce(%x), replica_groups=mesh['a'=2,'b'=2] {'a','b'}, to_apply=%add",
-      24576,
-    ),
-    (
-      "all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0))"
-      " {'b'}, to_apply=%add",
-      24576,
-    ),
+    '{{0,1,2,3},{4,5,6,7}}',
+    '[2,4]<=[8]',
+    '[2,4]<=[4,2]T(1,0)',
+    "mesh['a'=2,'b'=4] {'b'}",
+    "mesh['a'=2,'b'=2] {'a','b'}",
+    "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
     # A part of an axis: 8 devices in two groups.
-    ("all-reduce(%x), replica_groups=mesh['a'=8] {'a':(2)4}, to_apply=%add", 24576),
-    # All 8 devices of the program.
-    ('all-reduce(%x), replica_groups={}, to_apply=%add', 2 * 7 / 8 * 16384),
-    ('all-reduce(%x), to_apply=%add', 2 * 7 / 8 * 16384),
-    ('all-to-all(%x), replica_groups={{0,1,2,3}}, dimensions={0}', 12288),
-    ('collective-permute(%x), source_target_pairs={{0,1},{1,0}}', 16384),
+    "mesh['a'=8] {'a':(2)4}",
   ],
 )
-def test_collectives(line, expected):
-  kind = line.partition('(')[0]
-  counted = traffic.count(program(f'{IN}\nROOT %y = f32[4096]{{0}} {line}'))
-  assert counted.collectives == {kind: expected}
-  assert counted.collective_counts == {kind: 1}
-  asynchronous = line.replace(kind, f'{kind}-start', 1)
-  started = f"""
-  {IN}
-  %s = (f32[4096]{{0}}, f32[4096]{{0}}) {asynchronous}
-  ROOT %y = f32[4096]{{0}} {kind}-done(%s)
-  """
-  assert traffic.count(program(started)) == counted
+def test_groups_of_4(groups):
+  assert all_reduced(f'replica_groups={groups}, ') == 2 * 3 / 4 * 16384
+
+
+@pytest.mark.parametrize('groups', ['', 'replica_groups={}, '])
+def test_without_groups_all_8_devices_take_part(groups):
+  assert all_reduced(groups) == 2 * 7 / 8 * 16384
 
 
 def test_groups_that_are_written_in_no_known_way():
-  body = (
-    f'{IN}\nROOT %y = f32[4096]{{0}} all-reduce(%x), replica_groups=[8], to_apply=%add'
-  )
   with pytest.raises(ValueError, match=r'y: replica_groups=\[8\], to_apply=%add'):
-    traffic.count(program(body))
+    all_reduced('replica_groups=[8], ')
 
 
-# Two arrays are added up among 4 devices at once; a device keeps its part of both.
-SCATTERED = """
+TWO_ADDED_UP = """
 %fused (p: f32[4096], q: f32[4096]) -> (f32[1024], f32[1024]) {
   %p = f32[4096]{0} parameter(0)
   %q = f32[4096]{0} parameter(1)
@@ -203,117 +198,114 @@ SCATTERED = """
   %i = s32[] constant(0)
   %a = f32[4096]{0} get-tuple-element(%sum), index=0
   %b = f32[4096]{0} get-tuple-element(%sum), index=1
-  %c = f32[4096]{0} bitcast(%b)
-  %d = f32[1024]{0} dynamic-slice(%a, %i)
-  %e = f32[1024]{0} dynamic-slice(%c, %i)
-  ROOT %parts = (f32[1024]{0}, f32[1024]{0}) tuple(%d, %e)
-}
+  %c = f32[1024]{0} dynamic-slice(%a, %i)
 """
 
 
 @pytest.mark.parametrize(
-  ('change', 'expected'),
+  ('more', 'expected'),
   [
-    ((), {'reduce-scatter': 2 * 12288}),
-    # All of one is kept, or made into something else.
-    (('tuple(%d, %e)', 'tuple(%a, %e)'), {'all-reduce': 2 * 24576}),
-    (('%c = f32[4096]{0} bitcast', '%c = f32[4096]{0} negate'), {'all-reduce': 49152}),
+    # A device keeps its part of both.
+    (
+      """
+  %view = f32[4096]{0} bitcast(%b)
+  %d = f32[1024]{0} dynamic-slice(%view, %i)
+  ROOT %parts = (f32[1024]{0}, f32[1024]{0}) tuple(%c, %d)
+}""",
+      {'reduce-scatter': 2 * 12288},
+    ),
+    # It keeps all of one.
+    (
+      """
+  ROOT %parts = (f32[1024]{0}, f32[4096]{0}) tuple(%c, %b)
+}""",
+      {'all-reduce': 2 * 24576},
+    ),
+    # It makes something else of all of one.
+    (
+      """
+  %new = f32[4096]{0} negate(%b)
+  %d = f32[1024]{0} dynamic-slice(%new, %i)
+  ROOT %parts = (f32[1024]{0}, f32[1024]{0}) tuple(%c, %d)
+}""",
+      {'all-reduce': 2 * 24576},
+    ),
   ],
 )
-def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter(change, expected):
-  fused = SCATTERED.replace(*change) if change else SCATTERED
-  body = f"""
-  {IN}
-  %y = f32[4096]{{0}} parameter(1)
-  ROOT %z = (f32[1024]{{0}}, f32[1024]{{0}}) fusion(%x, %y), calls=%fused
+def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter(more, expected):
+  entry = """
+  %x = f32[4096]{0} parameter(0)
+  %y = f32[4096]{0} parameter(1)
+  ROOT %z = (f32[1024]{0}, f32[1024]{0}) fusion(%x, %y), calls=%fused
   """
-  counted = traffic.count(program(body, fused))
+  counted = traffic.count(program(entry, TWO_ADDED_UP + more))
   assert counted.collectives == expected
-  assert counted.collective_counts == {next(iter(expected)): 1}
   assert (counted.read_bytes, counted.written_bytes) == (2 * 16384, 2 * 4096)
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs():
-  body, more = loop()
   summed = 'all-reduce(%v), replica_groups=[4,2]<=[8], to_apply=%add'
-  counted = traffic.count(program(body, more.replace('negate(%v)', summed)))
+  counted = traffic.count(program(*loop(work=summed)))
   assert counted.collectives == {'all-reduce': 7 * 1024}  # 2 * 1 / 2 of 1024 bytes.
-  assert counted.collective_counts == {'all-reduce': 7}
 
 
-@pytest.mark.parametrize(
-  ('left', 'right', 'out', 'options', 'expected'),
-  [
-    # 3 x 5 by 5 x 7.
-    ('[3,5]', '[5,7]', '[3,7]', 'dim_labels=bf_io->bf', 2 * 3 * 5 * 7),
-    ('[3,5]', '[7,5]', '[3,7]', 'dim_labels=bf_oi->bf', 2 * 3 * 5 * 7),
-    # A batch of 4 such products, as TPU programs write them: its positions are those of
-    # a window as large as the batch, of which one each is within the array.
-    (
-      '[4,3,5]',
-      '[4,5,7]',
-      '[4,3,7]',
-      'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
-      2 * 4 * 3 * 5 * 7,
-    ),
-    # An ordinary convolution over 6 positions by 3, padded by 1: 2 + 4 * 3 + 2 meet.
-    (
-      '[2,6,5]',
-      '[3,5,7]',
-      '[2,6,7]',
-      'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f',
-      2 * 2 * 5 * 7 * 16,
-    ),
-    # Every second of them, padded on one side only: 2 + 3 + 3 meet.
-    (
-      '[2,6,5]',
-      '[3,5,7]',
-      '[2,3,7]',
-      'window={size=3 stride=2 pad=1_0}, dim_labels=b0f_0io->b0f',
-      2 * 2 * 5 * 7 * 8,
-    ),
-    # The window skips every second position, and cuts off the first two: positions 2
-    # and 4, 3 and 5, and 4 alone.
-    (
-      '[2,6,5]',
-      '[2,5,7]',
-      '[2,3,7]',
-      'window={size=2 pad=-2_1 rhs_dilate=2}, dim_labels=b0f_0io->b0f',
-      2 * 2 * 5 * 7 * 5,
-    ),
-    # In two dimensions: 4 x 3 windows of 2 x 1.
-    (
-      '[1,5,3,5]',
-      '[2,1,5,7]',
-      '[1,4,3,7]',
-      'window={size=2x1}, dim_labels=b01f_01io->b01f',
-      2 * 5 * 7 * 4 * 3 * 2,
-    ),
-    # Groups: a feature of the output comes from 5 of the 10 of the input; a batch of 4
-    # is 2 of 2.
-    (
-      '[3,10]',
-      '[5,14]',
-      '[3,14]',
-      'feature_group_count=2, dim_labels=bf_io->bf',
-      2 * 3 * 5 * 14,
-    ),
-    (
-      '[4,5]',
-      '[5,14]',
-      '[2,14]',
-      'batch_group_count=2, dim_labels=bf_io->bf',
-      2 * 2 * 5 * 14,
-    ),
-  ],
-)
-def test_flops(left, right, out, options, expected):
-  body = f"""
+# Left, right and result; options of the convolution; multiply-adds.
+CONVOLUTIONS = [
+  # 3 x 5 by 5 x 7.
+  ('[3,5] [5,7] [3,7]', 'dim_labels=bf_io->bf', 3 * 5 * 7),
+  ('[3,5] [7,5] [3,7]', 'dim_labels=bf_oi->bf', 3 * 5 * 7),
+  # A batch of 4 such products, as TPU programs write them: its positions are those of
+  # a window as large as the batch, of which one each is within the array.
+  (
+    '[4,3,5] [4,5,7] [4,3,7]',
+    'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
+    4 * 3 * 5 * 7,
+  ),
+  # An ordinary convolution over 6 positions by 3, padded by 1: 2 + 4 * 3 + 2 meet.
+  (
+    '[2,6,5] [3,5,7] [2,6,7]',
+    'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f',
+    2 * 5 * 7 * 16,
+  ),
+  # Every second of them, padded on one side only: 2 + 3 + 3 meet.
+  (
+    '[2,6,5] [3,5,7] [2,3,7]',
+    'window={size=3 stride=2 pad=1_0}, dim_labels=b0f_0io->b0f',
+    2 * 5 * 7 * 8,
+  ),
+  # The window skips every second position, and cuts off the first two: positions 2
+  # and 4, 3 and 5, and 4 alone.
+  (
+    '[2,6,5] [2,5,7] [2,3,7]',
+    'window={size=2 pad=-2_1 rhs_dilate=2}, dim_labels=b0f_0io->b0f',
+    2 * 5 * 7 * 5,
+  ),
+  # In two dimensions: 4 x 3 windows of 2 x 1.
+  (
+    '[1,5,3,5] [2,1,5,7] [1,4,3,7]',
+    'window={size=2x1}, dim_labels=b01f_01io->b01f',
+    5 * 7 * 4 * 3 * 2,
+  ),
+  # Groups: a feature of the output comes from 5 of the 10 of the input.
+  (
+    '[3,10] [5,14] [3,14]',
+    'feature_group_count=2, dim_labels=bf_io->bf',
+    3 * 5 * 14,
+  ),
+  # A batch of 4 is 2 of 2.
+  ('[4,5] [5,14] [2,14]', 'batch_group_count=2, dim_labels=bf_io->bf', 2 * 5 * 14),
+]
+
+
+@pytest.mark.parametrize(('shapes', 'options', 'multiply_adds'), CONVOLUTIONS)
+def test_flops_of_a_convolution(shapes, options, multiply_adds):
+  left, right, out = shapes.split()
+  entry = f"""
   %x = f32{left} parameter(0)
   %y = f32{right} parameter(1)
   ROOT %z = f32{out} convolution(%x, %y), {options}
   """
-  assert traffic.count(program(body)).flops == expected
+  assert traffic.count(program(entry)).flops == 2 * multiply_adds
 
 
 def test_flops_of_a_dot():
@@ -355,6 +347,10 @@ def test_flops_of_kernels(line, expected):
 
 def test_flops_in_fusions():
   fused = """
+  %inner (r: f32[5,7]) -> f32[5,7] {
+    %r = f32[5,7] parameter(0)
+    ROOT %s = f32[5,7] negate(%r)
+  }
   %fused (p: f32[3,5], q: f32[5,7]) -> f32[3,7] {
     %p = f32[3,5] parameter(0)
     %q = f32[5,7] parameter(1)
@@ -362,39 +358,9 @@ def test_flops_in_fusions():
     ROOT %z = f32[3,7] convolution(%p, %new), dim_labels=bf_io->bf
   }
   """
-  inner = """
-  %inner (r: f32[5,7]) -> f32[5,7] {
-    %r = f32[5,7] parameter(0)
-    ROOT %s = f32[5,7] negate(%r)
-  }
-  """
-  body = """
+  entry = """
   %x = f32[3,5] parameter(0)
   %y = f32[5,7] parameter(1)
   ROOT %z = f32[3,7] fusion(%x, %y), kind=kOutput, calls=%fused
   """
-  more = textwrap.dedent(fused) + textwrap.dedent(inner)
-  assert traffic.count(program(body, more)).flops == 2 * 3 * 5 * 7
-
-
-def test_the_costliest():
-  body = """
-  %x = f32[16,256]{1,0} parameter(0)
-  %a = f32[16,256]{1,0:S(1)} negate(%x), metadata={op_name="f/layers_0/neg"}
-  %b = f32[16,256]{1,0} add(%x, %x), metadata={op_name="f/layers_0/add"}
-  ROOT %c = f32[16,256]{1,0:S(1)} negate(%b), metadata={op_name="f/layers_11/neg"}
-  """
-  module = program(body)
-  found = traffic.by_instruction(module, 'main')
-  assert [(t.hbm_bytes, i.name) for t, i in found] == [
-    (32768, 'b'),
-    (16384, 'a'),
-    (16384, 'c'),
-    (0, 'x'),
-  ]
-  together = traffic.by_operation(module, 'main')
-  assert [(t.hbm_bytes, opcode, name) for t, opcode, name in together] == [
-    (32768, 'add', 'f/layers_#/add'),
-    (32768, 'negate', 'f/layers_#/neg'),
-    (0, 'parameter', ''),
-  ]
+  assert traffic.count(program(entry, fused)).flops == 2 * 3 * 5 * 7

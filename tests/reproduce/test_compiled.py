@@ -24,10 +24,9 @@ MODELS = {
 
 
 def flags_of(stage):
-  args = tpu_compile.define_flags()
-  words = list(tpu_compile.gin_utils.rewrite_gin_args(stage.command[1:]))
-  assert args(words) == ['gqa_t5x.tpu_compile']
-  return args
+  command = tpu_compile.define_flags()
+  assert command.values(command.rewrite(stage.command[1:])) == ['gqa_t5x.tpu_compile']
+  return command.values
 
 
 def row(stage, **values):

@@ -209,7 +209,7 @@ def test_training_from_scratch(scale, size, steps):
 def test_benchmark_commands_parse(scale):
   for stage in make_plan('all', scale, BUCKET).stages:
     if stage.command[1] == 'gqa_t5x.benchmark':
-      args = define_flags('decode')
+      args = define_flags('decode').values
       assert args(stage.command[1:]) == ['gqa_t5x.benchmark', 'decode']
       assert str(stage.result) == args.json
       assert stage.alone
@@ -239,9 +239,9 @@ def test_compilation_commands():
   decoding |= {('xxl', K, 2048, 512) for K in (1, 4, 8, 16, 32, 64)}
   seen = set()
   for stage in make_plan('compiled', 'local', 'runs/here').stages:
-    args = tpu_compile.define_flags()
-    words = list(tpu_compile.gin_utils.rewrite_gin_args(stage.command[1:]))
-    assert args(words) == ['gqa_t5x.tpu_compile']
+    command = tpu_compile.define_flags()
+    args = command.values
+    assert args(command.rewrite(stage.command[1:])) == ['gqa_t5x.tpu_compile']
     assert args.json == str(stage.result)
     assert args.json.startswith('runs/here/compiled/')
     if args.gin_file:

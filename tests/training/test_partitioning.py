@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from t5x import partitioning as t5x_partitioning
 
-from gqa_t5x.analysis.benchmarks import settings
 from gqa_t5x.analysis.tpu import topology
+from gqa_t5x.errors import BadInput
 from gqa_t5x.training import partitioning
 
 
@@ -208,7 +208,7 @@ def test_devices_of_libtpu(name):
   """The real ones; the order above is theirs."""
   try:
     devices = topology.devices(name)
-  except settings.BadSetting as error:
+  except BadInput as error:
     pytest.skip(str(error))
   expected, far = SLICES[name]
   assert [(d.process_index, tuple(d.coords), d.core_on_chip) for d in devices] == [

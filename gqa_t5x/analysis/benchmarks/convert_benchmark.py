@@ -1,6 +1,7 @@
-"""Times the conversion of a checkpoint, beside `cp` on the same disk."""
+"""Times the conversion of a checkpoint, and `cp` of it on the same disk."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -14,19 +15,14 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from gqa_t5x.analysis.benchmarks import random_model, settings
+from gqa_t5x.analysis import models
+from gqa_t5x.analysis.benchmarks import workload
 from gqa_t5x.checkpoints import writer
 from gqa_t5x.checkpoints.lazy_tensor import TensorSpec, Unit
 from gqa_t5x.conversion.methods import METHODS
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
 
-LISTS = {
-  'size': settings.SIZE,
-  'num_kv_heads': (None, 'Key/value heads; by default a quarter of the heads.'),
-  'method': ('mean', 'Of conversion: ' + ', '.join(METHODS) + '.'),
-  'compression': ('none,zstd', 'Of the result: ' + ', '.join(writer.COMPRESSORS) + '.'),
-}
 COLUMNS = {
   'size': 'size',
   'num_kv_heads': 'K',
@@ -70,13 +66,11 @@ class Setting:
   compression: str
 
   def check(self) -> None:
-    """Raises settings.BadSetting for what cannot be."""
-    settings.config(self.size, self.num_kv_heads, 'float32')
+    """Raises BadInput for what cannot be."""
+    models.config(self.size, self.num_kv_heads, 'float32')
     for name, known in (('method', METHODS), ('compression', writer.COMPRESSORS)):
       if getattr(self, name) not in known:
-        raise settings.BadSetting(
-          f'{name}={getattr(self, name)}; choose from {", ".join(known)}.'
-        )
+        raise BadInput(f'{name}={getattr(self, name)}; choose from {", ".join(known)}.')
 
 
 def measure(
@@ -89,7 +83,7 @@ def measure(
     work_dir: a folder on the disk to measure; what is written there is removed.
 
   Raises:
-    settings.BadSetting: there is no space.
+    BadInput: there is no space.
   """
   root = pathlib.Path(work_dir).absolute() / 'gqa_t5x_benchmark.tmp'
   try:
@@ -100,28 +94,27 @@ def measure(
         _write_random(setting.size, source)
       rounds = [_round(setting, source, root) for _ in range(repeats)]
       yield _row(setting, source, rounds, command)
-  except BadInput as error:
-    raise settings.BadSetting(str(error)) from error
   finally:
     shutil.rmtree(root, ignore_errors=True)
 
 
 def _write_random(size: str, path: pathlib.Path) -> None:
   """Writes an uncompressed checkpoint of random float32 in T5X's legacy layout."""
-  tree = traverse_util.flatten_dict(random_model.shapes(network.config(size)), sep='/')
+  shapes = models.variable_shapes(network.config(size))['params']
+  tree = traverse_util.flatten_dict(shapes, sep='/')
   specs = {
     f'target/{name}': TensorSpec(tuple(leaf.shape), np.dtype(np.float32))
     for name, leaf in tree.items()
   }
 
-  def unit(seed, name, spec):
-    def compute():
-      rng = np.random.default_rng(seed)
-      return {name: rng.random(spec.shape, np.float32) - 0.5}
+  def random(seed, name, shape):
+    rng = np.random.default_rng(seed)
+    return {name: rng.random(shape, np.float32) - 0.5}
 
-    return Unit({name: spec}, compute)
-
-  units = [unit(i, *item) for i, item in enumerate(specs.items())]
+  units = [
+    Unit({name: spec}, functools.partial(random, seed, name, spec.shape))
+    for seed, (name, spec) in enumerate(specs.items())
+  ]
   step = TensorSpec((), np.dtype(np.int32))
   units.append(
     Unit({'state/step': step}, lambda: {'state/step': np.asarray(STEP, np.int32)})
@@ -149,7 +142,7 @@ def _round(
     [sys.executable, '-c', _CHILD, *words], capture_output=True, text=True, check=False
   )
   if done.returncode:
-    raise settings.BadSetting(done.stderr.strip().splitlines()[-1])
+    raise BadInput(done.stderr.strip().splitlines()[-1].removeprefix('error: '))
   seconds, peak = done.stdout.splitlines()[-1].split()
   written = _size(output)
   shutil.rmtree(output)
@@ -172,7 +165,7 @@ def _row(
   """Returns a row; `python -m gqa_t5x.benchmark convert --help` explains its keys."""
   seconds, cp_seconds, peak, written = (float(x) for x in np.median(rounds, axis=0))
   nbytes = _size(source)
-  return settings.row('convert_benchmark', command, setting) | {
+  return workload.common_keys('convert_benchmark', command, setting) | {
     'seconds': seconds,
     'cp_seconds': cp_seconds,
     'cp_fraction': cp_seconds / seconds,

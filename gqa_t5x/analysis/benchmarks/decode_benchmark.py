@@ -2,30 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa_t5x.analysis.benchmarks import random_model, settings, timing
-from gqa_t5x.analysis.benchmarks.settings import BadSetting
+from gqa_t5x.analysis.benchmarks import timing, workload
 from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.analysis.decode_setting import DecodeSetting
 from gqa_t5x.decoding import beam_search, generate, sampling
-from gqa_t5x.model import network, sizes
+from gqa_t5x.errors import BadInput
+from gqa_t5x.model import network
 
-NEVER = -1  # No token ends a row.
-FILL = 0.9  # of the free memory, by --batch_size=fill
-LISTS = {
-  'size': settings.SIZE,
-  'num_kv_heads': settings.NUM_KV_HEADS,
-  'batch_size': ('8', 'Inputs decoded together; fill: as many as fit, by eights.'),
-  'input_length': ('512', 'Tokens of each input.'),
-  'output_length': ('64', 'Tokens decoded; positions of the self-attention cache.'),
-  'dtype': ('float32', 'Of parameters, activations and cache: float32 or bfloat16.'),
-  'num_beams': ('1', 'Beams of each input; 1 is greedy.'),
-}
+NO_EOS = -1  # No token ends a row, so that all are as long.
+FILLED_SHARE = 0.9  # of the free memory, by --batch_size=fill
 COLUMNS = {
   'model': 'model',
   'num_kv_heads': 'K',
@@ -41,33 +33,14 @@ COLUMNS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-  """What is decoded.
+class Setting(DecodeSetting):
+  """What is decoded, and by what.
 
   Attributes:
-    size: a key of sizes.SIZES.
-    num_kv_heads: K of decoder self- and cross-attention.
-    batch_size: B, inputs.
-    input_length: S, tokens.
-    output_length: T, tokens; positions of the self-attention cache.
-    dtype: of parameters, activations and cache: a key of settings.DTYPES.
-    num_beams: 1 decodes greedily.
     system: 'gqa_t5x', or 't5x': T5X's own network and decoding.
   """
 
-  size: str
-  num_kv_heads: int
-  batch_size: int
-  input_length: int
-  output_length: int
-  dtype: str
-  num_beams: int
   system: str = 'gqa_t5x'
-
-  @property
-  def config(self) -> network.T5Config:
-    """The model's configuration; its errors are BadSetting."""
-    return settings.config(self.size, self.num_kv_heads, self.dtype)
 
   def nbytes(self) -> int:
     """Memory that it needs, in bytes: parameters, keys, values and logits.
@@ -76,12 +49,12 @@ class Setting:
     """
     cfg, rows = self.config, self.batch_size * self.num_beams
     itemsize = jnp.dtype(cfg.dtype).itemsize
-    twice = self.system == 'gqa_t5x' and jax.default_backend() == 'cpu'  # decoding.py
+    # On CPUs, `generate` keeps the kernels of a step transposed as well.
+    twice = self.system == 'gqa_t5x' and jax.default_backend() == 'cpu'
     return (
-      sum(formulas.parameters(cfg).values()) * itemsize
+      formulas.num_parameters(cfg) * itemsize
       + twice * formulas.step_kernels(cfg) * itemsize
-      + formulas.cross_kv_bytes(cfg, self.batch_size, self.input_length)
-      + formulas.self_cache_bytes(cfg, rows, self.output_length)
+      + self.cost.cache_bytes
       + 4 * rows * cfg.vocab_size
       + self.encoded_together * cfg.num_heads * self.input_length**2 * (4 + itemsize)
     )
@@ -95,7 +68,7 @@ class Setting:
 
   def filled(self) -> 'Setting':
     """Returns the setting with the largest batch that fits, a multiple of 8."""
-    room = FILL * (timing.free_bytes() or 0)
+    room = FILLED_SHARE * (timing.free_bytes() or 0)
 
     def eights(n):
       return dataclasses.replace(self, batch_size=8 * n)
@@ -109,14 +82,13 @@ class Setting:
     return eights(most)
 
   def check(self) -> None:
-    """Raises BadSetting for what cannot be, or does not fit into memory."""
-    settings.check_positive(self, 'batch_size', 'input_length', 'num_beams')
+    """Raises BadInput for what cannot be, or does not fit into memory."""
     if self.output_length < 4:
-      raise BadSetting(
+      raise BadInput(
         f'output_length={self.output_length} must be at least 4: a step is timed by the'
         ' slope between two lengths.'
       )
-    settings.check_memory(self)
+    workload.check_memory(self)
 
   def describe(self) -> str:
     """Returns what a reader tells settings apart by."""
@@ -126,41 +98,41 @@ class Setting:
     )
 
 
-def random_inputs(setting: Setting) -> jax.Array:
-  """Returns int32 tokens `[B, S]`, none of them padding or an end marker."""
-  shape = setting.batch_size, setting.input_length
-  tokens = np.random.default_rng(0).integers(2, setting.config.vocab_size, shape)
-  return jnp.asarray(tokens, jnp.int32)
-
-
-class Runner:
+class Decoder:
   """A model ready to be timed: its inputs are encoded, its cache is empty."""
 
-  def __init__(self, setting: Setting):
-    """Makes parameters and encodes random inputs.
+  def __init__(
+    self,
+    cfg: network.T5Config,
+    params: Any,
+    inputs_BS: jax.Array,
+    length: int,
+    num_beams: int,
+  ):
+    """Encodes the inputs.
 
     Args:
-      setting: what is decoded; `check` it first.
+      cfg: the model.
+      params: its parameters.
+      inputs_BS: tokens.
+      length: positions of the self-attention cache.
+      num_beams: 1 decodes greedily.
     """
-    self.setting = setting
-    cfg = setting.config
-    self._module = random_model.module(setting)
-    self._params = random_model.params(cfg, cfg.dtype)
-    self._inputs = random_inputs(setting)
+    self._module = network.Transformer(cfg)
+    self._length, self._num_beams = length, num_beams
+    self._params, self._inputs = params, inputs_BS
     self._cache, self._kept = self.prepare()
 
   def prepare(self) -> Any:
     """Encodes the inputs and computes cross K and V."""
-    return _prepare(
-      self._module, self._params, self._inputs, self.setting.output_length
-    )
+    return _prepare(self._module, self._params, self._inputs, self._length)
 
   def decode(self, steps: int) -> Any:
     """Decodes so many tokens of each input; returns (tokens, scores)."""
     return _decode(
       self._module,
-      self.setting.num_beams,
-      self.setting.output_length,
+      self._num_beams,
+      self._length,
       self._params,
       self._kept,
       self._cache,
@@ -181,66 +153,64 @@ def _decode(module, num_beams, length, params, kept, cache, inputs, steps):
   prompts = jnp.zeros((inputs.shape[0], length), jnp.int32)
   if num_beams == 1:
     return sampling.greedy(
-      prompts, cache, tokens_to_logits, NEVER, max_decode_steps=steps
+      prompts, cache, tokens_to_logits, NO_EOS, max_decode_steps=steps
     )
   return beam_search.beam_search(
     prompts,
     cache,
     tokens_to_logits,
-    NEVER,
+    NO_EOS,
     num_decodes=num_beams,
     max_decode_step=steps,
   )
 
 
 def measure(
-  chosen: Sequence[Setting], repeats: int, command: str
+  chosen: Sequence[Setting],
+  repeats: int,
+  command: str,
+  baseline: Callable[..., Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-  """Yields rows of kind 'decode_benchmark'; the arguments are `benchmark.run`'s."""
+  """Yields rows of kind 'decode_benchmark'.
+
+  Args:
+    chosen, repeats, command: as in `benchmark.run`.
+    baseline: makes what the settings of system 't5x' time, as `Decoder` does ours.
+  """
   stream = timing.stream_gb_per_s()
-  for runners in timing.in_groups(chosen, _runner):
-    measured = [runner.setting for runner in runners]
-    T = min(setting.output_length for setting in measured)
+
+  def make(setting):
+    cfg = setting.config
+    # None of them is padding or an end marker.
+    inputs_BS = np.random.default_rng(0).integers(
+      2, cfg.vocab_size, (setting.batch_size, setting.input_length), np.int32
+    )
+    return (baseline if setting.system == 't5x' else Decoder)(
+      cfg,
+      workload.random_params(cfg, cfg.dtype),
+      jnp.asarray(inputs_BS),
+      setting.output_length,
+      setting.num_beams,
+    )
+
+  for together, decoders in timing.in_groups(chosen, make):
+    T = min(setting.output_length for setting in together)
     counts = max(T // 4, 1), T
-    steps = timing.slopes([runner.decode for runner in runners], counts, repeats)
-    encodes = [timing.median_seconds(runner.prepare, repeats) for runner in runners]
-    for setting, step, encode in zip(measured, steps, encodes, strict=True):
+    steps = timing.slopes([decoder.decode for decoder in decoders], counts, repeats)
+    encodes = [timing.median_seconds(one.prepare, repeats) for one in decoders]
+    for setting, step, encode in zip(together, steps, encodes, strict=True):
       yield _row(setting, step, encode, stream, command)
-
-
-def _runner(setting: Setting) -> Any:
-  if setting.system == 't5x':
-    from gqa_t5x.analysis.benchmarks import t5x_runner
-
-    return t5x_runner.Runner(setting)
-  return Runner(setting)
-
-
-@functools.cache
-def _matmul_rate(rows: int, size: str, dtype: str) -> float:
-  dims = sizes.SIZES[size]
-  D, F = dims['emb_dim'], dims['mlp_dim']
-  return timing.matmul_gflop_per_s(rows, ((D, F), (F, D)), settings.DTYPES[dtype])
 
 
 def _row(
   setting: Setting, seconds: float, encode_seconds: float, stream: float, command: str
 ) -> dict[str, Any]:
   """Returns a row; `python -m gqa_t5x.benchmark decode --help` explains its keys."""
-  cfg = setting.config
-  rows = setting.batch_size * setting.num_beams
-  step = formulas.decode_step(
-    cfg,
-    setting.batch_size,
-    setting.input_length,
-    setting.output_length,
-    num_beams=setting.num_beams,
-    param_itemsize=jnp.dtype(cfg.dtype).itemsize,
-  )
-  rate = _matmul_rate(rows, setting.size, setting.dtype)
+  rows, step = setting.batch_size * setting.num_beams, setting.cost
+  rate = workload.matmul_rate(setting.size, rows, setting.dtype)
   floor = max(step.bytes / (1e9 * stream), step.flops / (1e9 * rate))
   total = encode_seconds + setting.output_length * seconds
-  return settings.row('decode_benchmark', command, setting) | {
+  return workload.common_keys('decode_benchmark', command, setting) | {
     'ms_per_step': 1e3 * seconds,
     'encode_ms': 1e3 * encode_seconds,
     'seconds_per_sample': total / setting.batch_size,

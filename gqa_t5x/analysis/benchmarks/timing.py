@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Far larger than any cache of a processor, small beside the memory of a device.
+# Far larger than any cache of a processor, far smaller than the memory of a device.
 STREAM_BYTES = {'cpu': 2**29, 'gpu': 2**32, 'tpu': 2**31}
 # Enough arithmetic to time: about a second of a CPU, some ten milliseconds of others.
 PRODUCT_FLOPS = {'cpu': 1e11, 'gpu': 1e13, 'tpu': 1e13}
@@ -132,34 +132,31 @@ def matmul_gflop_per_s(
 
 def in_groups(
   settings: Sequence[Any], make: Callable[[Any], Any]
-) -> Iterator[list[Any]]:
+) -> Iterator[tuple[list[Any], list[Any]]]:
   """Makes what is timed, as much at a time as fits into memory together.
+
+  Neighbours are together that use at most half of the free memory.
 
   Args:
     settings: each has `nbytes()`.
     make: setting -> what is timed.
 
   Yields:
-    What was made of neighbours; the list is emptied before the next is made.
+    (settings, what was made of them); the second list is emptied before the next is
+    made.
   """
-  for together in _fitting(settings):
-    made = [make(setting) for setting in together]
-    yield made
-    made.clear()
-
-
-def _fitting(settings: Sequence[Any]) -> list[list[Any]]:
-  """Cuts a list into neighbours that use at most half of the free memory together."""
   room = (free_bytes() or 0) // 2
   groups: list[list[Any]] = []
-  used = 0
   for setting in settings:
-    used += setting.nbytes()
-    if not groups or used > room:
-      groups.append([])
-      used = setting.nbytes()
-    groups[-1].append(setting)
-  return groups
+    together = groups[-1] if groups else []
+    if together and sum(s.nbytes() for s in together) + setting.nbytes() <= room:
+      together.append(setting)
+    else:
+      groups.append([setting])
+  for together in groups:
+    made = [make(setting) for setting in together]
+    yield together, made
+    made.clear()
 
 
 def free_bytes() -> int | None:

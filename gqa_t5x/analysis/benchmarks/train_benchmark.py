@@ -2,25 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
-from gqa_t5x.analysis.benchmarks import random_model, settings, timing
-from gqa_t5x.analysis.costs import formulas
-from gqa_t5x.model import network, sizes
+from gqa_t5x.analysis import models
+from gqa_t5x.analysis.benchmarks import timing, workload
+from gqa_t5x.analysis.costs import formulas, products
+from gqa_t5x.model import network
 
-LISTS = {
-  'size': settings.SIZE,
-  'num_kv_heads': settings.NUM_KV_HEADS,
-  'batch_size': ('8', 'Examples of a batch.'),
-  'input_length': ('512', 'Tokens of each input.'),
-  'target_length': ('128', 'Tokens of each target.'),
-  'dtype': ('float32', 'Of activations, float32 or bfloat16; parameters are float32.'),
-}
 COLUMNS = {
   'model': 'model',
   'num_kv_heads': 'K',
@@ -44,7 +38,7 @@ class Setting:
     batch_size: B.
     input_length: S, tokens.
     target_length: T, tokens.
-    dtype: of activations: a key of settings.DTYPES.
+    dtype: of activations: a key of models.DTYPES.
     system: 'gqa_t5x', or 't5x': T5X's own network.
   """
 
@@ -58,11 +52,11 @@ class Setting:
 
   @property
   def config(self) -> network.T5Config:
-    """The model's configuration; its errors are BadSetting."""
-    return settings.config(self.size, self.num_kv_heads, self.dtype)
+    """The model's configuration; its errors are BadInput."""
+    return models.config(self.size, self.num_kv_heads, self.dtype)
 
   @property
-  def cost(self) -> formulas.TrainingStep:
+  def cost(self) -> products.Products:
     """FLOPs and bytes of a step, by formula."""
     return formulas.training_step(
       self.config, self.batch_size, self.input_length, self.target_length
@@ -74,13 +68,11 @@ class Setting:
     Of what products read and write in both passes the forward pass has a third, and
     keeps it for the backward pass.
     """
-    parameters = sum(formulas.parameters(self.config).values())
-    return 8 * parameters + self.cost.activation_bytes // 3
+    return 8 * formulas.num_parameters(self.config) + self.cost.activation_bytes // 3
 
   def check(self) -> None:
-    """Raises BadSetting for what cannot be, or does not fit into memory."""
-    settings.check_positive(self, 'batch_size', 'input_length', 'target_length')
-    settings.check_memory(self)
+    """Raises BadInput for what cannot be, or does not fit into memory."""
+    workload.check_memory(self)
 
   def describe(self) -> str:
     """Returns what a reader tells settings apart by."""
@@ -90,19 +82,18 @@ class Setting:
     )
 
 
-class Runner:
+class Trainee:
   """A model and a batch, ready to be timed."""
 
-  def __init__(self, setting: Setting):
+  def __init__(self, module: nn.Module, setting: Setting):
     """Makes float32 parameters and random tokens.
 
     Args:
+      module: a network of the setting's sizes.
       setting: what is trained; `check` it first.
     """
-    self.setting = setting
     cfg = setting.config
-    self._module = random_model.module(setting)
-    self._params = random_model.params(cfg, jnp.float32)
+    self._module, self._params = module, workload.random_params(cfg, jnp.float32)
     rng = np.random.default_rng(0)
     self._batch = [
       jnp.asarray(rng.integers(2, cfg.vocab_size, (setting.batch_size, length)))
@@ -128,29 +119,34 @@ def _loss_and_gradients(module, params, inputs_BS, targets_BT):
 
 
 def measure(
-  chosen: Sequence[Setting], repeats: int, command: str
+  chosen: Sequence[Setting],
+  repeats: int,
+  command: str,
+  baseline: Callable[[network.T5Config], nn.Module] | None = None,
 ) -> Iterator[dict[str, Any]]:
-  """Yields rows of kind 'train_benchmark'; the arguments are `benchmark.run`'s."""
-  for runners in timing.in_groups(chosen, Runner):
-    measured = [runner.setting for runner in runners]
-    medians = timing.medians([runner.step for runner in runners], repeats)
-    for setting, seconds in zip(measured, medians, strict=True):
+  """Yields rows of kind 'train_benchmark'.
+
+  Args:
+    chosen, repeats, command: as in `benchmark.run`.
+    baseline: makes the network of settings of system 't5x'.
+  """
+
+  def make(setting):
+    make_network = baseline if setting.system == 't5x' else network.Transformer
+    return Trainee(make_network(setting.config), setting)
+
+  for together, trainees in timing.in_groups(chosen, make):
+    medians = timing.medians([trainee.step for trainee in trainees], repeats)
+    for setting, seconds in zip(together, medians, strict=True):
       yield _row(setting, seconds, command)
-
-
-@functools.cache
-def _matmul_rate(size: str, rows: int, dtype: str) -> float:
-  dims = sizes.SIZES[size]
-  D, F = dims['emb_dim'], dims['mlp_dim']
-  return timing.matmul_gflop_per_s(rows, ((D, F), (F, D)), settings.DTYPES[dtype])
 
 
 def _row(setting: Setting, seconds: float, command: str) -> dict[str, Any]:
   """Returns a row; `python -m gqa_t5x.benchmark train --help` explains its keys."""
   tokens = setting.batch_size * (setting.input_length + setting.target_length)
   input_tokens = setting.batch_size * setting.input_length
-  rate = _matmul_rate(setting.size, input_tokens, setting.dtype)
-  return settings.row('train_benchmark', command, setting) | {
+  rate = workload.matmul_rate(setting.size, input_tokens, setting.dtype)
+  return workload.common_keys('train_benchmark', command, setting) | {
     'ms_per_step': 1e3 * seconds,
     'tokens_per_s': tokens / seconds,
     'flops_per_step': setting.cost.flops,

@@ -1,4 +1,4 @@
-"""What a model costs by formula: parameters, FLOPs, bytes and their ratio.
+"""What a model costs by formula: parameters, FLOPs, bytes, and Shazeer's ratio.
 
 FLOPs are those of matrix products, 2 a multiply-add. Bytes are those that cross the
 memory bus if whatever is needed is read once; products.py says more. Keys and values
@@ -14,6 +14,7 @@ import dataclasses
 import numpy as np
 
 from gqa_t5x.analysis.costs import products
+from gqa_t5x.errors import BadInput
 from gqa_t5x.model import axes
 from gqa_t5x.model.network import T5Config
 
@@ -23,38 +24,27 @@ RELPOS_BUCKETS = 32
 FORWARD_AND_BACKWARD = 3
 
 
-def parameters(cfg: T5Config) -> dict[str, int]:
-  """Counts parameters by part of the model; their sum is the whole.
+def num_parameters(cfg: T5Config) -> int:
+  """Counts a model's parameters.
 
   Args:
     cfg: the configuration.
 
   Returns:
-    Part -> number of parameters of all its layers. An attention kind has query, key,
-    value and output kernels; norms include the one at the end of a stack.
+    Number of parameters: kernels, the embedding, norms and position biases.
 
   Source: T5.1.1; GQA, section 2.2 (K and V kernels of K heads).
   """
-  D = cfg.emb_dim
-  mlp = (len(cfg.mlp_activations) + 1) * D * cfg.mlp_dim
-  query_and_out = 2 * D * cfg.num_heads * cfg.head_dim
-  encoder_attention, self_attention, cross_attention = (
-    query_and_out + _key_and_value_kernels(cfg, K)
-    for K in (cfg.encoder_kv, cfg.self_kv, cfg.cross_kv)
+  made_once = products.encoder(cfg, 1, 1), products.cross_kv(cfg, 1, 1)
+  # Both stacks have a norm at their end, too, and a bias.
+  norms = 2 * cfg.num_encoder_layers + 3 * cfg.num_decoder_layers + 2
+  return (
+    products.total(made_once).weights
+    + step_kernels(cfg)
+    + cfg.vocab_size * cfg.emb_dim
+    + norms * cfg.emb_dim
+    + 2 * RELPOS_BUCKETS * cfg.num_heads
   )
-  return {
-    'embedding': cfg.vocab_size * D,
-    'encoder_attention': cfg.num_encoder_layers * encoder_attention,
-    'self_attention': cfg.num_decoder_layers * self_attention,
-    'cross_attention': cfg.num_decoder_layers * cross_attention,
-    'encoder_mlp': cfg.num_encoder_layers * mlp,
-    'decoder_mlp': cfg.num_decoder_layers * mlp,
-    'encoder_norms': (2 * cfg.num_encoder_layers + 1) * D,
-    'decoder_norms': (3 * cfg.num_decoder_layers + 1) * D,
-    'encoder_relpos_bias': RELPOS_BUCKETS * cfg.num_heads,
-    'decoder_relpos_bias': RELPOS_BUCKETS * cfg.num_heads,
-    'logits_dense': 0 if cfg.logits_via_embedding else D * cfg.vocab_size,
-  }
 
 
 def step_kernels(cfg: T5Config) -> int:
@@ -65,77 +55,10 @@ def step_kernels(cfg: T5Config) -> int:
 
   Returns:
     Number of parameters: the decoder's kernels but those of cross-attention K and V.
+    The embedding is not counted where it makes the logits.
   """
-  parts = parameters(cfg)
-  kernels = ('self_attention', 'cross_attention', 'decoder_mlp', 'logits_dense')
-  cross_kv = cfg.num_decoder_layers * _key_and_value_kernels(cfg, cfg.cross_kv)
-  return sum(parts[part] for part in kernels) - cross_kv
-
-
-def decoder_step_parameters(cfg: T5Config, rows: int) -> int:
-  """Counts the parameters that one decode step reads.
-
-  That is the decoder with its output projection, but not what makes cross-attention
-  K and V, since those are computed once an input; and of the embedding table one
-  vector a row, or all of it if it is the output projection, too.
-
-  Args:
-    cfg: the configuration.
-    rows: sequences decoded together: batch size times beams.
-
-  Returns:
-    Number of parameters.
-
-  Raises:
-    ValueError: if `rows` is not positive.
-
-  Source: Shazeer 2019, section 2.4 (a step reads every weight once).
-  """
-  _check_positive(rows=rows)
-  parts = parameters(cfg)
-  read = step_kernels(cfg) + parts['decoder_norms'] + parts['decoder_relpos_bias']
-  embedding = parts['embedding'] if cfg.logits_via_embedding else rows * cfg.emb_dim
-  return read + embedding
-
-
-def self_cache_bytes(cfg: T5Config, rows: int = 1, positions: int = 1) -> int:
-  """Returns the size of the self-attention cache of all layers.
-
-  Args:
-    cfg: the configuration.
-    rows: sequences decoded together: batch size times beams.
-    positions: T, tokens of each.
-
-  Returns:
-    Bytes; by default those of one token.
-
-  Raises:
-    ValueError: if a number is not positive.
-
-  Source: Shazeer 2019, section 2.4 (MHA) and 3.1 (MQA).
-  """
-  _check_positive(rows=rows, positions=positions)
-  return rows * positions * _key_and_value_bytes(cfg, cfg.self_kv)
-
-
-def cross_kv_bytes(cfg: T5Config, batch_size: int = 1, input_length: int = 1) -> int:
-  """Returns the size of the cross-attention K and V of all layers.
-
-  Args:
-    cfg: the configuration.
-    batch_size: B; the beams of an input share its K and V.
-    input_length: S, tokens.
-
-  Returns:
-    Bytes; by default those of one token.
-
-  Raises:
-    ValueError: if a number is not positive.
-
-  Source: Shazeer 2019, section 2.4 (MHA) and 3.1 (MQA).
-  """
-  _check_positive(batch_size=batch_size, input_length=input_length)
-  return batch_size * input_length * _key_and_value_bytes(cfg, cfg.cross_kv)
+  table = cfg.vocab_size * cfg.emb_dim if cfg.logits_via_embedding else 0
+  return products.decoder(cfg, 1, 1, 1, 1).weights - table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +70,12 @@ class DecodeStep:
 
   Attributes:
     flops: FLOPs, 2 a multiply-add.
-    param_bytes: bytes of parameters read.
-    cross_kv_bytes: bytes of cross-attention K and V read, once an input.
+    param_bytes: bytes of parameters read: the decoder with its output projection, but
+      not what makes cross-attention K and V, since those are computed once an input;
+      and of the embedding table one vector a row, or all of it if it is the output
+      projection, too.
+    cross_kv_bytes: bytes of cross-attention K and V read, once an input: the beams of
+      an input share them.
     self_cache_bytes: bytes of the self-attention cache read, once a row.
   """
 
@@ -159,18 +86,13 @@ class DecodeStep:
 
   @property
   def cache_bytes(self) -> int:
-    """Bytes of keys and values read."""
+    """Bytes of keys and values read: all that there are."""
     return self.cross_kv_bytes + self.self_cache_bytes
 
   @property
   def bytes(self) -> int:
     """Bytes of parameters, keys and values read."""
     return self.param_bytes + self.cache_bytes
-
-  @property
-  def intensity(self) -> float:
-    """FLOPs a byte."""
-    return self.flops / self.bytes
 
 
 def decode_step(
@@ -190,16 +112,13 @@ def decode_step(
     input_length: S, tokens.
     self_positions: positions of the self-attention cache that the step reads: the
       length of the cache where all of it is read, else those written so far.
-    num_beams: rows an input. They share its cross-attention K and V.
+    num_beams: rows an input.
     param_itemsize: bytes of one parameter in memory.
 
-  Returns:
-    FLOPs and bytes; see `DecodeStep`.
-
   Raises:
-    ValueError: if a number is not positive.
+    BadInput: if a number is not positive.
 
-  Source: Shazeer 2019, sections 2.4 and 3.1.
+  Source: Shazeer 2019, sections 2.4 (MHA: a step reads every weight once), 3.1 (MQA).
   """
   _check_positive(
     batch_size=batch_size,
@@ -209,11 +128,15 @@ def decode_step(
     param_itemsize=param_itemsize,
   )
   rows = batch_size * num_beams
+  norms = 3 * cfg.num_decoder_layers + 1
+  vectors = cfg.vocab_size if cfg.logits_via_embedding else rows
+  biases = RELPOS_BUCKETS * cfg.num_heads
+  read = step_kernels(cfg) + (norms + vectors) * cfg.emb_dim + biases
   return DecodeStep(
     flops=products.decoder(cfg, rows, 1, self_positions, input_length).flops,
-    param_bytes=param_itemsize * decoder_step_parameters(cfg, rows),
-    cross_kv_bytes=cross_kv_bytes(cfg, batch_size, input_length),
-    self_cache_bytes=self_cache_bytes(cfg, rows, self_positions),
+    param_bytes=param_itemsize * read,
+    cross_kv_bytes=batch_size * input_length * _key_value_bytes(cfg, cfg.cross_kv),
+    self_cache_bytes=rows * self_positions * _key_value_bytes(cfg, cfg.self_kv),
   )
 
 
@@ -229,7 +152,7 @@ def prepare_flops(cfg: T5Config, batch_size: int, input_length: int) -> int:
     FLOPs, 2 a multiply-add.
 
   Raises:
-    ValueError: if a number is not positive.
+    BadInput: if a number is not positive.
 
   Source: Vaswani et al. 2017; Shazeer 2019, section 2.3.
   """
@@ -238,39 +161,9 @@ def prepare_flops(cfg: T5Config, batch_size: int, input_length: int) -> int:
   return encoder.flops + products.cross_kv(cfg, batch_size, input_length).flops
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingStep:
-  """The cost of a forward and a backward pass, without the optimizer.
-
-  Attributes:
-    flops: FLOPs, 2 a multiply-add.
-    param_bytes: bytes of kernels: read forward, read backward, gradient written.
-    activation_bytes: bytes of all other operands and results of matrix products.
-  """
-
-  flops: int
-  param_bytes: int
-  activation_bytes: int
-
-  @property
-  def bytes(self) -> int:
-    """Bytes read and written by matrix products."""
-    return self.param_bytes + self.activation_bytes
-
-  @property
-  def intensity(self) -> float:
-    """FLOPs a byte."""
-    return self.flops / self.bytes
-
-
 def training_step(
-  cfg: T5Config,
-  batch_size: int,
-  input_length: int,
-  target_length: int,
-  *,
-  param_itemsize: int = 4,
-) -> TrainingStep:
+  cfg: T5Config, batch_size: int, input_length: int, target_length: int
+) -> products.Products:
   """Returns the cost of training on one batch: three times its forward pass.
 
   The backward pass of a product is two of the same size, one for each operand's
@@ -282,53 +175,25 @@ def training_step(
     batch_size: B.
     input_length: S, tokens, padding included.
     target_length: T, tokens, padding included.
-    param_itemsize: bytes of one parameter, and of its gradient.
 
   Returns:
-    FLOPs and bytes; see `TrainingStep`.
+    The matrix products of both passes, without the optimizer. Kernels count when read
+    forward, when read backward, and when their gradient is written.
 
   Raises:
-    ValueError: if a number is not positive.
+    BadInput: if a number is not positive.
 
   Source: Shazeer 2019, section 2.3.
   """
   _check_positive(
-    batch_size=batch_size,
-    input_length=input_length,
-    target_length=target_length,
-    param_itemsize=param_itemsize,
+    batch_size=batch_size, input_length=input_length, target_length=target_length
   )
   parts = (
     products.encoder(cfg, batch_size, input_length),
     products.cross_kv(cfg, batch_size, input_length),
     products.decoder(cfg, batch_size, target_length, target_length, input_length),
   )
-  step = products.total(parts, FORWARD_AND_BACKWARD)
-  return TrainingStep(
-    flops=step.flops,
-    param_bytes=param_itemsize * step.weights,
-    activation_bytes=step.activation_bytes,
-  )
-
-
-def shazeer_training_ratio(b: int, n: int, k: int) -> float:
-  """Returns the memory accesses per arithmetic operation of training with MHA.
-
-  Args:
-    b: batch size (B).
-    n: length (S and T).
-    k: head size (H).
-
-  Returns:
-    1/k + 1/(b n): numbers read or written a multiply-add, up to a constant factor.
-
-  Raises:
-    ValueError: if a number is not positive.
-
-  Source: Shazeer 2019, section 2.3.
-  """
-  _check_positive(b=b, n=n, k=k)
-  return 1 / k + 1 / (b * n)
+  return products.total(parts, FORWARD_AND_BACKWARD)
 
 
 def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
@@ -346,7 +211,7 @@ def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
     n/d + 1/b for MHA and n/(d h) + 1/b for MQA.
 
   Raises:
-    ValueError: if a number is not positive, or g does not divide h.
+    BadInput: if a number is not positive, or g does not divide h.
 
   Source: Shazeer 2019, sections 2.4 (MHA) and 3.1 (MQA).
   """
@@ -355,12 +220,7 @@ def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
   return n * g / (d * h) + 1 / b
 
 
-def _key_and_value_kernels(cfg: T5Config, K: int) -> int:
-  """Counts the parameters that make K and V in one layer."""
-  return 2 * cfg.emb_dim * K * cfg.head_dim
-
-
-def _key_and_value_bytes(cfg: T5Config, K: int) -> int:
+def _key_value_bytes(cfg: T5Config, K: int) -> int:
   """Returns the bytes of one token's K and V in all decoder layers."""
   return 2 * cfg.num_decoder_layers * K * cfg.head_dim * np.dtype(cfg.dtype).itemsize
 
@@ -368,4 +228,4 @@ def _key_and_value_bytes(cfg: T5Config, K: int) -> int:
 def _check_positive(**numbers: int) -> None:
   for name, number in numbers.items():
     if number < 1:
-      raise ValueError(f'{name}={number} must be at least 1.')
+      raise BadInput(f'{name}={number} must be at least 1.')

@@ -14,7 +14,7 @@ import re
 
 from gqa_t5x.analysis.hlo.parse import Computation, Instruction
 
-KINDS = {
+COLLECTIVES = {
   'all-reduce',
   'all-gather',
   'reduce-scatter',
@@ -23,7 +23,7 @@ KINDS = {
   'ragged-all-to-all',
   'collective-broadcast',
 }
-_VIEWS = {'bitcast', 'get-tuple-element', 'reshape'}
+_RENAMES = {'bitcast', 'get-tuple-element', 'reshape'}
 
 
 def received(computation: Computation, devices: int) -> list[tuple[str, float]]:
@@ -35,7 +35,7 @@ def received(computation: Computation, devices: int) -> list[tuple[str, float]]:
   """
   found = []
   for i in computation.instructions.values():
-    if i.opcode not in KINDS:
+    if i.opcode not in COLLECTIVES:
       continue
     kind = 'reduce-scatter' if _is_reduce_scatter(computation, i) else i.opcode
     operands = (computation.instructions[name] for name in i.operands)
@@ -54,7 +54,7 @@ def _is_reduce_scatter(computation: Computation, i: Instruction) -> bool:
     for user in computation.users.get(name, []):
       if user.opcode == 'dynamic-slice' and user.operands[0] == name:
         slices += 1
-      elif user.opcode in _VIEWS:
+      elif user.opcode in _RENAMES:
         todo.append(user.name)
       else:
         return False

@@ -173,12 +173,6 @@ class Instruction:
     """Its array, or the first of a tuple."""
     return self.shapes[0]
 
-  @property
-  def op_name(self) -> str:
-    """The path of the model's operation that it comes from, or ''."""
-    found = re.search(r'op_name="([^"]*)"', self.aside)
-    return found.group(1) if found else ''
-
   def attribute(self, name: str) -> str | None:
     """Returns an attribute's text, such as `body`'s or `dim_labels`'s."""
     pattern = rf'(?:^|, ){name}=(%?[\w.\->]+|\{{[^}}]*\}}|"[^"]*")'

@@ -40,10 +40,9 @@ class Traffic:
     read_bytes: from HBM.
     written_bytes: to HBM.
     flops: of matrix products, 2 a multiply-add.
-    cycles: the compiler's own estimate, of what it is given for; not of transfers that
-      go on beside.
+    cycles: the compiler's own estimate, where it gives one; not of transfers that go
+      on meanwhile.
     collectives: kind -> bytes that the device receives, at least.
-    collective_counts: kind -> how many there are.
   """
 
   read_bytes: float = 0
@@ -51,7 +50,6 @@ class Traffic:
   flops: float = 0
   cycles: float = 0
   collectives: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  collective_counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def hbm_bytes(self) -> float:
@@ -64,8 +62,7 @@ class Traffic:
       self.written_bytes + other.written_bytes,
       self.flops + other.flops,
       self.cycles + other.cycles,
-      _sum(self.collectives, other.collectives),
-      _sum(self.collective_counts, other.collective_counts),
+      collections.Counter(self.collectives) + collections.Counter(other.collectives),
     )
 
   def __mul__(self, times: float) -> 'Traffic':
@@ -75,12 +72,7 @@ class Traffic:
       self.flops * times,
       self.cycles * times,
       {kind: n * times for kind, n in self.collectives.items()},
-      {kind: n * times for kind, n in self.collective_counts.items()},
     )
-
-
-def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-  return dict(collections.Counter(a) + collections.Counter(b))
 
 
 def count(
@@ -102,9 +94,6 @@ def count(
 def main_loop(module: Module, name: str | None = None) -> str:
   """Returns the body of a computation's only loop that may stop early.
 
-  In the entry that is decoding's; in its body, that of the steps between two moves of
-  pending keys and values into the cache (decode_cache.py).
-
   Args:
     module: the program.
     name: the computation; the entry by default.
@@ -121,44 +110,6 @@ def main_loop(module: Module, name: str | None = None) -> str:
   if len(found) != 1:
     raise ValueError(f'{len(found)} loops of the program may stop early, and not one.')
   return found[0]
-
-
-def by_instruction(
-  module: Module, name: str, trips: Mapping[str, int] | None = None
-) -> list[tuple[Traffic, Instruction]]:
-  """Returns what each instruction of a computation does, the costliest first.
-
-  Args:
-    module: the program.
-    name: the computation.
-    trips: as of `count`.
-  """
-  counter, computation = _Counter(module, trips or {}), module.computations[name]
-  found = [(counter.one(computation, i), i) for i in computation.instructions.values()]
-  return sorted(found, key=lambda pair: -pair[0].hbm_bytes)
-
-
-def by_operation(
-  module: Module, name: str, trips: Mapping[str, int] | None = None
-) -> list[tuple[Traffic, str, str]]:
-  """Returns what the operations of a computation do together, the costliest first.
-
-  Args:
-    module: the program.
-    name: the computation.
-    trips: as of `count`.
-
-  Returns:
-    (what they do, opcode, the model's operation without the numbers of its layers).
-  """
-  found: dict[tuple[str, str], Traffic] = collections.defaultdict(Traffic)
-  for traffic, i in by_instruction(module, name, trips):
-    operation = re.sub(r'_\d+', '_#', i.op_name)
-    found[i.opcode, operation] += traffic
-  return sorted(
-    ((traffic, *key) for key, traffic in found.items()),
-    key=lambda found: -found[0].hbm_bytes,
-  )
 
 
 class _Counter:
@@ -214,5 +165,5 @@ class _Counter:
     cycles = int(estimate.group(1)) if estimate else 0
     total = Traffic(read, written, products, cycles)
     for kind, nbytes in collectives.received(inside, self._module.devices):
-      total += Traffic(collectives={kind: nbytes}, collective_counts={kind: 1})
+      total += Traffic(collectives={kind: nbytes})
     return total

@@ -35,31 +35,20 @@ class TooLarge(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes that a program needs on one device.
-
-  Attributes:
-    arguments: parameters, state and inputs.
-    code: the program.
-    peak: the most at any time, of arguments, results, activations, caches and code.
-  """
-
-  arguments: int
-  code: int
-  peak: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled program.
+  """A compiled program; its bytes are those of one device.
 
   Attributes:
-    memory: bytes on one device.
+    argument_bytes: parameters, state and inputs.
+    code_bytes: the program itself.
+    peak_bytes: the most at any time: arguments, results, activations, caches and code.
     module: its parsed text.
     text: its text.
   """
 
-  memory: Memory
+  argument_bytes: int
+  code_bytes: int
+  peak_bytes: int
   module: parse.Module
   text: str
 
@@ -70,28 +59,26 @@ def compile_program(lowered: Any) -> Program:
   Args:
     lowered: of `jax.jit(...).lower(...)`.
 
-  Returns:
-    The program.
-
   Raises:
     TooLarge: if it does not fit into the memory of a device.
   """
-  try:
-    with topology.quiet():
+  with topology.quiet(TooLarge):
+    try:
       compiled = lowered.compile()
-  except Exception as error:
-    too_large = _too_large(str(error))
-    if too_large is None:
-      raise
-    raise too_large from error
+    except Exception as error:
+      too_large = _too_large(str(error))
+      if too_large is None:
+        raise
+      raise too_large from error
   stats, text = compiled.memory_analysis(), compiled.as_text()
-  code = stats.generated_code_size_in_bytes
-  memory = Memory(
-    arguments=stats.argument_size_in_bytes,
-    code=code,
-    peak=stats.peak_memory_in_bytes + code,
+  code_bytes = stats.generated_code_size_in_bytes
+  return Program(
+    stats.argument_size_in_bytes,
+    code_bytes,
+    stats.peak_memory_in_bytes + code_bytes,
+    parse.parse(text),
+    text,
   )
-  return Program(memory, parse.parse(text), text)
 
 
 def bytes_on_device(shapes: Any, specs: Any, mesh: Mesh) -> float:
@@ -122,46 +109,20 @@ def _too_large(message: str) -> TooLarge | None:
   return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-  """What a part of a program does on one chip.
+def least_ms(counted: traffic.Traffic, chip: Chip) -> dict[str, float]:
+  """Returns the least time of a part of a program at the chip's published peaks.
 
-  Attributes:
-    flops: of matrix products.
-    hbm_bytes: read from and written to the chip's memory.
-    collectives: kind -> bytes that the chip receives over its links.
-    cycles: what the compiler thinks that its instructions take, one after another.
+  Args:
+    counted: what one device does.
+    chip: whose devices they are.
+
+  Returns:
+    Milliseconds of products (`compute`), of `memory` and of `links`. All three can go
+    on at once: the largest is the roofline.
   """
-
-  flops: float
-  hbm_bytes: float
-  collectives: dict[str, float]
-  cycles: float = 0
-
-  @property
-  def collective_bytes(self) -> float:
-    """Bytes received, of all kinds."""
-    return sum(self.collectives.values())
-
-  def times_ms(self, chip: Chip) -> dict[str, float]:
-    """Returns the least time in ms of products, of memory and of links."""
-    return {
-      'compute': 1e3 * self.flops / chip.flops,
-      'memory': 1e3 * self.hbm_bytes / chip.bandwidth,
-      'links': 1e3 * self.collective_bytes / chip.links,
-    }
-
-  def roofline_ms(self, chip: Chip) -> float:
-    """Returns the least time in ms, if all three go on at once."""
-    return max(self.times_ms(chip).values())
-
-
-def cost(counted: traffic.Traffic, chip: Chip) -> Cost:
-  """Returns what a device's traffic comes to for its chip."""
-  n = chip.devices
-  return Cost(
-    flops=n * counted.flops,
-    hbm_bytes=n * counted.hbm_bytes,
-    collectives={kind: n * nbytes for kind, nbytes in counted.collectives.items()},
-    cycles=counted.cycles,
-  )
+  received = sum(counted.collectives.values())
+  return {
+    'compute': 1e3 * chip.devices * counted.flops / chip.flops,
+    'memory': 1e3 * chip.devices * counted.hbm_bytes / chip.bandwidth,
+    'links': 1e3 * chip.devices * received / chip.links,
+  }

@@ -11,12 +11,13 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-from gqa_t5x.analysis.benchmarks.settings import BadSetting
 from gqa_t5x.analysis.tpu.chips import CHIPS
+from gqa_t5x.errors import BadInput
 
 GENERATIONS = tuple(name for name, chip in CHIPS.items() if chip.links)
 # Two cores act as one device, and a host has 2 x 2 x 1 chips.
@@ -39,22 +40,22 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     (generation, chips in each dimension).
 
   Raises:
-    BadSetting: an unknown generation, no shape, or more chips than a pod has.
+    BadInput: an unknown generation, no shape, or more chips than a pod has.
   """
   generation, _, shape = name.partition(':')
   if generation not in GENERATIONS:
-    raise BadSetting(
+    raise BadInput(
       f'topology={name}: {generation!r} is unknown; choose one of'
       f' {", ".join(GENERATIONS)}, and a shape in chips: {EXAMPLE}.'
     )
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
-    raise BadSetting(
+    raise BadInput(
       f'topology={name}: {shape!r} is no shape in chips; write it as in {EXAMPLE}.'
     )
   dimensions = tuple(int(n) for n in shape.split('x'))
   chips, pod = math.prod(dimensions), CHIPS[generation].pod
   if chips > pod:
-    raise BadSetting(f'topology={name}: {chips} chips are more than a pod has, {pod}.')
+    raise BadInput(f'topology={name}: {chips} chips are more than a pod has, {pod}.')
   return generation, dimensions
 
 
@@ -65,7 +66,7 @@ def devices(name: str) -> Sequence[jax.Device]:
     name: such as `v4:2x2x2`.
 
   Raises:
-    BadSetting: no such slice, or libtpu is not installed.
+    BadInput: no such slice, or libtpu is not installed.
   """
   generation, shape = parse(name)
   options = dict(OPTIONS.get(generation, {}))
@@ -75,41 +76,50 @@ def devices(name: str) -> Sequence[jax.Device]:
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   # Nothing runs on a TPU here, so that several may compile at a time.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  with quiet(BadInput):
+    return _describe(name, generation, options).devices
+
+
+def _describe(name: str, generation: str, options: dict[str, Any]) -> Any:
+  """Returns the compiler's description of a slice."""
   try:
-    with quiet():
-      topology = topologies.get_topology_desc(
-        platform='tpu', topology_name=name, **options
-      )
+    return topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
   except Exception as error:  # libtpu raises RuntimeError, JaxRuntimeError and more.
     if 'not installed' in str(error):
-      raise BadSetting(
+      raise BadInput(
         'The TPU compiler is not installed;'
         " pip install --constraint constraints.txt 'jax[tpu]'."
       ) from error
-    raise BadSetting(
+    said = str(error).strip().split('\n')[0][:200]
+    raise BadInput(
       f'topology={name}: the compiler knows no such slice; shapes that Google Cloud'
-      f' offers are in its pages of {generation}. It said: {_first_line(error)}'
+      f' offers are in its pages of {generation}. It said: {said}'
     ) from error
-  return topology.devices
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).strip().split('\n')[0][:200]
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-  """Keeps what C++ writes to stderr from the user, unless an error comes out of it.
+def quiet(*expected: type[Exception]) -> Iterator[None]:
+  """Holds back what is written to stderr, by C++ too, and shows it on an error.
+
+  Args:
+    *expected: exceptions that say enough by themselves: nothing is shown.
 
   Yields:
     Nothing.
   """
   sys.stderr.flush()
-  kept = os.dup(2)
-  with tempfile.TemporaryFile() as written:
-    os.dup2(written.fileno(), 2)
+  terminal, failed = os.dup(2), False
+  with tempfile.TemporaryFile() as held_back:
+    os.dup2(held_back.fileno(), 2)
     try:
       yield
+    except Exception as error:
+      failed = not isinstance(error, expected)
+      raise
     finally:
-      os.dup2(kept, 2)
-      os.close(kept)
+      sys.stderr.flush()
+      os.dup2(terminal, 2)
+      os.close(terminal)
+      if failed:
+        held_back.seek(0)
+        os.write(2, held_back.read())

@@ -13,7 +13,7 @@ def write(part: Part) -> None:
   table = []
   for name, facts in paper.SHAZEER.items():
     cfg = network.config(facts['size'])
-    count = f'{sum(formulas.parameters(cfg).values()):,}'
+    count = f'{formulas.num_parameters(cfg):,}'
     path = targets.shazeer_timing(part.plan, name).result
     rows = part.found.rows(path, 'decode_benchmark', size=facts['size'])
     for beams, (encoder, decoder) in facts['infer_us'].items():

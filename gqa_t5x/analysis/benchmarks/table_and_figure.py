@@ -10,22 +10,23 @@ import rich.console
 import rich.progress
 import rich.table
 
-from gqa_t5x.analysis.benchmarks.settings import BadSetting
+from gqa_t5x import files
+from gqa_t5x.analysis import palette
+from gqa_t5x.errors import BadInput
 
-Row = dict[str, Any]
 BAR = 24  # characters of the slowest row
 TIMES = ('ms_per_step', 'seconds')
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[Row], None]]:
+def progress(total: int) -> Iterator[Callable[[], None]]:
   """Shows how many rows are done, and the time to go.
 
   Args:
     total: rows.
 
   Yields:
-    What is to be called with each row.
+    What is to be called after each row.
   """
   columns = (
     rich.progress.TextColumn('{task.description}'),
@@ -36,10 +37,10 @@ def progress(total: int) -> Iterator[Callable[[Row], None]]:
   console = rich.console.Console(stderr=True)
   with rich.progress.Progress(*columns, console=console, transient=True) as bar:
     task = bar.add_task('measure', total=total)
-    yield lambda row: bar.advance(task)
+    yield lambda: bar.advance(task)
 
 
-def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> None:
   """Prints rows with bars for the time of each.
 
   Args:
@@ -73,7 +74,7 @@ def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
   console.print(said)
 
 
-def _cell(row: Row, key: str) -> str:
+def _cell(row: dict[str, Any], key: str) -> str:
   if key == 'model':
     return row['size'] + (' (T5X)' if row['system'] == 't5x' else '')
   value = row[key]
@@ -85,16 +86,16 @@ def _cell(row: Row, key: str) -> str:
 
 
 def check_matplotlib() -> None:
-  """Raises BadSetting if figures cannot be drawn."""
+  """Raises BadInput if figures cannot be drawn."""
   try:
     import matplotlib  # noqa: F401
   except ImportError as error:
-    raise BadSetting(
+    raise BadInput(
       '--png needs matplotlib, which is not installed; pip install matplotlib.'
     ) from error
 
 
-def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
+def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Draws seconds per sample against key/value heads: the paper's figure 6.
 
   Args:
@@ -108,12 +109,13 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
 
   names = ('size', 'batch_size', 'input_length', 'output_length', 'num_beams', 'dtype')
   differing = [n for n in names if len({row[n] for row in rows}) > 1] or ['size']
-  lines: dict[str, list[Row]] = {}
+  lines: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     label = ', '.join(f'{n.replace("_", " ")} {row[n]}' for n in differing)
     label += '' if row['system'] == 'gqa_t5x' else ' (T5X)'
     lines.setdefault(label, []).append(row)
   fig, axis = plt.subplots(figsize=(5.5, 3.6), layout='constrained')
+  axis.set_prop_cycle(color=palette.LINES)
   for label, found in lines.items():
     points = sorted((row['num_kv_heads'], row['seconds_per_sample']) for row in found)
     heads, values = zip(*points, strict=True)
@@ -133,7 +135,6 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
   axis.grid(axis='y', lw=0.4, color='0.85')
   axis.spines[['top', 'right']].set_visible(False)
   axis.legend(fontsize=8, frameon=False)
-  temporary = path.with_suffix('.tmp.png')
-  fig.savefig(temporary, dpi=150)
+  with files.whole(path) as temporary:
+    fig.savefig(temporary, dpi=150)
   plt.close(fig)
-  os.replace(temporary, path)

@@ -1,40 +1,59 @@
-"""T5X's own network, decoded by T5X: what a user has without this project."""
+"""T5X's own network and decoding, to be timed: what a user has without this project.
 
+It needs T5X's example network, which the stand-in does not have.
+"""
+
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from t5x import decoding
+from t5x.examples.t5 import network as t5x_network
 
-from gqa_t5x.analysis.benchmarks import decode_benchmark, random_model
+NO_EOS = -1  # No token ends a row, so that all are as long.
 
 
-class Runner:
-  """As decode_benchmark.Runner; keys and values of cross-attention are T5X's affair."""
+def network(cfg: Any) -> nn.Module:
+  """Returns T5X's network of the same sizes; its parameters are ours where K = N.
 
-  def __init__(self, setting: Any):
-    """Makes parameters and encodes random inputs.
+  Args:
+    cfg: our T5Config.
+  """
+  fields = (field.name for field in dataclasses.fields(t5x_network.T5Config))
+  shared = {name: getattr(cfg, name) for name in fields}
+  return t5x_network.Transformer(t5x_network.T5Config(**shared))
+
+
+class Decoder:
+  """A model ready to be timed: its inputs are encoded, its cache is empty.
+
+  Keys and values of cross-attention are computed when T5X computes them.
+  """
+
+  def __init__(
+    self, cfg: Any, params: Any, inputs_BS: jax.Array, length: int, num_beams: int
+  ):
+    """Encodes the inputs.
 
     Args:
-      setting: a decode_benchmark.Setting with all heads.
-
-    Raises:
-      BadSetting: T5X's example network is not installed.
+      cfg: our T5Config of the model, with all heads.
+      params: its parameters.
+      inputs_BS: tokens.
+      length: positions of the self-attention cache.
+      num_beams: 1 decodes greedily.
     """
-    self.setting = setting
-    cfg = setting.config
-    self._module = random_model.module(setting)
-    self._params = random_model.params(cfg, cfg.dtype)
-    self._inputs = decode_benchmark.random_inputs(setting)
+    self._module, self._params, self._inputs = network(cfg), params, inputs_BS
+    self._length, self._num_beams = length, num_beams
     self._encode = jax.jit(
       functools.partial(
         self._module.apply, method=self._module.encode, enable_dropout=False
       )
     )
     self._encoded = self.prepare()
-    self._cache = _empty_cache(
-      self._module, self._params, self._inputs, setting.output_length
-    )
+    self._cache = _empty_cache(self._module, params, inputs_BS, length)
 
   def prepare(self) -> jax.Array:
     """Encodes the inputs."""
@@ -44,8 +63,8 @@ class Runner:
     """Decodes so many tokens of each input; returns (tokens, scores)."""
     return _decode(
       self._module,
-      self.setting.num_beams,
-      self.setting.output_length,
+      self._num_beams,
+      self._length,
       self._params,
       self._encoded,
       self._cache,
@@ -72,8 +91,6 @@ def _empty_cache(module, params, inputs, length):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(module, num_beams, length, params, encoded, cache, inputs, steps):
   """As T5X's EncoderDecoderModel does it, encoder and prompts apart."""
-  from t5x import decoding
-
   encoded, rows = (
     decoding.flat_batch_beam_expand(x, num_beams) for x in (encoded, inputs)
   )
@@ -99,7 +116,7 @@ def _decode(module, num_beams, length, params, encoded, cache, inputs, steps):
       prompts,
       cache,
       tokens_to_logits,
-      decode_benchmark.NEVER,
+      NO_EOS,
       temperature=0.0,
       topk=0,
       max_decode_steps=steps,
@@ -108,7 +125,7 @@ def _decode(module, num_beams, length, params, encoded, cache, inputs, steps):
     prompts,
     cache,
     tokens_to_logits,
-    decode_benchmark.NEVER,
+    NO_EOS,
     num_decodes=num_beams,
     max_decode_step=steps,
   )

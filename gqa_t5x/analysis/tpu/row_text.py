@@ -1,14 +1,11 @@
-"""What a compiled row says, for a person at a terminal."""
-
-from typing import Any
+"""A row of json_rows as text, for a person at a terminal."""
 
 from gqa_t5x.analysis.tpu import topology
 from gqa_t5x.analysis.tpu.chips import CHIPS, GIB
+from gqa_t5x.analysis.tpu.json_rows import CompiledRow
 
-Row = dict[str, Any]
 
-
-def headline(row: Row) -> str:
+def headline(row: CompiledRow) -> str:
   """Returns one line: the layout, and what a program needs of what there is."""
   microbatches = row.get('num_microbatches')
   peak, capacity = row['hbm_peak_bytes'] / GIB, row['hbm_capacity_bytes'] / GIB
@@ -21,18 +18,14 @@ def headline(row: Row) -> str:
   )
 
 
-def _time(row: Row) -> str:
+def _time(row: CompiledRow) -> str:
   if row['mode'] == 'decode':
     return f'{row["seconds_per_sample"]:.3f} s a sample and chip'
   return f'{row["roofline_ms"]:.0f} ms a step'
 
 
-def text(row: Row) -> str:
-  """Returns the whole report of a row, all numbers per chip.
-
-  Args:
-    row: of compiled_rows.
-  """
+def text(row: CompiledRow) -> str:
+  """Returns the whole report of a row, all numbers per chip."""
   chip = CHIPS[topology.parse(row['topology'])[0]]
   lines = [
     f'{row["topology"]}: {row["chips"]} chips, each with'
@@ -50,7 +43,7 @@ def text(row: Row) -> str:
   return '\n'.join(lines)
 
 
-def _memory(row: Row) -> list[str]:
+def _memory(row: CompiledRow) -> list[str]:
   names = {
     'parameters_bytes': 'parameters',
     'optimizer_bytes': 'optimizer state',
@@ -71,7 +64,7 @@ def _memory(row: Row) -> list[str]:
   ]
 
 
-def _step(row: Row) -> list[str]:
+def _step(row: CompiledRow) -> list[str]:
   lines = [
     _line('compute', row['flops_per_step'] / 1e12, 'TFLOP', row['compute_ms']),
     _line('memory', row['hbm_bytes_per_step'] / 1e9, 'GB', row['memory_ms']),

@@ -1,0 +1,115 @@
+"""Finds the layout of a TPU slice that serves best: partitions, batch, microbatches."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from gqa_t5x.analysis.tpu.json_rows import CompiledRow
+
+Result = tuple[CompiledRow, str]  # with the text of the program
+
+
+def search_decode(
+  num_devices: int,
+  chips: int,
+  partitions: int | None,
+  most_per_chip: int,
+  compile_batch: Callable[[int, int], Result],
+) -> Result | None:
+  """Finds the model partitions that decode fastest, each with its largest batch.
+
+  Args:
+    num_devices: of the slice.
+    chips: of the slice.
+    partitions: model partitions; None tries all.
+    most_per_chip: the largest batch, inputs a chip.
+    compile_batch: from model partitions and batch size to the result.
+
+  Returns:
+    That with the least seconds per sample; None if nothing fits.
+  """
+
+  def batches(M):
+    """A chip gets whole inputs, and every copy of the model as many as the others."""
+    copies = num_devices // M
+    found = (n * chips for n in range(1, most_per_chip + 1))
+    return [batch for batch in found if batch % copies == 0]
+
+  tried = [partitions] if partitions else _partitions(num_devices)
+  return _best(tried, batches, compile_batch, 'seconds_per_sample')
+
+
+def search_train(
+  num_devices: int, batch_size: int, compile_parts: Callable[[int, int], Result]
+) -> Result | None:
+  """Finds the model partitions that train fastest, each with the fewest microbatches.
+
+  Args:
+    num_devices: of the slice.
+    batch_size: of the whole slice.
+    compile_parts: from model partitions and microbatches to the result.
+
+  Returns:
+    That with the least time by the roofline; None if nothing fits.
+  """
+
+  def rows_together(M):
+    """Rows of a microbatch on one copy of the model."""
+    copies = num_devices // M
+    if batch_size % copies:
+      return []
+    rows = batch_size // copies
+    return [rows // n for n in reversed(_powers_of_two(rows)) if rows % n == 0]
+
+  def compile_rows(M, together):
+    return compile_parts(M, batch_size // (num_devices // M) // together)
+
+  return _best(_partitions(num_devices), rows_together, compile_rows, 'roofline_ms')
+
+
+def _best(
+  partitions: Iterable[int],
+  sizes_of: Callable[[int], Sequence[int]],
+  compile_size: Callable[[int, int], Result],
+  key: str,
+) -> Result | None:
+  """Returns the result with the least `key`, of the largest sizes that fit."""
+  largest_of_each = (
+    largest(sizes_of(M), lambda size, M=M: compile_size(M, size)) for M in partitions
+  )
+  found = [result for result in largest_of_each if result is not None]
+  return min(found, key=lambda result: result[0][key], default=None)
+
+
+def largest(
+  sizes: Sequence[int], compile_size: Callable[[int], Result]
+) -> Result | None:
+  """Returns the largest size that fits, or None.
+
+  Every program says how much it needs, also one that does not fit; all but what a chip
+  must hold in any case grows with the size, so that the next guess is near.
+
+  Args:
+    sizes: in ascending order.
+    compile_size: from a size to its result.
+  """
+  low, high, best = 0, len(sizes), None  # sizes[:low] fit, sizes[high:] do not
+  guess = high - 1
+  while low < high:
+    row, text = compile_size(sizes[guess])
+    if row['fits']:
+      low, best = guess + 1, (row, text)
+    else:
+      high = guess
+    fixed = row['parameters_bytes'] + row.get('optimizer_bytes', 0)
+    room = row['hbm_capacity_bytes'] - fixed
+    size = sizes[guess] * room / (row['hbm_peak_bytes'] - fixed)
+    guess = min(high - 1, max(low, sum(n <= size for n in sizes) - 1))
+  return best
+
+
+def _partitions(num_devices: int) -> Iterator[int]:
+  """All powers of two that divide the devices, the largest first."""
+  return (n for n in reversed(_powers_of_two(num_devices)) if num_devices % n == 0)
+
+
+def _powers_of_two(most: int) -> list[int]:
+  return [2**i for i in range(most.bit_length())]
