@@ -19,6 +19,7 @@ import tensorflow as tf
 from absl import logging
 from jax.experimental import multihost_utils
 
+from gqa_t5x import files
 from gqa_t5x.errors import BadInput
 
 UNREADABLE = ('refuse', 'skip')
@@ -64,7 +65,6 @@ def task(
   name = f'text_{_word(path)}_{_digest(path, settings)}'
   record = os.path.join(output_dir, f'{name}.tfrecord')
   if jax.process_index() == 0 and not tf.io.gfile.exists(record):
-    tf.io.gfile.makedirs(output_dir)
     _write_record(path, record, key, unreadable)
   multihost_utils.sync_global_devices('inputs are read')
   if name not in seqio.TaskRegistry.names():
@@ -86,31 +86,29 @@ def _digest(path: str, settings: str) -> str:
 
 
 def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
-  bad, count, partial = [], 0, f'{record}.partial'
-  with tf.io.TFRecordWriter(partial) as writer:
-    for number, line in _lines(path):
-      try:
-        text = read_line(line, key if path.endswith('.jsonl') else None)
-      except Unreadable as why:
-        bad.append(f'{number} ({why})')
-        logging.warning('%s, line %d is unreadable: %s.', path, number, why)
-        continue
-      count += 1
-      writer.write(_example(number, text).SerializeToString())
-  refused = bad and unreadable == 'refuse'
-  if refused or not count:
-    tf.io.gfile.remove(partial)
-  if refused:
-    more = f' and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
-    raise BadInput(
-      f'INPUT_FILE={path} has unreadable lines: {", ".join(bad[:SHOWN])}{more}. Mend'
-      ' them, or leave them out by --gin.UNREADABLE="\'skip\'".'
-    )
-  if not count:
-    raise BadInput(f'INPUT_FILE={path} has no line to infer on.')
+  """Writes the readable lines as examples; raises BadInput for those refused."""
+  bad, count = [], 0
+  with files.whole(record) as temporary:
+    with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+      for number, line in _lines(path):
+        try:
+          text = read_line(line, key if path.endswith('.jsonl') else None)
+        except Unreadable as why:
+          bad.append(f'{number} ({why})')
+          logging.warning('%s, line %d is unreadable: %s.', path, number, why)
+        else:
+          count += 1
+          writer.write(_example(number, text).SerializeToString())
+    if bad and unreadable == 'refuse':
+      more = f' and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
+      raise BadInput(
+        f'INPUT_FILE={path} has unreadable lines: {", ".join(bad[:SHOWN])}{more}. Mend'
+        ' them, or leave them out by --gin.UNREADABLE="\'skip\'".'
+      )
+    if not count:
+      raise BadInput(f'INPUT_FILE={path} has no line to infer on.')
   if bad:
     print(f'{path}: {len(bad)} unreadable lines are skipped, {count} are left.')
-  tf.io.gfile.rename(partial, record, overwrite=True)
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
