@@ -11,30 +11,14 @@ is an error: train with KEEP_CHECKPOINTS = None.
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from absl import flags
 from etils import epath
 
+from gqa_t5x import command_line
 from gqa_t5x.checkpoints import folders
+from gqa_t5x.errors import BadInput
 from gqa_t5x.training import best_checkpoint, paths
-
-
-def define_flags() -> flags.FlagValues:
-  """The command's flags, apart from absl's global ones."""
-  values = flags.FlagValues()
-  define = {'flag_values': values, 'module_name': 'gqa_t5x.best'}
-  flags.DEFINE_string('model_dir', None, 'MODEL_DIR of the run.', **define)
-  flags.DEFINE_string(
-    'metric',
-    None,
-    'Such as rouge1, bleu, f1; not needed if there is only one.',
-    **define,
-  )
-  flags.DEFINE_string(
-    'task', None, 'The seqio task; not needed if there is only one.', **define
-  )
-  flags.DEFINE_bool('help', False, 'Show this text.', short_name='h', **define)
-  return values
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,25 +30,22 @@ def main(argv: Sequence[str]) -> int:
   Returns:
     Exit code: 0, or 1 for bad input.
   """
-  args = define_flags()
-  try:
-    rest = args(list(argv))[1:]
-    if args.help:
-      print(f'{__doc__}\nFlags:{args.module_help("gqa_t5x.best")}')
-      return 0
-    if rest:
-      raise ValueError(f'unexpected argument {rest[0]!r}; see --help.')
-    if not args.model_dir:
-      raise ValueError('--model_dir is missing; see --help.')
-    model_dir = paths.absolute(args.model_dir)
-    found = best_checkpoint.scores(model_dir, args.metric, args.task)
-    path = best_checkpoint.checkpoint(model_dir, args.metric, args.task)
-    step = folders.checkpoint_step(epath.Path(path))
-    print(f'step {step}  score {found[step]:.4f}  {path}')
-    return 0
-  except (ValueError, OSError, flags.Error) as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 1
+  command = command_line.Command('gqa_t5x.best', __doc__)
+  command.text('model_dir', None, 'MODEL_DIR of the run.')
+  help_text = 'Such as rouge1, bleu, f1; not needed if there is only one.'
+  command.text('metric', None, help_text)
+  command.text('task', None, 'The seqio task; not needed if there is only one.')
+  return command.run(argv, _print_best)
+
+
+def _print_best(args: Any) -> None:
+  if not args.model_dir:
+    raise BadInput('--model_dir is missing; see --help.')
+  model_dir = paths.absolute(args.model_dir)
+  scores = best_checkpoint.scores(model_dir, args.metric, args.task)
+  path = best_checkpoint.checkpoint(model_dir, args.metric, args.task)
+  step = folders.checkpoint_step(epath.Path(path))
+  print(f'step {step}  score {scores[step]:.4f}  {path}')
 
 
 if __name__ == '__main__':

@@ -187,7 +187,7 @@ def test_the_command(run, tmp_path):
   [
     (['--help'], 0, '--metric: Such as rouge1, bleu, f1'),
     ([], 1, 'error: --model_dir is missing; see --help.'),
-    (['--model_dir=x', 'y'], 1, "error: unexpected argument 'y'; see --help."),
+    (['--model_dir=x', 'y'], 1, "error: unexpected argument 'y'; see --help"),
     (['--model=x', '--size=1'], 1, 'error: Unknown command line flag'),
     (['--model_dir=nowhere'], 1, 'nowhere/inference_eval has no scores'),
   ],

@@ -1,4 +1,4 @@
-"""The papers' benchmarks as seqio tasks; importing this file registers them.
+"""The papers' benchmarks as seqio tasks; importing this file or `tasks` registers them.
 
 | task | data of TFDS | dev examples | metrics |
 |---|---|---|---|
@@ -37,6 +37,7 @@ import tensorflow_datasets as tfds
 from t5.data import preprocessors as t5_preprocessors
 
 from gqa_t5x.data import mediasum, metrics, preprocessors
+from gqa_t5x.errors import BadInput
 from gqa_t5x.training import paths
 
 SPLITS = ('train', 'validation', 'test')
@@ -133,12 +134,12 @@ class PreparedSource(seqio.TfdsDataSource):
     """Returns the split's files; T5X asks for them before it reads.
 
     Raises:
-      ValueError: the data set is not prepared.
+      BadInput: the data set is not prepared.
     """
     info = self.tfds_dataset.info
     if split not in info.splits:
       folder = self.tfds_dataset.builder.data_dir
-      raise ValueError(
+      raise BadInput(
         f'task {self._task_name}: there is no {split} split in {folder}. Prepare the '
         f'data once by: python -m gqa_t5x.data.prepare {self._task_name} '
         '--data_dir=FOLDER, and give that folder to T5X: --tfds_data_dir=FOLDER, or in '
@@ -175,10 +176,10 @@ def task(
     The name: the task to give to T5X.
 
   Raises:
-    ValueError: there is no benchmark of that name.
+    BadInput: there is no benchmark of that name.
   """
   if name not in BENCHMARKS:
-    raise ValueError(
+    raise BadInput(
       f'no benchmark is named {name!r}; choose one of {", ".join(BENCHMARKS)}'
     )
   if vocabulary is None:

@@ -5,7 +5,7 @@ ten million tokens of it, so the whole recipe runs on real text with no network.
 
 A corpus is one folder of the cache (`$GQA_T5X_CACHE`, else `~/.cache/gqa_t5x`). Its
 name carries a digest of all that its content depends on, so another Python or another
-version of a package is another corpus beside the first. One text a line; line breaks
+version of a package is another corpus, next to the first. One text a line; line breaks
 inside a text are stored as `LINE_BREAK`, so that `tf.data` reads texts as lines.
 """
 
@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 
 from gqa_t5x.data import docstrings
 from gqa_t5x.data.docstrings import STDLIB, TOPICS
+from gqa_t5x.errors import BadInput
 
 # Raise it when the same sources would give other files, the vocabulary's included.
 VERSION = 1
@@ -165,7 +166,7 @@ def ensure(corpus: Corpus) -> pathlib.Path:
 
   Raises:
     OSError: the cache cannot be written.
-    ValueError: a file of the corpus is damaged, or the sources hold no text.
+    BadInput: a file of the corpus is damaged, or the sources hold no text.
   """
   folder = corpus.folder
   if not folder.exists():
@@ -205,12 +206,14 @@ def _collect_all(corpus: Corpus) -> Iterator[str]:
 def writing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Lets the caller write `path` under a temporary name and renames it at the end.
 
+  `files.whole` is for one writer; here several processes may write the same corpus.
+
   Args:
     path: the file or folder to come. A folder that another process finished first
       stays as it is.
 
   Yields:
-    A temporary path beside it, for the caller to create.
+    A temporary path next to it, for the caller to create.
 
   Raises:
     OSError: the cache cannot be written; nothing is left behind.
@@ -251,7 +254,7 @@ def _write(corpus: Corpus, folder: pathlib.Path, splits: dict[str, list[str]]) -
   hashes = manifest['sha256'] = {}
   for split, texts in splits.items():
     if not texts:
-      raise ValueError(
+      raise BadInput(
         f'corpus {corpus.name!r}: no text for the {split} split in the sources '
         f"{', '.join(corpus.sources)}; install a Python that has its library's "
         'sources, or name more packages'
@@ -277,7 +280,7 @@ def _check(folder: pathlib.Path) -> None:
       if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
         raise ValueError('its content has changed')
   except (OSError, ValueError, KeyError) as error:
-    raise ValueError(
+    raise BadInput(
       f'{path} is damaged ({error!r}). Delete the folder {folder}: the next run builds '
       'it anew'
     ) from error

@@ -23,6 +23,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
+from gqa_t5x.errors import BadInput
+
 DIALOGUES = 'news_dialogue.json'
 SPLITS = 'train_val_test_split.json'
 HOMEPAGE = 'https://github.com/zcgzcgzcg1/MediaSum'
@@ -37,7 +39,7 @@ class MediasumJson(tfds.core.GeneratorBasedBuilder):
   """Dialogues of radio and television with their summaries, split as published."""
 
   VERSION = tfds.core.Version('1.0.0')
-  code_path = None  # Beside it TFDS looks for checksums of downloads; there are none.
+  code_path = None  # TFDS looks next to it for checksums of downloads; there are none.
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
@@ -56,7 +58,7 @@ class MediasumJson(tfds.core.GeneratorBasedBuilder):
     folder = epath.Path(self.data_dir).parent.parent  # of FOLDER/mediasum_json/1.0.0
     missing = [name for name in (DIALOGUES, SPLITS) if not (folder / name).exists()]
     if missing:
-      raise ValueError(
+      raise BadInput(
         f'{folder} lacks {" and ".join(missing)}. MediaSum is downloaded by hand: put '
         f'{DIALOGUES} and {SPLITS} of {HOMEPAGE} (see data/README.md there) into that '
         'folder'
@@ -65,7 +67,7 @@ class MediasumJson(tfds.core.GeneratorBasedBuilder):
       splits = json.loads((folder / SPLITS).read_text())
       ids = {split: set(splits[key]) for split, key in SPLIT_KEYS.items()}
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
+      raise BadInput(
         f'{folder / SPLITS} is not the published one, with a list of ids for each of '
         f'train, val and test ({error}); download it again from {HOMEPAGE}'
       ) from error
@@ -86,7 +88,7 @@ class MediasumJson(tfds.core.GeneratorBasedBuilder):
         f'{path} lacks {len(ids)} of {size} dialogues of a split, {min(ids)} for one'
       )
       if len(ids) == size:
-        raise ValueError(f'{lack}; {SPLITS} is of other data')
+        raise BadInput(f'{lack}; {SPLITS} is of other data')
       logging.warning('%s', lack)
 
 
@@ -96,10 +98,10 @@ def _to_example(dialogue: dict, path: epath.Path) -> tuple[str, dict]:
     key, turns = dialogue['id'], {name: dialogue[name] for name in ('speaker', 'utt')}
     example = {'id': key, 'summary': dialogue['summary'], 'turns': turns}
   except (KeyError, TypeError) as error:
-    raise ValueError(f'{path}: a dialogue lacks {error}') from error
+    raise BadInput(f'{path}: a dialogue lacks {error}') from error
   speakers, utterances = map(len, turns.values())
   if speakers != utterances:
-    raise ValueError(f'{path}: {key} has {utterances} turns and {speakers} speakers')
+    raise BadInput(f'{path}: {key} has {utterances} turns and {speakers} speakers')
   return key, example
 
 
@@ -113,14 +115,14 @@ def read_array(path: epath.Path) -> Iterator:
     The parsed elements.
 
   Raises:
-    ValueError: the file is damaged or cut short.
+    BadInput: the file is damaged or cut short.
   """
   try:
     with path.open('rb') as file:
       chunks = iter(functools.partial(file.read, CHUNK_BYTES), b'')
       yield from _parse(codecs.iterdecode(chunks, 'utf-8'))
   except ValueError as error:
-    raise ValueError(
+    raise BadInput(
       f'{path} is no whole JSON array ({error}); download or unpack it again'
     ) from error
 
@@ -147,4 +149,4 @@ def _parse(chunks: Iterable[str]) -> Iterator:
     if len(text) > MAX_CHARS:
       break
   if not started or text.strip() != ']':
-    raise ValueError(f'damaged near character {read - len(text):,}')
+    raise BadInput(f'damaged near character {read - len(text):,}')

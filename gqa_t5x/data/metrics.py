@@ -14,6 +14,8 @@ import t5.evaluation.metrics
 from absl import logging
 from rouge_score import rouge_scorer
 
+from gqa_t5x.errors import BadInput
+
 ROUGE_TYPES = ('rouge1', 'rouge2', 'rougeLsum')
 # The international tokenizer of mteval-v14. T5's metric has it, and so has
 # tensor2tensor's BLEU, in which Shazeer (2019) counts. "13a" scores German a little
@@ -37,7 +39,7 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     `rouge1`, `rouge2` and `rougeLsum`, 0 to 100; an empty text scores 0.
 
   Raises:
-    ValueError: there are no examples, or the numbers differ.
+    BadInput: there are no examples, or the numbers differ.
 
   Source: GQA section 3.1 (ROUGE-1); Lin (2004).
   """
@@ -67,7 +69,7 @@ def bleu(
     both to its logs, to JSON and to TensorBoard.
 
   Raises:
-    ValueError: there are no examples, or the numbers differ.
+    BadInput: there are no examples, or the numbers differ.
 
   Source: GQA section 3.1; Post (2018).
   """
@@ -95,7 +97,7 @@ def trivia_qa(
     `em` and `f1`, 0 to 100.
 
   Raises:
-    ValueError: there are no examples, the numbers differ, or a question has no answers,
+    BadInput: there are no examples, the numbers differ, or a question has no answers,
       as in TriviaQA's test split.
 
   Source: Joshi et al. (2017), the official evaluation script.
@@ -103,7 +105,7 @@ def trivia_qa(
   _check_lengths(targets, predictions)
   for i, answers in enumerate(targets):
     if not answers:
-      raise ValueError(
+      raise BadInput(
         f'question {i} of {len(targets)} has no answers. Those of the test split are '
         'not published: evaluate on the split validation'
       )
@@ -112,7 +114,7 @@ def trivia_qa(
 
 def _check_lengths(targets: Sequence, predictions: Sequence) -> None:
   if len(targets) != len(predictions) or not targets:
-    raise ValueError(
+    raise BadInput(
       f'{len(targets)} targets and {len(predictions)} predictions: a metric needs as '
       'many of each, and at least one'
     )

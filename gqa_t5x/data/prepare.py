@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
-from absl import app, flags
 
+from gqa_t5x import command_line
 from gqa_t5x.data import benchmarks
+from gqa_t5x.errors import BadInput
 from gqa_t5x.training import paths
 
 
@@ -27,12 +28,12 @@ def prepare(names: Sequence[str], data_dir: str | None) -> None:
     data_dir: TFDS's folder; None for its default.
 
   Raises:
-    ValueError: a name is unknown, or files that are published by hand are missing.
+    BadInput: a name is unknown, or files that are published by hand are missing.
     OSError: the folder cannot be written, or a download fails.
   """
   unknown = [name for name in names if name not in benchmarks.BENCHMARKS]
   if unknown or not names:
-    raise ValueError(
+    raise BadInput(
       f'no benchmark is named {", ".join(unknown) or "on the command line"}; choose '
       f'from {", ".join(benchmarks.BENCHMARKS)}'
     )
@@ -49,21 +50,21 @@ def main(argv: Sequence[str]) -> int:
   """The command.
 
   Args:
-    argv: program name, and the names of the benchmarks.
+    argv: program name, flags, and the names of the benchmarks.
 
   Returns:
     Exit code: 0, or 1 for bad input.
   """
-  try:
-    prepare(argv[1:], flags.FLAGS.data_dir)
-    return 0
-  except (ValueError, OSError) as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 1
+  command = command_line.Command(
+    'gqa_t5x.data.prepare', __doc__, max_words=len(benchmarks.BENCHMARKS)
+  )
+  command.text('data_dir', None, 'Folder of TensorFlow Datasets, local or gs://.')
+  return command.run(
+    argv,
+    lambda args, *names: prepare(names, args.data_dir),
+    expected=(ValueError,),  # TensorFlow Datasets'
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string(
-    'data_dir', None, 'Folder of TensorFlow Datasets, local or gs://.'
-  )
-  app.run(main)
+  sys.exit(main(sys.argv))

@@ -1,4 +1,7 @@
-"""The seqio tasks; importing this file registers them and builds nothing.
+"""All seqio tasks: importing this file registers them and builds nothing.
+
+Those of the papers are in benchmarks.py, which this file imports. Here are those of the
+offline corpus:
 
 | task | texts |
 |---|---|
@@ -18,13 +21,20 @@ import seqio
 import tensorflow as tf
 from t5.data import preprocessors
 
-from gqa_t5x.data import metrics
+from gqa_t5x.data import (
+  benchmarks,  # noqa: F401 (registers the papers' tasks)
+  metrics,
+)
 from gqa_t5x.data.corpus import CORPORA, LINE_BREAK, SHARDS, Corpus
 from gqa_t5x.data.vocabulary import CorpusVocabulary
 
 # Shorter ones are a name or a remark: no summary, or nothing to sum up.
 MIN_SUMMARY_BYTES = 20
 MIN_BODY_BYTES = 80
+# AutoGraph would look for loops over tensors in T5's code for seconds; there are none.
+_span_corruption = tf.autograph.experimental.do_not_convert(
+  preprocessors.span_corruption
+)
 
 
 class CorpusSource(seqio.TextLineDataSource):
@@ -77,7 +87,7 @@ def add_span_corruption(name: str, corpus: Corpus) -> seqio.Task:
       ),
       seqio.preprocessors.tokenize,
       seqio.CacheDatasetPlaceholder(),
-      preprocessors.span_corruption,
+      _span_corruption,
       seqio.preprocessors.append_eos_after_trim,
     ],
     output_features={'inputs': feature(required=False), 'targets': feature()},

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from gqa_t5x.data import corpus as corpus_lib
+from gqa_t5x.errors import BadInput
 
 EXTRA_IDS = 100  # T5's sentinels
 NUM_PIECES = 4096 - EXTRA_IDS  # with pad, end of sequence, unknown and 256 bytes
@@ -66,7 +67,7 @@ class CorpusVocabulary(seqio.SentencePieceVocabulary):
           raise ValueError(f'{size} pieces, {NUM_PIECES + EXTRA_IDS} expected')
       except (DecodeError, OSError, RuntimeError, ValueError) as error:
         self._model = None
-        raise ValueError(
+        raise BadInput(
           f'{path} is damaged ({error}). Delete it: the next run builds it anew'
         ) from error
     return self._model
@@ -83,10 +84,10 @@ def pydocs_vocabulary(corpus: str = 'pydocs') -> CorpusVocabulary:
     bytes), and T5's 100 sentinels at the end. Line breaks and runs of spaces survive.
 
   Raises:
-    ValueError: there is no corpus of that name.
+    BadInput: there is no corpus of that name.
   """
   if corpus not in corpus_lib.CORPORA:
-    raise ValueError(
+    raise BadInput(
       f'no corpus is named {corpus!r}; choose one of {", ".join(corpus_lib.CORPORA)}'
     )
   return CorpusVocabulary(corpus_lib.CORPORA[corpus])
@@ -97,7 +98,7 @@ def ensure(corpus: corpus_lib.Corpus) -> str:
 
   Raises:
     OSError: the cache cannot be written.
-    ValueError: the corpus is damaged, or too small for `NUM_PIECES` pieces.
+    BadInput: the corpus is damaged, or too small for `NUM_PIECES` pieces.
   """
   path = corpus_lib.ensure(corpus) / FILE
   if not path.exists():
@@ -130,7 +131,7 @@ def _train(corpus: corpus_lib.Corpus) -> bytes:
         **TRAINER_OPTIONS,
       )
     except (RuntimeError, ValueError) as error:
-      raise ValueError(
+      raise BadInput(
         f'corpus {corpus.name!r}: {chars:,} characters are too few for a vocabulary of '
         f'{NUM_PIECES} pieces ({error}); name more sources'
       ) from error

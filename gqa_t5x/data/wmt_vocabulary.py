@@ -17,10 +17,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 import seqio
-from absl import app, flags
 from etils import epath
 
+from gqa_t5x import command_line, files
 from gqa_t5x.data import benchmarks
+from gqa_t5x.errors import BadInput
 from gqa_t5x.training import paths
 
 TASK = 'wmt14_en_de_shazeer'
@@ -41,7 +42,7 @@ def train(sentences: Iterable[str], num_pieces: int = NUM_PIECES) -> bytes:
     The model's file.
 
   Raises:
-    ValueError: there is too little text for so many pieces.
+    BadInput: there is too little text for so many pieces.
   """
   model = io.BytesIO()
   try:
@@ -55,7 +56,7 @@ def train(sentences: Iterable[str], num_pieces: int = NUM_PIECES) -> bytes:
       minloglevel=1,
     )
   except RuntimeError as error:
-    raise ValueError(f'no vocabulary of {num_pieces} pieces: {error}') from error
+    raise BadInput(f'no vocabulary of {num_pieces} pieces: {error}') from error
   return model.getvalue()
 
 
@@ -69,27 +70,29 @@ def sentences(num_pairs: int = NUM_PAIRS) -> Iterator[str]:
     yield pair['de'].decode()
 
 
-def write(output: str, data_dir: str | None, num_pieces: int = NUM_PIECES) -> None:
+def write(
+  output: str | None, data_dir: str | None, num_pieces: int = NUM_PIECES
+) -> None:
   """Trains the vocabulary and writes its file.
 
   Args:
-    output: the file, which must not exist yet.
+    output: the file, local or gs://, which must not exist yet.
     data_dir: TFDS's folder; None for its default.
     num_pieces: size of the vocabulary.
 
   Raises:
-    ValueError: the file exists, or the data is not prepared or too little.
+    BadInput: the file exists, or the data is not prepared or too little.
     OSError: the file cannot be written.
   """
+  if output is None:
+    raise BadInput('--output is missing: the file to write')
   path = epath.Path(paths.absolute(output))
   if path.exists():
-    raise ValueError(f'{path} exists already; choose another --output')
+    raise BadInput(f'{path} exists already; choose another --output')
   benchmarks.task(TASK, data_dir=data_dir)
   model = train(sentences(), num_pieces)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.tmp')
-  temporary.write_bytes(model)
-  temporary.replace(path)
+  with files.whole(path) as temporary:
+    temporary.write_bytes(model)
   print(f'{num_pieces:,} pieces in {path}')
 
 
@@ -97,26 +100,20 @@ def main(argv: Sequence[str]) -> int:
   """The command.
 
   Args:
-    argv: program name, and nothing else.
+    argv: program name and flags.
 
   Returns:
     Exit code: 0, or 1 for bad input.
   """
-  try:
-    if len(argv) > 1:
-      raise ValueError(f'unexpected argument {argv[1]!r}; see --help')
-    if flags.FLAGS.output is None:
-      raise ValueError('--output is missing: the file to write')
-    write(flags.FLAGS.output, flags.FLAGS.data_dir)
-    return 0
-  except (ValueError, OSError) as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 1
+  command = command_line.Command('gqa_t5x.data.wmt_vocabulary', __doc__)
+  command.text('output', None, 'The file to write, local or gs://.')
+  command.text('data_dir', None, 'Folder of TensorFlow Datasets, local or gs://.')
+  return command.run(
+    argv,
+    lambda args: write(args.output, args.data_dir),
+    expected=(ValueError,),  # TensorFlow Datasets'
+  )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('output', None, 'The file to write, local or gs://.')
-  flags.DEFINE_string(
-    'data_dir', None, 'Folder of TensorFlow Datasets, local or gs://.'
-  )
-  app.run(main)
+  sys.exit(main(sys.argv))

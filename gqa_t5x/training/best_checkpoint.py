@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from gqa_t5x.checkpoints import folders
+from gqa_t5x.errors import BadInput
 
 _FOLDER, _SUFFIX = 'inference_eval', '-metrics.jsonl'
 
@@ -32,18 +33,18 @@ def scores(
     score counts.
 
   Raises:
-    ValueError: there are no scores, or not of that metric or task.
+    BadInput: there are no scores, or not of that metric or task.
   """
   file = _metrics_file(epath.Path(model_dir) / _FOLDER, task)
   rows = [row for row in _rows(file) if row.keys() - {'step'}]
   names = sorted({name for row in rows for name in row} - {'step'})
   if not rows:
-    raise ValueError(f'{file} has no scores; evaluate again.')
+    raise BadInput(f'{file} has no scores; evaluate again.')
   if metric is None and len(names) == 1:
     metric = names[0]
   if metric not in names:
     asked = 'a metric is needed' if metric is None else f'there is no {metric}'
-    raise ValueError(f'{file}: {asked}; choose one of {", ".join(names)}.')
+    raise BadInput(f'{file}: {asked}; choose one of {", ".join(names)}.')
   return {row['step']: row[metric] for row in rows if metric in row}
 
 
@@ -55,7 +56,7 @@ def damaged_lines(model_dir: str, task: str | None = None) -> list[int]:
     task: as in `scores`.
 
   Raises:
-    ValueError: there are no scores, or not of that task.
+    BadInput: there are no scores, or not of that task.
   """
   file = _metrics_file(epath.Path(model_dir) / _FOLDER, task)
   lines = file.read_bytes().splitlines()
@@ -69,11 +70,11 @@ def select(scores: Mapping[int, float]) -> int:
     scores: step -> score.
 
   Raises:
-    ValueError: no score is a number.
+    BadInput: no score is a number.
   """
   real = {step: score for step, score in scores.items() if not math.isnan(score)}
   if not real:
-    raise ValueError('no score is a number.')
+    raise BadInput('no score is a number.')
   return min(real, key=lambda step: (-real[step], step))
 
 
@@ -88,13 +89,13 @@ def checkpoint(
     task: as in `scores`.
 
   Raises:
-    ValueError: there are no scores, or that checkpoint was removed.
+    BadInput: there are no scores, or that checkpoint was removed.
   """
   found = scores(model_dir, metric, task)
   try:
     step = select(found)
-  except ValueError as error:
-    raise ValueError(f'{model_dir}: {error}') from error
+  except BadInput as error:
+    raise BadInput(f'{model_dir}: {error}') from error
   saved = {
     folders.checkpoint_step(path): path
     for path in folders.list_checkpoints(epath.Path(model_dir))
@@ -106,7 +107,7 @@ def checkpoint(
   if any(not math.isnan(score) for score in kept.values()):
     second = select(kept)
     rest = f'the best that is there is {saved[second]} ({kept[second]:.4g})'
-  raise ValueError(
+  raise BadInput(
     f'{model_dir}: the checkpoint of the best step, {step} ({found[step]:.4g}), was'
     f' removed; {rest}. Give it as CHECKPOINT_PATH, or train with KEEP_CHECKPOINTS ='
     ' None.'
@@ -117,7 +118,7 @@ def _metrics_file(folder: epath.Path, task: str | None) -> epath.Path:
   """The file of a task, or the only one."""
   files = {path.name.removesuffix(_SUFFIX): path for path in folder.glob(f'*{_SUFFIX}')}
   if not files:
-    raise ValueError(
+    raise BadInput(
       f'{folder} has no scores: the run has not decoded its validation split yet, or'
       ' this is not its MODEL_DIR.'
     )
@@ -125,7 +126,7 @@ def _metrics_file(folder: epath.Path, task: str | None) -> epath.Path:
     return next(iter(files.values()))
   if task not in files:
     asked = 'a task is needed' if task is None else f'there is no {task}'
-    raise ValueError(f'{folder}: {asked}; choose one of {", ".join(sorted(files))}.')
+    raise BadInput(f'{folder}: {asked}; choose one of {", ".join(sorted(files))}.')
   return files[task]
 
 

@@ -1,8 +1,8 @@
 """Inference for users: a file of inputs in, a file of predictions with scores out.
 
 `gin/infer_text.gin` gives `task` and `write` to `t5x.infer`. The inputs are read once,
-checked, and kept as a TFRecord file beside the results; its name tells contents and
-checkpoint, so that a run that is stopped goes on, and never with something else.
+checked, and kept as a TFRecord file next to the results. Its name has a digest of the
+input, the settings and the checkpoint: a run that is stopped goes on with these alone.
 """
 
 import hashlib
@@ -19,11 +19,14 @@ import tensorflow as tf
 from absl import logging
 from jax.experimental import multihost_utils
 
+from gqa_t5x import files
+from gqa_t5x.errors import BadInput
+
 UNREADABLE = ('refuse', 'skip')
 SHOWN = 10  # unreadable lines that an error names
 
 
-class Unreadable(ValueError):
+class Unreadable(BadInput):
   """Why a line is no input."""
 
 
@@ -51,20 +54,17 @@ def task(
     The task's name.
 
   Raises:
-    ValueError: for a file that is missing or has no input, an unknown `unreadable`, and
+    BadInput: for a file that is missing or has no input, an unknown `unreadable`, and
       unreadable lines that are not to be skipped.
   """
   if unreadable not in UNREADABLE:
-    raise ValueError(
-      f'UNREADABLE={unreadable!r}; choose one of {", ".join(UNREADABLE)}.'
-    )
+    raise BadInput(f'UNREADABLE={unreadable!r}; choose one of {", ".join(UNREADABLE)}.')
   if not tf.io.gfile.exists(path):
-    raise ValueError(f'INPUT_FILE={path}: there is no such file.')
+    raise BadInput(f'INPUT_FILE={path}: there is no such file.')
   settings = json.dumps([checkpoint, key, prefix])
   name = f'text_{_word(path)}_{_digest(path, settings)}'
   record = os.path.join(output_dir, f'{name}.tfrecord')
   if jax.process_index() == 0 and not tf.io.gfile.exists(record):
-    tf.io.gfile.makedirs(output_dir)
     _write_record(path, record, key, unreadable)
   multihost_utils.sync_global_devices('inputs are read')
   if name not in seqio.TaskRegistry.names():
@@ -86,31 +86,29 @@ def _digest(path: str, settings: str) -> str:
 
 
 def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
-  bad, count, partial = [], 0, f'{record}.partial'
-  with tf.io.TFRecordWriter(partial) as writer:
-    for number, line in _lines(path):
-      try:
-        text = read_line(line, key if path.endswith('.jsonl') else None)
-      except Unreadable as why:
-        bad.append(f'{number} ({why})')
-        logging.warning('%s, line %d is unreadable: %s.', path, number, why)
-        continue
-      count += 1
-      writer.write(_example(number, text).SerializeToString())
-  refused = bad and unreadable == 'refuse'
-  if refused or not count:
-    tf.io.gfile.remove(partial)
-  if refused:
-    more = f' and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
-    raise ValueError(
-      f'INPUT_FILE={path} has unreadable lines: {", ".join(bad[:SHOWN])}{more}. Mend'
-      ' them, or leave them out by --gin.UNREADABLE="\'skip\'".'
-    )
-  if not count:
-    raise ValueError(f'INPUT_FILE={path} has no line to infer on.')
+  """Writes the readable lines as examples; raises BadInput for those refused."""
+  bad, count = [], 0
+  with files.whole(record) as temporary:
+    with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+      for number, line in _lines(path):
+        try:
+          text = read_line(line, key if path.endswith('.jsonl') else None)
+        except Unreadable as why:
+          bad.append(f'{number} ({why})')
+          logging.warning('%s, line %d is unreadable: %s.', path, number, why)
+        else:
+          count += 1
+          writer.write(_example(number, text).SerializeToString())
+    if bad and unreadable == 'refuse':
+      more = f' and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
+      raise BadInput(
+        f'INPUT_FILE={path} has unreadable lines: {", ".join(bad[:SHOWN])}{more}. Mend'
+        ' them, or leave them out by --gin.UNREADABLE="\'skip\'".'
+      )
+    if not count:
+      raise BadInput(f'INPUT_FILE={path} has no line to infer on.')
   if bad:
     print(f'{path}: {len(bad)} unreadable lines are skipped, {count} are left.')
-  tf.io.gfile.rename(partial, record, overwrite=True)
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -195,10 +193,10 @@ def write(
     vocabulary: of the predictions.
 
   Raises:
-    ValueError: for another mode.
+    BadInput: for another mode.
   """
   if mode != 'predict_with_aux':
-    raise ValueError(f'mode={mode!r}; scores need predict_with_aux.')
+    raise BadInput(f'mode={mode!r}; scores need predict_with_aux.')
   outputs, scores = inferences[0], inferences[1]['scores']
   with tf.io.gfile.GFile(path, 'w') as file:
     for i, example in enumerate(task_ds.as_numpy_iterator()):

@@ -13,6 +13,7 @@ from flax import linen as nn
 from t5x import models
 
 from gqa_t5x.decoding import generate, sampling
+from gqa_t5x.errors import BadInput
 
 Array = jax.Array
 
@@ -61,7 +62,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     eos_id = decoder_params.setdefault('eos_id', self.output_vocabulary.eos_id or 1)
     if rng is not None:
       if decoder_params.get('decode_rng') is not None:
-        raise ValueError('rng and decoder_params["decode_rng"] were given; keep one.')
+        raise BadInput('rng and decoder_params["decode_rng"] were given; keep one.')
       decoder_params['decode_rng'] = rng
     prompts = batch['decoder_input_tokens']
     # An end marker among the targets must not end the decode.
@@ -83,7 +84,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     """Returns the log-likelihood of the targets; see T5X's method.
 
     Raises:
-      ValueError: for parameters that do not fit the model.
+      BadInput: for parameters that do not fit the model.
     """
     check_params(self, params)
     return super().score_batch(params, batch, return_intermediates)
@@ -105,7 +106,7 @@ def check_params(
     source: where they are from, for the message.
 
   Raises:
-    ValueError: listing every difference, and what to do.
+    BadInput: listing every difference, and what to do.
   """
   check_same_shapes(_expected_params(model), params, f'parameters of {source}')
 
@@ -119,7 +120,7 @@ def check_same_shapes(expected: Any, got: Any, what: str) -> None:
     what: what the trees hold, for the message.
 
   Raises:
-    ValueError: listing every difference, and what to do.
+    BadInput: listing every difference, and what to do.
   """
   expected, got = _flat_shapes(expected), _flat_shapes(got)
   differences = [
@@ -132,7 +133,7 @@ def check_same_shapes(expected: Any, got: Any, what: str) -> None:
     shown = differences[:8]
     if len(differences) > len(shown):
       shown.append(f'  ... and {len(differences) - len(shown)} more')
-    raise ValueError(
+    raise BadInput(
       f'The {what} do not fit the model:\n'
       + '\n'.join(shown)
       + '\nIf only key and value kernels differ, set NUM_KV_HEADS to the'

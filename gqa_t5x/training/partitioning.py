@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from t5x import partitioning
 
+from gqa_t5x.errors import BadInput
+
 
 class Partitioner(partitioning.PjitPartitioner):
   """T5X's PjitPartitioner on a mesh of `data` x `model`.
@@ -43,12 +45,12 @@ class Partitioner(partitioning.PjitPartitioner):
       logical_axis_rules: see T5X; `axes.kv_head_rules` must be among them.
 
     Raises:
-      ValueError: if the two sizes differ.
+      BadInput: if the two sizes differ.
     """
     self.num_partitions = num_partitions
     self.model_parallel_submesh = model_parallel_submesh
     if model_parallel_submesh and math.prod(model_parallel_submesh) != num_partitions:
-      raise ValueError(
+      raise BadInput(
         f'model_parallel_submesh={tuple(model_parallel_submesh)} has'
         f' {math.prod(model_parallel_submesh)} devices, and num_partitions is'
         f' {num_partitions}; MODEL_PARTITIONS must be their number.'
@@ -64,13 +66,13 @@ class Partitioner(partitioning.PjitPartitioner):
     """The mesh.
 
     Raises:
-      ValueError: if the partitions do not divide the devices or a host, or `devices`
+      BadInput: if the partitions do not divide the devices or a host, or `devices`
         and a submesh are given.
     """
     if self.model_parallel_submesh and self.devices is None:
       return super().mesh
     if self.model_parallel_submesh:
-      raise ValueError(
+      raise BadInput(
         f'model_parallel_submesh={tuple(self.model_parallel_submesh)} is laid out by'
         ' T5X, on the devices that are here alone; set MODEL_PARALLEL_SUBMESH = None.'
       )
@@ -88,7 +90,7 @@ def _check_partitions(num_partitions: int, devices: Sequence[jax.Device]) -> Non
     if len(devices) % n == 0 and (len(host) % n == 0 or n % len(host) == 0)
   ]
   if num_partitions not in fit:
-    raise ValueError(
+    raise BadInput(
       f'num_partitions={num_partitions} does not fit {len(devices)} devices,'
       f' {len(host)} on each host; set MODEL_PARTITIONS to one of'
       f' {", ".join(map(str, fit))}.'

@@ -1,11 +1,9 @@
 """Pre-emption: a machine that has to go says so by SIGTERM; training saves first."""
 
-import signal
-import threading
-from typing import Any
-
 import jax
 from jax.experimental import multihost_utils
+
+from gqa_t5x import command_line
 
 
 class Notice:
@@ -17,15 +15,13 @@ class Notice:
 
   def __init__(self):
     """Listens from now on."""
-    self._received, self._previous = False, None
-    main = threading.current_thread() is threading.main_thread()
-    if main and not jax.distributed.is_initialized():
-      self._previous = signal.signal(signal.SIGTERM, self._receive)
+    self._received = False
+    self._give_back = lambda: None
+    if not jax.distributed.is_initialized():
+      self._give_back = command_line.on_sigterm(self._receive)
 
-  def _receive(self, signum: int, frame: Any) -> None:
-    del signum, frame
+  def _receive(self) -> None:
     self._received = True
-    self.close()
 
   def reached(self, step: int) -> bool:
     """Returns whether to stop before a step.
@@ -37,6 +33,4 @@ class Notice:
 
   def close(self) -> None:
     """Gives the signal back."""
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
-      self._previous = None
+    self._give_back()

@@ -10,10 +10,9 @@ from typing import Any
 
 from etils import epath
 
-from gqa_t5x.checkpoints import folders
+from gqa_t5x.checkpoints import folders, tree
+from gqa_t5x.errors import BadInput
 from gqa_t5x.training import models
-
-_TARGET = 'target/'
 
 
 def checked_path(
@@ -28,7 +27,7 @@ def checked_path(
       restored instead of `path` (resume.py). None for evaluation and inference.
 
   Raises:
-    ValueError: if the checkpoint is missing, partial, or does not fit the model.
+    BadInput: if the checkpoint is missing, partial, or does not fit the model.
   """
   if model_dir and folders.list_checkpoints(epath.Path(model_dir)):
     return path  # Not what is restored.
@@ -40,19 +39,17 @@ def checked_path(
 def check_fits(path: epath.Path, model: Any) -> None:
   """Checks a checkpoint's shapes; nothing but names and shapes is read.
 
-  T5X itself drops the layers that the model lacks without a word.
-
   Args:
     path: of the checkpoint.
     model: that will get its parameters.
 
   Raises:
-    ValueError: a parameter is missing, too many, or of another shape.
+    BadInput: a parameter is missing, too many, or of another shape.
   """
   shapes = {
-    name.removeprefix(_TARGET): tensor
+    name.removeprefix(tree.TARGET): tensor
     for name, tensor in folders.open_checkpoint(path).items()
-    if name.startswith(_TARGET)
+    if name.startswith(tree.TARGET)
   }
   models.check_params(model, shapes, str(path))
 
@@ -60,10 +57,10 @@ def check_fits(path: epath.Path, model: Any) -> None:
 def _checkpoint_folder(path: str) -> epath.Path:
   folder = folders.find_checkpoint(epath.Path(path))
   if not folders.step_is_known(folder):
-    raise ValueError(
+    raise BadInput(
       f'{path} is a Hugging Face model, which T5X cannot restore; convert it first:'
       ' python -m gqa_t5x.convert --help'
     )
   if folder.parent == epath.Path(path):
-    raise ValueError(f'{path} is a folder of checkpoints; give one of them: {folder}')
+    raise BadInput(f'{path} is a folder of checkpoints; give one of them: {folder}')
   return folder

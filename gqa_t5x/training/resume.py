@@ -25,7 +25,6 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.training import restore, run_lock
 
 _PARTS = ('.index', '.data-00000-of-00001')  # the files that tf.train.Checkpoint writes
-_held: dict[str, Any] = {}  # folder -> its lock, until this process ends
 
 
 def get_dataset(
@@ -53,7 +52,7 @@ def get_dataset(
     Batches: a `tf.data.Dataset`, or an iterator whose position is saved.
 
   Raises:
-    ValueError: the folder is in use, cannot be written, or none of its checkpoints can
+    BadInput: the folder is in use, cannot be written, or none of its checkpoints can
       be read or fits the model.
   """
   folder = epath.Path(model_dir)
@@ -72,15 +71,15 @@ def claim(folder: epath.Path) -> None:
     folder: of the run.
 
   Raises:
-    ValueError: it is in use, or cannot be written.
+    BadInput: it is in use, or cannot be written.
   """
-  if jax.process_index() or os.fspath(folder) in _held:
+  if jax.process_index():
     return
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    _held[os.fspath(folder)] = run_lock.hold(folder)
+    run_lock.hold(folder)
   except OSError as error:
-    raise ValueError(
+    raise BadInput(
       f'MODEL_DIR={folder} cannot be written ({error.strerror or error}); give a folder'
       ' that can.'
     ) from error
@@ -95,7 +94,7 @@ def latest_readable(folder: epath.Path) -> epath.Path | None:
     folder: of the run.
 
   Raises:
-    ValueError: there are checkpoints, and none can be read.
+    BadInput: there are checkpoints, and none can be read.
   """
   problems = []
   for path in reversed(folders.list_checkpoints(folder)):
@@ -106,7 +105,7 @@ def latest_readable(folder: epath.Path) -> epath.Path | None:
       return path
     problems.append((path, problem))
   if problems:
-    raise ValueError(
+    raise BadInput(
       f'No checkpoint in {folder} can be read: '
       + '; '.join(f'{path.name}: {problem}' for path, problem in problems)
       + '. Copy them anew, or remove them to start from the beginning.'
@@ -205,14 +204,14 @@ class Batches(clu.data.TfDatasetIterator):
     """Goes to the position of a checkpoint of this run; else stays; see clu's method.
 
     Raises:
-      ValueError: this run's checkpoint has no position.
+      BadInput: this run's checkpoint has no position.
     """
     if not epath.Path(filename).is_relative_to(self._folder):
       logging.info('%s is of another run: the data begins anew.', filename)
       return
     self._beginning = None
     if not epath.Path(f'{os.fspath(filename)}.index').exists():
-      raise ValueError(
+      raise BadInput(
         f'{filename} is missing: the checkpoint does not know how far the data was.'
         ' Give --gin.SAVE_DATASET=False to go on with the data from its beginning.'
       )

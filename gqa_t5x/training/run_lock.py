@@ -1,106 +1,124 @@
 """Keeps a second run out of a run's folder, local or gs://.
 
 Two runs in one folder would remove each other's unfinished checkpoints. Locally the
-operating system holds the lock, and gives it back however a process ends. A bucket has
-no such thing: there, a file is written anew every few seconds, and whoever finds one
-waits to see whether that goes on.
+operating system holds the lock, and releases it however a process ends. A bucket has
+no locks: there, a run writes a file with its name again every `BEAT_S` seconds, and
+another run that finds such a file watches whether it changes.
+
+In a bucket the folder belongs to the run whose name is in the file, the last that was
+written. A run reads the file before it writes it again; if it finds another name, it
+leaves the file alone, and `check` ends it before its next step. So of several runs
+exactly one goes on, provided that a request to the bucket takes less than `BEAT_S`.
 """
 
 import atexit
-import contextlib
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
 import uuid
-from typing import IO, Any
+from typing import Any
 
+from absl import logging
 from etils import epath
+
+from gqa_t5x import files
+from gqa_t5x.errors import BadInput
 
 NAME = 'in_use'
 BEAT_S = 15.0  # between two signs of life in a bucket
+_held: dict[str, Any] = {}  # folder -> its lock, until this process ends
 
 
-class InUse(ValueError):
+class InUse(BadInput):
   """Another run is at work in the folder; the message names it."""
 
 
-def hold(folder: epath.Path, beat_s: float = BEAT_S) -> Any:
-  """Locks a folder until this process ends.
+def hold(folder: epath.Path) -> None:
+  """Locks a folder until this process ends; does nothing if it holds it already.
 
   Args:
     folder: an existing folder.
-    beat_s: seconds between signs of life in a bucket; a run that was killed there
-      delays the next one by three of them.
-
-  Returns:
-    What holds the lock; to be kept.
 
   Raises:
     InUse: another process holds it.
     OSError: the folder cannot be written.
   """
-  if '://' in os.fspath(folder):
-    return Heartbeat(folder / NAME, beat_s)
-  return _flock(folder / NAME)
+  name = os.fspath(folder)
+  if name in _held:
+    return
+  take = Heartbeat if '://' in name else _lock
+  _held[name] = take(folder / NAME)
 
 
-def _flock(path: epath.Path) -> IO[str]:
-  file = open(path, 'a+')  # noqa: SIM115  Closing it would release the lock.
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
-    raise InUse(_message(path, file.read())) from None
-  if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-    return _flock(path)  # Its owner ended meanwhile, and removed it.
-  file.truncate(0)
-  file.write(_owner())
-  file.flush()
-  atexit.register(_remove, path)
-  return file
+def check() -> None:
+  """Ends a run whose folder belongs to another one now; called before each step.
+
+  Raises:
+    InUse: another run has written its name into the file of a bucket.
+  """
+  for lock in _held.values():
+    if isinstance(lock, Heartbeat):
+      lock.check()
 
 
-def _remove(path: epath.Path) -> None:
-  with contextlib.suppress(OSError):
-    os.unlink(path)
+def _lock(path: epath.Path) -> int:
+  """Locks a local file, and returns the descriptor that holds the lock."""
+  descriptor = files.lock(path)
+  if descriptor is None:
+    raise InUse(_message(path, path.read_text()))
+  if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(descriptor)):
+    os.close(descriptor)
+    return _lock(path)  # Its owner ended meanwhile, and removed it.
+  os.truncate(descriptor, 0)
+  os.write(descriptor, _owner().encode())
+  atexit.register(path.unlink, missing_ok=True)
+  return descriptor
 
 
 class Heartbeat:
   """A file in a bucket that shows that its writer is alive."""
 
-  def __init__(self, path: epath.Path, beat_s: float):
+  def __init__(self, path: epath.Path, beat_s: float = BEAT_S):
     """Takes the file, or waits until its owner is known to be gone.
+
+    A file that is there is watched for three beats: its owner writes in each. Then this
+    run writes its name, waits for one beat and reads the file again: a run that began
+    at the same moment saw no file either, and has written its own name by then. Whose
+    name is there goes on.
 
     Args:
       path: the file.
-      beat_s: seconds between two signs of life.
+      beat_s: seconds between two signs of life, longer than a request takes.
 
     Raises:
-      InUse: its owner is alive.
+      InUse: another run is alive.
     """
     self._path, self._beat_s = path, beat_s
-    self._owner, self._count = _owner(), 0
+    self._owner, self._count, self._taken = _owner(), 0, ''
     before = self._read()
     if before:
       print(f'{path} is there: waiting {3 * beat_s:.0f} s to see whether its run lives')
       self._refuse_if_changed(before, 3 * beat_s)
     self._write()
-    # Of two that began at once, the first sees the second's name.
-    time.sleep(0 if not before else beat_s)
-    if not self._mine():
-      raise InUse(_message(path, self._read()))
+    time.sleep(beat_s)
+    if not self._is_mine(now := self._read()):
+      raise InUse(_message(path, now))
     self._stopped = threading.Event()
     threading.Thread(target=self._beat, daemon=True).start()
     atexit.register(self.release)
+
+  def check(self) -> None:
+    """Raises `InUse` once another run has taken the file."""
+    if self._taken:
+      raise InUse(_message(self._path, self._taken))
 
   def release(self) -> None:
     """Gives the folder back."""
     if not self._stopped.is_set():
       self._stopped.set()
-      if self._mine():
+      if self._is_mine(self._read()):
         self._path.unlink()
 
   def _refuse_if_changed(self, before: str, seconds: float) -> None:
@@ -112,15 +130,25 @@ class Heartbeat:
         raise InUse(_message(self._path, now))
 
   def _beat(self) -> None:
-    while not self._stopped.wait(self._beat_s):
-      self._write()
+    while not self._taken:
+      try:
+        now = self._read()
+        if now and not self._is_mine(now):
+          self._taken = now
+          logging.error('%s', _message(self._path, now))
+        else:
+          self._write()
+      except Exception as error:  # The bucket's; the next beat tries again.
+        logging.warning('%s cannot be written: %s', self._path, error)
+      if self._stopped.wait(self._beat_s):
+        return
 
   def _write(self) -> None:
     self._count += 1
     self._path.write_text(f'{self._owner}\n{self._count}')
 
-  def _mine(self) -> bool:
-    return self._read().partition('\n')[0] == self._owner
+  def _is_mine(self, text: str) -> bool:
+    return text.partition('\n')[0] == self._owner
 
   def _read(self) -> str:
     try:

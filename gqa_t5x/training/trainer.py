@@ -1,8 +1,9 @@
 """T5X's Trainer with what a long uptraining run needs around it.
 
 It checks a restored checkpoint against the model before the first step and the
-first save, shows progress with the time to go, watches the loss (stability.py), and
-stops to be saved when the machine is taken away (preemption.py).
+first save, shows progress with the time to go, watches the loss (loss_watch.py), stops
+to be saved when the machine is taken away (preemption.py), and ends when another run
+has taken its folder (run_lock.py).
 """
 
 import os
@@ -19,7 +20,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from t5x import trainer
 
-from gqa_t5x.training import loss_watch, models, preemption
+from gqa_t5x.errors import BadInput
+from gqa_t5x.training import loss_watch, models, preemption, run_lock
 
 # Seconds between redraws: few where they would fill a log file.
 _INTERVAL = (
@@ -41,7 +43,7 @@ class Trainer(trainer.Trainer):
       None if none is saved.
 
   Raises:
-    ValueError: if restored parameters or optimizer moments do not fit the model, or
+    BadInput: if restored parameters or optimizer moments do not fit the model, or
       are of a later step than the last of the run.
   """
 
@@ -88,6 +90,7 @@ class Trainer(trainer.Trainer):
       PreemptionError: the machine has to go; `train_state` is that of the step reached,
         which T5X saves.
       SystemExit: the same, and this step is saved already.
+      InUse: another run has taken the folder; nothing more is saved.
       OSError: the next checkpoint would not fit on the disk.
     """
     self._check_room()
@@ -143,8 +146,9 @@ class Trainer(trainer.Trainer):
     )
 
   def _until_preempted(self, batch_iter: Iterator[Any], step: int) -> Iterator[Any]:
-    """Yields batches; none is drawn and not trained on, so that the data goes on."""
+    """Yields batches until the run has to stop; each one drawn is trained on."""
     while True:
+      run_lock.check()
       if self._notice.reached(step):
         self._stop(step)
       batch = next(batch_iter)
@@ -203,7 +207,7 @@ def _check_train_state(model: Any, train_state: Any, total_steps: int | None) ->
   )
   step = int(train_state.step)
   if total_steps is not None and total_steps < step:
-    raise ValueError(
+    raise BadInput(
       f'TRAIN_STEPS={total_steps} is below the step of the checkpoint, {step}.'
       ' TRAIN_STEPS counts from the first step of pre-training: raise it.'
     )

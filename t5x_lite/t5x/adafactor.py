@@ -11,13 +11,14 @@ from optax import tree_utils
 from t5x.optimizers import OptimizerDef, OptimizerState
 
 _MOMENTS = ('v_row', 'v_col', 'v')
+_MIN_DIM_SIZE_TO_FACTOR = 128
 
 
 @struct.dataclass
 class AdafactorParamState:
   """Second moments of one parameter, and its momentum; what is not in use is [1].
 
-  A matrix with both sides at least `min_dim_size_to_factor` has `v_row` (its larger
+  A matrix with both sides at least `_MIN_DIM_SIZE_TO_FACTOR` has `v_row` (its larger
   side averaged out) and `v_col`; anything else has `v`, of its own shape.
   """
 
@@ -30,15 +31,12 @@ class AdafactorParamState:
 def _transformation(hp) -> optax.GradientTransformation:
   return optax.adafactor(
     hp.learning_rate,
-    factored=hp.factored,
     multiply_by_parameter_scale=hp.multiply_by_parameter_scale,
     momentum=hp.beta1,
     decay_rate=hp.decay_rate,
     decay_offset=hp.step_offset,
     clipping_threshold=hp.clipping_threshold,
-    weight_decay_rate=hp.weight_decay_rate,
-    min_dim_size_to_factor=hp.min_dim_size_to_factor,
-    eps=hp.epsilon1,
+    min_dim_size_to_factor=_MIN_DIM_SIZE_TO_FACTOR,
   )
 
 
@@ -52,15 +50,11 @@ class Adafactor(OptimizerDef):
   def __init__(
     self,
     learning_rate: float | None = None,
-    factored: bool = True,
     multiply_by_parameter_scale: bool = True,
     beta1: float | None = None,
     decay_rate: float = 0.8,
     step_offset: int = 0,
     clipping_threshold: float | None = 1.0,
-    weight_decay_rate: float | None = None,
-    min_dim_size_to_factor: int = 128,
-    epsilon1: float = 1e-30,
   ):
     hyper_params = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
     super().__init__(types.SimpleNamespace(**hyper_params))

@@ -8,6 +8,9 @@ The gin files bind the arguments of `evaluate` (`import __main__ as eval_script`
 the loggers of seqio.Evaluator.
 """
 
+from t5x import quiet  # noqa: F401 (before any other import of TensorFlow)
+
+# isort: split
 import functools
 import os
 from collections.abc import Callable

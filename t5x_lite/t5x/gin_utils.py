@@ -1,5 +1,6 @@
 """The command line of train, eval and infer: flags, gin files, gin bindings."""
 
+import logging as pylogging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -112,7 +113,8 @@ def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None
     values = flags.FLAGS
     if not values.gin_file and not values.gin_bindings:
       raise app.UsageError('give a --gin_file')
-    tf.config.set_visible_devices([], 'GPU')  # they are JAX's
+    # JAX names each kind of device that it does not find.
+    pylogging.getLogger('jax._src.xla_bridge').setLevel(pylogging.WARNING)
     if several_processes and values.multiprocess_gpu:
       _join_processes()
     if values.tfds_data_dir:

@@ -10,6 +10,9 @@ The gin files bind the arguments of `infer` (`import __main__ as infer_script`, 
 output_dir/<task>-<mode>.jsonl-00000-of-00001, one example each.
 """
 
+from t5x import quiet  # noqa: F401 (before any other import of TensorFlow)
+
+# isort: split
 import functools
 import json
 import os

@@ -11,6 +11,9 @@ scratch. So the same command, run again, resumes. model_dir receives checkpoint_
 config.gin, model-info.txt and TensorBoard's train/, training_eval/, inference_eval/.
 """
 
+from t5x import quiet  # noqa: F401 (before any other import of TensorFlow)
+
+# isort: split
 import time
 import types
 

@@ -78,49 +78,43 @@ class CheckpointConfig:
   restore: RestoreCheckpointConfig | None = None
 
 
+_MIN_LEARNING_RATE = 1e-8  # T5X's
+
+
 def create_learning_rate_scheduler(
-  factors: str = 'constant * linear_warmup * rsqrt_decay',
+  factors: str,
   base_learning_rate: float = 0.5,
   warmup_steps: int = 1000,
-  decay_factor: float = 0.5,
-  steps_per_decay: int = 20000,
   steps_per_cycle: int = 100000,
-  step_offset: int = 0,
-  min_learning_rate: float = 1e-8,
 ) -> Callable[[jnp.ndarray], jnp.ndarray]:
   """Returns step -> learning rate, a product of named factors.
 
-  Arguments are T5X's. `factors` are joined by `*`: constant, linear_warmup,
-  linear_decay (which brings its own constant and warm-up), rsqrt_decay,
-  rsqrt_normalized_decay, decay_every, cosine_decay.
+  Arguments are T5X's. `factors` are joined by `*`: constant, rsqrt_decay, cosine_decay.
 
   Raises:
-    ValueError: if a factor is unknown.
+    ValueError: if a factor is not here.
   """
-  base, w = base_learning_rate, warmup_steps
 
   def cosine_decay(s):
-    progress = jnp.maximum(0.0, (s - w) / float(steps_per_cycle)) % 1.0
+    progress = jnp.maximum(0.0, (s - warmup_steps) / float(steps_per_cycle)) % 1.0
     return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
 
   known = {
-    'constant': lambda s: base,
-    'linear_warmup': lambda s: jnp.minimum(1.0, s / w),
-    'linear_decay': lambda s: base * jnp.minimum(s / w, 1.0 + decay_factor * (w - s)),
-    'rsqrt_decay': lambda s: 1.0 / jnp.sqrt(jnp.maximum(s, w)),
-    'rsqrt_normalized_decay': lambda s: jnp.sqrt(w / jnp.maximum(s, w)),
-    'decay_every': lambda s: decay_factor ** (s // steps_per_decay),
+    'constant': lambda s: base_learning_rate,
+    'rsqrt_decay': lambda s: 1.0 / jnp.sqrt(jnp.maximum(s, warmup_steps)),
     'cosine_decay': cosine_decay,
   }
   names = [name.strip() for name in factors.split('*')]
   unknown = [name for name in names if name not in known]
   if unknown:
-    raise ValueError(f'factors={factors!r}: {unknown}; choose among {list(known)}')
+    raise ValueError(
+      f'factors={factors!r}: this stand-in for T5X has no {", ".join(unknown)}; choose'
+      f' among {", ".join(known)}'
+    )
 
   def learning_rate(step: jnp.ndarray) -> jnp.ndarray:
-    step = jnp.maximum(0, step - step_offset)
     rate = functools.reduce(lambda r, name: r * known[name](step), names, 1.0)
-    return jnp.asarray(jnp.maximum(rate, min_learning_rate), jnp.float32)
+    return jnp.asarray(jnp.maximum(rate, _MIN_LEARNING_RATE), jnp.float32)
 
   return learning_rate
 

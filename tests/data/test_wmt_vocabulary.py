@@ -5,7 +5,6 @@ import seqio
 from tensorflow_datasets.translate import wmt14
 
 from gqa_t5x.data import benchmarks, prepare, wmt_vocabulary
-from helpers import commands
 
 PAIRS = {
   f'{i}': {'en': f'The house number {i} is green.', 'de': f'Haus Nummer {i} ist grün.'}
@@ -102,19 +101,30 @@ def test_unknown_names_are_an_error(names, said):
     prepare.prepare(names, None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-  ('module', 'args', 'message'),
+  ('command', 'args', 'message'),
   [
-    ('prepare', ['mediasum'], 'error: FOLDER lacks news_dialogue.json and train_val'),
-    ('wmt_vocabulary', ['--output=x'], 'error: task wmt14_en_de_shazeer: there is no'),
+    (prepare, ['mediasum'], 'error: FOLDER lacks news_dialogue.json and train_val'),
+    (
+      wmt_vocabulary,
+      ['--output=FOLDER/x'],
+      'error: task wmt14_en_de_shazeer: there is',
+    ),
+    (wmt_vocabulary, [], 'error: --output is missing: the file to write'),
   ],
 )
-def test_commands_say_what_is_wrong_in_one_line(tmp_path, module, args, message):
-  done = commands.run(
-    tmp_path, '-m', f'gqa_t5x.data.{module}', *args, f'--data_dir={tmp_path}'
-  )
-  assert done.returncode == 1
-  assert done.stdout.splitlines()[-1].startswith(
-    message.replace('FOLDER', str(tmp_path))
-  )
+def test_commands_say_what_is_wrong_in_one_line(
+  tmp_path, capsys, command, args, message
+):
+  args = [arg.replace('FOLDER', str(tmp_path)) for arg in args]
+  assert command.main(['x', *args, f'--data_dir={tmp_path}']) == 1
+  said = capsys.readouterr().err.splitlines()
+  assert said[-1].startswith(message.replace('FOLDER', str(tmp_path)))
+
+
+@pytest.mark.parametrize('command', [prepare, wmt_vocabulary])
+def test_help(capsys, command):
+  assert command.main(['x', '--help']) == 0
+  said = capsys.readouterr().out
+  assert said.startswith(command.__doc__)
+  assert '--data_dir: Folder of TensorFlow Datasets' in said

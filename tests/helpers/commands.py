@@ -1,12 +1,15 @@
 """What the tests of gin files and command lines share: runs, readers, a tiny model."""
 
+import atexit
 import contextlib
 import functools
+import importlib
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 from unittest import mock
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
@@ -39,14 +42,41 @@ EVAL_STEPS = 1
 WARMUP_STEPS = 100
 LOSS_NORMALIZING_FACTOR = None
 """
+# A run that keeps its last two checkpoints, and those of every fourth step.
+PRETRAINING = {
+  'MODEL_DIR': 'mha',
+  'TRAIN_STEPS': 6,
+  'CHECKPOINT_PERIOD': 2,
+  'EVAL_PERIOD': 2,
+  'KEEP_CHECKPOINTS': 2,
+  'KEEP_PERIOD': 4,
+}
+
+
+# What a command runs, of its module.
+FUNCTIONS = {'t5x.train': 'train', 't5x.eval': 'evaluate', 't5x.infer': 'infer'}
+
+
+@functools.cache
+def _compilation_cache() -> str:
+  """A folder of this session's, where commands find what others have compiled."""
+  folder = tempfile.TemporaryDirectory(prefix='compiled')
+  atexit.register(folder.cleanup)
+  return folder.name
 
 
 def environment() -> dict[str, str]:
   """The environment of a command: the same engine, and this repository's code."""
   paths = [os.environ.get('PYTHONPATH', ''), str(ROOT), str(TESTS)]
-  # Unbuffered: lines of both streams in the order in which they were written.
-  more = {'PYTHONPATH': os.pathsep.join(filter(None, paths)), 'PYTHONUNBUFFERED': '1'}
-  return {**os.environ, **more}
+  return {
+    'JAX_COMPILATION_CACHE_DIR': _compilation_cache(),
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',  # Compiling takes longer than running.
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+    **os.environ,
+    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
+    # Unbuffered: lines of both streams in the order in which they were written.
+    'PYTHONUNBUFFERED': '1',
+  }
 
 
 def run(folder, *args, timeout=240) -> subprocess.CompletedProcess:
@@ -74,15 +104,42 @@ def engine_args(module: str, files, search_path=ROOT, **macros) -> list[str]:
   ]
 
 
+def _files(module: str, run_file: str, more_files) -> list[str]:
+  files = ['tiny.gin', f'gin/runs/{run_file}.gin', 'task.gin', *more_files]
+  return [*files, 'train.gin'] if module == 't5x.train' else files
+
+
 def engine(folder, module: str, run_file: str, more_files=(), **macros) -> str:
   """Runs an engine's command on the tiny model and task; returns what it printed."""
   write_gin(folder)
-  files = ['tiny.gin', f'gin/runs/{run_file}.gin', 'task.gin', *more_files]
-  if module == 't5x.train':
-    files.append('train.gin')
+  files = _files(module, run_file, more_files)
   done = run(folder, *engine_args(module, files, **macros))
   assert done.returncode == 0, done.stdout[-6000:]
   return done.stdout
+
+
+def engine_here(folder, module: str, run_file: str, more_files=(), **macros) -> None:
+  """Does the same in this process: what a command of its own adds is not tested."""
+  write_gin(folder)
+  files_here(folder, module, _files(module, run_file, more_files), **macros)
+
+
+def files_here(folder, module: str, files, **macros) -> None:
+  """Runs an engine on gin files in this process, on one device."""
+  import jax
+
+  from gqa_t5x.training import partitioning
+
+  bindings = [f'{name} = {value!r}' for name, value in macros.items()]
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.chdir(folder))
+    one = mock.patch.object(partitioning.Partitioner, 'devices', jax.devices()[:1])
+    stack.enter_context(one)
+    jax.config.update('jax_disable_most_optimizations', True)
+    stack.callback(jax.config.update, 'jax_disable_most_optimizations', False)
+    arguments_of = stack.enter_context(gin_config(files, bindings, f'{ROOT},.'))
+    name = FUNCTIONS[module]
+    getattr(importlib.import_module(module), name)(**arguments_of(name))
 
 
 def write_gin(folder) -> None:
@@ -163,7 +220,7 @@ def gin_config(files, bindings=(), search_path=ROOT):
   Args:
     files: as given to `--gin_file`.
     bindings: as given to `--gin_bindings`.
-    search_path: as given to `--gin_search_paths`.
+    search_path: as given to `--gin_search_paths`, comma-separated.
 
   Yields:
     A function from `train`, `evaluate` or `infer` to the arguments that it would get.
@@ -181,5 +238,5 @@ def gin_config(files, bindings=(), search_path=ROOT):
       stack.enter_context(mock.patch.object(__main__, name, function, create=True))
     prefixes = mock.patch.object(gin.config, '_LOCATION_PREFIXES', [])
     stack.enter_context(prefixes)
-    gin_utils.parse_gin_flags([str(search_path)], list(files), list(bindings))
+    gin_utils.parse_gin_flags(str(search_path).split(','), list(files), list(bindings))
     yield lambda name: gin.get_configurable(recorders()[name])()

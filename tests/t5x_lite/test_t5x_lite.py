@@ -58,7 +58,6 @@ def _adafactor_oracle(
     ((140, 130), True),
     ((128, 128), True),
     ((127, 300), False),
-    ((4, 5), False),
     ((7,), False),
   ],
 )
@@ -100,34 +99,23 @@ def test_adafactor_equals_the_paper(shape, factored, beta1, clip, scale):
   ('factors', 'step', 'expected'),
   [
     ('constant', 7, 2.0),
-    ('constant * linear_warmup', 25, 0.5),
-    ('constant * linear_warmup', 1000, 2.0),
     ('constant * rsqrt_decay', 0, 0.2),
     ('constant * rsqrt_decay', 400, 0.1),
-    ('constant * rsqrt_normalized_decay', 400, 1.0),
-    ('linear_decay', 50, 1.0),
-    ('linear_decay', 101, 1.0),
-    ('constant * decay_every', 41, 0.5),
     ('constant * cosine_decay', 100, 2.0),
     ('constant * cosine_decay', 110, 1.0),
-    ('linear_decay', 10_000, 1e-8),
+    ('constant * cosine_decay', 119.9999, 1e-8),
   ],
 )
 def test_learning_rate(factors, step, expected):
   schedule = utils.create_learning_rate_scheduler(
-    factors,
-    base_learning_rate=2.0,
-    warmup_steps=100,
-    decay_factor=0.5,
-    steps_per_decay=20,
-    steps_per_cycle=20,
+    factors, base_learning_rate=2.0, warmup_steps=100, steps_per_cycle=20
   )
   np.testing.assert_allclose(schedule(jnp.asarray(step)), expected, rtol=1e-6)
 
 
-def test_learning_rate_rejects_an_unknown_factor():
-  with pytest.raises(ValueError, match='warmup_liner'):
-    utils.create_learning_rate_scheduler('constant * warmup_liner')
+def test_learning_rate_names_the_factors_that_are_not_here():
+  with pytest.raises(ValueError, match='has no linear_warmup; choose among constant,'):
+    utils.create_learning_rate_scheduler('constant * linear_warmup')
 
 
 def _loss_oracle(logits, targets, weights, smoothing, z_loss):

@@ -164,6 +164,20 @@ def _trainer(num_microbatches=None):
   return make
 
 
+def _on_one_device():
+  partitioner = partitioning.PjitPartitioner(num_partitions=1)
+  devices = np.array(jax.devices()[:1]).reshape(1, 1)
+  partitioner.mesh = jax.sharding.Mesh(devices, ('data', 'model'))
+  return partitioner
+
+
+@pytest.fixture(autouse=True, scope='module')
+def compiled_quickly():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def _train(folder, steps, microbatches=None, **kwargs):
   save = utils.SaveCheckpointConfig(period=2, save_dataset=True)
   arguments = {
@@ -172,7 +186,7 @@ def _train(folder, steps, microbatches=None, **kwargs):
     'train_eval_dataset_cfg': _dataset_cfg('validation'),
     'infer_eval_dataset_cfg': None,
     'checkpoint_cfg': utils.CheckpointConfig(save=save),
-    'partitioner': partitioning.PjitPartitioner(num_partitions=1),
+    'partitioner': _on_one_device(),
     'trainer_cls': _trainer(microbatches),
     'model_dir': str(folder),
     'total_steps': steps,

@@ -1,15 +1,18 @@
-"""Pre-train, resume, convert, uptrain, fine-tune, evaluate, infer: as users type it.
+"""Pre-train, resume, convert, uptrain, fine-tune, evaluate, infer: as users do it.
 
-Each stage is a command in a process of its own, in one temporary folder, on a tiny
-model (commands.py) and task (tiny_task.py).
+All in one temporary folder, on a tiny model (commands.py) and task (tiny_task.py). Of
+each command one run is a process of its own, as users type it; more runs of it are
+calls in this process.
 """
 
 import json
 import math
+import shutil
 
 import pytest
 
-from gqa_t5x import best
+from gqa_t5x import convert
+from gqa_t5x.training import best_checkpoint
 from helpers import commands
 
 pytestmark = pytest.mark.slow
@@ -26,105 +29,104 @@ def eval_losses(model_dir) -> dict[int, float]:
   return {step: value for (tag, step), value in found.items() if tag == 'loss'}
 
 
+def metrics(folder) -> list[dict]:
+  """What seqio's evaluator has written, a row for each evaluation."""
+  lines = (folder / 'inference_eval' / f'{TASK}-metrics.jsonl').read_text()
+  return [json.loads(line) for line in lines.splitlines()]
+
+
 def file_times(folder) -> dict[str, int]:
   return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob('*'))}
 
 
-def convert(folder, num_kv_heads: int) -> str:
-  """Converts the MHA run's last checkpoint; returns what the command printed."""
-  output = f'converted/{num_kv_heads}'
-  flags = ['--input=mha', f'--output={output}', f'--num_kv_heads={num_kv_heads}']
-  done = commands.run(folder, '-m', 'gqa_t5x.convert', *flags)
-  assert done.returncode == 0, done.stdout[-3000:]
-  assert commands.steps(folder / output) == [4]
-  return done.stdout
+def convert_flags(folder, num_kv_heads: int) -> list[str]:
+  """Flags that convert the last checkpoint of the run `mha`."""
+  output = folder / 'converted' / str(num_kv_heads)
+  return [
+    f'--input={folder}/mha',
+    f'--output={output}',
+    f'--num_kv_heads={num_kv_heads}',
+  ]
 
 
-def uptrain(folder, num_kv_heads: int, steps: int, **macros) -> None:
-  commands.engine(
+def uptrain(folder, num_kv_heads: int, steps: int) -> None:
+  commands.engine_here(
     folder,
     't5x.train',
     'uptrain',
     MODEL_DIR=f'gqa{num_kv_heads}',
-    INITIAL_CHECKPOINT_PATH=f'converted/{num_kv_heads}/checkpoint_4',
+    INITIAL_CHECKPOINT_PATH=f'converted/{num_kv_heads}/checkpoint_8',
     NUM_KV_HEADS=num_kv_heads,
     TRAIN_STEPS=steps,
-    **macros,
   )
 
 
 @pytest.fixture(scope='module')
-def first(tmp_path_factory):
-  """A run of multi-head attention that stopped after 2 steps."""
+def mha(pretrained, tmp_path_factory):
+  """The command of the pre-training with more steps, in a process of its own."""
   folder = tmp_path_factory.mktemp('end_to_end')
-  commands.engine(folder, 't5x.train', 'pretrain', MODEL_DIR='mha', TRAIN_STEPS=2)
-  return folder, file_times(folder / 'mha' / 'checkpoint_2')
-
-
-@pytest.fixture(scope='module')
-def mha(first):
-  """The same command with more steps resumes."""
-  folder, _ = first
-  macros = {'MODEL_DIR': 'mha', 'TRAIN_STEPS': 4}
-  return folder, commands.engine(folder, 't5x.train', 'pretrain', **macros)
+  shutil.copytree(pretrained / 'mha', folder / 'mha')
+  before = file_times(folder / 'mha' / 'checkpoint_6')
+  macros = commands.PRETRAINING | {'TRAIN_STEPS': 8}
+  return folder, before, commands.engine(folder, 't5x.train', 'pretrain', **macros)
 
 
 @pytest.fixture(scope='module')
 def gqa(mha):
   """Converted to 2 heads and uptrained for 2 steps."""
-  folder, _ = mha
-  output = convert(folder, 2)
-  uptrain(folder, 2, steps=6)
-  return folder, output
+  folder, _, _ = mha
+  done = commands.run(folder, '-m', 'gqa_t5x.convert', *convert_flags(folder, 2))
+  assert done.returncode == 0, done.stdout[-3000:]
+  assert commands.steps(folder / 'converted' / '2') == [8]
+  uptrain(folder, 2, steps=10)
+  return folder, done.stdout
 
 
-def test_resumes_where_it_stopped(first, mha):
-  _, before = first
-  folder, output = mha
-  assert commands.steps(folder / 'mha') == [0, 2, 4]
-  assert file_times(folder / 'mha' / 'checkpoint_2') == before
+def test_resumes_where_it_stopped(mha):
+  folder, before, output = mha
+  assert commands.steps(folder / 'mha') == [0, 4, 6, 8]
+  assert file_times(folder / 'mha' / 'checkpoint_6') == before
   train = commands.scalars(folder / 'mha' / 'train')
-  assert {step for tag, step in train if tag == 'loss'} == {2, 4}
-  assert {step for tag, step in train if tag == 'learning_rate'} == {2, 4}
+  assert {step for tag, step in train if tag == 'loss'} == {2, 4, 6, 8}
+  assert {step for tag, step in train if tag == 'learning_rate'} == {2, 4, 6, 8}
   spikes = {step: n for (tag, step), n in train.items() if tag == 'stability/spikes'}
-  assert spikes == {2: 0, 4: 0}
-  assert list(eval_losses(folder / 'mha')) == [2, 4]
+  assert spikes == {2: 0, 4: 0, 6: 0, 8: 0}
+  assert list(eval_losses(folder / 'mha')) == [2, 4, 6, 8]
   # The progress bar starts at the checkpoint, not at 0, and reaches the end.
-  assert '4/4' in output
-  assert ' 0/4' not in output
+  assert '8/8' in output
+  assert ' 0/8' not in output
   config = (folder / 'mha' / 'config.gin').read_text()
   assert "MIXTURE_OR_TASK_NAME = 'tiny_words'" in config
-  assert 'Total number of parameters' in (
-    (folder / 'mha' / 'model-info.txt').read_text()
-  )
+  info = (folder / 'mha' / 'model-info.txt').read_text()
+  assert 'Total number of parameters' in info
 
 
 def test_uptrains_what_was_converted(gqa):
   folder, output = gqa
-  path = folder / 'converted' / '2' / 'checkpoint_4'
+  path = folder / 'converted' / '2' / 'checkpoint_8'
   assert f"INITIAL_CHECKPOINT_PATH = '{path}'" in output
   losses = eval_losses(folder / 'gqa2')
-  assert list(losses) == [4, 6]  # right after conversion, and after uptraining
+  assert list(losses) == [8, 10]  # right after conversion, and after uptraining
   assert all(map(math.isfinite, losses.values()))
-  assert losses[4] != pytest.approx(eval_losses(folder / 'mha')[4], rel=1e-6)
-  assert commands.steps(folder / 'gqa2') == [4, 6]
-  shapes = commands.shapes(folder / 'gqa2' / 'checkpoint_6')
+  assert losses[8] != pytest.approx(eval_losses(folder / 'mha')[8], rel=1e-6)
+  assert commands.steps(folder / 'gqa2') == [8, 10]
+  shapes = commands.shapes(folder / 'gqa2' / 'checkpoint_10')
   assert shapes[KV] == (D, 2 * H)
   assert shapes[KV.replace('encoder_decoder', 'self')] == (D, 2 * H)
   assert shapes[QUERY] == (D, 8 * H)
   assert shapes['target/encoder/layers_0/attention/key/kernel'] == (D, 8 * H)
   train = commands.scalars(folder / 'gqa2' / 'train')
-  assert {step for tag, step in train if tag == 'loss'} == {6}
+  assert {step for tag, step in train if tag == 'loss'} == {10}
 
 
 def test_all_heads_kept_means_the_same_loss(mha):
   """Uptraining at K = N starts from the loss at which pre-training ended."""
-  folder, _ = mha
-  convert(folder, 8)
-  uptrain(folder, 8, steps=4)
+  folder, _, _ = mha
+  assert convert.main(['convert', *convert_flags(folder, 8)]) == 0
+  uptrain(folder, 8, steps=8)
   losses = eval_losses(folder / 'gqa8')
-  assert list(losses) == [4]
-  assert losses[4] == pytest.approx(eval_losses(folder / 'mha')[4], rel=1e-4)
+  assert list(losses) == [8]
+  assert losses[8] == pytest.approx(eval_losses(folder / 'mha')[8], rel=1e-4)
 
 
 def test_evaluates_with_the_metrics_of_a_task(gqa):
@@ -133,27 +135,33 @@ def test_evaluates_with_the_metrics_of_a_task(gqa):
     folder,
     't5x.eval',
     'eval',
-    CHECKPOINT_PATH='gqa2/checkpoint_6',
+    CHECKPOINT_PATH='gqa2/checkpoint_10',
     EVAL_OUTPUT_DIR='eval',
     NUM_KV_HEADS=2,
   )
-  lines = (folder / 'eval' / 'inference_eval' / f'{TASK}-metrics.jsonl').read_text()
-  (metrics,) = map(json.loads, lines.splitlines())
-  assert metrics['step'] == 6
-  assert metrics['examples'] == 8
-  assert 0 <= metrics['exact_match'] <= 1
+  (row,) = metrics(folder / 'eval')
+  assert row['step'] == 10
+  assert row['examples'] == 8
+  assert 0 <= row['exact_match'] <= 1
 
 
-@pytest.mark.parametrize('decoding', [None, 'beam_search', 'sample'])
-def test_infers_one_line_for_each_example(decoding, gqa):
+@pytest.mark.parametrize(
+  ('decoding', 'infer'),
+  [
+    (None, commands.engine),
+    ('beam_search', commands.engine_here),
+    ('sample', commands.engine_here),
+  ],
+)
+def test_infers_one_line_for_each_example(decoding, infer, gqa):
   folder, _ = gqa
   output = f'infer_{decoding}'
-  commands.engine(
+  infer(
     folder,
     't5x.infer',
     'infer',
     [f'gin/decoding/{decoding}.gin'] if decoding else [],
-    CHECKPOINT_PATH='gqa2/checkpoint_6',
+    CHECKPOINT_PATH='gqa2/checkpoint_10',
     INFER_OUTPUT_DIR=output,
     NUM_KV_HEADS=2,
   )
@@ -168,29 +176,26 @@ def test_infers_one_line_for_each_example(decoding, gqa):
 
 def test_fine_tunes_the_mqa_model(mha):
   """With dropout, at a constant rate, decoding the validation set."""
-  folder, _ = mha
-  convert(folder, 1)
-  commands.engine(
+  folder, _, _ = mha
+  assert convert.main(['convert', *convert_flags(folder, 1)]) == 0
+  commands.engine_here(
     folder,
     't5x.train',
     'finetune',
     MODEL_DIR='finetuned',
-    INITIAL_CHECKPOINT_PATH='converted/1/checkpoint_4',
+    INITIAL_CHECKPOINT_PATH='converted/1/checkpoint_8',
     NUM_KV_HEADS=1,
     FINETUNE_STEPS=1,
   )
-  assert commands.shapes(folder / 'finetuned' / 'checkpoint_5')[KV] == (D, H)
+  assert commands.shapes(folder / 'finetuned' / 'checkpoint_9')[KV] == (D, H)
   train = commands.scalars(folder / 'finetuned' / 'train')
-  assert train['learning_rate', 5] == pytest.approx(0.001)
-  assert math.isfinite(train['loss', 5])
-  lines = (
-    folder / 'finetuned' / 'inference_eval' / f'{TASK}-metrics.jsonl'
-  ).read_text()
-  rows = [json.loads(line) for line in lines.splitlines()]
-  assert [row['step'] for row in rows] == [5]
-  finetuned = str(folder / 'finetuned')
-  assert best.scores(finetuned, 'exact_match', TASK) == {5: rows[0]['exact_match']}
-  commands.engine(
+  assert train['learning_rate', 9] == pytest.approx(0.001)
+  assert math.isfinite(train['loss', 9])
+  rows = metrics(folder / 'finetuned')
+  assert [row['step'] for row in rows] == [9]
+  scores = best_checkpoint.scores(str(folder / 'finetuned'), 'exact_match', TASK)
+  assert scores == {9: rows[0]['exact_match']}
+  commands.engine_here(
     folder,
     't5x.eval',
     'eval',
@@ -200,7 +205,4 @@ def test_fine_tunes_the_mqa_model(mha):
     EVAL_OUTPUT_DIR='eval_best',
     NUM_KV_HEADS=1,
   )
-  lines = (
-    folder / 'eval_best' / 'inference_eval' / f'{TASK}-metrics.jsonl'
-  ).read_text()
-  assert json.loads(lines) == rows[0]
+  assert metrics(folder / 'eval_best') == rows

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import seqio
 import tensorflow as tf
 
 import gin
@@ -64,8 +65,6 @@ def register(tmp_path):
 
 
 def examples(name, **lengths):
-  import seqio
-
   lengths = {'inputs': 32, 'targets': 8} | lengths
   task = seqio.get_mixture_or_task(name)
   return list(task.get_dataset(lengths, 'infer', shuffle=False).as_numpy_iterator())
@@ -182,15 +181,15 @@ def test_the_gin_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_file_to_file(tmp_path):
+def test_from_file_to_file(pretrained, tmp_path):
   """Each line gets what it gets at another place, in another batch and file."""
-  commands.engine(tmp_path, 't5x.train', 'pretrain', MODEL_DIR='mha', TRAIN_STEPS=2)
+  commands.write_gin(tmp_path)
   lines = ['one', 'two words', 'three words more', 'größer', 'five']
   (tmp_path / 'in.txt').write_text('\n'.join([*lines, *reversed(lines)]) + '\n')
   macros = MACROS | {'INPUT_FILE': 'in.txt', 'BATCH_SIZE': 3, 'CHECKPOINT_PERIOD': 1}
+  macros['CHECKPOINT_PATH'] = str(pretrained / 'mha' / 'checkpoint_6')
   files = ['tiny.gin', 'gin/infer_text.gin']
-  done = commands.run(tmp_path, *commands.engine_args('t5x.infer', files, **macros))
-  assert done.returncode == 0, done.stdout[-3000:]
+  commands.files_here(tmp_path, 't5x.infer', files, **macros)
   (file,) = (tmp_path / 'out').glob('text_in_*.jsonl-00000-of-00001')
   rows = [json.loads(line) for line in file.read_text().splitlines()]
   assert [row['line'] for row in rows] == list(range(1, 11))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from t5x import trainer as t5x_trainer
 
-from gqa_t5x.training import preemption
+from gqa_t5x.training import preemption, run_lock
 from helpers.trainers import make_state, make_trainer
 
 # --- The signal -----------------------------------------------------------------
@@ -122,6 +122,21 @@ def test_what_is_saved_is_not_saved_again(train, tmp_path):
     made.train(made.batches, 1, start_step=41)
   with pytest.raises(SystemExit, match='SIGTERM at step 42, which is saved'):
     made.train(made.batches, 1, start_step=42)
+
+
+def test_a_folder_that_another_run_has_taken(train, monkeypatch):
+  """Not T5X's PreemptionError, after which it would save."""
+  made = train(stop_at=1000)
+
+  def check():
+    if len(made.seen) == 2:
+      raise run_lock.InUse('taken')
+
+  monkeypatch.setattr(run_lock, 'check', check)
+  with pytest.raises(run_lock.InUse, match='taken'):
+    made.train(made.batches, 5, start_step=40)
+  assert made.seen == ['a', 'b']
+  made.close()
 
 
 def test_nothing_happens_without_a_notice(train):

@@ -44,7 +44,7 @@ class Started:
       self.process = subprocess.Popen(
         [sys.executable, *args],
         cwd=folder,
-        env=commands.environment() | {'JAX_COMPILATION_CACHE_DIR': f'{folder}/cache'},
+        env=commands.environment(),
         stdout=log,
         stderr=subprocess.STDOUT,
       )

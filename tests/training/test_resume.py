@@ -1,12 +1,8 @@
-"""What a run does before its checkpoints are opened: locks, damage, data."""
+"""What a run does before its checkpoints are opened: folder, damage, data."""
 
-import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
-import time
 
 import clu.data
 import numpy as np
@@ -18,50 +14,7 @@ from gqa_t5x.checkpoints import folders
 from gqa_t5x.training import restore, resume, run_lock
 from helpers import commands
 
-# --- One run a folder -----------------------------------------------------------
-
-HOLD = """
-import sys, time
-from etils import epath
-from gqa_t5x.training import run_lock as lock
-held = lock.hold(epath.Path(sys.argv[1]))
-print('held', flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.fixture
-def another(tmp_path):
-  """Another process that holds the folder."""
-  process = subprocess.Popen(
-    [sys.executable, '-c', HOLD, str(tmp_path)],
-    env=commands.environment(),
-    stdout=subprocess.PIPE,
-    text=True,
-  )
-  assert process.stdout.readline() == 'held\n'
-  yield process
-  process.kill()
-  process.wait()
-
-
-def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path, another):
-  message = rf'{tmp_path} is in use by process {another.pid} on .* another MODEL_DIR\.'
-  with pytest.raises(run_lock.InUse, match=message):
-    resume.claim(epath.Path(tmp_path))
-  assert json.loads((tmp_path / run_lock.NAME).read_text())['process'] == another.pid
-  another.kill()  # SIGKILL: nothing of it can clean up.
-  another.wait()
-  resume.claim(epath.Path(tmp_path))
-  resume.claim(epath.Path(tmp_path))  # Its own, as often as it likes.
-  assert json.loads((tmp_path / run_lock.NAME).read_text())['process'] == os.getpid()
-
-
-def test_a_run_that_ends_leaves_no_sign(tmp_path):
-  code = HOLD.replace('time.sleep(60)', '')
-  done = commands.run(tmp_path, '-c', code, tmp_path)
-  assert done.stdout.strip() == 'held'
-  assert list(tmp_path.iterdir()) == []
+# --- The folder --------------------------------------------------------------
 
 
 def test_a_run_makes_its_folder(tmp_path):
@@ -79,62 +32,19 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
   def refuse(*args):
     raise OSError(30, 'Read-only file system', 'x')
 
-  monkeypatch.setattr(run_lock, '_flock', refuse)
+  monkeypatch.setattr(run_lock, '_lock', refuse)
   message = 'cannot be written .Read-only file system.; give a folder that can'
   with pytest.raises(ValueError, match=message):
     resume.claim(epath.Path(tmp_path))
 
 
-BEAT_S = 0.2
-
-
-def test_a_bucket_is_held_by_signs_of_life(tmp_path):
-  path = epath.Path(tmp_path / run_lock.NAME)
-  first = run_lock.Heartbeat(path, BEAT_S)
-  with pytest.raises(run_lock.InUse, match=f'process {os.getpid()} on'):
-    run_lock.Heartbeat(path, BEAT_S)
-  first.release()
-  assert not path.exists()
-  start = time.monotonic()
-  second = run_lock.Heartbeat(path, BEAT_S)
-  assert time.monotonic() - start < 2 * BEAT_S  # A folder left in order: no waiting.
-  second.release()
-
-
-def test_a_run_that_was_killed_in_a_bucket_is_waited_for(tmp_path, capsys):
-  path = epath.Path(tmp_path / run_lock.NAME)
-  path.write_text('{"host": "gone", "process": 1, "since": "yesterday"}\n17')
-  start = time.monotonic()
-  held = run_lock.Heartbeat(path, BEAT_S)
-  assert time.monotonic() - start >= 3 * BEAT_S
-  assert 'waiting' in capsys.readouterr().out
-  held.release()
-
-
 # --- Damaged checkpoints --------------------------------------------------------
 
 
-TRAINED = {
-  'TRAIN_STEPS': 6,
-  'CHECKPOINT_PERIOD': 2,
-  'EVAL_PERIOD': 2,
-  'KEEP_CHECKPOINTS': 2,
-  'KEEP_PERIOD': 4,
-}
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-  """A run that keeps the last two checkpoints, and those of every fourth step."""
-  folder = tmp_path_factory.mktemp('run')
-  commands.engine(folder, 't5x.train', 'pretrain', MODEL_DIR='run', **TRAINED)
-  return folder
-
-
 @pytest.fixture
-def run(trained, tmp_path):
-  """A copy of its folder."""
-  shutil.copytree(trained / 'run', tmp_path / 'run')
+def run(pretrained, tmp_path):
+  """The folder of a run that kept steps 0, 4 and 6."""
+  shutil.copytree(pretrained / 'mha', tmp_path / 'run')
   return epath.Path(tmp_path / 'run')
 
 
@@ -188,16 +98,17 @@ def test_nothing_is_renamed_where_all_are_damaged(run):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_the_one_before(trained, run, tmp_path):
+def test_training_goes_on_from_the_one_before(pretrained, run, tmp_path, caplog):
   truncate(largest(run / 'checkpoint_6' / 'state'))
-  macros = TRAINED | {'MODEL_DIR': str(run)}
-  said = commands.engine(tmp_path, 't5x.train', 'pretrain', **macros)
-  assert 'checkpoint_6 cannot be read: it is now damaged_checkpoint_6' in said
-  assert 'training goes on from checkpoint_4' in said
+  macros = commands.PRETRAINING | {'MODEL_DIR': str(run)}
+  commands.engine_here(tmp_path, 't5x.train', 'pretrain', **macros)
+  assert 'checkpoint_6 cannot be read: it is now damaged_checkpoint_6' in caplog.text
+  assert 'training goes on from checkpoint_4' in caplog.text
   assert commands.steps(run) == [0, 4, 6]
   # The data, too, goes on where it was: the same steps give the same parameters.
+  before = epath.Path(pretrained / 'mha' / 'checkpoint_6')
+  before = folders.open_checkpoint(before)
   for name, tensor in folders.open_checkpoint(run / 'checkpoint_6').items():
-    before = folders.open_checkpoint(epath.Path(trained / 'run' / 'checkpoint_6'))
     np.testing.assert_array_equal(tensor.read(), before[name].read(), err_msg=name)
 
 
