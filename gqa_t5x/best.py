@@ -15,10 +15,10 @@ from typing import Any
 
 from etils import epath
 
-from gqa_t5x import command_line
+from gqa_t5x import command_line, files
 from gqa_t5x.checkpoints import folders
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import best_checkpoint, paths
+from gqa_t5x.training import best_checkpoint
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 def _print_best(args: Any) -> None:
   if not args.model_dir:
     raise BadInput('--model_dir is missing; see --help.')
-  model_dir = paths.absolute(args.model_dir)
+  model_dir = files.absolute(args.model_dir)
   scores = best_checkpoint.scores(model_dir, args.metric, args.task)
   path = best_checkpoint.checkpoint(model_dir, args.metric, args.task)
   step = folders.checkpoint_step(epath.Path(path))

@@ -1,10 +1,10 @@
-"""What all writers share: files appear whole or not at all, and one process writes."""
+"""What all writers share: absolute paths, whole files or none, and locks."""
 
 import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,6 +12,28 @@ from etils import epath
 from gqa_t5x.errors import BadInput
 
 _TEMPORARY = '.tmp-'
+
+
+def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
+  """Returns a path from gin or the command line as an absolute one.
+
+  T5X's Orbax checkpoints refuse relative paths.
+
+  Args:
+    path: local (relative to the working directory, `~` allowed) or `gs://...`; or an
+      empty list, T5X's way to say "no checkpoint".
+
+  Returns:
+    The absolute path; an empty list stays one.
+
+  Raises:
+    BadInput: if the path is an empty string.
+  """
+  if path == '':
+    raise BadInput('A path in the gin configuration is empty; give a folder.')
+  if not isinstance(path, str) or '://' in path:
+    return path
+  return str(epath.Path(path).expanduser().absolute())
 
 
 @contextlib.contextmanager

@@ -36,9 +36,9 @@ import t5.data
 import tensorflow_datasets as tfds
 from t5.data import preprocessors as t5_preprocessors
 
+from gqa_t5x import files
 from gqa_t5x.data import mediasum, metrics, preprocessors
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import paths
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -185,7 +185,7 @@ def task(
   if vocabulary is None:
     vocabulary = t5.data.get_default_vocabulary()
   if data_dir is not None:
-    data_dir = paths.absolute(data_dir)
+    data_dir = files.absolute(data_dir)
   exists = name in seqio.TaskRegistry.names()
   if not exists or _registered[name] != (vocabulary, data_dir):
     if exists:

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
 
-from gqa_t5x import command_line
+from gqa_t5x import command_line, files
 from gqa_t5x.data import benchmarks
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import paths
 
 
 def prepare(names: Sequence[str], data_dir: str | None) -> None:
@@ -37,7 +36,7 @@ def prepare(names: Sequence[str], data_dir: str | None) -> None:
       f'no benchmark is named {", ".join(unknown) or "on the command line"}; choose '
       f'from {", ".join(benchmarks.BENCHMARKS)}'
     )
-  folder = None if data_dir is None else paths.absolute(data_dir)
+  folder = None if data_dir is None else files.absolute(data_dir)
   for task in names:
     builder = tfds.builder(benchmarks.BENCHMARKS[task].tfds_name, data_dir=folder)
     builder.download_and_prepare()

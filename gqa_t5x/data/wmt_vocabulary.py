@@ -22,7 +22,6 @@ from etils import epath
 from gqa_t5x import command_line, files
 from gqa_t5x.data import benchmarks
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import paths
 
 TASK = 'wmt14_en_de_shazeer'
 NUM_PIECES = 32_768
@@ -86,7 +85,7 @@ def write(
   """
   if output is None:
     raise BadInput('--output is missing: the file to write')
-  path = epath.Path(paths.absolute(output))
+  path = epath.Path(files.absolute(output))
   if path.exists():
     raise BadInput(f'{path} exists already; choose another --output')
   benchmarks.task(TASK, data_dir=data_dir)

@@ -1,10 +1,10 @@
-"""Absolute paths, and the last step of a run by the name of its checkpoint."""
+"""The last step of a run, by the name of its checkpoint."""
 
 import re
 
 import pytest
 
-from gqa_t5x.training import paths
+from gqa_t5x.training import restore
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from gqa_t5x.training import paths
   ],
 )
 def test_step_after(path, expected):
-  assert paths.step_after(path, 100) == expected
+  assert restore.step_after(path, 100) == expected
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,11 @@ def test_a_path_without_a_step(path):
     ' is unknown; give the last step of the run: --gin.TRAIN_STEPS=...'
   )
   with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
-    paths.step_after(path, 100)
+    restore.step_after(path, 100)
 
 
 @pytest.mark.parametrize('num_steps', [0, -5])
 def test_nothing_to_train(num_steps):
   message = rf'^FINETUNE_STEPS={num_steps} must be at least 1\.$'
   with pytest.raises(ValueError, match=message):
-    paths.step_after('checkpoint_7', num_steps)
+    restore.step_after('checkpoint_7', num_steps)
