@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gqa_t5x.checkpoints import folders, writer
-from gqa_t5x.conversion.run import group_layers
+from gqa_t5x.conversion.run import _group_layers
 from helpers.trees import (
   D,
   H,
@@ -314,7 +314,7 @@ def test_layers_that_are_alike_are_one_line():
   entries = {f'target/a/layers_{i}/w': '[2]' for i in (0, 1, 10, 2)}
   entries |= {'target/b/layers_0/w': '[2]', 'target/a/layers_3/w': '[3]'}
   entries |= {'target/b/layers_5/w': '[2]', 'target/c': '[1]'}
-  assert group_layers(entries) == [
+  assert _group_layers(entries) == [
     'a/layers_{0,1,2,10}/w  [2]',
     'b/layers_{0,5}/w  [2]',
     'a/layers_3/w  [3]',
@@ -325,6 +325,6 @@ def test_layers_that_are_alike_are_one_line():
 def test_lines_of_24_layers_are_few():
   """A page, not hundreds of lines."""
   entries = {f'target/{p}': '' for p in tiny_shapes(decoder_layers=24)}
-  lines = group_layers(entries)
+  lines = _group_layers(entries)
   assert len(lines) == len(tiny_shapes(decoder_layers=1))
   assert sum('{0..23}' in line for line in lines) == 14

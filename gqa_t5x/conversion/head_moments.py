@@ -19,11 +19,6 @@ def key_moments(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Second moments of the keys, and of the queries that meet them.
 
-  Args:
-    kernels: of the heads to look at; key and query are used.
-    inputs: statistics of the module's inputs.
-    head_dim: H.
-
   Returns:
     S [J, H, J, H] = E[k_i^T k_j] and M [J, H, H] = sum over a head's queries of
     E[q^T q].
@@ -39,11 +34,6 @@ def value_moments(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Second moments of the values, and the weight that their outputs give them.
 
-  Args:
-    kernels: of the heads to look at; value and out are used.
-    inputs: statistics of the module's inputs.
-    head_dim: H.
-
   Returns:
     S [J, H, J, H] = E[v_i^T v_j] and M [J, H, H] = sum over a head's outputs of O O^T.
   """
@@ -54,9 +44,8 @@ def value_moments(
 
 def _apply(C: np.ndarray, kernel_DH: np.ndarray) -> np.ndarray:
   """C times [..., D, H]; a diagonal C is given as [D]."""
-  if C.ndim == 1:
-    return np.asarray(C, np.float64)[:, None] * kernel_DH
-  return np.asarray(C, np.float64) @ kernel_DH
+  C = np.asarray(C, np.float64)
+  return C[:, None] * kernel_DH if C.ndim == 1 else C @ kernel_DH
 
 
 def _cross(kernel_JDH: np.ndarray, C: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ class Sharing:
 Solver = Callable[[np.ndarray, np.ndarray], Sharing]
 
 
-def spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Solves the eigenproblem behind `svd`.
 
   Returns:
@@ -95,7 +95,7 @@ def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
     The sharing; its residual is the sum of the eigenvalues after the H-th.
   """
   G, H, _ = M_GHH.shape
-  values, vectors = spectrum(S_GHGH, M_GHH)
+  values, vectors = _spectrum(S_GHGH, M_GHH)
   kept_H = values[:H] > _NEGLIGIBLE * max(values[0], np.finfo(float).tiny)
   strength_H = np.where(kept_H, np.sqrt(values[:H]), 1.0)
   scale_H = np.where(kept_H, strength_H**-0.5, 0.0)
@@ -160,9 +160,7 @@ def share_heads(
     rms: what becomes of the RMS of the shared kernels, which Adafactor's steps scale
       with: "as is"; "restored" to that of the old kernels; or restored and "absorbed",
       so that the function does not change.
-    kernels: all four.
-    module: head counts.
-    inputs: statistics of the module's inputs.
+    kernels, module, inputs: as of `methods.convert_module`.
 
   Returns:
     All four kernels, in their dtypes.
@@ -206,11 +204,6 @@ def spectra(
 ) -> dict[str, np.ndarray]:
   """The eigenvalues behind `svd`, from which the loss of any head size follows.
 
-  Args:
-    kernels: all four.
-    module: head counts.
-    inputs: statistics of the module's inputs.
-
   Returns:
     "key" and "value" -> [K, G*H], falling. With H of them kept, the others' sum is the
     residual, and its share of the whole what is lost.
@@ -219,7 +212,7 @@ def spectra(
   groups = [group_kernels(kernels, module, i) for i in range(module.num_kv_heads)]
   sides = {'key': head_moments.key_moments, 'value': head_moments.value_moments}
   return {
-    name: np.stack([spectrum(*moments(group, inputs, H))[0] for group in groups])
+    name: np.stack([_spectrum(*moments(group, inputs, H))[0] for group in groups])
     for name, moments in sides.items()
   }
 

@@ -6,7 +6,7 @@ import pytest
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.conversion import adafactor_moments
 from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
-from gqa_t5x.conversion.plan import plan_conversion
+from gqa_t5x.conversion.plan import Recipe, plan_conversion
 from gqa_t5x.errors import BadInput
 from helpers.trees import UNUSED, D, H, N, flat, tiny_state
 
@@ -36,7 +36,7 @@ def convert(moments, shape, new, rule, head_dim=64):
   ],
 )
 def test_which_axis_each_vector_runs_along(shape, axes):
-  assert adafactor_moments.factored_axes(shape) == axes
+  assert adafactor_moments._factored_axes(shape) == axes
 
 
 V = np.array([[1, 2, 3, 4, 5, 6, 7, 8], [2, 4, 6, 8, 1, 3, 5, 7]], np.float32)
@@ -74,7 +74,7 @@ def test_momentum_is_averaged_where_second_moments_are_summed(rule, expected):
 
 def factored(v_DC):
   """The vectors that Adafactor would keep of a matrix: means over rows and columns."""
-  row_axis, col_axis = adafactor_moments.factored_axes(v_DC.shape)
+  row_axis, col_axis = adafactor_moments._factored_axes(v_DC.shape)
   return {'v_row': v_DC.mean(axis=col_axis), 'v_col': v_DC.mean(axis=row_axis)}
 
 
@@ -159,7 +159,7 @@ class TestWholeState:
 
   def plan(self, tree, method='mean', **options):
     tensors = {path: LazyTensor.of(array) for path, array in flat(tree)}
-    return plan_conversion(tensors, num_kv_heads=2, method=method, **options)
+    return plan_conversion(tensors, Recipe(num_kv_heads=2, method=method, **options))
 
   def converted(self, method='mean', **options):
     """Arrays before and after; sizes were known before anything was computed."""

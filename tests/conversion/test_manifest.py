@@ -103,7 +103,7 @@ def test_fingerprint_knows_names_shapes_and_dtypes():
   f4, i4 = np.dtype(np.float32), np.dtype(np.int32)
   base = {'a': TensorSpec((2, 3), f4), 'b': TensorSpec((), i4)}
   text = 'a [2, 3] float32\nb [] int32\n'
-  assert manifest.fingerprint(dict(reversed(base.items()))) == {
+  assert manifest._fingerprint(dict(reversed(base.items()))) == {
     'num_tensors': 2,
     'shapes_sha256': hashlib.sha256(text.encode()).hexdigest(),
   }
@@ -112,7 +112,7 @@ def test_fingerprint_knows_names_shapes_and_dtypes():
     {**base, 'a': TensorSpec((2, 3), i4)},
     {'a': base['a'], 'c': base['b']},
   ):
-    assert manifest.fingerprint(other) != manifest.fingerprint(base)
+    assert manifest._fingerprint(other) != manifest._fingerprint(base)
 
 
 @pytest.mark.parametrize('path', ['checkpoint', 'model_dir'])

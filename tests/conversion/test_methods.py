@@ -292,5 +292,5 @@ def test_svd_gives_both_sides_the_same_strength(G):
   np.testing.assert_allclose(absorbed.T @ absorbed, strength, atol=1e-9)
   np.testing.assert_allclose(strength, np.diag(np.diag(strength)), atol=1e-9)
   # Their product is what a logit's square sums up to.
-  top = shared_heads.spectrum(S_GHGH, M_GHH)[0][:H]
+  top = shared_heads._spectrum(S_GHGH, M_GHH)[0][:H]
   np.testing.assert_allclose(np.diag(strength) ** 2, top, rtol=1e-9)

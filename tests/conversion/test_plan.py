@@ -12,7 +12,8 @@ from gqa_t5x.checkpoints.tree import Architecture
 from gqa_t5x.conversion.kernels import AttentionModule
 from gqa_t5x.conversion.methods import convert_module
 from gqa_t5x.conversion.plan import (
-  choose_num_kv_heads,
+  Recipe,
+  _choose_num_kv_heads,
   convert_params,
   plan_conversion,
 )
@@ -189,7 +190,7 @@ class TestWholeModel:
       f'target/{path}': LazyTensor(a.shape, a.dtype, functools.partial(read, a))
       for path, a in flat(tiny_params(decoder_layers=layers))
     }
-    plan = plan_conversion(tensors, num_kv_heads=2, method='mean')
+    plan = plan_conversion(tensors, Recipe(num_kv_heads=2))
     assert not reads
     counts = []
     for unit in plan.units:
@@ -246,13 +247,13 @@ def test_key_value_heads_that_do_not_divide_although_the_query_heads_do():
   heads = {'encoder': 12, 'self_attention': 4, 'cross_attention': 4}
   source = Architecture(9, 9, 9, 12, 9, 32, {'encoder': 1, 'decoder': 1}, heads)
   with pytest.raises(BadInput) as error:
-    choose_num_kv_heads(source, 3)
+    _choose_num_kv_heads(source, Recipe(num_kv_heads=3))
   assert str(error.value) == (
     "the checkpoint's 4 key/value heads are not divisible by num_kv_heads=3;"
     ' choose one of 1, 2, 4'
   )
   with pytest.raises(BadInput) as error:
-    choose_num_kv_heads(source, None, encoder_num_kv_heads=5)
+    _choose_num_kv_heads(source, Recipe(encoder_num_kv_heads=5))
   assert str(error.value) == (
     'num_heads=12 is not divisible by encoder_num_kv_heads=5;'
     ' choose one of 1, 2, 3, 4, 6, 12'
