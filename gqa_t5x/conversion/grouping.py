@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 
-from gqa_t5x.conversion import head_moments, shared_heads
+from gqa_t5x.conversion import shared_heads
 from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import Kernels
 
@@ -35,8 +35,8 @@ def similar_heads(
     groups by their first head.
   """
   sides = [
-    _Side(*head_moments.key_moments(kernels, inputs, head_dim)),
-    _Side(*head_moments.value_moments(kernels, inputs, head_dim)),
+    _Side(*shared_heads.key_moments(kernels, inputs, head_dim)),
+    _Side(*shared_heads.value_moments(kernels, inputs, head_dim)),
   ]
   affinity_JJ = sum(side.affinity() for side in sides)
   groups = _greedy_groups(affinity_JJ, num_groups)

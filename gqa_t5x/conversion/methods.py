@@ -165,19 +165,10 @@ def convert_module(
   Returns:
     The same names; key and value are now [D, K*H], in the dtype they came in.
 
-  Raises:
-    BadInput: unknown method or grouping, or `inputs` are needed.
-
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 3.3.
   """
-  chosen = get_method(method)
-  check_grouping(grouping)
-  if inputs is None and (chosen.uses_inputs or grouping == 'similarity'):
-    raise BadInput(
-      f'method={method}, grouping={grouping} need the second moments of the inputs'
-    )
   if grouping == 'similarity':
     kernels = permute_heads(
       kernels, similar_heads(kernels, inputs, module.num_kv_heads, module.head_dim)
     )
-  return {**kernels, **chosen.convert(kernels, module, inputs)}
+  return {**kernels, **METHODS[method].convert(kernels, module, inputs)}

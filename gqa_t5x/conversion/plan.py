@@ -186,7 +186,7 @@ def _module_unit(
   Returns:
     The unit, and path of each changed kernel -> what is done to its moments.
   """
-  method = get_method(recipe.method)
+  method = METHODS[recipe.method]
   # Self-attention has a position bias: its heads keep their order.
   reorder = recipe.grouping == 'similarity' and kind == 'cross_attention'
   names = ALL_KERNELS if reorder else method.kernels

@@ -133,17 +133,15 @@ def _choose_output(source: epath.Path, output: epath.Path, step: int) -> epath.P
     raise BadInput(
       f'--output={output} is inside the input {source}; choose another --output'
     )
-  if named is None:
-    present = folders.list_checkpoints(output)
-    target = output / f'checkpoint_{step}'
-  elif named != step:
+  if named not in (None, step):
     raise BadInput(
       f'--output names step {named}, but {source} is of step {step};'
       f' use --output={output.parent / f"checkpoint_{step}"}'
     )
-  else:
-    target, present = output, []
-  present += [p for p in (output, target) if (p / t5x_layouts.MSGPACK).exists()]
+  target = output if named == step else output / f'checkpoint_{step}'
+  present = [] if named == step else folders.list_checkpoints(output)
+  if (output / t5x_layouts.MSGPACK).exists():
+    present.append(output)
   if target.exists() and not (target.is_dir() and not any(target.iterdir())):
     present.append(target)
   present = [p for p in present if p != target or not writer.is_unfinished(p)]

@@ -1,9 +1,4 @@
-"""Gin on the command line, for commands of this project that gin sets up.
-
-command = command_line.Command('gqa_t5x.calibrate', __doc__)
-gin_command.gin_flags(command)
-sys.exit(command.run(sys.argv, act))
-"""
+"""Gin on the command line, for commands of this project that gin sets up."""
 
 from collections.abc import Sequence
 
