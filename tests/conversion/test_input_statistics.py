@@ -127,6 +127,12 @@ def unlisted(path) -> None:
   rewrite_index(path, lambda index: index['modules'][SELF].update(key='gone.npy'))
 
 
+def check_and_read(path) -> None:
+  opened = input_statistics.open_statistics(path)
+  opened.check(SELF, D)
+  opened.read(SELF)
+
+
 @pytest.mark.parametrize(
   ('damage', 'message'),
   [
@@ -156,9 +162,7 @@ def unlisted(path) -> None:
 def test_damage_is_said(path, damage, message):
   damage(path)
   with pytest.raises(BadInput, match=message) as caught:
-    opened = input_statistics.open_statistics(path)
-    opened.check(SELF, D)
-    opened.read(SELF)
+    check_and_read(path)
   assert str(path) in str(caught.value)
   assert '\n' not in str(caught.value)
 
