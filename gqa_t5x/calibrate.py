@@ -58,13 +58,9 @@ def calibrate(
   """Collects the statistics of one checkpoint and writes their file.
 
   Args:
-    model: of `gqa_t5x.training.models`.
-    dataset_cfg: the data, T5X's DatasetConfig.
-    restore_checkpoint_cfg: the checkpoint, T5X's RestoreCheckpointConfig of mode
-      "specific".
-    partitioner: T5X's.
+    model, dataset_cfg, restore_checkpoint_cfg, partitioner, num_sequences: as of
+      `calibration.map_batches`.
     output: the file to write.
-    num_sequences: rows to run, at most.
     include_encoder: whether the encoder's self-attention is recorded, too.
 
   Raises:
@@ -75,10 +71,9 @@ def calibrate(
     raise BadInput(f'{target} exists already; choose another OUTPUT')
   if num_sequences < 1:
     raise BadInput(f'NUM_SEQUENCES={num_sequences} must be at least 1')
+  sum_inputs = input_sums.sum_inputs
   step, batches = calibration.map_batches(
-    lambda values, batch: input_sums.sum_inputs(
-      model.module, values, batch, include_encoder
-    ),
+    lambda values, batch: sum_inputs(model.module, values, batch, include_encoder),
     model=model,
     dataset_cfg=dataset_cfg,
     restore_checkpoint_cfg=restore_checkpoint_cfg,
@@ -137,14 +132,7 @@ def _act(args: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  """The command.
-
-  Args:
-    argv: program name and flags.
-
-  Returns:
-    Exit code: 0, 1 for bad input, 130 or 143 when stopped by a signal.
-  """
+  """The command; returns 0, 1 for bad input, 130 or 143 when stopped by a signal."""
   command = Command('gqa_t5x.calibrate', __doc__)
   gin_command.gin_flags(command)
   command.text(

@@ -129,7 +129,8 @@ def _request(args: flags.FlagValues) -> run.Request:
   for name in ('input',) if request.dry_run else ('input', 'output'):
     if not getattr(request, name):
       raise BadInput(f'--{name} is missing; see --help for an example')
-  if all(number is None for number in request.head_counts().values()):
+  counts = ['num_kv_heads', *(f'{kind}_num_kv_heads' for kind in _KINDS)]
+  if all(getattr(request, name) is None for name in counts):
     raise BadInput('--num_kv_heads is missing; see --help for an example')
   return request
 
@@ -142,14 +143,7 @@ def _act(args: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  """The command.
-
-  Args:
-    argv: program name and flags.
-
-  Returns:
-    Exit code: 0, 1 for bad input, 130 or 143 when stopped by a signal.
-  """
+  """The command; returns 0, 1 for bad input, 130 or 143 when stopped by a signal."""
   return define_command().run(argv, _act, stopped='stopped; nothing was written')
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from gqa_t5x.checkpoints import folders, writer
-from gqa_t5x.conversion.run import group_layers
+from gqa_t5x.conversion.run import _group_layers
 from helpers.trees import (
   D,
   H,
   N,
+  convert,
   flat,
   read,
   tiny_shapes,
@@ -29,6 +30,14 @@ def mha(tmp_path):
   return write_msgpack(tmp_path / 'mha' / 'checkpoint_1000', tiny_state())
 
 
+@pytest.fixture
+def three_layers(tmp_path):
+  tree = tiny_state(moments=False, decoder_layers=3)
+  source = write_msgpack(tmp_path / 'mha' / 'checkpoint_1000', tree)
+  (source / 'train_ds-000-of-001.index').write_text('')
+  return source
+
+
 @pytest.mark.parametrize(
   ('make', 'num_kv_heads'),
   [(write_msgpack, 1), (write_msgpack, 4), (write_orbax, 2)],
@@ -36,9 +45,7 @@ def mha(tmp_path):
 def test_converts_each_layout(make, num_kv_heads, tmp_path, capsys):
   source = make(tmp_path / 'mha' / 'checkpoint_1000', tiny_state())
   output = tmp_path / 'gqa'
-  flags = (f'--input={source}', f'--output={output}', f'--num_kv_heads={num_kv_heads}')
-  assert run(*flags, '--method=mean') == 0
-  got = read(output / 'checkpoint_1000')
+  got = read(convert(source, output, f'--num_kv_heads={num_kv_heads}', '--method=mean'))
   before = dict(flat(tiny_state()))
   assert got['state/step'] == 1000
   assert set(got) == set(before)
@@ -59,16 +66,13 @@ def test_converts_each_layout(make, num_kv_heads, tmp_path, capsys):
 def test_model_dir_means_its_latest_checkpoint(mha, tmp_path, capsys):
   write_msgpack(mha.parent / 'checkpoint_200', tiny_state())
   (mha.parent / 'checkpoint_3000.tmp-1').mkdir()
-  output = tmp_path / 'gqa' / 'checkpoint_1000'
-  flags = (f'--input={mha.parent}', f'--output={output}', '--num_kv_heads=2')
-  other = ('--cross_attention_num_kv_heads=1', '--encoder_num_kv_heads=1')
-  assert run(*flags, *other, '--verbose') == 0
+  flags = ('--cross_attention_num_kv_heads=1', '--encoder_num_kv_heads=1', '--verbose')
+  got = read(convert(mha.parent, tmp_path / 'gqa' / 'checkpoint_1000', *flags))
   out = capsys.readouterr().out
   assert f'Reading {mha}\n' in out
-  path = 'decoder/layers_1/self_attention/key/kernel'
+  path = KEY.removeprefix('target/')
   assert f'moments of {path}: v (6, 8) -> v (6, 4), summed over each group' in out
   assert 'Adafactor moments of 10 kernels: summed over each group' in out
-  got = read(output)
   assert got[KEY].shape == (D, 2 * H)
   cross = KEY.replace('self_attention', 'encoder_decoder_attention')
   assert got[cross].shape == (D, H)
@@ -80,22 +84,17 @@ def test_output_names_the_step_of_a_source_without_one(tmp_path, monkeypatch):
   tree['state']['step'] = np.asarray(0, np.int32)
   source = write_msgpack(tmp_path / 'model', tree)
   monkeypatch.setattr(folders, 'step_is_known', lambda path: path != source)
-  flags = (f'--input={source}', '--num_kv_heads=2')
   for name, step in (('checkpoint_1000000', 1_000_000), ('checkpoint_0', 0), ('', 0)):
     output = tmp_path / f'out{name}' / name
-    assert run(*flags, f'--output={output}') == 0
+    convert(source, output)
     folder = output if name else output / 'checkpoint_0'
     got = read(folder)
     assert (got['state/step'], got['state/step'].dtype) == (step, np.int32)
     assert run(f'--verify={folder}') == 0
 
 
-def test_what_is_not_there_or_not_copied_is_said(tmp_path, capsys):
-  tree = tiny_state(moments=False)
-  source = write_msgpack(tmp_path / 'mha' / 'checkpoint_1000', tree)
-  (source / 'train_ds-000-of-001.index').write_text('')
-  flags = (f'--input={source}', f'--output={tmp_path / "gqa"}', '--num_kv_heads=2')
-  assert run(*flags) == 0
+def test_what_is_not_there_or_not_copied_is_said(three_layers, tmp_path, capsys):
+  convert(three_layers, tmp_path / 'gqa')
   out = capsys.readouterr().out
   assert 'The checkpoint has no optimizer state: none was written' in out
   assert 'Not copied: the state of the data pipeline (train_ds-000-of-001.index)' in out
@@ -191,11 +190,9 @@ def test_bad_input_gets_one_line(case, mha, tmp_path, capsys):
 
 
 def test_explicit_output_that_exists(mha, tmp_path, capsys):
-  target = tmp_path / 'gqa' / 'checkpoint_1000'
-  flags = (f'--input={mha}', f'--output={target}', '--num_kv_heads=2')
-  assert run(*flags) == 0
+  target = convert(mha, tmp_path / 'gqa')
   before = {p: p.stat().st_mtime_ns for p in target.rglob('*')}
-  assert run(*flags) == 1
+  assert run(f'--input={mha}', f'--output={target}', '--num_kv_heads=2') == 1
   assert f'{target} exists already' in capsys.readouterr().err
   assert {p: p.stat().st_mtime_ns for p in target.rglob('*')} == before
 
@@ -240,14 +237,6 @@ def test_imports_nothing_heavy():
 
 
 # --- Only said: --dry_run ------------------------------------------------------
-
-
-@pytest.fixture
-def three_layers(tmp_path):
-  tree = tiny_state(moments=False, decoder_layers=3)
-  source = write_msgpack(tmp_path / 'mha' / 'checkpoint_1000', tree)
-  (source / 'train_ds-000-of-001.index').write_text('')
-  return source
 
 
 def test_dry_run_says_what_would_be_done(three_layers, tmp_path, capsys, monkeypatch):
@@ -301,8 +290,7 @@ def test_without_an_output_and_with_moments(mha, capsys):
 
 def test_dry_run_reads_shapes_only(three_layers, tmp_path):
   """Lost chunks are not noticed."""
-  source = tmp_path / 'new' / 'checkpoint_1000'
-  assert run(f'--input={three_layers}', f'--output={source}', '--num_kv_heads=4') == 0
+  source = convert(three_layers, tmp_path / 'new', '--num_kv_heads=4')
   chunks = list(source.glob('target.*/[0-9]*'))
   assert len(chunks) == len(list(flat(tiny_state(moments=False, decoder_layers=3)))) - 1
   for chunk in chunks:
@@ -314,17 +302,13 @@ def test_layers_that_are_alike_are_one_line():
   entries = {f'target/a/layers_{i}/w': '[2]' for i in (0, 1, 10, 2)}
   entries |= {'target/b/layers_0/w': '[2]', 'target/a/layers_3/w': '[3]'}
   entries |= {'target/b/layers_5/w': '[2]', 'target/c': '[1]'}
-  assert group_layers(entries) == [
+  assert _group_layers(entries) == [
     'a/layers_{0,1,2,10}/w  [2]',
     'b/layers_{0,5}/w  [2]',
     'a/layers_3/w  [3]',
     'c  [1]',
   ]
-
-
-def test_lines_of_24_layers_are_few():
-  """A page, not hundreds of lines."""
-  entries = {f'target/{p}': '' for p in tiny_shapes(decoder_layers=24)}
-  lines = group_layers(entries)
+  # A page for 24 layers, not hundreds of lines.
+  lines = _group_layers({f'target/{p}': '' for p in tiny_shapes(decoder_layers=24)})
   assert len(lines) == len(tiny_shapes(decoder_layers=1))
   assert sum('{0..23}' in line for line in lines) == 14

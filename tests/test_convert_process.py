@@ -17,7 +17,7 @@ import pytest
 
 from gqa_t5x.checkpoints import writer
 from helpers import commands
-from helpers.trees import nest, tiny_shapes, tiny_state, write_msgpack
+from helpers.trees import convert, nest, tiny_shapes, tiny_state, write_msgpack
 from helpers.trees import run_convert as run
 
 WIDTH, MLP, VOCABULARY, HEADS, HEAD_DIM = 320, 1024, 1000, 8, 40
@@ -57,18 +57,23 @@ sys.exit(convert.main(sys.argv))
 """
 
 
-def test_disk_that_takes_no_more(tmp_path):
-  """No file may grow above 1 MiB: the write of an MLP kernel fails."""
-  source = tmp_path / 'mha' / 'checkpoint_1000'
-  write_wide(source, 1)
-  flags = (f'--input={source}', f'--output={tmp_path / "out"}', '--num_kv_heads=2')
-  done = subprocess.run(
-    [sys.executable, '-c', FULL, *flags],
+def run_code(code, source, output, *more):
+  """Runs Python on the command's arguments, in a process of its own."""
+  flags = (f'--input={source}', f'--output={output}', '--num_kv_heads=2', *more)
+  return subprocess.run(
+    [sys.executable, '-c', code, *flags],
     env=commands.environment(),
     capture_output=True,
     text=True,
     check=False,
   )
+
+
+def test_disk_that_takes_no_more(tmp_path):
+  """No file may grow above 1 MiB: the write of an MLP kernel fails."""
+  source = tmp_path / 'mha' / 'checkpoint_1000'
+  write_wide(source, 1)
+  done = run_code(FULL, source, tmp_path / 'out')
   assert done.returncode == 1
   path = f'{tmp_path}/out/checkpoint_1000'
   pattern = rf'error: cannot write {path}: .*/target\.[\w.]+/0\.0'
@@ -147,8 +152,7 @@ def test_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(source, tmp_pat
     assert set(names) <= {'checkpoint_1000', 'checkpoint_1000.tmp-convert'}
     if 'checkpoint_1000' not in names:
       # Whoever runs the command again gets the checkpoint, and no remains.
-      args = (f'--input={source}', f'--output={output}', '--num_kv_heads=2')
-      assert run(*args) == 0
+      convert(source, output)
     assert os.listdir(output) == ['checkpoint_1000']
     assert run(f'--verify={output}') == 0
   assert ['checkpoint_1000.tmp-convert'] in outcomes  # some came in the middle
@@ -171,14 +175,7 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path):
   for num_layers in (2, 24):
     source = tmp_path / f'{num_layers}' / 'checkpoint_1000'
     write_wide(source, num_layers)
-    flags = (f'--input={source}', f'--output={tmp_path / "out"}', '--num_kv_heads=2')
-    done = subprocess.run(
-      [sys.executable, '-c', PEAK, *flags, '--compression=none'],
-      env=commands.environment(),
-      capture_output=True,
-      text=True,
-      check=True,
-    )
+    done = run_code(PEAK, source, tmp_path / 'out', '--compression=none')
     peaks[num_layers] = int(re.search(r'peak (\d+)', done.stdout)[1])
     shutil.rmtree(source)
     shutil.rmtree(tmp_path / 'out')

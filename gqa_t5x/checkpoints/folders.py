@@ -42,14 +42,11 @@ def list_checkpoints(folder: epath.Path) -> list[epath.Path]:
 
 
 def find_checkpoint(path: epath.Path) -> epath.Path:
-  """Finds the checkpoint that a path means.
+  """Finds the checkpoint folder that a path means.
 
   Args:
-    path: a checkpoint folder, a file in it that says what it is (`checkpoint`,
+    path: such a folder, a file in it that says what it is (`checkpoint`,
       `model.safetensors`), or a model_dir (then the latest checkpoint_N in it).
-
-  Returns:
-    The checkpoint folder.
 
   Raises:
     BadInput: there is none, or two in one folder.
@@ -73,20 +70,12 @@ def find_checkpoint(path: epath.Path) -> epath.Path:
 
 
 def step_is_known(path: epath.Path) -> bool:
-  """Whether a checkpoint folder keeps its step; Hugging Face's do not, and read as 0.
-
-  Args:
-    path: what `find_checkpoint` returned.
-  """
+  """Whether a folder keeps its step; Hugging Face's do not: theirs reads as 0."""
   return huggingface.weights_file(path) is None
 
 
 def _entry(path: epath.Path) -> epath.Path | None:
-  """The file that lists a checkpoint's tensors; None if there is none.
-
-  Raises:
-    BadInput: there are two, of different layouts.
-  """
+  """The file that lists a checkpoint's tensors; BadInput if two layouts have one."""
   orbax = [path / STATE / name for name in (METADATA, MSGPACK)]
   # Orbax itself wrote both for a while.
   orbax = [file for file in orbax if file.exists()][:1]
@@ -111,9 +100,6 @@ def dataset_state(path: epath.Path) -> list[str]:
 def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
   """Opens a checkpoint folder of any layout.
 
-  Args:
-    path: the folder, local or gs://.
-
   Returns:
     "target/decoder/...", "state/step", "state/param_states/..." -> tensor.
 
@@ -132,13 +118,7 @@ def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
 
 
 def read_params(path: epath.PathLike) -> tuple[dict[str, Any], Architecture]:
-  """Reads the parameters of a checkpoint of any layout into memory.
-
-  Args:
-    path: the checkpoint folder, local or gs://.
-
-  Returns:
-    The parameters, nested dicts down to arrays as T5X names them, and the sizes.
+  """Reads the parameters of a checkpoint of any layout into memory, and its sizes.
 
   Raises:
     BadInput: a part is missing or damaged, or it is not of T5.1.1.

@@ -11,10 +11,9 @@ bias [buckets, heads] there and [heads, buckets] in T5X. No step is kept: it rea
 Source: T5ForConditionalGeneration of the library transformers.
 """
 
-import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from etils import epath
 
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.safetensors import dtype_of, read_index
+from gqa_t5x.checkpoints.tree import KINDS, TARGET, Architecture
 from gqa_t5x.errors import BadInput, first_line
 
 CONFIG = 'config.json'
@@ -38,51 +38,39 @@ _EMBEDDING = 'shared.weight'
 # Copies of the embedding; and a bias that old checkpoints keep, but no model uses.
 _EMBEDDING_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 _UNUSED = ('decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',)
-# Hugging Face's sublayers in order: T5X's name of the layer norm, of the module, and
-# Hugging Face's name of the module.
-_SUBLAYERS = {
-  'encoder': (
-    ('pre_attention_layer_norm', 'attention', 'SelfAttention'),
-    ('pre_mlp_layer_norm', 'mlp', 'DenseReluDense'),
-  ),
-  'decoder': (
-    ('pre_self_attention_layer_norm', 'self_attention', 'SelfAttention'),
-    (
-      'pre_cross_attention_layer_norm',
-      'encoder_decoder_attention',
-      'EncDecAttention',
-    ),
-    ('pre_mlp_layer_norm', 'mlp', 'DenseReluDense'),
-  ),
+# T5X's modules -> Hugging Face's, whose sublayers have numbers.
+_IN_LAYERS = {
+  'encoder': {
+    'pre_attention_layer_norm': '0.layer_norm',
+    'attention': '0.SelfAttention',
+    'pre_mlp_layer_norm': '1.layer_norm',
+    'mlp': '1.DenseReluDense',
+  },
+  'decoder': {
+    'pre_self_attention_layer_norm': '0.layer_norm',
+    'self_attention': '0.SelfAttention',
+    'pre_cross_attention_layer_norm': '1.layer_norm',
+    'encoder_decoder_attention': '1.EncDecAttention',
+    'pre_mlp_layer_norm': '2.layer_norm',
+    'mlp': '2.DenseReluDense',
+  },
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-  """What config.json says; the names there are Hugging Face's."""
-
-  vocab_size: int
-  d_model: int
-  d_ff: int
-  d_kv: int
-  num_heads: int
-  num_layers: int
-  num_decoder_layers: int
-  relative_attention_num_buckets: int
+_KERNELS = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
+_OUTSIDE = {
+  'token_embedder': 'shared',
+  'logits_dense': 'lm_head',
+  'relpos_bias': '{}.block.0.layer.0.SelfAttention.relative_attention_bias',
+  'encoder_norm': '{}.final_layer_norm',
+  'decoder_norm': '{}.final_layer_norm',
+}
 
 
 def weights_file(folder: epath.Path) -> epath.Path | None:
   """Finds the file that holds or lists the tensors of a Hugging Face folder.
 
-  Args:
-    folder: any folder.
-
-  Returns:
-    The file; None if the folder is not of Hugging Face.
-
   Raises:
-    BadInput: two files are there of which only one can be right, or only
-      formats that are not read.
+    BadInput: two files are there of which only one can be right, or only formats that
+      are not read.
   """
   for names in WEIGHTS:
     found = [folder / name for name in names if (folder / name).exists()]
@@ -99,10 +87,7 @@ def weights_file(folder: epath.Path) -> epath.Path | None:
 
 
 def open_folder(file: epath.Path) -> dict[str, LazyTensor]:
-  """Opens a folder of T5 v1.1, flan-t5 or mT5.
-
-  Args:
-    file: what `weights_file` found.
+  """Opens a folder of T5 v1.1, flan-t5 or mT5, by what `weights_file` found.
 
   Returns:
     "target/decoder/...", under T5X's names and in its layout, and "state/step", an
@@ -111,51 +96,35 @@ def open_folder(file: epath.Path) -> dict[str, LazyTensor]:
   Raises:
     BadInput: it is another model, or a part is missing or damaged.
   """
-  sizes = _read_config(file.parent / CONFIG)
+  shapes = _read_config(file.parent / CONFIG).shapes()
   tensors = _open_weights(file)
   for copy in _EMBEDDING_COPIES:
     if copy in tensors:
       tensors.setdefault(_EMBEDDING, tensors[copy])
-  table = dict(_table(sizes))
-  _check_shapes(file, tensors, dict(table.values()))
-  result = {
-    f'target/{path}': _in_t5x_layout(path, tensors[name])
-    for path, (name, _) in table.items()
+  names = {path: _name(path) for path in shapes}
+  expected = {
+    n: shapes[p] if n == _EMBEDDING else shapes[p][::-1] for p, n in names.items()
   }
+  _check_shapes(file, tensors, expected)
+  result = {f'{TARGET}{p}': _in_t5x_layout(n, tensors[n]) for p, n in names.items()}
   return result | {'state/step': LazyTensor.of(np.zeros((), np.int32))}
 
 
-def _table(sizes: _Sizes) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-  """Yields T5X's path, and Hugging Face's name and shape, of every parameter."""
-  V, D, F = sizes.vocab_size, sizes.d_model, sizes.d_ff
-  NH = sizes.num_heads * sizes.d_kv
-  bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
-  attention = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
-  yield 'token_embedder/embedding', (_EMBEDDING, (V, D))
-  yield 'decoder/logits_dense/kernel', ('lm_head.weight', (V, D))
-  layers = {'encoder': sizes.num_layers, 'decoder': sizes.num_decoder_layers}
-  for stack, sublayers in _SUBLAYERS.items():
-    buckets = (sizes.relative_attention_num_buckets, sizes.num_heads)
-    yield f'{stack}/relpos_bias/rel_embedding', (f'{stack}.{bias}', buckets)
-    yield f'{stack}/{stack}_norm/scale', (f'{stack}.final_layer_norm.weight', (D,))
-    for i in range(layers[stack]):
-      for j, (norm, module, there) in enumerate(sublayers):
-        path, name = f'{stack}/layers_{i}', f'{stack}.block.{i}.layer.{j}'
-        yield f'{path}/{norm}/scale', (f'{name}.layer_norm.weight', (D,))
-        if module == 'mlp':
-          shapes = {'wi_0': (F, D), 'wi_1': (F, D), 'wo': (D, F)}
-          names = {kernel: kernel for kernel in shapes}
-        else:
-          shapes = {k: (D, NH) if k == 'out' else (NH, D) for k in attention}
-          names = attention
-        for kernel, shape in shapes.items():
-          weight = f'{name}.{there}.{names[kernel]}.weight'
-          yield f'{path}/{module}/{kernel}/kernel', (weight, shape)
+def _name(path: str) -> str:
+  """Hugging Face's name of a parameter."""
+  parts = path.split('/')[:-1]
+  stack = parts[0]
+  if parts[-1] in _OUTSIDE:
+    return _OUTSIDE[parts[-1]].format(stack) + '.weight'
+  _, layer, module, *kernel = parts
+  there = [stack, 'block', layer.removeprefix('layers_'), 'layer']
+  there += [_IN_LAYERS[stack][module], *(_KERNELS.get(k, k) for k in kernel)]
+  return '.'.join([*there, 'weight'])
 
 
-def _in_t5x_layout(path: str, tensor: LazyTensor) -> LazyTensor:
+def _in_t5x_layout(name: str, tensor: LazyTensor) -> LazyTensor:
   """Transposes every matrix but the embedding, once it is read."""
-  if len(tensor.shape) != 2 or path == 'token_embedder/embedding':
+  if len(tensor.shape) != 2 or name == _EMBEDDING:
     return tensor
   return LazyTensor(
     tensor.shape[::-1], tensor.dtype, lambda: np.ascontiguousarray(tensor.read().T)
@@ -180,7 +149,7 @@ def _check_shapes(
     raise BadInput(f'{file} does not fit {CONFIG} beside it: {"; ".join(problems)}')
 
 
-def _read_config(file: epath.Path) -> _Sizes:
+def _read_config(file: epath.Path) -> Architecture:
   config = _read_json(file)
   kind = config.get('model_type')
   if kind not in ('t5', 'mt5'):
@@ -195,18 +164,24 @@ def _read_config(file: epath.Path) -> _Sizes:
       f' embedding {bool(tied)}); T5 v1.1 or flan-t5 is needed, with gated-gelu and an'
       ' output projection of its own'
     )
-  defaults = {
-    'num_decoder_layers': config.get('num_layers'),
-    'relative_attention_num_buckets': 32,
-  }
-  values = {}
-  for field in dataclasses.fields(_Sizes):
-    value = config.get(field.name)
-    value = defaults.get(field.name) if value is None else value
+
+  def size(name: str, default: int | None = None) -> int:
+    value = default if config.get(name) is None else config[name]
     if type(value) is not int or value < 1:
-      raise BadInput(f'{file} has {field.name} {value!r}, expected a number')
-    values[field.name] = value
-  return _Sizes(**values)
+      raise BadInput(f'{file} has {name} {value!r}, expected a number')
+    return value
+
+  layers = size('num_layers')
+  return Architecture(
+    vocab_size=size('vocab_size'),
+    emb_dim=size('d_model'),
+    mlp_dim=size('d_ff'),
+    num_heads=size('num_heads'),
+    head_dim=size('d_kv'),
+    num_buckets=size('relative_attention_num_buckets', 32),
+    num_layers={'encoder': layers, 'decoder': size('num_decoder_layers', layers)},
+    num_kv_heads=dict.fromkeys(KINDS, size('num_heads')),
+  )
 
 
 def _read_json(file: epath.Path) -> dict[str, Any]:

@@ -20,12 +20,7 @@ BUDGET = 512 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A piece of work.
-
-  Attributes:
-    run: does it. Its result should be small: all results are kept.
-    nbytes: memory that it holds at its peak, estimated.
-  """
+  """A piece of work, and the bytes of memory that it holds at its peak, estimated."""
 
   run: Callable[[], Any]
   nbytes: int
@@ -45,18 +40,15 @@ def run_jobs(
   on how many jobs or threads there are.
 
   Args:
-    jobs: the work.
+    jobs: the work. All results are kept, so they should be small.
     on_done: called with the index of each job that is done, in the caller's thread.
     budget: bytes that may be held at a time.
     num_threads: jobs at a time; None: two a processor, so that one computes while
       another waits for the disk, and at most 8.
 
   Returns:
-    What the jobs returned, in their order.
-
-  Raises:
-    Exception: the first that a job, or a signal's handler in the caller, raises. Jobs
-      that run are waited for, the others never start.
+    What the jobs returned, in their order. If one raises, or a signal's handler in the
+    caller, jobs that run are waited for, and the others never start.
   """
   cores = os.cpu_count() or 1
   num_threads = num_threads or min(2 * cores, _MAX_THREADS)

@@ -19,26 +19,17 @@ class TensorSpec:
   dtype: np.dtype
 
   @property
-  def size(self) -> int:
-    """Elements."""
-    return math.prod(self.shape)
-
-  @property
   def nbytes(self) -> int:
     """Bytes, uncompressed."""
-    return self.size * self.dtype.itemsize
+    return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
   """An uncompressed zarr array on a local disk: one file a chunk, all of one size.
 
-  Attributes:
-    name: of the tensor, for messages.
-    folder: where the files are.
-    chunks: shape of a chunk; those at the edges are filled up.
-    num_files: how many chunks there are.
-    file_bytes: bytes of each.
+  `name` is for messages; `chunks` is the shape of a chunk (those at the edges are
+  filled up), and `file_bytes` are the bytes of each of the `num_files`.
   """
 
   name: str
@@ -48,14 +39,7 @@ class StoredTensor:
   file_bytes: int
 
   def copy(self, folder: str) -> None:
-    """Copies the array into a new folder, without reading it into memory.
-
-    Args:
-      folder: the folder to make.
-
-    Raises:
-      BadInput: a file is missing or cut.
-    """
+    """Copies the files into a new folder; BadInput if one is missing or cut."""
     os.mkdir(folder)
     files = sorted(os.listdir(self.folder))
     chunks = [name for name in files if not name.startswith('.')]
@@ -74,11 +58,9 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(TensorSpec):
-  """A tensor that is read when asked for.
+  """A tensor that `read` reads anew at every call.
 
-  Attributes:
-    read: () -> the array, read anew at every call.
-    stored: its files, where they may be copied as they are.
+  `stored` are its files, where they may be copied as they are.
   """
 
   read: Callable[[], np.ndarray]
@@ -96,11 +78,8 @@ class Unit:
 
   One attention module with its moments, or one tensor that is copied. A converted
   checkpoint is a list of units: sizes are known before anything is read, peak memory
-  is that of the largest unit, and units do not depend on each other.
-
-  Attributes:
-    outputs: path -> shape and dtype of each tensor it makes.
-    compute: () -> path -> array; reads what it needs.
+  is that of the largest unit, and units do not depend on each other. `compute` reads
+  what it needs; `outputs` and what it returns go by the tensors' paths.
   """
 
   outputs: dict[str, TensorSpec]

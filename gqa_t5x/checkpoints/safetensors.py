@@ -39,16 +39,11 @@ _MAX_HEADER_BYTES = 100_000_000
 def read_index(file: epath.Path) -> dict[str, LazyTensor]:
   """Reads the header of a safetensors file; its tensors stay in the file.
 
-  Args:
-    file: local or gs://.
-
   Returns:
-    Name -> tensor. Each `read` opens the file anew, so that threads may read at the
-    same time.
+    Name -> tensor. Each `read` opens the file anew, so threads may read together.
 
   Raises:
-    BadInput: the file is truncated or damaged, or a tensor is not of floating
-      point.
+    BadInput: the file is truncated or damaged, or a tensor is not of floating point.
   """
   size = file.stat().length
   try:
@@ -67,12 +62,7 @@ def read_index(file: epath.Path) -> dict[str, LazyTensor]:
 
 
 def dtype_of(file: epath.Path, name: str, kind: str) -> np.dtype:
-  """Returns the NumPy dtype of a parameter.
-
-  Args:
-    file: where it is, for the message.
-    name: of the parameter, for the message.
-    kind: its dtype as safetensors names it.
+  """The NumPy dtype of the parameter `name`, of a `kind` as safetensors names it.
 
   Raises:
     BadInput: it is not of floating point.

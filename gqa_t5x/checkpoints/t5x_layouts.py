@@ -6,10 +6,9 @@
            checkpoint_N/state/manifest.ocdbt   TensorStore (zarr) in one OCDBT database;
                                                older: one folder a tensor
 
-Either way the result is path -> LazyTensor: of what is in TensorStore, nothing is read
-but names and shapes. The msgpack is read whole, as T5X reads it: T5X keeps only small
-tensors in it. Old or hand-made checkpoints with all tensors in it need memory for that:
-twice the file's size while it is opened, then its size.
+Of what is in TensorStore, nothing is read but names and shapes. The msgpack is read
+whole, as T5X reads it: T5X keeps only small tensors in it. Old or hand-made checkpoints
+with all tensors in it need twice the file's size of memory, then its size.
 """
 
 import ast
@@ -54,19 +53,11 @@ def _legacy_leaves(file: epath.Path) -> dict[str, Any]:
         f"{file} is of a TensorFlow checkpoint: convert it first with T5X's"
         ' t5x/scripts/convert_tf_checkpoint.py'
       )
-  tree = _read_msgpack(file)
-  tree = tree.get('optimizer', tree) if isinstance(tree, dict) else tree
-  if not isinstance(tree, dict):
-    raise BadInput(f'{file} is damaged: it does not hold a tree of tensors')
-  return dict(flatten(tree, is_leaf=_is_spec))
-
-
-def _read_msgpack(file: epath.Path) -> Any:
   from flax import serialization  # here: it imports JAX
 
   size = file.stat().length
   try:
-    return serialization.msgpack_restore(file.read_bytes())
+    tree = serialization.msgpack_restore(file.read_bytes())
   except MemoryError as error:
     raise BadInput(
       f'{file} does not fit in memory: its tensors are in it, instead of in folders of'
@@ -77,10 +68,11 @@ def _read_msgpack(file: epath.Path) -> Any:
     raise BadInput(
       f'{file} is truncated or damaged ({size} bytes): {_one_line(error)}'
     ) from error
-
-
-def _is_spec(node: Any) -> bool:
-  return {'driver', 'kvstore', 'metadata'} <= node.keys()
+  tree = tree.get('optimizer', tree) if isinstance(tree, dict) else tree
+  if not isinstance(tree, dict):
+    raise BadInput(f'{file} is damaged: it does not hold a tree of tensors')
+  spec = {'driver', 'kvstore', 'metadata'}
+  return dict(flatten(tree, is_leaf=lambda node: spec <= node.keys()))
 
 
 def _orbax_leaves(file: epath.Path) -> dict[str, Any]:
@@ -105,9 +97,6 @@ def open_tree(file: epath.Path) -> dict[str, LazyTensor]:
 
   Args:
     file: where its tensors are listed: the msgpack, or Orbax's _METADATA.
-
-  Returns:
-    Path -> tensor; TensorStore opens all its tensors at once.
 
   Raises:
     BadInput: a part is missing or damaged, or the msgpack does not fit in memory; the

@@ -46,14 +46,9 @@ class Architecture:
   """Sizes of a T5.1.1 model.
 
   Attributes:
-    vocab_size: V, rows of the embedding.
-    emb_dim: D.
-    mlp_dim: F.
-    num_heads: N.
-    head_dim: H.
     num_buckets: columns of the relative position bias (32).
-    num_layers: layers by stack, "encoder" and "decoder".
-    num_kv_heads: K by kind of attention, the keys of KINDS.
+    num_layers: by stack, "encoder" and "decoder".
+    num_kv_heads: by kind of attention, the keys of KINDS.
   """
 
   vocab_size: int
@@ -96,27 +91,19 @@ class Architecture:
     """Elements of all parameters."""
     return sum(math.prod(shape) for shape in self.shapes().values())
 
-  def cache_bytes_per_token(self, kind: str, itemsize: int = 2) -> int:
-    """Bytes of keys and values that decoding keeps for one token.
+  def cache_bytes_per_token(self, kind: str) -> int:
+    """Bytes of bfloat16 keys and values that decoding keeps, over all layers.
 
     Args:
-      kind: "self_attention" (a token of the output) or "cross_attention" (a token of
-        the input).
-      itemsize: bytes of one element; 2 is bfloat16.
-
-    Returns:
-      Bytes over all decoder layers.
+      kind: "self_attention", for a token of the output, or "cross_attention", for one
+        of the input.
     """
     layers = self.num_layers[KINDS[kind][0]]
-    return 2 * layers * self.num_kv_heads[kind] * self.head_dim * itemsize
+    return 2 * layers * self.num_kv_heads[kind] * self.head_dim * 2
 
 
 def norms_before(kind: str, path: str) -> tuple[str, str]:
-  """The layer norms whose outputs an attention module reads.
-
-  Args:
-    kind: of attention, a key of KINDS.
-    path: of the module, "decoder/layers_0/self_attention".
+  """The layer norms whose outputs the attention module of a kind at a path reads.
 
   Returns:
     Paths of the scales in front of the queries, and of the keys and values.
@@ -132,22 +119,19 @@ def norms_before(kind: str, path: str) -> tuple[str, str]:
 
 
 def read_architecture(shapes: Shapes) -> Architecture:
-  """Reads the sizes of a model from the shapes of its parameters.
+  """Reads the sizes of a model from the shapes of its parameters, all of them.
 
   Args:
-    shapes: path ("decoder/layers_0/mlp/wo/kernel") -> shape, for every parameter.
-
-  Returns:
-    The sizes; `.shapes()` equals the argument.
+    shapes: path ("decoder/layers_0/mlp/wo/kernel") -> shape.
 
   Raises:
     BadInput: the tree is not a T5.1.1's. The message lists every missing, extra
       and mismatched key.
   """
   num_layers = {stack: _count_layers(shapes, stack) for stack in _NORMS}
-  # Sizes play no role for the names; 1 stands in for them.
-  kv_heads = dict.fromkeys(KINDS, 1)
-  names = Architecture(1, 1, 1, 1, 1, 1, num_layers, kv_heads).shapes().keys()
+  # Sizes play no role for the names.
+  sizes = (*[1] * 6, num_layers, dict.fromkeys(KINDS, 1))
+  names = Architecture(*sizes).shapes().keys()
   missing, extra = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
   problems = []
   if missing:
@@ -231,10 +215,7 @@ def flatten(
 ) -> Iterator[tuple[str, Any]]:
   """Yields ("a/b/c", leaf) of nested mappings, in their order.
 
-  Args:
-    tree: nested mappings.
-    is_leaf: says of a mapping whether it is a leaf itself.
-    prefix: put before each path.
+  `is_leaf` says of a mapping whether it is a leaf itself; `prefix` is put before paths.
   """
   for key, value in tree.items():
     if isinstance(value, Mapping) and not is_leaf(value):

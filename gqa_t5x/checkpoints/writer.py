@@ -51,11 +51,11 @@ def write_checkpoint(
 
   Args:
     path: the checkpoint folder to make.
-    units: the work.
+    units: what to write.
     on_written: called with the bytes (uncompressed) of each unit once written.
-    source: path -> tensor of the checkpoint that is read. A unit whose output is one of
-      these very tensors copies it.
-    compression: of the tensors, a name in COMPRESSORS.
+    source: the tensors of the checkpoint that is read, by path. A unit whose output is
+      one of these very tensors copies it.
+    compression: a key of COMPRESSORS.
     add_files: called at the end with the folder, under its temporary name on a local
       disk, and the tensors that are not copies: writes what else belongs there.
 
@@ -64,7 +64,9 @@ def write_checkpoint(
   """
   source = source or {}
   nbytes = sum(unit.nbytes for unit in units)
-  with _clear_errors(path, nbytes), _whole_or_nothing(path) as folder:
+  # What is written appears at `path` on success only.
+  whole_or_nothing = _in_bucket if _is_bucket(path) else _on_disk
+  with _clear_errors(path, nbytes), whole_or_nothing(path) as folder:
     write = _TensorWriter(folder, compression)
     jobs = [_unit_job(unit, source, write) for unit in units]
     # Room for the largest tensor twice, so that large ones overlap as well.
@@ -104,10 +106,7 @@ def _unit_job(
 
 
 def describe_tensor(array: np.ndarray) -> dict[str, Any]:
-  """What can be checked later of a tensor.
-
-  Args:
-    array: the tensor as it is written.
+  """What can be checked later of a tensor, as it is written.
 
   Returns:
     Its shape, its dtype, and the SHA-256 of its elements: row by row, little-endian.
@@ -122,9 +121,7 @@ def describe_tensor(array: np.ndarray) -> dict[str, Any]:
 
 def check_space(path: epath.Path, nbytes: int) -> None:
   """Raises unless a local disk has room for `nbytes` at `path`."""
-  if _is_bucket(path):
-    return
-  if nbytes > free_bytes(path):
+  if not _is_bucket(path) and nbytes > free_bytes(path):
     raise _no_space(path, nbytes)
 
 
@@ -159,11 +156,6 @@ def _clear_errors(path: epath.Path, nbytes: int) -> Iterator[None]:
 def is_unfinished(path: epath.Path) -> bool:
   """Says whether a checkpoint folder is what a killed run left in a bucket."""
   return (path / _UNFINISHED).exists() and not (path / MSGPACK).exists()
-
-
-def _whole_or_nothing(path: epath.Path) -> contextlib.AbstractContextManager:
-  """Gives the folder to write to; what is written appears at `path` on success only."""
-  return _in_bucket(path) if _is_bucket(path) else _on_disk(path)
 
 
 def _is_bucket(path: epath.Path) -> bool:
@@ -239,10 +231,6 @@ class _TensorWriter:
 
   def __call__(self, name: str, array: np.ndarray) -> Any:
     """Writes one tensor, if T5X keeps it in TensorStore.
-
-    Args:
-      name: "target/decoder/...".
-      array: the tensor.
 
     Returns:
       What the msgpack holds: a TensorStore spec with a relative path, or the array.

@@ -16,7 +16,7 @@ import numpy as np
 from gqa_t5x.conversion.kernels import AttentionModule, join_heads, split_groups
 
 # T5X's Adafactor.min_dim_size_to_factor.
-MIN_DIM_SIZE_TO_FACTOR = 128
+_MIN_DIM_SIZE_TO_FACTOR = 128
 NAMES = ('m', 'v', 'v_col', 'v_row')
 _UNUSED = (1,)  # the shape of a moment that Adafactor does not use
 
@@ -24,36 +24,24 @@ Moments = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
 
 
-def factored_axes(shape: Shape) -> tuple[int, int] | None:
-  """Which axis of a 2-D kernel `v_row` and `v_col` run along.
-
-  Args:
-    shape: of the kernel.
-
-  Returns:
-    (row axis, column axis), or None where Adafactor keeps a full `v`.
+def _factored_axes(shape: Shape) -> tuple[int, int] | None:
+  """Which axis of a kernel `v_row` and `v_col` run along; None: there is a full `v`.
 
   Source: t5x/adafactor.py, Adafactor._factored_dims.
   """
-  if len(shape) != 2 or min(shape) < MIN_DIM_SIZE_TO_FACTOR:
+  if len(shape) != 2 or min(shape) < _MIN_DIM_SIZE_TO_FACTOR:
     return None
   return (1, 0) if shape[0] > shape[1] else (0, 1)
 
 
 def converted_shapes(moments: Mapping[str, Shape], new: Shape) -> dict[str, Shape]:
-  """Shapes of the moments of one kernel after the conversion.
+  """Shapes of the moments of a kernel of shape `new`, from those before the conversion.
 
   An unfactored kernel stays unfactored: either it was too narrow, and is narrower now,
-  or factoring is switched off. Momentum stays off where it was off.
-
-  Args:
-    moments: m, v, v_col, v_row -> shape, before.
-    new: shape of the kernel after.
-
-  Returns:
-    The same names -> shape; (1,) for those that are not used.
+  or factoring is switched off. Momentum stays off where it was off. Those that are not
+  used are (1,).
   """
-  axes = factored_axes(new) if moments['v'] == _UNUSED else None
+  axes = _factored_axes(new) if moments['v'] == _UNUSED else None
   return {
     'm': _UNUSED if moments['m'] == _UNUSED else new,
     'v': _UNUSED if axes else new,
@@ -65,13 +53,7 @@ def converted_shapes(moments: Mapping[str, Shape], new: Shape) -> dict[str, Shap
 def layout_problem(moments: Mapping[str, Shape], shape: Shape) -> str | None:
   """Says what is wrong with the moments of a kernel of this shape, if anything.
 
-  Args:
-    moments: name -> shape, as found in the checkpoint.
-    shape: of the kernel.
-
-  Returns:
-    A sentence, or None. A stale layout would otherwise be a broadcast error in
-    training or, worse, pass unseen.
+  A stale layout would otherwise be a broadcast error in training or pass unseen.
   """
   if set(moments) != set(NAMES):
     return f"has {sorted(moments)}, expected Adafactor's {list(NAMES)}"
@@ -97,7 +79,7 @@ def convert_moments(
 
   Args:
     moments: m, v, v_col, v_row as T5X keeps them, [1] for those not used.
-    module: head counts.
+    module: gives S, K and H.
     shape: of the kernel before, [D, S*H].
     new: of the kernel after; [D, K*H] unless the rule is "reset".
     rule: "sum", "first" or "reset".
@@ -113,7 +95,7 @@ def convert_moments(
     return result
   if shapes['m'] != _UNUSED:
     result['m'] = _pool(moments['m'], module, 'mean' if rule == 'sum' else 'first')
-  axes = factored_axes(shape)
+  axes = _factored_axes(shape)
   if moments['v'].shape != _UNUSED:
     result['v'] = _pool(moments['v'], module, rule)
     return {n: a.astype(moments[n].dtype) for n, a in result.items()}
@@ -124,7 +106,7 @@ def convert_moments(
   pooled_C = _pool(stat_C, module, rule)
   if stat_C.mean() > 0:
     stat_D = stat_D * (pooled_C.mean() / stat_C.mean())
-  new_axes = factored_axes(new)
+  new_axes = _factored_axes(new)
   if new_axes is None:
     mean = stat_D.mean()
     result['v'] = np.outer(stat_D, pooled_C) / (mean if mean > 0 else 1.0)

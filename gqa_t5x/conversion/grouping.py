@@ -8,9 +8,11 @@ contiguous.
 Letters: J heads of the module, K groups, G = J / K heads of a group, H head size.
 """
 
+import itertools
+
 import numpy as np
 
-from gqa_t5x.conversion import head_moments, shared_heads
+from gqa_t5x.conversion import shared_heads
 from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import Kernels
 
@@ -28,19 +30,13 @@ def similar_heads(
   Balanced groups by affinity, greedily; then swaps between groups, as long as one
   lowers the residual of `svd`: the dropped share of both spectra.
 
-  Args:
-    kernels: all four of the module.
-    inputs: statistics of the module's inputs.
-    num_groups: K.
-    head_dim: H.
-
   Returns:
     Order [J] of the key/value heads, group after group: rising within each, and the
     groups by their first head.
   """
   sides = [
-    _Side(*head_moments.key_moments(kernels, inputs, head_dim)),
-    _Side(*head_moments.value_moments(kernels, inputs, head_dim)),
+    _Side(*shared_heads.key_moments(kernels, inputs, head_dim)),
+    _Side(*shared_heads.value_moments(kernels, inputs, head_dim)),
   ]
   affinity_JJ = sum(side.affinity() for side in sides)
   groups = _greedy_groups(affinity_JJ, num_groups)
@@ -75,17 +71,14 @@ def _greedy_groups(affinity_JJ: np.ndarray, num_groups: int) -> list[list[int]]:
   left = list(range(len(affinity_JJ)))
   size, groups = len(left) // num_groups, []
   for _ in range(num_groups):
-    group = [max(left, key=lambda j: _best_sum(affinity_JJ[j, left], size))]
+    # The sum over the best partners that the head could have.
+    group = [max(left, key=lambda j: np.sort(affinity_JJ[j, left])[-size:].sum())]
     left.remove(group[0])
     while len(group) < size:
       group.append(max(left, key=lambda j: affinity_JJ[j, group].sum()))
       left.remove(group[-1])
     groups.append(group)
   return groups
-
-
-def _best_sum(affinity: np.ndarray, size: int) -> float:
-  return np.sort(affinity)[-size:].sum()
 
 
 def _swap(groups: list[list[int]], affinity_JJ: np.ndarray, sides: list[_Side]) -> None:
@@ -120,15 +113,16 @@ def _promising_swaps(
     for a, group in enumerate(groups)
     for head in range(len(affinity_JJ))
   }
+
+  def gain(swap):
+    a, b, i, j = swap
+    gained = fit[i, b] + fit[j, a] - fit[i, a] - fit[j, b]
+    return gained - 2 * affinity_JJ[i, j], swap
+
   swaps = [
-    (
-      fit[i, b] + fit[j, a] - fit[i, a] - fit[j, b] - 2 * affinity_JJ[i, j],
-      (a, b, i, j),
-    )
-    for a in range(len(groups))
-    for b in range(a + 1, len(groups))
+    (a, b, i, j)
+    for a, b in itertools.combinations(range(len(groups)), 2)
     for i in groups[a]
     for j in groups[b]
   ]
-  swaps.sort(reverse=True)
-  return [swap for _, swap in swaps[:_SWAPS]]
+  return sorted(swaps, key=gain, reverse=True)[:_SWAPS]

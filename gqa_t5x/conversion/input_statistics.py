@@ -56,13 +56,12 @@ def from_norms(
   """What the weights alone say of a module's inputs: as if white before the layer norm.
 
   Args:
-    tensors: of the checkpoint, path -> tensor; the scales of the layer norms in front
-      of the module are read.
+    tensors: of the checkpoint, by path.
     kind: of attention, a key of tree.KINDS.
     module: its path, e.g. "decoder/layers_0/self_attention".
 
   Returns:
-    float64 [D] each: the squared scales.
+    float64 [D] each: the squared scales of the layer norms in front of it.
   """
   query, key = (
     np.square(tensors[TARGET + norm].read(), dtype=np.float64)
@@ -79,9 +78,9 @@ def write_statistics(
   """Writes the file, whole or not at all, one array at a time.
 
   Args:
-    path: the file, local or gs://; replaced if it exists.
-    statistics: "decoder/layers_0/self_attention" -> its statistics. An array that
-      occurs twice (the same object) is written once.
+    path: the file; replaced if it exists.
+    statistics: by the module's path. An array that occurs twice (the same object) is
+      written once.
     info: where they are from, for JSON.
 
   Raises:
@@ -126,9 +125,8 @@ class StatisticsFile:
   """A file of statistics; arrays are read when asked for.
 
   Attributes:
-    path: the file.
     info: where they are from: checkpoint, step, task, split, num_sequences, ...
-    modules: the attention modules that it knows, and the names of their arrays.
+    modules: module -> moment -> name of the array in the file.
   """
 
   path: epath.Path
@@ -136,24 +134,14 @@ class StatisticsFile:
   modules: Mapping[str, Mapping[str, str]]
 
   def check(self, module: str, width: int) -> None:
-    """Raises unless the file has the statistics of a module, of the right shape.
+    """Raises BadInput unless the file has a module of a model of width D.
 
-    Args:
-      module: its path, e.g. "decoder/layers_0/self_attention".
-      width: D of the model that they are for.
-
-    Raises:
-      BadInput: the module is missing, the file is damaged, or of a model of
-        another width.
+    Nothing but the shapes of its arrays is read.
     """
     for name in self._names(module):
       with self._member(module, name) as member:
-        version = np.lib.format.read_magic(member)
-        read_header = {
-          (1, 0): np.lib.format.read_array_header_1_0,
-          (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, _ = read_header(member)
+        np.lib.format.read_magic(member)
+        shape, _, _ = np.lib.format.read_array_header_1_0(member)
       if shape not in ((width,), (width, width)):
         raise BadInput(
           f'{self.path}: the statistics of {module} are of shape {shape}, expected'
@@ -162,13 +150,7 @@ class StatisticsFile:
         )
 
   def read(self, module: str) -> InputStatistics:
-    """Reads the statistics of one attention module.
-
-    Args:
-      module: its path, e.g. "decoder/layers_0/self_attention".
-
-    Returns:
-      float32 [D, D] each.
+    """Reads the statistics of one attention module, float32 [D, D] each.
 
     Raises:
       BadInput: the module is missing, or the file is damaged.
@@ -204,9 +186,6 @@ class StatisticsFile:
 
 def open_statistics(path: epath.PathLike) -> StatisticsFile:
   """Opens a file of statistics; reads its index alone.
-
-  Args:
-    path: the file, local or gs://.
 
   Raises:
     BadInput: it is missing, damaged, or something else.

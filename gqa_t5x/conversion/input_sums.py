@@ -33,8 +33,7 @@ def sum_inputs(
   """Sums x^T x over the real tokens of a batch, for each attention module.
 
   Args:
-    module: `network.Transformer`.
-    values: its parameters.
+    module: a `network.Transformer`, whose parameters are the `values`.
     batch: model features, packed or not; token 0 is padding.
     include_encoder: whether the encoder's modules are looked at, too.
 

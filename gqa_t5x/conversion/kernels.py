@@ -17,35 +17,22 @@ ALL_KERNELS = ('query', 'key', 'value', 'out')
 
 @dataclasses.dataclass(frozen=True)
 class AttentionModule:
-  """Head counts of the attention module that is converted, and its place.
+  """Head counts of the attention module that is converted, and its place in the tree.
 
-  Attributes:
-    path: its place in the tree, e.g. "decoder/layers_0/self_attention".
-    num_heads: N, query heads.
-    source_num_kv_heads: S, key/value heads before conversion.
-    num_kv_heads: K, key/value heads after conversion; divides S.
-    head_dim: H.
-    seed: for methods that draw random numbers.
+  `path` is "decoder/layers_0/self_attention" or the like; K divides S; `seed` is for
+  methods that draw random numbers.
   """
 
   path: str
-  num_heads: int
-  source_num_kv_heads: int
-  num_kv_heads: int
-  head_dim: int
+  num_heads: int  # N
+  source_num_kv_heads: int  # S, before conversion
+  num_kv_heads: int  # K, after it
+  head_dim: int  # H
   seed: int = 0
 
 
 def split_groups(kernel: np.ndarray, module: AttentionModule) -> np.ndarray:
-  """Splits the columns of a K or V kernel by head, and the heads by group.
-
-  Args:
-    kernel: [..., S*H].
-    module: gives S, K and H.
-
-  Returns:
-    A view [..., K, G, H].
-  """
+  """A K or V kernel [..., S*H] by group and head: a view [..., K, G, H]."""
   num_groups = module.num_kv_heads
   group_size = module.source_num_kv_heads // num_groups
   shape = (*kernel.shape[:-1], num_groups, group_size, module.head_dim)
@@ -59,11 +46,6 @@ def join_heads(kernel_DKH: np.ndarray) -> np.ndarray:
 
 def heads_of(kernels: Kernels, name: str, head_dim: int) -> np.ndarray:
   """A kernel by source key/value head, in float64.
-
-  Args:
-    kernels: query [D, N*H], key [D, S*H], value [D, S*H], out [N*H, D].
-    name: which.
-    head_dim: H.
 
   Returns:
     key, value: [S, D, H]; query: [S, R, D, H]; out: [S, R, H, D].
@@ -82,11 +64,8 @@ def permute_heads(kernels: Kernels, order_J: np.ndarray) -> dict[str, np.ndarray
   """Reorders the heads of a module, which by itself does not change its function.
 
   Args:
-    kernels: query [D, N*H], key [D, J*H], value [D, J*H], out [N*H, D].
+    kernels: of the whole module.
     order_J: new position -> source key/value head; its query heads go along.
-
-  Returns:
-    The kernels in the new order.
   """
   J = len(order_J)
 
@@ -100,16 +79,7 @@ def permute_heads(kernels: Kernels, order_J: np.ndarray) -> dict[str, np.ndarray
 
 
 def group_kernels(kernels: Kernels, module: AttentionModule, group: int) -> Kernels:
-  """The kernels of the heads that one new head stands for.
-
-  Args:
-    kernels: of the whole module.
-    module: gives K.
-    group: 0 ... K-1.
-
-  Returns:
-    Views of the same names.
-  """
+  """The kernels (views) of the heads that one new head, 0 ... K-1, stands for."""
 
   def block(kernel, axis):
     width = kernel.shape[axis] // module.num_kv_heads

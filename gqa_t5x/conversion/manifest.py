@@ -31,15 +31,8 @@ _FORMAT = 1
 Specs = Mapping[str, TensorSpec]
 
 
-def fingerprint(specs: Specs) -> dict[str, Any]:
-  """Tells one checkpoint's names, shapes and dtypes from another's.
-
-  Args:
-    specs: path -> tensor, of the whole checkpoint.
-
-  Returns:
-    The number of tensors and the SHA-256 of a list of them.
-  """
+def _fingerprint(specs: Specs) -> dict[str, Any]:
+  """Tells one checkpoint's names, shapes and dtypes from another's."""
   lines = sorted(f'{p} {list(s.shape)} {s.dtype.name}\n' for p, s in specs.items())
   digest = hashlib.sha256(''.join(lines).encode()).hexdigest()
   return {'num_tensors': len(lines), 'shapes_sha256': digest}
@@ -51,35 +44,34 @@ def make_manifest(
   source: str,
   tensors: Specs,
   step: int,
-  method: Mapping[str, Any],
   compression: str,
   changed: Mapping[str, Mapping],
 ) -> dict[str, Any]:
-  """Puts the manifest of a conversion together.
+  """What the JSON file of a conversion holds.
 
   Args:
     plan: the conversion.
-    source: path of the checkpoint that was read.
-    tensors: of that checkpoint.
-    step: of that checkpoint.
-    method: its name, its options and the seed, as JSON has them.
-    compression: of the tensors.
+    source: path of the checkpoint that was read, whose `tensors` and `step` follow.
+    compression: a key of writer.COMPRESSORS.
     changed: path -> `writer.describe_tensor` of each tensor that is not a copy.
-
-  Returns:
-    What the JSON file holds.
   """
   versions = {n: importlib.metadata.version(n) for n in ('numpy', 'tensorstore')}
+  recipe = plan.recipe
   return {
     'format': _FORMAT,
     'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'method': dict(method),
+    'method': {
+      'name': recipe.method,
+      'grouping': recipe.grouping,
+      'seed': recipe.seed,
+      'statistics': recipe.statistics,
+    },
     'num_kv_heads': plan.target.num_kv_heads,
     'source': {
       'path': source,
       'step': step,
       'num_kv_heads': plan.source.num_kv_heads,
-      **fingerprint(tensors),
+      **_fingerprint(tensors),
     },
     'compression': compression,
     'versions': {
@@ -88,17 +80,13 @@ def make_manifest(
       **versions,
     },
     'architecture': dataclasses.asdict(plan.target),
-    'result': fingerprint(plan.outputs),
+    'result': _fingerprint(plan.outputs),
     'changed': dict(sorted(changed.items())),
   }
 
 
-def read_manifest(folder: epath.Path) -> dict[str, Any]:
-  """Reads the manifest of a checkpoint.
-
-  Raises:
-    BadInput: there is none, it is damaged, or of another version.
-  """
+def _read_manifest(folder: epath.Path) -> dict[str, Any]:
+  """Reads the manifest; BadInput if there is none, or it is of another version."""
   file = folder / NAME
   if not file.exists():
     raise BadInput(
@@ -121,29 +109,22 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def verify(folder: epath.Path) -> dict[str, Any]:
-  """Compares a checkpoint with its manifest.
+  """Compares a checkpoint with its manifest, and returns that.
 
   Reads every tensor that the conversion changed, and the shapes of all others.
-
-  Args:
-    folder: the checkpoint.
-
-  Returns:
-    The manifest.
 
   Raises:
     BadInput: there is no manifest, or tensors differ: it names each.
   """
-  manifest = read_manifest(folder)
+  manifest = _read_manifest(folder)
   tensors = open_checkpoint(folder)
   changed = manifest['changed']
-  names = list(changed)
-  jobs = [_check_job(tensors.get(name), changed[name]) for name in names]
-  found = dict(zip(names, run_jobs(jobs), strict=True))
-  problems = [f'{name} {problem}' for name, problem in found.items() if problem]
+  found = run_jobs([_check_job(tensors.get(p), changed[p]) for p in changed])
+  found = zip(changed, found, strict=True)
+  problems = [f'{path} {problem}' for path, problem in found if problem]
   others = {p: t for p, t in tensors.items() if p not in changed}
   problems += _wrong_shapes(others, manifest, changed)
-  if not problems and fingerprint(tensors) != manifest['result']:
+  if not problems and _fingerprint(tensors) != manifest['result']:
     problems.append(
       f'it has {len(tensors)} tensors, the manifest lists'
       f' {manifest["result"]["num_tensors"]}, or their dtypes differ'

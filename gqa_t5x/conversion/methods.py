@@ -94,16 +94,12 @@ def _random(kernels: Kernels, module: AttentionModule, inputs=None) -> Kernels:
   def draw(name):
     width = kernels[name].shape[0]
     shape = (width, module.num_kv_heads * module.head_dim)
-    rng = random_stream(module.seed, f'{module.path}/{name}/kernel')
+    place = f'{module.seed}:{module.path}/{name}/kernel'
+    digest = hashlib.sha256(place.encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
     return (rng.standard_normal(shape) / np.sqrt(width)).astype(kernels[name].dtype)
 
   return {name: draw(name) for name in ('key', 'value')}
-
-
-def random_stream(seed: int, path: str) -> np.random.Generator:
-  """A random generator that depends on nothing but the seed and the path."""
-  digest = hashlib.sha256(f'{seed}:{path}'.encode()).digest()
-  return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
 
 def _absorbing(solve: shared_heads.Solver, rms: str, summary: str) -> Method:
@@ -133,21 +129,17 @@ METHODS: dict[str, Method] = {
     shared_heads.svd, 'absorbed', 'the shared heads of least squared error'
   ),
 }
-GROUPINGS = ('contiguous', 'similarity')
+_GROUPINGS = ('contiguous', 'similarity')
 
 
 def check_grouping(name: str) -> None:
   """Raises BadInput, which lists the known ones, for an unknown grouping."""
-  if name not in GROUPINGS:
-    raise BadInput(f'unknown grouping {name!r}; choose one of {", ".join(GROUPINGS)}')
+  if name not in _GROUPINGS:
+    raise BadInput(f'unknown grouping {name!r}; choose one of {", ".join(_GROUPINGS)}')
 
 
 def get_method(name: str) -> Method:
-  """Looks a method up by name.
-
-  Raises:
-    BadInput: the name is unknown; the message lists the known ones.
-  """
+  """Looks a method up; BadInput, which lists the known ones, for an unknown one."""
   if name not in METHODS:
     raise BadInput(f'unknown method {name!r}; choose one of {", ".join(METHODS)}')
   return METHODS[name]
@@ -163,31 +155,20 @@ def convert_module(
   """Converts the kernels of one attention module to fewer key/value heads.
 
   Args:
-    kernels: query [D, N*H], key [D, S*H], value [D, S*H], out [N*H, D]; those that
-      the method does not read may be left out.
+    kernels: all four, but for those that the method does not read.
     module: head counts, path and seed.
-    method: a name in METHODS.
-    inputs: statistics of the module's inputs; needed by the methods that use them and
-      by grouping by similarity.
+    method: a key of METHODS.
+    inputs: needed by the methods that use them and by grouping by similarity.
     grouping: "contiguous", or "similarity": heads are reordered first, which only a
       module without a position bias allows (cross-attention).
 
   Returns:
     The same names; key and value are now [D, K*H], in the dtype they came in.
 
-  Raises:
-    BadInput: unknown method or grouping, or `inputs` are needed.
-
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 3.3.
   """
-  chosen = get_method(method)
-  check_grouping(grouping)
-  if inputs is None and (chosen.uses_inputs or grouping == 'similarity'):
-    raise BadInput(
-      f'method={method}, grouping={grouping} need the second moments of the inputs'
-    )
   if grouping == 'similarity':
     kernels = permute_heads(
       kernels, similar_heads(kernels, inputs, module.num_kv_heads, module.head_dim)
     )
-  return {**kernels, **chosen.convert(kernels, module, inputs)}
+  return {**kernels, **METHODS[method].convert(kernels, module, inputs)}

@@ -33,17 +33,44 @@ Tensors = Mapping[str, LazyTensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """A conversion, ready to run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """How many key/value heads each kind of attention gets, and how.
 
   Attributes:
-    source: the model before.
-    target: the model after.
+    num_kv_heads: of decoder self- and cross-attention; None leaves them.
+    self_attention_num_kv_heads: of decoder self-attention alone.
+    cross_attention_num_kv_heads: of cross-attention alone.
+    encoder_num_kv_heads: of the encoder; None leaves it.
+    method: a key of methods.METHODS.
+    grouping: "contiguous", or "similarity": heads of cross-attention are reordered,
+      those of self-attention, which a position bias tells apart, are not.
+    statistics: file of `python -m gqa_t5x.calibrate`, for methods that use statistics
+      of the modules' inputs; None: the scales of the layer norms in front of a module
+      stand in, as if its inputs were white before them.
+    seed: for methods that draw random numbers.
+  """
+
+  num_kv_heads: int | None = None
+  self_attention_num_kv_heads: int | None = None
+  cross_attention_num_kv_heads: int | None = None
+  encoder_num_kv_heads: int | None = None
+  method: str = 'mean'
+  grouping: str = 'contiguous'
+  statistics: str | None = None
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A conversion of the model `source` to `target`, ready to run.
+
+  Attributes:
     units: the work; their outputs together are the whole new checkpoint.
     log: path of each changed kernel -> what is done to its moments.
   """
 
+  recipe: Recipe
   source: Architecture
   target: Architecture
   units: list[Unit]
@@ -51,7 +78,7 @@ class Plan:
 
   @property
   def outputs(self) -> dict[str, TensorSpec]:
-    """Path -> tensor of the result; one that is copied is the source's own."""
+    """The tensors of the result, by path; one that is copied is the source's own."""
     return {path: spec for unit in self.units for path, spec in unit.outputs.items()}
 
   @property
@@ -60,38 +87,70 @@ class Plan:
     return sum(unit.nbytes for unit in self.units)
 
 
-def choose_num_kv_heads(
-  source: Architecture,
-  num_kv_heads: int | None,
-  self_attention_num_kv_heads: int | None = None,
-  cross_attention_num_kv_heads: int | None = None,
-  encoder_num_kv_heads: int | None = None,
-) -> dict[str, int]:
-  """Decides how many key/value heads each kind of attention gets.
+def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
+  """Plans the conversion of a checkpoint; nothing but names and shapes is read.
 
   Args:
-    source: the model before.
-    num_kv_heads: for decoder self- and cross-attention; None leaves both.
-    self_attention_num_kv_heads: if given, for decoder self-attention instead.
-    cross_attention_num_kv_heads: if given, for cross-attention instead.
-    encoder_num_kv_heads: for the encoder; None leaves it.
-
-  Returns:
-    K by kind of attention, the keys of KINDS.
+    tensors: by path; "target/decoder/..." are the parameters,
+      "state/param_states/decoder/.../v_row" Adafactor's moments (all or none), anything
+      else is copied.
+    recipe: what is to become of the heads.
 
   Raises:
-    BadInput: a number does not divide the heads there are, or exceeds them.
+    BadInput: unknown method or grouping, statistics of another model or for a
+      method that uses none, heads that do not divide, parameters that are not floating
+      point, or a tree that is not a T5.1.1's (every missing, extra and mismatched key
+      is listed).
+
+  Source: GQA paper (arXiv 2305.13245), sections 2.1 and 2.2.
   """
-  wishes = {
-    'encoder': ('encoder_num_kv_heads', encoder_num_kv_heads),
-    'self_attention': ('self_attention_num_kv_heads', self_attention_num_kv_heads),
-    'cross_attention': ('cross_attention_num_kv_heads', cross_attention_num_kv_heads),
-  }
+  statistics = _open_statistics(recipe)
+  source = _read_source(tensors)
+  new_heads = _choose_num_kv_heads(source, recipe)
+  target = dataclasses.replace(source, num_kv_heads=new_heads)
+  units, log, shapes = [], {}, target.shapes()
+  for kind, path in source.attention_modules():
+    if new_heads[kind] == source.num_kv_heads[kind]:
+      continue
+    module = AttentionModule(
+      path=path,
+      num_heads=source.num_heads,
+      source_num_kv_heads=source.num_kv_heads[kind],
+      num_kv_heads=new_heads[kind],
+      head_dim=source.head_dim,
+      seed=recipe.seed,
+    )
+    unit, notes = _module_unit(tensors, module, kind, recipe, statistics, shapes)
+    units.append(unit)
+    log |= notes
+  changed = {path for unit in units for path in unit.outputs}
+  copied = [_copy_unit(p, t) for p, t in tensors.items() if p not in changed]
+  return Plan(recipe, source, target, units + copied, log)
+
+
+def _open_statistics(recipe: Recipe) -> input_statistics.StatisticsFile | None:
+  """Looks method and grouping up; opens the statistics, if they are used."""
+  method, statistics = get_method(recipe.method), recipe.statistics
+  check_grouping(recipe.grouping)
+  if not statistics:
+    return None
+  if not method.uses_inputs and recipe.grouping != 'similarity':
+    users = ', '.join(name for name, m in METHODS.items() if m.uses_inputs)
+    raise BadInput(
+      f'statistics={statistics} was given, but method={recipe.method} uses none; leave'
+      f' it out, or choose one of {users}'
+    )
+  return input_statistics.open_statistics(statistics)
+
+
+def _choose_num_kv_heads(source: Architecture, recipe: Recipe) -> dict[str, int]:
+  """K by kind of attention; BadInput if it does not divide the heads there are."""
   chosen = {}
-  for kind, (name, wish) in wishes.items():
+  for kind, heads in source.num_kv_heads.items():
+    name = f'{kind}_num_kv_heads'
+    wish = getattr(recipe, name)
     if wish is None and kind != 'encoder':
-      name, wish = 'num_kv_heads', num_kv_heads
-    heads = source.num_kv_heads[kind]
+      name, wish = 'num_kv_heads', recipe.num_kv_heads
     if wish is not None and wish != heads:
       _check_heads(source.num_heads, heads, name, wish)
     chosen[kind] = heads if wish is None else wish
@@ -111,142 +170,64 @@ def _check_heads(num_heads: int, source_heads: int, name: str, wish: int) -> Non
   raise BadInput(f'num_heads={num_heads} is not divisible by {name}={wish}; {choose}')
 
 
-def plan_conversion(
+def _module_unit(
   tensors: Tensors,
-  *,
-  num_kv_heads: int | None,
-  method: str,
-  seed: int = 0,
-  grouping: str = 'contiguous',
-  statistics: str | None = None,
-  **kinds,
-) -> Plan:
-  """Plans the conversion of a checkpoint.
+  module: AttentionModule,
+  kind: str,
+  recipe: Recipe,
+  statistics: input_statistics.StatisticsFile | None,
+  shapes: Shapes,
+) -> tuple[Unit, dict[str, str]]:
+  """The work on one attention module: its kernels and their Adafactor moments.
 
   Args:
-    tensors: path -> tensor; "target/decoder/..." are the parameters,
-      "state/param_states/decoder/.../v_row" Adafactor's moments (all or none), anything
-      else is copied.
-    num_kv_heads: K for decoder self- and cross-attention.
-    method: a name in methods.METHODS.
-    seed: for methods that draw random numbers.
-    grouping: "contiguous", or "similarity": heads of cross-attention are reordered,
-      those of self-attention, which a position bias tells apart, are not.
-    statistics: file of `python -m gqa_t5x.calibrate`, for methods that use statistics
-      of the modules' inputs; None: the scales of the layer norms in front of a module
-      stand in, as if its inputs were white before them.
-    **kinds: self_attention_num_kv_heads, cross_attention_num_kv_heads,
-      encoder_num_kv_heads, as in `choose_num_kv_heads`.
+    shapes: of all parameters after the conversion.
 
   Returns:
-    The plan; nothing has been read yet.
-
-  Raises:
-    BadInput: unknown method or grouping, statistics of another model or for a
-      method that uses none, heads that do not divide, parameters that are not floating
-      point, or a tree that is not a T5.1.1's (every missing, extra and mismatched key
-      is listed).
-
-  Source: GQA paper (arXiv 2305.13245), sections 2.1 and 2.2.
+    The unit, and path of each changed kernel -> what is done to its moments.
   """
-  recipe = _Recipe(method, grouping, statistics)
-  source = _read_source(tensors)
-  new_heads = choose_num_kv_heads(source, num_kv_heads, **kinds)
-  target = dataclasses.replace(source, num_kv_heads=new_heads)
-  units, log, shapes = [], {}, target.shapes()
-  for kind, path in source.attention_modules():
-    if new_heads[kind] == source.num_kv_heads[kind]:
-      continue
-    module = AttentionModule(
-      path=path,
-      num_heads=source.num_heads,
-      source_num_kv_heads=source.num_kv_heads[kind],
-      num_kv_heads=new_heads[kind],
-      head_dim=source.head_dim,
-      seed=seed,
-    )
-    unit, notes = recipe.unit(tensors, module, kind, shapes)
-    units.append(unit)
-    log |= notes
-  changed = {path for unit in units for path in unit.outputs}
-  copied = [_copy_unit(p, t) for p, t in tensors.items() if p not in changed]
-  return Plan(source, target, units + copied, log)
+  method = METHODS[recipe.method]
+  # Self-attention has a position bias: its heads keep their order.
+  reorder = recipe.grouping == 'similarity' and kind == 'cross_attention'
+  names = ALL_KERNELS if reorder else method.kernels
+  rule = 'reset' if reorder else method.adafactor
+  uses_inputs = reorder or method.uses_inputs
+  paths = {name: f'{module.path}/{name}/kernel' for name in names}
+  if uses_inputs and statistics:
+    statistics.check(module.path, width=shapes[paths['query']][0])
+  outputs, notes = {}, {}
+  for path in paths.values():
+    outputs[TARGET + path] = TensorSpec(shapes[path], tensors[TARGET + path].dtype)
+    if moments := _adafactor_moments(tensors, path):
+      old = {n: moment.shape for n, moment in moments.items()}
+      new = adafactor_moments.converted_shapes(old, shapes[path])
+      specs = {n: TensorSpec(new[n], moments[n].dtype) for n in moments}
+      outputs |= _in_state(path, specs)
+      notes[path] = adafactor_moments.describe(old, new, rule)
 
-
-class _Recipe:
-  """Turns attention modules into units of work, all in the same way."""
-
-  def __init__(self, method: str, grouping: str, statistics: str | None):
-    """Looks everything up and opens the statistics; arguments of `plan_conversion`."""
-    self._name, self._method = method, get_method(method)
-    check_grouping(grouping)
-    self._grouping = grouping
-    if statistics and not (self._method.uses_inputs or grouping == 'similarity'):
-      users = ', '.join(name for name, m in METHODS.items() if m.uses_inputs)
-      raise BadInput(
-        f'statistics={statistics} was given, but method={method} uses none; leave it'
-        f' out, or choose one of {users}'
-      )
-    self._file = input_statistics.open_statistics(statistics) if statistics else None
-
-  def unit(
-    self, tensors: Tensors, module: AttentionModule, kind: str, shapes: Shapes
-  ) -> tuple[Unit, dict[str, str]]:
-    """The work on one attention module: its kernels and their Adafactor moments.
-
-    Args:
-      tensors: the whole source.
-      module: which module, and its head counts.
-      kind: of attention, a key of tree.KINDS.
-      shapes: of all parameters after the conversion.
-
-    Returns:
-      The unit, and path of each changed kernel -> what is done to its moments.
-    """
-    # Self-attention has a position bias: its heads keep their order.
-    reorder = self._grouping == 'similarity' and kind == 'cross_attention'
-    names = ALL_KERNELS if reorder else self._method.kernels
-    rule = 'reset' if reorder else self._method.adafactor
-    uses_inputs = reorder or self._method.uses_inputs
-    paths = {name: f'{module.path}/{name}/kernel' for name in names}
-    if uses_inputs and self._file:
-      self._file.check(module.path, width=shapes[paths['query']][0])
-    outputs, notes = {}, {}
-    for path in paths.values():
-      outputs[TARGET + path] = TensorSpec(shapes[path], tensors[TARGET + path].dtype)
+  def compute():
+    kernels = {name: tensors[TARGET + path].read() for name, path in paths.items()}
+    inputs = None
+    if uses_inputs and statistics:
+      inputs = statistics.read(module.path)
+    elif uses_inputs:
+      inputs = input_statistics.from_norms(tensors, kind, module.path)
+    grouping = 'similarity' if reorder else 'contiguous'
+    new = convert_module(kernels, module, recipe.method, inputs, grouping)
+    results = {TARGET + path: new[name] for name, path in paths.items()}
+    for name, path in paths.items():
       if moments := _adafactor_moments(tensors, path):
-        old = {n: moment.shape for n, moment in moments.items()}
-        new = adafactor_moments.converted_shapes(old, shapes[path])
-        outputs |= _in_state(
-          path, {n: TensorSpec(new[n], moments[n].dtype) for n in moments}
+        converted = adafactor_moments.convert_moments(
+          {n: moment.read() for n, moment in moments.items()},
+          module,
+          kernels[name].shape,
+          shapes[path],
+          rule,
         )
-        notes[path] = adafactor_moments.describe(old, new, rule)
+        results |= _in_state(path, converted)
+    return results
 
-    def compute():
-      kernels = {name: tensors[TARGET + path].read() for name, path in paths.items()}
-      inputs = self._inputs(tensors, module, kind) if uses_inputs else None
-      grouping = 'similarity' if reorder else 'contiguous'
-      new = convert_module(kernels, module, self._name, inputs, grouping)
-      results = {TARGET + path: new[name] for name, path in paths.items()}
-      for name, path in paths.items():
-        if moments := _adafactor_moments(tensors, path):
-          old = {n: moment.read() for n, moment in moments.items()}
-          results |= _in_state(
-            path,
-            adafactor_moments.convert_moments(
-              old, module, kernels[name].shape, shapes[path], rule
-            ),
-          )
-      return results
-
-    return Unit(outputs, compute), notes
-
-  def _inputs(
-    self, tensors: Tensors, module: AttentionModule, kind: str
-  ) -> input_statistics.InputStatistics:
-    if self._file:
-      return self._file.read(module.path)
-    return input_statistics.from_norms(tensors, kind, module.path)
+  return Unit(outputs, compute), notes
 
 
 def _adafactor_moments(tensors: Tensors, parameter: str) -> dict[str, LazyTensor]:
@@ -261,30 +242,24 @@ def _in_state(parameter: str, moments: Mapping[str, Any]) -> dict[str, Any]:
   return {f'{PARAM_STATES}{parameter}/{name}': m for name, m in moments.items()}
 
 
-def _read_source(tensors: Tensors) -> Architecture:
-  """Reads the sizes of the model, and checks that all of it can be converted."""
-  source = read_architecture({p: t.shape for p, t in parameters(tensors).items()})
-  _check_dtypes(tensors)
-  _check_moments(tensors, source)
-  return source
-
-
 def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
   return Unit({path: tensor}, lambda: {path: tensor.read()})
 
 
-def _check_dtypes(tensors: Tensors) -> None:
-  """Raises if a parameter is not floating point.
-
-  T5X kept bfloat16 as uint16 before June 2021, and no longer reads it either.
-  """
+def _read_source(tensors: Tensors) -> Architecture:
+  """Reads the sizes of the model, and checks that all of it can be converted."""
+  params = parameters(tensors)
+  source = read_architecture({path: t.shape for path, t in params.items()})
+  # T5X kept bfloat16 as uint16 before June 2021, and no longer reads it either.
   wrong = [
-    f'{path} is {tensor.dtype}'
-    for path, tensor in tensors.items()
-    if path.startswith(TARGET) and tensor.dtype.kind in 'biuc'
+    f'{TARGET}{path} is {tensor.dtype}'
+    for path, tensor in params.items()
+    if tensor.dtype.kind in 'biuc'
   ]
   if wrong:
     raise BadInput(f'parameters must be floating point: {", ".join(wrong)}')
+  _check_moments(tensors, source)
+  return source
 
 
 def _check_moments(tensors: Tensors, source: Architecture) -> None:
@@ -308,33 +283,19 @@ def _check_moments(tensors: Tensors, source: Architecture) -> None:
     )
 
 
-def convert_params(
-  params: Mapping[str, Any],
-  *,
-  num_kv_heads: int | None,
-  method: str,
-  **options,
-) -> dict[str, Any]:
+def convert_params(params: Mapping[str, Any], **recipe) -> dict[str, Any]:
   """Converts a tree of parameters in memory.
 
   Args:
     params: nested mappings down to arrays, T5X's names:
       {"decoder": {"layers_0": {"self_attention": {"key": {"kernel": [D, S*H]}}}}}.
-    num_kv_heads: K for decoder self- and cross-attention; None leaves them.
-    method: a name in methods.METHODS.
-    **options: seed, grouping, statistics and the head counts of single kinds, as in
-      `plan_conversion`.
+    **recipe: as of a Recipe.
 
   Returns:
     A new nested dict; changed kernels are NumPy arrays, key and value [D, K*H]; all
     other leaves are the arrays that came in.
-
-  Raises:
-    BadInput: as `plan_conversion`.
-
-  Source: GQA paper (arXiv 2305.13245), section 2.1.
   """
   tensors = {TARGET + p: LazyTensor.of(a) for p, a in flatten(params)}
-  plan = plan_conversion(tensors, num_kv_heads=num_kv_heads, method=method, **options)
+  plan = plan_conversion(tensors, Recipe(**recipe))
   result = {p: a for unit in plan.units for p, a in unit.compute().items()}
   return unflatten({path: result[path] for path in tensors})['target']

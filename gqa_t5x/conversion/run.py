@@ -16,63 +16,30 @@ from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
 from gqa_t5x.checkpoints.tree import PARAM_STATES, TARGET
 from gqa_t5x.conversion import manifest
 from gqa_t5x.conversion.methods import get_method
-from gqa_t5x.conversion.plan import Plan, plan_conversion
+from gqa_t5x.conversion.plan import Plan, Recipe, plan_conversion
 from gqa_t5x.errors import BadInput
 
 _LAYER = re.compile(r'layers_(\d+)')
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """One conversion, as `python -m gqa_t5x.convert` is asked for it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(Recipe):
+  """One conversion, with the flags of `python -m gqa_t5x.convert`, which say more.
 
   Attributes:
-    input: path of the checkpoint, or of a folder of them, local or gs://.
-    output: where to write: a folder, in which checkpoint_<step> is made, or that
-      checkpoint's own path. None only if nothing is written.
-    num_kv_heads: K of decoder self- and cross-attention; None leaves them.
-    self_attention_num_kv_heads: of decoder self-attention alone.
-    cross_attention_num_kv_heads: of cross-attention alone.
-    encoder_num_kv_heads: of the encoder, which else is left as it is.
-    method: a name in methods.METHODS.
-    grouping: a name in methods.GROUPINGS.
-    statistics: path of the file of `python -m gqa_t5x.calibrate`; None: the weights
-      alone.
-    seed: of the method "random".
-    compression: of the result, a name in writer.COMPRESSORS.
-    dry_run: only say what would be done.
+    compression: a key of writer.COMPRESSORS.
     verbose: say of each kernel what became of its Adafactor moments.
   """
 
   input: str
-  output: str | None = None
-  num_kv_heads: int | None = None
-  self_attention_num_kv_heads: int | None = None
-  cross_attention_num_kv_heads: int | None = None
-  encoder_num_kv_heads: int | None = None
-  method: str = 'mean'
-  grouping: str = 'contiguous'
-  statistics: str | None = None
-  seed: int = 0
-  compression: str = 'zstd'
-  dry_run: bool = False
-  verbose: bool = False
-
-  def head_counts(self) -> dict[str, int | None]:
-    """The numbers of key/value heads, by name."""
-    return {
-      'num_kv_heads': self.num_kv_heads,
-      'self_attention_num_kv_heads': self.self_attention_num_kv_heads,
-      'cross_attention_num_kv_heads': self.cross_attention_num_kv_heads,
-      'encoder_num_kv_heads': self.encoder_num_kv_heads,
-    }
+  output: str | None  # None only of a dry run
+  compression: str
+  dry_run: bool
+  verbose: bool
 
 
 def convert(request: Request) -> None:
   """Converts, and prints what was done; or, of a dry run, what would be.
-
-  Args:
-    request: what to do.
 
   Raises:
     BadInput: bad input; nothing is left behind.
@@ -80,18 +47,11 @@ def convert(request: Request) -> None:
   get_method(request.method)
   source, step, tensors = _open_source(request)
   output = request.output and _absolute(request.output)
-  target = choose_output(source, output, step) if output else None
+  target = _choose_output(source, output, step) if output else None
   statistics = request.statistics and str(_absolute(request.statistics))
-  plan = plan_conversion(
-    tensors,
-    method=request.method,
-    seed=request.seed,
-    grouping=request.grouping,
-    statistics=statistics,
-    **request.head_counts(),
-  )
+  plan = plan_conversion(tensors, dataclasses.replace(request, statistics=statistics))
   if request.dry_run:
-    _preview(request.method, plan, source, target, tensors)
+    _preview(plan, source, target, tensors)
     return
 
   def write_manifest(folder: epath.Path, changed: writer.Changed) -> None:
@@ -100,12 +60,6 @@ def convert(request: Request) -> None:
       source=str(source),
       tensors=tensors,
       step=step,
-      method={
-        'name': request.method,
-        'grouping': request.grouping,
-        'seed': request.seed,
-        'statistics': statistics,
-      },
       compression=request.compression,
       changed=changed,
     )
@@ -127,10 +81,7 @@ def convert(request: Request) -> None:
 
 
 def verify(path: str) -> None:
-  """Checks a converted checkpoint against its manifest, and says so in one line.
-
-  Args:
-    path: the checkpoint folder, or a model_dir, whose latest checkpoint is taken.
+  """Checks a checkpoint, or a model_dir's latest, against its manifest, and says so.
 
   Raises:
     BadInput: it has no manifest, or tensors differ from it.
@@ -150,15 +101,8 @@ def _absolute(text: str) -> epath.Path:
   return path if '://' in text else epath.Path(os.path.realpath(path.expanduser()))
 
 
-def _open_source(
-  request: Request,
-) -> tuple[epath.Path, int, dict[str, LazyTensor]]:
-  """Finds and opens the checkpoint.
-
-  Returns:
-    Its folder, its step (where it keeps none, the one that the output names), and
-    path -> tensor.
-  """
+def _open_source(request: Request) -> tuple[epath.Path, int, dict[str, LazyTensor]]:
+  """The checkpoint's folder, its step (the output's, if it has none), its tensors."""
   given = _absolute(request.input)
   source = folders.find_checkpoint(given)
   if source != given:
@@ -173,20 +117,12 @@ def _open_source(
   return source, int(tensors['state/step'].read()), tensors
 
 
-def choose_output(source: epath.Path, output: epath.Path, step: int) -> epath.Path:
-  """Decides which folder to write, and refuses those that would do harm.
-
-  Args:
-    source: the checkpoint folder that is read.
-    output: as given: a folder, or a path that ends in checkpoint_<step>.
-    step: of the source.
-
-  Returns:
-    The checkpoint folder to make.
+def _choose_output(source: epath.Path, output: epath.Path, step: int) -> epath.Path:
+  """The checkpoint folder to make, of the source's step.
 
   Raises:
-    BadInput: it holds a checkpoint, is the input or inside of it, or its name
-      gives another step.
+    BadInput: it holds a checkpoint, is the input or inside of it, or its name gives
+      another step.
   """
   named = folders.checkpoint_step(output)
   if source in (output, output / f'checkpoint_{step}'):
@@ -197,18 +133,17 @@ def choose_output(source: epath.Path, output: epath.Path, step: int) -> epath.Pa
     raise BadInput(
       f'--output={output} is inside the input {source}; choose another --output'
     )
-  if named is None:
-    present = folders.list_checkpoints(output)
-    target = output / f'checkpoint_{step}'
-  elif named != step:
+  if named not in (None, step):
     raise BadInput(
       f'--output names step {named}, but {source} is of step {step};'
       f' use --output={output.parent / f"checkpoint_{step}"}'
     )
-  else:
-    target, present = output, []
-  present += [p for p in (output, target) if (p / t5x_layouts.MSGPACK).exists()]
-  present += [target] if target.exists() and not _is_empty_folder(target) else []
+  target = output if named == step else output / f'checkpoint_{step}'
+  present = [] if named == step else folders.list_checkpoints(output)
+  if (output / t5x_layouts.MSGPACK).exists():
+    present.append(output)
+  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    present.append(target)
   present = [p for p in present if p != target or not writer.is_unfinished(p)]
   if present:
     raise BadInput(
@@ -217,15 +152,10 @@ def choose_output(source: epath.Path, output: epath.Path, step: int) -> epath.Pa
   return target
 
 
-def _is_empty_folder(path: epath.Path) -> bool:
-  return path.is_dir() and not any(path.iterdir())
-
-
 # --- What is said ---------------------------------------------------------------
 
 
 def _preview(
-  method: str,
   plan: Plan,
   source: epath.Path,
   target: epath.Path | None,
@@ -236,10 +166,11 @@ def _preview(
   kept = [path for path in sorted(outputs) if outputs[path] is tensors.get(path)]
   changed = sorted(outputs.keys() - set(kept))
   print(f'Converted: {len(changed)} tensors, {_nbytes(outputs, changed):,} bytes')
+  method = plan.recipe.method
   _print_parameters(
     {p: f'{_shape(tensors[p])} -> {_shape(outputs[p])}  {method}' for p in changed}
   )
-  for line in group_layers(plan.log):
+  for line in _group_layers(plan.log):
     print(f'  moments of {line}')
   print(f'Kept: {len(kept)} tensors, {_nbytes(outputs, kept):,} bytes')
   _print_parameters({path: _shape(tensors[path]) for path in kept})
@@ -260,7 +191,7 @@ def _preview(
 def _print_parameters(entries: Mapping[str, str]) -> None:
   """Prints the lines of all but Adafactor's moments."""
   shown = {p: text for p, text in entries.items() if not p.startswith(PARAM_STATES)}
-  for line in group_layers(shown):
+  for line in _group_layers(shown):
     print(f'  {line}')
 
 
@@ -298,14 +229,11 @@ def _describe_sizes(plan: Plan) -> str:
   )
 
 
-def group_layers(entries: Mapping[str, str]) -> list[str]:
-  """Joins the lines that differ in the number of the layer only.
-
-  Args:
-    entries: path -> text, {"decoder/layers_0/mlp/wo/kernel": "[5, 6]", ...}.
+def _group_layers(entries: Mapping[str, str]) -> list[str]:
+  """Joins the lines of {"decoder/layers_0/...": text} that differ in the layer only.
 
   Returns:
-    Lines, in the order of their first entry: "decoder/layers_{0..23}/...  [5, 6]".
+    "decoder/layers_{0..23}/...  text", in the order of their first entries.
   """
   layers: dict[tuple[str, str], list[int]] = {}
   for path, text in entries.items():

@@ -18,8 +18,12 @@ and its error is, with S = E[kcat^T kcat] and M_i = E[q_i^T q_i] (values: O_i O_
   S_GHGH   [G, H, G, H], second moments of its keys (values), concatenated,
   M_GHH    [G, H, H], second moments of the queries (outputs) of each head,
 
-and `share_heads` applies one of them to the kernels of a module. Letters: G heads of a
-group, R query heads that read one of them, D width, H head size.
+and `share_heads` applies one of them to the kernels of a module. With C = E[x^T x] of a
+module's inputs (input_statistics.py), keys have E[k_i^T k_j] = K_i^T C K_j, and queries
+and values likewise; of outputs only the kernel counts: O_i O_i^T.
+
+Letters: G heads of a group, J of any selection of heads, R query heads that read one of
+them, D width, H head size.
 """
 
 import dataclasses
@@ -27,7 +31,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gqa_t5x.conversion import head_moments
 from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import (
   ALL_KERNELS,
@@ -60,7 +63,48 @@ class Sharing:
 Solver = Callable[[np.ndarray, np.ndarray], Sharing]
 
 
-def spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def key_moments(
+  kernels: Kernels, inputs: InputStatistics, head_dim: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Second moments of the keys, and of the queries that meet them.
+
+  Returns:
+    S [J, H, J, H] = E[k_i^T k_j] and M [J, H, H] = sum over a head's queries of
+    E[q^T q].
+  """
+  query_JRDH = heads_of(kernels, 'query', head_dim)
+  moved_JRDH = _apply(inputs.query, query_JRDH)
+  M_JHH = (np.swapaxes(query_JRDH, 2, 3) @ moved_JRDH).sum(axis=1)
+  return _cross(heads_of(kernels, 'key', head_dim), inputs.key), M_JHH
+
+
+def value_moments(
+  kernels: Kernels, inputs: InputStatistics, head_dim: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Second moments of the values, and the weight that their outputs give them.
+
+  Returns:
+    S [J, H, J, H] = E[v_i^T v_j] and M [J, H, H] = sum over a head's outputs of O O^T.
+  """
+  out_JRHD = heads_of(kernels, 'out', head_dim)
+  M_JHH = (out_JRHD @ np.swapaxes(out_JRHD, 2, 3)).sum(axis=1)
+  return _cross(heads_of(kernels, 'value', head_dim), inputs.value), M_JHH
+
+
+def _apply(C: np.ndarray, kernel_DH: np.ndarray) -> np.ndarray:
+  """C times [..., D, H]; a diagonal C is given as [D]."""
+  C = np.asarray(C, np.float64)
+  return C[:, None] * kernel_DH if C.ndim == 1 else C @ kernel_DH
+
+
+def _cross(kernel_JDH: np.ndarray, C: np.ndarray) -> np.ndarray:
+  """[J, H, J, H]: kernel_i^T C kernel_j for every pair of heads."""
+  J, D, H = kernel_JDH.shape
+  flat = kernel_JDH.transpose(1, 0, 2).reshape(D, J * H)
+  return (flat.T @ _apply(C, flat)).reshape(J, H, J, H)
+
+
+def _spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Solves the eigenproblem behind `svd`.
 
   Returns:
@@ -95,7 +139,7 @@ def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
     The sharing; its residual is the sum of the eigenvalues after the H-th.
   """
   G, H, _ = M_GHH.shape
-  values, vectors = spectrum(S_GHGH, M_GHH)
+  values, vectors = _spectrum(S_GHGH, M_GHH)
   kept_H = values[:H] > _NEGLIGIBLE * max(values[0], np.finfo(float).tiny)
   strength_H = np.where(kept_H, np.sqrt(values[:H]), 1.0)
   scale_H = np.where(kept_H, strength_H**-0.5, 0.0)
@@ -160,9 +204,7 @@ def share_heads(
     rms: what becomes of the RMS of the shared kernels, which Adafactor's steps scale
       with: "as is"; "restored" to that of the old kernels; or restored and "absorbed",
       so that the function does not change.
-    kernels: all four.
-    module: head counts.
-    inputs: statistics of the module's inputs.
+    kernels, module, inputs: as of `methods.convert_module`.
 
   Returns:
     All four kernels, in their dtypes.
@@ -172,12 +214,12 @@ def share_heads(
     group = group_kernels(kernels, module, index)
     query_GRDH, out_GRHD = heads_of(group, 'query', H), heads_of(group, 'out', H)
     D = query_GRDH.shape[2]
-    moments = head_moments.key_moments(group, inputs, H)
+    moments = key_moments(group, inputs, H)
     key_DH, absorb_GHH = _merge(solve(*moments), rms, heads_of(group, 'key', H))
     query_GRDH = query_GRDH @ absorb_GHH[:, None]
     new['key'].append(key_DH)
     new['query'].append(query_GRDH.transpose(2, 0, 1, 3).reshape(D, -1))
-    moments = head_moments.value_moments(group, inputs, H)
+    moments = value_moments(group, inputs, H)
     value_DH, absorb_GHH = _merge(solve(*moments), rms, heads_of(group, 'value', H))
     out_GRHD = np.swapaxes(absorb_GHH, 1, 2)[:, None] @ out_GRHD
     new['value'].append(value_DH)
@@ -206,20 +248,15 @@ def spectra(
 ) -> dict[str, np.ndarray]:
   """The eigenvalues behind `svd`, from which the loss of any head size follows.
 
-  Args:
-    kernels: all four.
-    module: head counts.
-    inputs: statistics of the module's inputs.
-
   Returns:
     "key" and "value" -> [K, G*H], falling. With H of them kept, the others' sum is the
     residual, and its share of the whole what is lost.
   """
   H = module.head_dim
   groups = [group_kernels(kernels, module, i) for i in range(module.num_kv_heads)]
-  sides = {'key': head_moments.key_moments, 'value': head_moments.value_moments}
+  sides = {'key': key_moments, 'value': value_moments}
   return {
-    name: np.stack([spectrum(*moments(group, inputs, H))[0] for group in groups])
+    name: np.stack([_spectrum(*moments(group, inputs, H))[0] for group in groups])
     for name, moments in sides.items()
   }
 

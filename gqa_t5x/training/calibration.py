@@ -31,10 +31,10 @@ def map_batches(
 
   Args:
     function: (parameters, batch of model features) -> arrays; it is compiled.
-    model: gives the parameters' layout and the feature converter.
+    model: of `gqa_t5x.training.models`.
     dataset_cfg: the data.
     restore_checkpoint_cfg: the checkpoint, mode "specific".
-    partitioner: says what is on which device.
+    partitioner: T5X's.
     num_sequences: rows to read, at most.
 
   Returns:
@@ -62,11 +62,7 @@ def _restore_params(
   path: str,
   dtype: str | None,
 ) -> tuple[Any, Any, int]:
-  """Reads the parameters of a checkpoint onto the devices, in `dtype` if it is given.
-
-  Returns:
-    (parameters, their PartitionSpecs, the checkpoint's step).
-  """
+  """The parameters, on the devices, their PartitionSpecs, and the checkpoint's step."""
   tokens = {'encoder_input_tokens': (1, 1), 'decoder_input_tokens': (1, 1)}
   initializer = utils.TrainStateInitializer(
     optimizer_def=None,
@@ -93,16 +89,7 @@ def _restore_params(
 def read_batches(
   model: models.BaseTransformerModel, cfg: utils.DatasetConfig, num_sequences: int
 ) -> Iterator[tuple[int, Batch]]:
-  """Yields batches of model features; every host reads all of them.
-
-  Args:
-    model: gives the feature converter.
-    cfg: the data.
-    num_sequences: rows to read, at most.
-
-  Yields:
-    (rows, batch); a batch is filled up to its size with rows of padding.
-  """
+  """Yields (rows, batch of model features), filled up with padding, on every host."""
   dataset = seqio.get_dataset(
     cfg.mixture_or_task_name,
     cfg.task_feature_lengths,

@@ -1,9 +1,4 @@
-"""Gin on the command line, for commands of this project that gin sets up.
-
-command = command_line.Command('gqa_t5x.calibrate', __doc__)
-gin_command.gin_flags(command)
-sys.exit(command.run(sys.argv, act))
-"""
+"""Gin on the command line, for commands of this project that gin sets up."""
 
 from collections.abc import Sequence
 
@@ -15,11 +10,7 @@ from gqa_t5x.errors import BadInput
 
 
 def gin_flags(command: Command) -> None:
-  """Defines T5X's three flags of gin, and `--gin.NAME=VALUE`, short for a binding.
-
-  Args:
-    command: gets --gin_file, --gin_bindings and --gin_search_paths.
-  """
+  """Defines T5X's three flags of gin, and `--gin.NAME=VALUE`, short for a binding."""
   command.texts(
     'gin_file', [], 'A gin file. May be repeated; later files override earlier ones.'
   )
@@ -37,12 +28,7 @@ def gin_flags(command: Command) -> None:
 def parse(
   files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
 ) -> None:
-  """Parses gin files, then bindings, and locks the configuration.
-
-  Args:
-    files: as --gin_file gives them.
-    bindings: `NAME = VALUE` each.
-    search_paths: folders of gin files; this project's own comes last.
+  """Parses what the flags give, and locks the configuration.
 
   Raises:
     ValueError: from gin.

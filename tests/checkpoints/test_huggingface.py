@@ -14,23 +14,8 @@ from safetensors import numpy as safetensors
 from gqa_t5x.checkpoints import folders
 from gqa_t5x.checkpoints.tree import read_architecture
 from gqa_t5x.errors import BadInput
-from helpers.huggingface_folders import (
-  TABLE,
-  opened,
-  refused,
-  shard,
-  weights,
-  write,
-)
-from helpers.trees import (
-  STEP,
-  D,
-  N,
-  V,
-  tiny_shapes,
-  tiny_state,
-  write_msgpack,
-)
+from helpers.huggingface_folders import TABLE, opened, refused, shard, weights, write
+from helpers.trees import STEP, D, N, V, tiny_shapes, tiny_state, write_msgpack
 
 
 def assert_equals(tensors, expected):
@@ -168,30 +153,15 @@ def test_folder_in_a_bucket(sharded, tmp_path, monkeypatch):
 # --- PyTorch ---------------------------------------------------------------------
 
 
-def write_torch(folder, torch):
-  write(folder)
+def test_torch(tmp_path):
+  torch = pytest.importorskip('torch')
+  folder, expected = write(tmp_path / 't5'), weights()
   (folder / 'model.safetensors').unlink()
   state = {name: torch.from_numpy(a) for name, a in weights().items()}
   state['lm_head.weight'] = state['lm_head.weight'].to(torch.bfloat16)
   torch.save(state, folder / 'pytorch_model.bin')
-  return folder
-
-
-def test_torch(tmp_path):
-  torch = pytest.importorskip('torch')
-  expected = weights()
   logits = expected['lm_head.weight'].astype(ml_dtypes.bfloat16)
-  expected['lm_head.weight'] = logits
-  assert_equals(opened(write_torch(tmp_path / 't5', torch)), expected)
-
-
-def test_damaged_torch(tmp_path):
-  torch = pytest.importorskip('torch')
-  file = write_torch(tmp_path / 't5', torch) / 'pytorch_model.bin'
-  file.write_bytes(file.read_bytes()[:1000])
-  message = refused(file.parent)
-  assert message.startswith(f'cannot read {file}: ')
-  assert message.endswith('safetensors: model.save_pretrained(FOLDER)')
+  assert_equals(opened(folder), expected | {'lm_head.weight': logits})
 
 
 class Tensor:
@@ -223,23 +193,38 @@ def stand_in_for_torch():
   )
 
 
-@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize('sharded', [False, True])
-def test_torch_is_asked_for_a_memory_map(sharded, dtype, tmp_path, monkeypatch):
+@pytest.fixture
+def torch_folder(tmp_path, monkeypatch):
+  """A model of float32 in pytorch_model.bin, as the stand-in reads it."""
   monkeypatch.setitem(sys.modules, 'torch', stand_in_for_torch())
-  folder = write(tmp_path / 't5', weights(dtype))
-  (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
-  if sharded:
-    (folder / 'pytorch_model.bin').unlink()
-    shard(folder, weights(dtype), 'bin', 'pytorch_model')
-  assert_equals(opened(folder), weights(dtype))
-
-
-def test_without_torch(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, 'torch', None)
   folder = write(tmp_path / 't5')
   (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
-  assert refused(folder) == (
-    f"{folder / 'pytorch_model.bin'} needs PyTorch: pip install 'gqa_t5x[torch]', or"
-    ' save the model as safetensors: model.save_pretrained(FOLDER)'
+  return folder
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('sharded', [False, True])
+def test_torch_is_asked_for_a_memory_map(sharded, dtype, torch_folder):
+  file = torch_folder / 'pytorch_model.bin'
+  if sharded:
+    file.unlink()
+    shard(torch_folder, weights(dtype), 'bin', 'pytorch_model')
+  else:
+    safetensors.save_file(weights(dtype), file)
+  assert_equals(opened(torch_folder), weights(dtype))
+
+
+def test_damaged_torch(torch_folder):
+  file = torch_folder / 'pytorch_model.bin'
+  file.write_bytes(file.read_bytes()[:1000])
+  message = refused(torch_folder)
+  assert message.startswith(f'cannot read {file}: ')
+  assert message.endswith('safetensors: model.save_pretrained(FOLDER)')
+
+
+def test_without_torch(torch_folder, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  assert refused(torch_folder) == (
+    f"{torch_folder / 'pytorch_model.bin'} needs PyTorch: pip install 'gqa_t5x[torch]',"
+    ' or save the model as safetensors: model.save_pretrained(FOLDER)'
   )

@@ -23,6 +23,7 @@ from gqa_t5x.errors import BadInput
 from helpers.trees import (
   STEP,
   assert_same,
+  convert,
   flat,
   read,
   tiny_shapes,
@@ -235,9 +236,7 @@ def test_files_do_not_depend_on_timing(mha, tmp_path, monkeypatch):
   for processors in (1, 4, 4):
     monkeypatch.setattr(writer._TensorWriter, '__call__', jittery)
     monkeypatch.setattr(os, 'cpu_count', lambda n=processors: n)
-    output = tmp_path / f'out{len(found)}'
-    assert run(f'--input={mha}', f'--output={output}', '--num_kv_heads=2') == 0
-    found.append(files(output / 'checkpoint_1000'))
+    found.append(files(convert(mha, tmp_path / f'out{len(found)}')))
   assert len(found[0]) == 2 * NUM_ARRAYS + 1
   assert found[0] == found[1] == found[2]
 
@@ -252,8 +251,7 @@ def test_files_do_not_depend_on_timing(mha, tmp_path, monkeypatch):
 )
 def test_compression(compression, metadata, mha, tmp_path):
   flags = ('--num_kv_heads=4', f'--compression={compression}')
-  assert run(f'--input={mha}', f'--output={tmp_path / "out"}', *flags) == 0
-  folder = tmp_path / 'out' / 'checkpoint_1000'
+  folder = convert(mha, tmp_path / 'out', *flags)
   arrays = list(folder.glob('*/.zarray'))
   assert len(arrays) == NUM_ARRAYS
   assert all(json.loads(a.read_text())['compressor'] == metadata for a in arrays)
@@ -263,20 +261,16 @@ def test_compression(compression, metadata, mha, tmp_path):
 @pytest.fixture
 def uncompressed(mha, tmp_path, monkeypatch):
   """An uncompressed checkpoint in chunks unlike those that the converter makes."""
-  flags = ('--num_kv_heads=4', '--compression=none')
   with monkeypatch.context() as patch:
     patch.setattr(writer, '_CHUNK_BYTES', 50)
-    assert run(f'--input={mha}', f'--output={tmp_path / "cut"}', *flags) == 0
-  return tmp_path / 'cut' / 'checkpoint_1000'
+    return convert(mha, tmp_path / 'cut', '--num_kv_heads=4', '--compression=none')
 
 
 KEPT = 'target.encoder.layers_0.mlp.wo.kernel'
 
 
 def test_files_of_unchanged_tensors_are_copied_as_they_are(uncompressed, tmp_path):
-  flags = ('--num_kv_heads=2', '--compression=none')
-  assert run(f'--input={uncompressed}', f'--output={tmp_path / "out"}', *flags) == 0
-  result = tmp_path / 'out' / 'checkpoint_1000'
+  result = convert(uncompressed, tmp_path / 'out', '--compression=none')
   chunks = files(uncompressed / KEPT)
   assert len(chunks) == 5  # 2 x 2, and .zarray
   assert files(result / KEPT) == chunks
@@ -301,8 +295,7 @@ def test_unchanged_tensors_are_read_where_that_is_needed(
     return write(self, name, array)
 
   monkeypatch.setattr(writer._TensorWriter, '__call__', spy)
-  flags = ('--num_kv_heads=2', f'--compression={compression}')
-  assert run(f'--input={uncompressed}', f'--output={tmp_path / "out"}', *flags) == 0
+  convert(uncompressed, tmp_path / 'out', f'--compression={compression}')
   assert (KEPT in names) == kept
 
 
@@ -326,8 +319,7 @@ def test_damaged_files_are_not_copied(spoil, said, uncompressed, tmp_path, capsy
 def test_empty_folder_at_the_output_is_replaced(mha, tmp_path):
   target = tmp_path / 'out' / 'checkpoint_1000'
   target.mkdir(parents=True)
-  assert run(f'--input={mha}', f'--output={target}', '--num_kv_heads=2') == 0
-  assert run(f'--verify={target}') == 0
+  assert run(f'--verify={convert(mha, target)}') == 0
 
 
 class TestBucket:
@@ -350,7 +342,7 @@ class TestBucket:
       return write(file, tree)
 
     monkeypatch.setattr(writer, '_write_msgpack', watched)
-    assert run(*self.flags(mha, tmp_path)) == 0
+    assert convert(mha, tmp_path / 'out') == target
     assert seen == [(str(target / 'checkpoint'), NUM_ARRAYS), True]
     assert not (target / 'gqa_t5x_unfinished').exists()
     assert run(f'--verify={target}') == 0
@@ -368,7 +360,7 @@ class TestBucket:
     target = tmp_path / 'out' / 'checkpoint_1000'
     (target / 'target.other').mkdir(parents=True)
     (target / 'gqa_t5x_unfinished').write_text('')
-    assert run(*self.flags(mha, tmp_path)) == 0
+    convert(mha, tmp_path / 'out')
     assert not (target / 'target.other').exists()
     assert run(f'--verify={target}') == 0
 

@@ -6,19 +6,16 @@ import pytest
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.conversion import adafactor_moments
 from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
-from gqa_t5x.conversion.plan import plan_conversion
+from gqa_t5x.conversion.plan import Recipe, plan_conversion
 from gqa_t5x.errors import BadInput
 from helpers.trees import UNUSED, D, H, N, flat, tiny_state
 
 
-def module(source, num_kv_heads, head_dim):
-  return AttentionModule('decoder/x', source, source, num_kv_heads, head_dim)
-
-
 def convert(moments, shape, new, rule, head_dim=64):
   moments = {n: np.asarray(moments.get(n, UNUSED)) for n in adafactor_moments.NAMES}
-  heads = module(shape[1] // head_dim, new[1] // head_dim, head_dim)
-  return adafactor_moments.convert_moments(moments, heads, shape, new, rule)
+  before, after = shape[1] // head_dim, new[1] // head_dim
+  module = AttentionModule('decoder/x', before, before, after, head_dim)
+  return adafactor_moments.convert_moments(moments, module, shape, new, rule)
 
 
 @pytest.mark.parametrize(
@@ -36,45 +33,36 @@ def convert(moments, shape, new, rule, head_dim=64):
   ],
 )
 def test_which_axis_each_vector_runs_along(shape, axes):
-  assert adafactor_moments.factored_axes(shape) == axes
+  assert adafactor_moments._factored_axes(shape) == axes
 
 
 V = np.array([[1, 2, 3, 4, 5, 6, 7, 8], [2, 4, 6, 8, 1, 3, 5, 7]], np.float32)
 
 
-@pytest.mark.parametrize(
-  ('rule', 'expected'),
-  [
-    ('sum', [[4, 6, 12, 14], [8, 12, 6, 10]]),
-    ('first', [[1, 2, 5, 6], [2, 4, 1, 3]]),
-    ('reset', [[0, 0, 0, 0], [0, 0, 0, 0]]),
-  ],
-)
-def test_unfactored_by_hand(rule, expected):
-  # Four heads of size two become two.
-  got = convert({'v': V}, (2, 8), (2, 4), rule, head_dim=2)
-  np.testing.assert_array_equal(got['v'], np.array(expected, np.float32))
-  assert got['v'].dtype == np.float32
-  for name in ('m', 'v_row', 'v_col'):
-    np.testing.assert_array_equal(got[name], UNUSED)
+ZEROS = [[0, 0, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
-  ('rule', 'expected'),
+  ('rule', 'v', 'm'),
   [
-    ('sum', [[2, 3, 6, 7], [4, 6, 3, 5]]),
-    ('first', [[1, 2, 5, 6], [2, 4, 1, 3]]),
-    ('reset', [[0, 0, 0, 0], [0, 0, 0, 0]]),
+    ('sum', [[4, 6, 12, 14], [8, 12, 6, 10]], [[2, 3, 6, 7], [4, 6, 3, 5]]),
+    ('first', [[1, 2, 5, 6], [2, 4, 1, 3]], [[1, 2, 5, 6], [2, 4, 1, 3]]),
+    ('reset', ZEROS, ZEROS),
   ],
 )
-def test_momentum_is_averaged_where_second_moments_are_summed(rule, expected):
+def test_unfactored_by_hand(rule, v, m):
+  """Four heads of size two become two; momentum is averaged where v is summed."""
   got = convert({'v': V, 'm': V}, (2, 8), (2, 4), rule, head_dim=2)
-  np.testing.assert_array_equal(got['m'], np.array(expected, np.float32))
+  for name, expected in {'v': v, 'm': m, 'v_row': UNUSED, 'v_col': UNUSED}.items():
+    np.testing.assert_array_equal(got[name], np.float32(expected))
+    assert got[name].dtype == np.float32
+  without = convert({'v': V}, (2, 8), (2, 4), rule, head_dim=2)
+  np.testing.assert_array_equal(without['m'], UNUSED)
 
 
 def factored(v_DC):
   """The vectors that Adafactor would keep of a matrix: means over rows and columns."""
-  row_axis, col_axis = adafactor_moments.factored_axes(v_DC.shape)
+  row_axis, col_axis = adafactor_moments._factored_axes(v_DC.shape)
   return {'v_row': v_DC.mean(axis=col_axis), 'v_col': v_DC.mean(axis=row_axis)}
 
 
@@ -133,18 +121,18 @@ def test_small_to_mqa_becomes_unfactored():
   np.testing.assert_array_equal(got['v_col'], UNUSED)
 
 
-def test_reset_lays_zeros_out_for_the_new_shape():
-  got = convert(factored(rank_one((256, 256))), (256, 256), (256, 128), 'reset')
-  np.testing.assert_array_equal(got['v_row'], np.zeros(128))
-  np.testing.assert_array_equal(got['v_col'], np.zeros(256))
-
-
-@pytest.mark.parametrize('new', [(256, 128), (256, 64)])
-def test_moments_that_never_saw_a_step_stay_zero(new):
-  zeros = {'v_row': np.zeros(256, np.float32), 'v_col': np.zeros(256, np.float32)}
-  got = convert(zeros, (256, 256), new, 'sum')
-  for name in adafactor_moments.NAMES:
-    assert np.all(got[name] == 0)
+@pytest.mark.parametrize('rule', ['sum', 'reset'])
+@pytest.mark.parametrize(
+  ('new', 'used'),
+  [((256, 128), {'v_row': (128,), 'v_col': (256,)}), ((256, 64), {'v': (256, 64)})],
+)
+def test_moments_that_never_saw_a_step_stay_zero_and_reset_ones_become_so(
+  new, used, rule
+):
+  v_DC = rank_one((256, 256)) if rule == 'reset' else np.zeros((256, 256))
+  got = convert(factored(v_DC), (256, 256), new, rule)
+  for name, array in got.items():
+    np.testing.assert_array_equal(array, np.zeros(used.get(name, (1,))))
 
 
 def test_unfactored_stays_so_where_adafactor_does_not_factor():
@@ -159,7 +147,7 @@ class TestWholeState:
 
   def plan(self, tree, method='mean', **options):
     tensors = {path: LazyTensor.of(array) for path, array in flat(tree)}
-    return plan_conversion(tensors, num_kv_heads=2, method=method, **options)
+    return plan_conversion(tensors, Recipe(num_kv_heads=2, method=method, **options))
 
   def converted(self, method='mean', **options):
     """Arrays before and after; sizes were known before anything was computed."""

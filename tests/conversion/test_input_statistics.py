@@ -113,16 +113,10 @@ def rewrite_index(path, change) -> None:
       file.writestr(name, data)
 
 
-def truncate(path) -> None:
-  path.write_bytes(path.read_bytes()[:-40])
-
-
-def empty(path) -> None:
-  path.write_bytes(b'')
-
-
-def plain_arrays(path) -> None:
-  np.savez(path, x=ARRAYS['x'])
+def rewrite(*moments):
+  """What writes the moments of one module alone."""
+  statistics = {SELF: InputStatistics(*moments)}
+  return lambda path: input_statistics.write_statistics(path, statistics, INFO)
 
 
 def newer(path) -> None:
@@ -131,17 +125,6 @@ def newer(path) -> None:
 
 def unlisted(path) -> None:
   rewrite_index(path, lambda index: index['modules'][SELF].update(key='gone.npy'))
-
-
-def not_square(path) -> None:
-  wide = np.ones((D, D + 1))
-  statistics = {SELF: InputStatistics(wide, wide, wide)}
-  input_statistics.write_statistics(path, statistics, INFO)
-
-
-def unequal(path) -> None:
-  statistics = {SELF: InputStatistics(ARRAYS['x'], np.ones((2, 2)), ARRAYS['x'])}
-  input_statistics.write_statistics(path, statistics, INFO)
 
 
 def check_and_read(path) -> None:
@@ -153,13 +136,25 @@ def check_and_read(path) -> None:
 @pytest.mark.parametrize(
   ('damage', 'message'),
   [
-    (truncate, 'cannot read its index .File is not a zip file'),
-    (empty, 'cannot read its index .File is not a zip file'),
-    (plain_arrays, "cannot read its index .*no item named 'index.json'"),
+    (
+      lambda path: path.write_bytes(path.read_bytes()[:-40]),
+      'cannot read its index .File is not a zip file',
+    ),
+    (lambda path: path.write_bytes(b''), 'cannot read its index .File is not a zip'),
+    (
+      lambda path: np.savez(path, x=ARRAYS['x']),
+      "cannot read its index .*no item named 'index.json'",
+    ),
     (newer, 'cannot read its index .format 9, expected 1'),
     (unlisted, f'cannot read the statistics of {SELF} .*gone.npy'),
-    (unequal, r'are of shape \(2, 2\), expected .* with D=3'),
-    (not_square, r'are of shape \(3, 4\), expected .* with D=3, .* another checkp'),
+    (
+      rewrite(ARRAYS['x'], np.ones((2, 2)), ARRAYS['x']),
+      r'are of shape \(2, 2\), expected .* with D=3',
+    ),
+    (
+      rewrite(*[np.ones((D, D + 1))] * 3),
+      r'are of shape \(3, 4\), expected .* with D=3, .* another checkp',
+    ),
     (lambda path: flip_byte(path, ARRAYS['centred'].tobytes()), 'Bad CRC-32'),
     (lambda path: path.unlink(), 'there is no file of statistics .*gqa_t5x.calibrate'),
   ],

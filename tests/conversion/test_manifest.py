@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
+from flax import serialization
 
 from gqa_t5x.checkpoints import writer
 from gqa_t5x.checkpoints.lazy_tensor import TensorSpec
 from gqa_t5x.conversion import manifest
-from helpers.trees import D, H, tiny_shapes, tiny_state, write_msgpack
+from helpers.trees import D, H, convert, tiny_shapes, tiny_state, write_msgpack
 from helpers.trees import run_convert as run
 
 KEY = 'target/decoder/layers_1/self_attention/key/kernel'
@@ -27,9 +28,7 @@ def made(tmp_path_factory):
   """A checkpoint of 2 heads, made from 4 by mean; chunks are not compressed."""
   root = tmp_path_factory.mktemp('manifest')
   source = write_msgpack(root / 'mha' / 'checkpoint_1000', tiny_state())
-  flags = ('--num_kv_heads=2', '--seed=7', '--compression=none')
-  assert run(f'--input={source}', f'--output={root / "gqa"}', *flags) == 0
-  return root / 'gqa' / 'checkpoint_1000'
+  return convert(source, root / 'gqa', '--seed=7', '--compression=none')
 
 
 @pytest.fixture
@@ -103,7 +102,7 @@ def test_fingerprint_knows_names_shapes_and_dtypes():
   f4, i4 = np.dtype(np.float32), np.dtype(np.int32)
   base = {'a': TensorSpec((2, 3), f4), 'b': TensorSpec((), i4)}
   text = 'a [2, 3] float32\nb [] int32\n'
-  assert manifest.fingerprint(dict(reversed(base.items()))) == {
+  assert manifest._fingerprint(dict(reversed(base.items()))) == {
     'num_tensors': 2,
     'shapes_sha256': hashlib.sha256(text.encode()).hexdigest(),
   }
@@ -112,7 +111,7 @@ def test_fingerprint_knows_names_shapes_and_dtypes():
     {**base, 'a': TensorSpec((2, 3), i4)},
     {'a': base['a'], 'c': base['b']},
   ):
-    assert manifest.fingerprint(other) != manifest.fingerprint(base)
+    assert manifest._fingerprint(other) != manifest._fingerprint(base)
 
 
 @pytest.mark.parametrize('path', ['checkpoint', 'model_dir'])
@@ -153,38 +152,23 @@ def lose_a_copied_tensor(checkpoint):
   shutil.rmtree(folder_of(checkpoint, COPIED))
 
 
-def rewrite(checkpoint, edit):
-  """Changes the msgpack."""
-  from flax import serialization
+def rewrite(edit):
+  """What changes the tree of the msgpack."""
 
-  file = checkpoint / 'checkpoint'
-  tree = serialization.msgpack_restore(file.read_bytes())
-  edit(tree['optimizer'])
-  file.write_bytes(serialization.msgpack_serialize(tree))
+  def damage(checkpoint):
+    file = checkpoint / 'checkpoint'
+    tree = serialization.msgpack_restore(file.read_bytes())
+    edit(tree['optimizer'])
+    file.write_bytes(serialization.msgpack_serialize(tree))
 
-
-def drop_a_copied_tensor(checkpoint):
-  rewrite(checkpoint, lambda t: t['target']['decoder']['layers_0']['mlp'].pop('wo'))
+  return damage
 
 
-def drop_a_changed_tensor(checkpoint):
-  rewrite(
-    checkpoint, lambda t: t['target']['decoder']['layers_1'].pop('self_attention')
-  )
-
-
-def drop_a_copied_moment(checkpoint):
-  rewrite(checkpoint, lambda t: t['state']['param_states'].pop('token_embedder'))
-
-
-def another_shape(checkpoint):
-  def edit(tree):
-    norm = tree['target']['decoder']['layers_0']['mlp']['wo']
-    norm['kernel'] = np.ones((3, 6), np.float32)
-    kernel = tree['target']['decoder']['layers_1']['self_attention']['key']
-    kernel['kernel'] = np.ones((D, H), np.float32)
-
-  rewrite(checkpoint, edit)
+def another_shape(tree):
+  decoder = tree['target']['decoder']
+  decoder['layers_0']['mlp']['wo']['kernel'] = np.ones((3, 6), np.float32)
+  key = decoder['layers_1']['self_attention']['key']
+  key['kernel'] = np.ones((D, H), np.float32)
 
 
 def damage_the_manifest(checkpoint):
@@ -205,14 +189,20 @@ DAMAGE = [
   (truncate, [f'{KEY} cannot be read (cannot read the tensor {KEY} of {{path}}']),
   (lose_a_chunk, [f'{MOMENT} cannot be read']),
   (lose_a_copied_tensor, ['cannot open 1 of', COPIED]),
-  (drop_a_copied_tensor, [f'says, convert again: {COPIED} is missing']),
   (
-    drop_a_changed_tensor,
+    rewrite(lambda tree: tree['target']['decoder']['layers_0']['mlp'].pop('wo')),
+    [f'says, convert again: {COPIED} is missing'],
+  ),
+  (
+    rewrite(lambda tree: tree['target']['decoder']['layers_1'].pop('self_attention')),
     [f'{KEY} is missing', f'{OUT} is missing'],
   ),
-  (drop_a_copied_moment, ['it has 212 tensors, the manifest lists 216']),
   (
-    another_shape,
+    rewrite(lambda tree: tree['state']['param_states'].pop('token_embedder')),
+    ['it has 212 tensors, the manifest lists 216'],
+  ),
+  (
+    rewrite(another_shape),
     [
       f'{COPIED} has shape (3, 6), not (5, 6)',
       f'{KEY} is float32 [6, 2], not float32 [6, 4]',
@@ -240,9 +230,7 @@ def test_verify_finds_damage(damage, messages, copy, capsys):
 
 def test_a_converted_checkpoint_converts_again(made, tmp_path):
   """The manifest of the first is not taken for a part of the checkpoint."""
-  output = tmp_path / 'mqa' / 'checkpoint_1000'
-  assert run(f'--input={made}', f'--output={output}', '--num_kv_heads=1') == 0
-  got = manifest.verify(epath.Path(output))
+  got = manifest.verify(epath.Path(convert(made, tmp_path, '--num_kv_heads=1')))
   assert got['source']['num_kv_heads']['self_attention'] == 2
   assert got['source']['shapes_sha256'] == record(made)['result']['shapes_sha256']
   assert got['num_kv_heads']['cross_attention'] == 1

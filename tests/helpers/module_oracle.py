@@ -13,7 +13,7 @@ from helpers import model_oracle
 D, N, H = 24, 8, 5
 T, P = 40, 60  # queries and keys of a sample; more than D: regular moments
 # Source and new key/value heads.
-HEADS = [(8, 8), (8, 4), (8, 2), (8, 1), (4, 4), (4, 2), (4, 1), (2, 1)]
+HEADS = [(8, 8), (8, 4), (8, 2), (8, 1), (4, 4), (4, 2), (4, 1), (2, 1), (1, 1)]
 FEWER = [(S, K) for S, K in HEADS if K < S]
 RNG = np.random.default_rng
 

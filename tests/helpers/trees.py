@@ -79,6 +79,14 @@ def run_convert(*flags):
   return convert.main(['convert', *map(str, flags)])
 
 
+def convert(source, output, *flags):
+  """Converts a checkpoint of step 1000, to two heads by default; returns its folder."""
+  given = (f'--input={source}', f'--output={output}', '--num_kv_heads=2', *flags)
+  assert run_convert(*given) == 0
+  name = f'checkpoint_{STEP}'
+  return output if output.name == name else output / name
+
+
 def tiny_params(num_kv_heads=N, seed=0, **kwargs):
   """Random float32 parameters, nested."""
   rng = np.random.default_rng(seed)
