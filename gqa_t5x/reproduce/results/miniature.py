@@ -59,9 +59,9 @@ def write(output_dir: str) -> None:
         'validation_loss': loss,
         'validation_accuracy': accuracy,
         'parameters': architecture.num_parameters(),
-        'cache_bytes_per_token': architecture.cache_bytes_per_token(
-          'self_attention', itemsize=4
-        ),
+        # In float32.
+        'cache_bytes_per_token': 2
+        * architecture.cache_bytes_per_token('self_attention'),
         'batch_size': batch_size,
         'input_length': lengths['inputs'],
         'output_length': lengths['targets'],
