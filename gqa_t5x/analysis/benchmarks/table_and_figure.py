@@ -1,9 +1,8 @@
 """Rows of benchmarks as a table with bars, and as a figure."""
 
-import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -18,16 +17,8 @@ BAR = 24  # characters of the slowest row
 TIMES = ('ms_per_step', 'seconds')
 
 
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-  """Shows how many rows are done, and the time to go.
-
-  Args:
-    total: rows.
-
-  Yields:
-    What is to be called after each row.
-  """
+def progress(rows: Iterable[Any], total: int) -> Iterator[Any]:
+  """Yields the rows, and shows how many are done, and the time to go."""
   columns = (
     rich.progress.TextColumn('{task.description}'),
     rich.progress.BarColumn(),
@@ -36,16 +27,13 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
   )
   console = rich.console.Console(stderr=True)
   with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-    task = bar.add_task('measure', total=total)
-    yield lambda: bar.advance(task)
+    yield from bar.track(rows, total=total, description='measure')
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> None:
-  """Prints rows with bars for the time of each.
+  """Prints rows of one benchmark; bars stand next to the first key that is a time.
 
-  Args:
-    rows: of one kind of benchmark.
-    columns: key -> head of the column. The first key that is a time gets the bars.
+  `columns` maps keys of a row to heads of columns.
   """
   time = next(key for key in columns if key in TIMES)
   slowest = max(row[time] for row in rows)
@@ -65,12 +53,11 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> N
   width = None if os.isatty(1) else 120
   console = rich.console.Console(width=width, highlight=False)
   console.print(table)
-  first = rows[0]
-  said = f'measured on {first["device"]}'
-  if 'dtype' in first:
-    said += f', {first["dtype"]}'
-  if 'stream_gb_per_s' in first:
-    said += f'; a plain sum reads {first["stream_gb_per_s"]:.3g} GB/s'
+  said = f'measured on {rows[0]["device"]}'
+  if 'dtype' in rows[0]:
+    said += f', {rows[0]["dtype"]}'
+  if 'stream_gb_per_s' in rows[0]:
+    said += f'; a plain sum reads {rows[0]["stream_gb_per_s"]:.3g} GB/s'
   console.print(said)
 
 
@@ -98,9 +85,7 @@ def check_matplotlib() -> None:
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Draws seconds per sample against key/value heads: the paper's figure 6.
 
-  Args:
-    rows: of decode benchmarks; those that differ in heads only are one line.
-    path: the PNG file.
+  Of `rows` of decode benchmarks, those that differ in heads only are one line.
   """
   import matplotlib
 

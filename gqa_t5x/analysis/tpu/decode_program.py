@@ -10,7 +10,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax.sharding import PartitionSpec
 
 from gqa_t5x.analysis import models
-from gqa_t5x.analysis.decode_setting import DecodeSetting
+from gqa_t5x.analysis.models import DecodeSetting
 from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
