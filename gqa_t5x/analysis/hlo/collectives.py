@@ -27,11 +27,9 @@ _RENAMES = {'bitcast', 'get-tuple-element', 'reshape'}
 
 
 def received(computation: Computation, devices: int) -> list[tuple[str, float]]:
-  """Returns (kind, bytes received) of each collective in a fused computation.
+  """Returns (kind, bytes received) of each collective in a `hbm.body`.
 
-  Args:
-    computation: of a fusion, or one instruction with its operands as parameters.
-    devices: that run the program.
+  So many devices run the program.
   """
   found = []
   for i in computation.instructions.values():
@@ -40,7 +38,7 @@ def received(computation: Computation, devices: int) -> list[tuple[str, float]]:
     kind = 'reduce-scatter' if _is_reduce_scatter(computation, i) else i.opcode
     operands = (computation.instructions[name] for name in i.operands)
     nbytes = sum(shape.size for operand in operands for shape in operand.shapes)
-    found.append((kind, _received(kind, nbytes, group_size(i, devices))))
+    found.append((kind, _received(kind, nbytes, _group_size(i, devices))))
   return found
 
 
@@ -71,17 +69,12 @@ def _received(kind: str, nbytes: float, group: int) -> float:
   return nbytes
 
 
-def group_size(i: Instruction, devices: int) -> int:
+def _group_size(i: Instruction, devices: int) -> int:
   """Returns how many devices take part in a collective together.
 
-  Args:
-    i: the collective. Its `replica_groups` are a list, {{0,1},{2,3}}; or so many of so
-      many, [2,4]<=[8]; or axes of a mesh, mesh['x'=2,'y'=4] {'y'}, perhaps parts of
-      axes, {'y':(2)2}; or {}, all.
-    devices: that run the program.
-
-  Raises:
-    ValueError: for groups that are written in no such way.
+  Its `replica_groups` are a list, {{0,1},{2,3}}; or so many of so many, [2,4]<=[8]; or
+  axes of a mesh, mesh['x'=2,'y'=4] {'y'}, perhaps parts of axes, {'y':(2)2}; or {},
+  all.
   """
   text = i.attributes.partition('replica_groups=')[2]
   if not text:

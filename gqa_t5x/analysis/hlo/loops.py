@@ -4,6 +4,8 @@ import re
 
 from gqa_t5x.analysis.hlo.parse import Computation, Instruction, Module
 
+COPIES = ('copy', 'bitcast')
+
 
 def trip_count(
   module: Module, computation: Computation, loop: Instruction
@@ -12,11 +14,6 @@ def trip_count(
 
   That is what the compiler notes; or else it follows from a counter that the loop
   carries, if it begins with a constant, grows by one, and is compared with another.
-
-  Args:
-    module: the program.
-    computation: that the loop is in.
-    loop: the `while`.
   """
   noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.aside)
   if noted:
@@ -26,23 +23,14 @@ def trip_count(
   test = condition.root
   if test.opcode != 'compare' or test.attribute('direction') != 'LT':
     return None
-  counter, end = (_through_copies(condition, name) for name in test.operands)
+  counter, end = (condition.through(name, *COPIES) for name in test.operands)
   if counter.opcode != 'get-tuple-element' or end.opcode != 'constant':
     return None
   index = int(counter.attribute('index'))
   begin = _element(computation, loop.operands[0], index)
-  if begin is None or begin.opcode != 'constant':
-    return None
-  if not _grows_by_one(body, index):
+  if begin is None or begin.opcode != 'constant' or not _grows_by_one(body, index):
     return None
   return max(0, int(end.literal) - int(begin.literal))
-
-
-def _through_copies(computation: Computation, name: str) -> Instruction:
-  i = computation.instructions[name]
-  while i.opcode in ('copy', 'bitcast'):
-    i = computation.instructions[i.operands[0]]
-  return i
 
 
 def _element(computation: Computation, name: str, index: int) -> Instruction | None:
@@ -50,14 +38,14 @@ def _element(computation: Computation, name: str, index: int) -> Instruction | N
   made = computation.instructions[name]
   if made.opcode != 'tuple':
     return None
-  return _through_copies(computation, made.operands[index])
+  return computation.through(made.operands[index], *COPIES)
 
 
 def _grows_by_one(body: Computation, index: int) -> bool:
   new = _element(body, body.root.name, index)
   if new is None or new.opcode != 'add':
     return False
-  old, step = (_through_copies(body, name) for name in new.operands)
+  old, step = (body.through(name, *COPIES) for name in new.operands)
   return (
     old.opcode == 'get-tuple-element'
     and int(old.attribute('index')) == index

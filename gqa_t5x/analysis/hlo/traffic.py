@@ -78,15 +78,10 @@ class Traffic:
 def count(
   module: Module, name: str | None = None, trips: Mapping[str, int] | None = None
 ) -> Traffic:
-  """Counts one execution of a computation.
+  """Counts one execution of a computation, the entry by default.
 
-  Args:
-    module: the program.
-    name: the computation; the entry by default.
-    trips: body of a loop -> how often it runs; needed where the program does not say.
-
-  Raises:
-    ValueError: for a loop that does not say how often it runs.
+  `trips` maps the body of a loop to how often it runs. ValueError for a loop that
+  neither it nor the program knows of.
   """
   return _Counter(module, trips or {}).count(name or module.entry)
 
@@ -94,12 +89,7 @@ def count(
 def main_loop(module: Module, name: str | None = None) -> str:
   """Returns the body of a computation's only loop that may stop early.
 
-  Args:
-    module: the program.
-    name: the computation; the entry by default.
-
-  Raises:
-    ValueError: if there is not exactly one.
+  ValueError if there is not exactly one. The computation is the entry by default.
   """
   computation = module.computations[name or module.entry]
   found = [
@@ -122,12 +112,11 @@ class _Counter:
   def count(self, name: str) -> Traffic:
     if name not in self._counted:
       computation = self._module.computations[name]
-      parts = (self.one(computation, i) for i in computation.instructions.values())
+      parts = (self._one(computation, i) for i in computation.instructions.values())
       self._counted[name] = sum(parts, Traffic())
     return self._counted[name]
 
-  def one(self, computation: Computation, i: Instruction) -> Traffic:
-    """Counts one instruction with all that it calls."""
+  def _one(self, computation: Computation, i: Instruction) -> Traffic:
     op = hbm.base_opcode(i)
     if op in FREE or op.endswith(('-done', '-update')):
       return Traffic()
@@ -163,7 +152,7 @@ class _Counter:
     products = sum(flops.of_product(inside, x) for x in inside.instructions.values())
     estimate = re.search(r'"estimated_cycles":"(\d+)"', i.aside)
     cycles = int(estimate.group(1)) if estimate else 0
-    total = Traffic(read, written, products, cycles)
+    received = collections.Counter()
     for kind, nbytes in collectives.received(inside, self._module.devices):
-      total += Traffic(collectives={kind: nbytes})
-    return total
+      received[kind] += nbytes
+    return Traffic(read, written, products, cycles, received)
