@@ -34,11 +34,10 @@ class Setting(DecodeSetting):
 
   @property
   def config(self) -> network.T5Config:
-    """The model's configuration; its errors are BadInput."""
+    """The model's configuration."""
     cfg, n = super().config, self.num_layers
-    if n is None:
-      return cfg
-    return dataclasses.replace(cfg, num_encoder_layers=n, num_decoder_layers=n)
+    layers = {'num_encoder_layers': n, 'num_decoder_layers': n}
+    return dataclasses.replace(cfg, **layers) if n else cfg
 
   def least_bytes(self, devices: int) -> float:
     """Returns the bytes that a step must read on one of so many devices.
@@ -50,11 +49,7 @@ class Setting(DecodeSetting):
 
 
 def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
-  """Lowers `generate` for the devices of a partitioner.
-
-  Args:
-    setting: what to decode.
-    partitioner: of `training.partitioning`, with the devices of a slice.
+  """Lowers `generate` for the devices of a partitioner of `training.partitioning`.
 
   Returns:
     (the lowered program, from parameters, inputs `[B, S]` and prompts `[B, T]` to
@@ -84,7 +79,12 @@ def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, cfg.dtype), variables['params']
   )
-  specs = _partition_specs(variables['params_axes'], partitioner.logical_axis_rules)
+  rules = partitioner.logical_axis_rules
+  specs = jax.tree.map(
+    lambda names: nn_partitioning.logical_to_mesh_axes(tuple(names), rules),
+    unfreeze(nn_partitioning.get_axis_names(variables['params_axes'])),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
   tokens = [
     jax.ShapeDtypeStruct((setting.batch_size, length), jnp.int32)
     for length in (setting.input_length, setting.output_length)
@@ -92,12 +92,3 @@ def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
   rows = partitioner.data_partition_spec
   partitioned = partitioner.partition(decode, (specs, rows, rows), rows)
   return partitioned.lower(params, *tokens), params, specs
-
-
-def _partition_specs(params_axes: Any, rules: Any) -> Any:
-  """Returns how parameters of these logical axes are sharded, by rules to mesh axes."""
-  return jax.tree.map(
-    lambda names: nn_partitioning.logical_to_mesh_axes(tuple(names), rules),
-    unfreeze(nn_partitioning.get_axis_names(params_axes)),
-    is_leaf=lambda x: isinstance(x, PartitionSpec),
-  )
