@@ -82,20 +82,9 @@ def _decode(module, num_beams, length, params, encoded, cache, inputs, steps):
 
   prompts = jnp.zeros((inputs.shape[0], length), jnp.int32)
   if num_beams == 1:
-    return decoding.temperature_sample(
-      prompts,
-      cache,
-      tokens_to_logits,
-      NO_EOS,
-      temperature=0.0,
-      topk=0,
-      max_decode_steps=steps,
-    )
-  return decoding.beam_search(
-    prompts,
-    cache,
-    tokens_to_logits,
-    NO_EOS,
-    num_decodes=num_beams,
-    max_decode_step=steps,
-  )
+    more = {'temperature': 0.0, 'topk': 0, 'max_decode_steps': steps}
+    run = decoding.temperature_sample
+  else:
+    more = {'num_decodes': num_beams, 'max_decode_step': steps}
+    run = decoding.beam_search
+  return run(prompts, cache, tokens_to_logits, NO_EOS, **more)

@@ -110,18 +110,11 @@ def _decode(module, num_beams, length, params, kept, cache, inputs, steps):
     return generate.step(module, params, kept, state.cache, inputs, token_R, length)
 
   prompts = jnp.zeros((inputs.shape[0], length), jnp.int32)
-  if num_beams == 1:
-    return sampling.greedy(
-      prompts, cache, tokens_to_logits, NO_EOS, max_decode_steps=steps
-    )
-  return beam_search.beam_search(
-    prompts,
-    cache,
-    tokens_to_logits,
-    NO_EOS,
-    num_decodes=num_beams,
-    max_decode_step=steps,
-  )
+  run, more = sampling.greedy, {'max_decode_steps': steps}
+  if num_beams > 1:
+    more = {'num_decodes': num_beams, 'max_decode_step': steps}
+    run = beam_search.beam_search
+  return run(prompts, cache, tokens_to_logits, NO_EOS, **more)
 
 
 def measure(

@@ -47,16 +47,11 @@ def medians(runs: Sequence[Callable[[], float]], repeats: int) -> list[float]:
 def slopes(
   runs: Sequence[Callable[[int], Any]], counts: tuple[int, int], repeats: int
 ) -> list[float]:
-  """Times one more step of each function, which take turns.
+  """Returns the seconds of one more step of each function; they take turns.
 
-  Args:
-    runs: each does a given number of steps.
-    counts: few steps, and many.
-    repeats: how often.
-
-  Returns:
-    For each function the median over repeats of (seconds of many - seconds of few) /
-    (many - few): what does not grow with the steps drops out.
+  Each does a given number of steps, and `counts` are few of them, and many. Medians of
+  (seconds of many - seconds of few) / (many - few): what does not grow with the steps
+  drops out.
   """
   few, many = counts
   for run in runs:
@@ -84,12 +79,7 @@ def matmul_gflop_per_s(
 
   There are more kernels than fit into a cache, as in a decode step, and none waits for
   another. They are multiplied as `[rows, D] x [D, F]` and as `[F, D] x [D, rows]`; the
-  faster counts.
-
-  Args:
-    rows: of the first factor.
-    shapes: (D, F) of the kernels; as many of one as of another.
-    dtype: of all factors.
+  faster counts. `shapes` are (D, F); there are as many kernels of one as of another.
   """
   nbytes = sum(map(math.prod, shapes)) * jnp.dtype(dtype).itemsize
   flops = 2 * rows * sum(map(math.prod, shapes))
@@ -119,17 +109,10 @@ def matmul_gflop_per_s(
 def in_groups(
   settings: Sequence[Any], make: Callable[[Any], Any]
 ) -> Iterator[tuple[list[Any], list[Any]]]:
-  """Makes what is timed, as much at a time as fits into memory together.
+  """Yields (settings, what was made of them), as many as fit into memory together.
 
-  Neighbours are together that use at most half of the free memory.
-
-  Args:
-    settings: each has `nbytes()`.
-    make: setting -> what is timed.
-
-  Yields:
-    (settings, what was made of them); the second list is emptied before the next is
-    made.
+  They are neighbours whose `nbytes()` are at most half of the free memory. The second
+  list is emptied before the next is made.
   """
   room = (free_bytes() or 0) // 2
   groups: list[list[Any]] = []

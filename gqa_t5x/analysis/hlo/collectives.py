@@ -1,27 +1,20 @@
-"""Bytes that one device receives from others in the collectives of a program.
-
-The least that the usual ring algorithms receive, without padding, in a group of g:
-
-  all-gather           what the result has and the operand has not
-  reduce-scatter       (g - 1) / g of the operand
-  all-reduce           both, one after the other: 2 (g - 1) / g of the operand
-  all-to-all           (g - 1) / g of the operand
-  collective-permute   the operand
-"""
+"""Bytes that one device receives from others in the collectives of a program."""
 
 import math
 import re
 
 from gqa_t5x.analysis.hlo.parse import Computation, Instruction
 
+# The least that the usual ring algorithms receive, without padding, of an operand of n
+# bytes in a group of g. An all-reduce is a reduce-scatter and then an all-gather.
 COLLECTIVES = {
-  'all-reduce',
-  'all-gather',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-  'ragged-all-to-all',
-  'collective-broadcast',
+  'all-gather': lambda n, g: n * (g - 1),
+  'reduce-scatter': lambda n, g: n * (g - 1) / g,
+  'all-reduce': lambda n, g: 2 * n * (g - 1) / g,
+  'all-to-all': lambda n, g: n * (g - 1) / g,
+  'ragged-all-to-all': lambda n, g: n * (g - 1) / g,
+  'collective-permute': lambda n, g: n,
+  'collective-broadcast': lambda n, g: n,
 }
 _RENAMES = {'bitcast', 'get-tuple-element', 'reshape'}
 
@@ -38,7 +31,7 @@ def received(computation: Computation, devices: int) -> list[tuple[str, float]]:
     kind = 'reduce-scatter' if _is_reduce_scatter(computation, i) else i.opcode
     operands = (computation.instructions[name] for name in i.operands)
     nbytes = sum(shape.size for operand in operands for shape in operand.shapes)
-    found.append((kind, _received(kind, nbytes, _group_size(i, devices))))
+    found.append((kind, COLLECTIVES[kind](nbytes, _group_size(i, devices))))
   return found
 
 
@@ -57,16 +50,6 @@ def _is_reduce_scatter(computation: Computation, i: Instruction) -> bool:
       else:
         return False
   return slices > 0
-
-
-def _received(kind: str, nbytes: float, group: int) -> float:
-  if kind == 'all-gather':
-    return nbytes * (group - 1)
-  if kind in ('reduce-scatter', 'all-to-all', 'ragged-all-to-all'):
-    return nbytes * (group - 1) / group
-  if kind == 'all-reduce':
-    return 2 * nbytes * (group - 1) / group
-  return nbytes
 
 
 def _group_size(i: Instruction, devices: int) -> int:

@@ -21,6 +21,7 @@ _ARRAY = re.compile(r'(\w+)\[([^\]]*)\](?:\{([^}]*)\})?')
 _TILE = re.compile(r'\(([\d,]+)\)')
 _COMMENT = re.compile(r'/\*.*?\*/')
 _ASIDE = re.compile(r'(?:^|, )(?:metadata|backend_config)=[{"]')
+_INSTRUCTION = re.compile(r'\s*(ROOT )?%?(\S+) = (.*?) ([\w\-]+)\(')
 _NAME = re.compile(r'%([\w.\-]+)')
 _PARENTHESIS = re.compile(r'[()]')
 
@@ -246,27 +247,24 @@ def parse(text: str) -> Module:
 
 
 def _parse_instruction(line: str) -> Instruction | None:
-  left, equals, right = line.strip().partition(' = ')
-  if not equals:
+  found = _INSTRUCTION.match(line)
+  if not found:
     return None
-  end = _closing(right, 0) + 1 if right.startswith('(') else right.index(' ')
-  type_text, right = right[:end], right[end:].lstrip()
-  start = right.index('(')
-  end = _closing(right, start)
-  opcode, inside, rest = right[:start], right[start + 1 : end], right[end + 1 :]
-  rest = rest.removeprefix(', ')
+  root, name, type_text, opcode = found.groups()
+  end = _closing(line, found.end() - 1)
+  inside, rest = line[found.end() : end], line[end + 1 :].removeprefix(', ')
   aside = _ASIDE.search(rest)
   cut = aside.start() if aside else len(rest)
-  has_literal = opcode in ('constant', 'parameter')
+  is_literal = opcode in ('constant', 'parameter')
   return Instruction(
-    left.removeprefix('ROOT ').lstrip('%'),
+    name,
     opcode,
     type_text,
-    () if has_literal else tuple(_NAME.findall(inside)),
+    () if is_literal else tuple(_NAME.findall(inside)),
     rest[:cut],
     rest[cut:],
-    left.startswith('ROOT '),
-    inside if has_literal else '',
+    bool(root),
+    inside if is_literal else '',
   )
 
 

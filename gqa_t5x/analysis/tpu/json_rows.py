@@ -4,6 +4,7 @@ The functions return (the row, the text of the compiled program or '' if it does
 fit). `slice_name` is such as `v4:2x2x2`, and `mesh` is of its devices.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -37,14 +38,8 @@ def decode_row(
   """
   cfg, chip = setting.config, _chip(slice_name)
   row = _first_keys('decode', slice_name, mesh) | {
-    'size': setting.size,
+    **dataclasses.asdict(setting),
     'num_kv_heads': cfg.cross_kv,
-    'batch_size': setting.batch_size,
-    'input_length': setting.input_length,
-    'output_length': setting.output_length,
-    'num_beams': setting.num_beams,
-    'dtype': setting.dtype,
-    'kv_sharding': setting.kv_sharding,
     'num_layers': cfg.num_decoder_layers,
     'least_bytes_per_step': chip.devices * setting.least_bytes(mesh.size),
     'parameters_bytes': chip.devices * program.bytes_on_device(params, specs, mesh),
@@ -78,12 +73,9 @@ def train_row(
   lowered: Any,
   state: Mapping[str, tuple[Any, Any]],
 ) -> CompiledText:
-  """Compiles a training step.
+  """Compiles a training step; `facts` are keys of the row that say what is trained.
 
-  Args:
-    slice_name, mesh, lowered: as of `decode_row`.
-    facts: keys of the row that say what is trained.
-    state: part of the train state -> its shapes and PartitionSpecs.
+  `state` maps parts of the train state to their shapes and PartitionSpecs.
   """
   chip = _chip(slice_name)
   row = _first_keys('train', slice_name, mesh) | facts

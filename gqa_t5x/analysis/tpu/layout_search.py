@@ -17,15 +17,13 @@ def search_decode(
 ) -> CompiledText | None:
   """Finds the model partitions that decode fastest, each with its largest batch.
 
+  That is with the least seconds per sample; None if nothing fits.
+
   Args:
-    num_devices: of the slice.
-    chips: of the slice.
+    num_devices, chips: of the slice.
     partitions: model partitions; None tries all.
     most_per_chip: the largest batch, inputs a chip.
     compile_batch: takes the batch size.
-
-  Returns:
-    That with the least seconds per sample; None if nothing fits.
   """
 
   def batches(M):
@@ -43,13 +41,8 @@ def search_train(
 ) -> CompiledText | None:
   """Finds the model partitions that train fastest, each with the fewest microbatches.
 
-  Args:
-    num_devices: of the slice.
-    batch_size: of the whole slice.
-    compile_parts: takes the number of microbatches.
-
-  Returns:
-    That with the least time by the roofline; None if nothing fits.
+  That is with the least time by the roofline; None if nothing fits. `compile_parts`
+  takes the number of microbatches.
   """
 
   def rows_together(M):

@@ -29,11 +29,7 @@ class TooLarge(Exception):
 
 
 def compile_program(lowered: Any) -> Any:
-  """Returns `lowered.compile()`.
-
-  Raises:
-    TooLarge: if it does not fit into the memory of a device.
-  """
+  """Returns `lowered.compile()`; TooLarge if a device has not enough memory."""
   with topology.quiet(TooLarge):
     try:
       return lowered.compile()
@@ -45,12 +41,9 @@ def compile_program(lowered: Any) -> Any:
 
 
 def bytes_on_device(shapes: Any, specs: Any, mesh: Mesh) -> float:
-  """Returns what arrays take on one device, without padding.
+  """Returns what a tree of arrays takes on one device of a mesh, without padding.
 
-  Args:
-    shapes: a tree of arrays or shapes.
-    specs: the same tree of PartitionSpecs; None is replicated.
-    mesh: that they are laid out over.
+  `specs` is the same tree of PartitionSpecs; None is replicated.
   """
   leaves = jax.tree.leaves(shapes)
   specs = jax.tree.leaves(specs, is_leaf=lambda x: x is None or isinstance(x, P))
