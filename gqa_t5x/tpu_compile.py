@@ -69,6 +69,18 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.model import axes, sizes
 from gqa_t5x.training import gin_command, lowering
 
+# Flags: name, default and text.
+WHOLE_NUMBERS = (
+  ('num_kv_heads', None, "Key/value heads; the size's own by default, or MHA."),
+  ('num_layers', None, "Of encoder and decoder each; the size's by default."),
+  ('batch_size', 8, 'Inputs decoded together, on the whole slice.'),
+  ('input_length', 512, 'Tokens of each input.'),
+  ('output_length', 64, 'Tokens decoded; positions of the self-attention cache.'),
+  ('num_beams', 1, 'Beams of each input; 1 is greedy.'),
+  ('model_partitions', None, 'Devices a copy of the model; all by default.'),
+  ('max_batch_per_chip', 32, 'The largest batch that --search tries, per chip.'),
+)
+
 
 def define_flags() -> command_line.Command:
   """The flags of the command."""
@@ -79,25 +91,14 @@ def define_flags() -> command_line.Command:
   command.choice('mode', None, ('train', 'decode'), text)
   gin_command.gin_flags(command)
   command.choice('size', None, sizes.SIZES, 'Decoding: the model.')
-  text = "Key/value heads; the size's own by default, or MHA."
-  command.whole('num_kv_heads', None, text)
-  text = "Of encoder and decoder each; the size's by default."
-  command.whole('num_layers', None, text)
-  command.whole('batch_size', 8, 'Inputs decoded together, on the whole slice.')
-  command.whole('input_length', 512, 'Tokens of each input.')
-  text = 'Tokens decoded; positions of the self-attention cache.'
-  command.whole('output_length', 64, text)
-  command.whole('num_beams', 1, 'Beams of each input; 1 is greedy.')
+  for name, default, text in WHOLE_NUMBERS:
+    command.whole(name, default, text)
   text = 'Of parameters, activations and cache.'
   command.choice('dtype', 'bfloat16', models.DTYPES, text)
-  text = 'Devices a copy of the model; all by default.'
-  command.whole('model_partitions', None, text)
   text = 'How kept keys and values are split over them; by rule if not given.'
   command.choice('kv_sharding', None, axes.KV_SHARDINGS, text)
   text = 'Look for the best layout, whatever --batch_size says.'
   command.switch('search', False, text)
-  text = 'The largest batch that --search tries, per chip.'
-  command.whole('max_batch_per_chip', 32, text)
   command.text('json', None, 'Write the object to this file.')
   command.text('hlo', None, "Write the compiled program's text here.")
   return command

@@ -37,19 +37,16 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> N
   """
   time = next(key for key in columns if key in TIMES)
   slowest = max(row[time] for row in rows)
+  bars = [{'bar': '█' * max(1, round(BAR * row[time] / slowest))} for row in rows]
+  keys = [*columns]
+  keys.insert(keys.index(time) + 1, 'bar')
   table = rich.table.Table(box=None, pad_edge=False)
-  for key, head in columns.items():
-    left = key in ('model', 'size', 'method', 'compression')
-    table.add_column(head, justify='left' if left else 'right', no_wrap=True)
-    if key == time:
-      table.add_column('', no_wrap=True)
-  for row in rows:
-    cells = []
-    for key in columns:
-      cells.append(_cell(row, key))
-      if key == time:
-        cells.append('█' * max(1, round(BAR * row[time] / slowest)))
-    table.add_row(*cells)
+  for key in keys:
+    left = key in ('model', 'size', 'method', 'compression', 'bar')
+    justify = 'left' if left else 'right'
+    table.add_column(columns.get(key, ''), justify=justify, no_wrap=True)
+  for row, bar in zip(rows, bars, strict=True):
+    table.add_row(*(_cell(row | bar, key) for key in keys))
   width = None if os.isatty(1) else 120
   console = rich.console.Console(width=width, highlight=False)
   console.print(table)

@@ -4,7 +4,6 @@ Everything is warmed up first; a number is the median over repeats, and things t
 compared take turns.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,26 +71,21 @@ def stream_gb_per_s() -> float:
   return 4e-9 * size / median_seconds(lambda: total(array), MACHINE_REPEATS)
 
 
-def matmul_gflop_per_s(
-  rows: int, shapes: Sequence[tuple[int, int]], dtype: Any
-) -> float:
+def matmul_gflop_per_s(rows: int, D: int, F: int, dtype: Any) -> float:
   """Returns the rate of products of few rows, GFLOP/s, 2 a multiply-add.
 
-  There are more kernels than fit into a cache, as in a decode step, and none waits for
-  another. They are multiplied as `[rows, D] x [D, F]` and as `[F, D] x [D, rows]`; the
-  faster counts. `shapes` are (D, F); there are as many kernels of one as of another.
+  There are more kernels than fit into a cache, as in a decode step, as many `[D, F]` as
+  `[F, D]`, and none waits for another. They are the second factor of a product, or the
+  first, transposed; the faster counts.
   """
-  nbytes = sum(map(math.prod, shapes)) * jnp.dtype(dtype).itemsize
-  flops = 2 * rows * sum(map(math.prod, shapes))
+  nbytes, flops = 2 * D * F * jnp.dtype(dtype).itemsize, 2 * rows * 2 * D * F
   backend = jax.default_backend()
   number = min(STREAM_BYTES[backend] // 2 // nbytes, PRODUCT_FLOPS[backend] // flops)
   number = max(1, int(number))
-  inputs = [jnp.ones((rows, D), dtype) for D, _ in shapes]
+  inputs = jnp.ones((rows, D), dtype), jnp.ones((rows, F), dtype)
 
-  def rate(product, kernel_shapes):
-    kernels = [
-      [jnp.full(shape, i, dtype) for shape in kernel_shapes] for i in range(number)
-    ]
+  def rate(product, *shapes):
+    kernels = [[jnp.full(shape, i, dtype) for shape in shapes] for i in range(number)]
     run = jax.jit(
       lambda inputs, kernels: [
         product(x, w) for pair in kernels for x, w in zip(inputs, pair, strict=True)
@@ -101,8 +95,8 @@ def matmul_gflop_per_s(
     return 1e-9 * number * flops / taken
 
   return max(
-    rate(lambda x, w: x @ w, shapes),
-    rate(lambda x, w: lax.optimization_barrier(w @ x.T).T, [s[::-1] for s in shapes]),
+    rate(lambda x, w: x @ w, (D, F), (F, D)),
+    rate(lambda x, w: lax.optimization_barrier(w @ x.T).T, (F, D), (D, F)),
   )
 
 

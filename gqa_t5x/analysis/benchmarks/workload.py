@@ -52,7 +52,7 @@ def _random(seed, shape, dtype):
 def matmul_rate(size: str, rows: int, dtype: str) -> float:
   """Returns GFLOP/s of the machine on products of `rows` with a model's MLP kernels."""
   D, F = sizes.SIZES[size]['emb_dim'], sizes.SIZES[size]['mlp_dim']
-  return timing.matmul_gflop_per_s(rows, ((D, F), (F, D)), models.DTYPES[dtype])
+  return timing.matmul_gflop_per_s(rows, D, F, models.DTYPES[dtype])
 
 
 def common_keys(kind: str, command: str, setting: Any) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from gqa_t5x.model.network import T5Config
 
 # A query reads a bias by relative position from 32 buckets (layers.py).
 RELPOS_BUCKETS = 32
-# The backward pass of a product is two products of the same three matrices.
-FORWARD_AND_BACKWARD = 3
 
 
 def num_parameters(cfg: T5Config) -> int:
@@ -155,7 +153,7 @@ def training_step(
     products.cross_kv(cfg, batch_size, input_length),
     products.decoder(cfg, batch_size, target_length, target_length, input_length),
   )
-  return products.total(parts, FORWARD_AND_BACKWARD)
+  return products.total(parts, 3)
 
 
 def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:

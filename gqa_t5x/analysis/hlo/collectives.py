@@ -1,5 +1,6 @@
 """Bytes that one device receives from others in the collectives of a program."""
 
+import collections
 import math
 import re
 
@@ -19,19 +20,16 @@ COLLECTIVES = {
 _RENAMES = {'bitcast', 'get-tuple-element', 'reshape'}
 
 
-def received(computation: Computation, devices: int) -> list[tuple[str, float]]:
-  """Returns (kind, bytes received) of each collective in a `hbm.body`.
-
-  So many devices run the program.
-  """
-  found = []
+def received(computation: Computation, devices: int) -> collections.Counter:
+  """Returns kind -> bytes received in a `hbm.body`; so many devices run the program."""
+  found = collections.Counter()
   for i in computation.instructions.values():
     if i.opcode not in COLLECTIVES:
       continue
     kind = 'reduce-scatter' if _is_reduce_scatter(computation, i) else i.opcode
     operands = (computation.instructions[name] for name in i.operands)
     nbytes = sum(shape.size for operand in operands for shape in operand.shapes)
-    found.append((kind, COLLECTIVES[kind](nbytes, _group_size(i, devices))))
+    found[kind] += COLLECTIVES[kind](nbytes, _group_size(i, devices))
   return found
 
 

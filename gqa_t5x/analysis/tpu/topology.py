@@ -26,7 +26,6 @@ MEGACORE = {
   'num_slices': 1,
 }
 OPTIONS = {'v4': MEGACORE, 'v5p': MEGACORE}
-EXAMPLE = 'v4:2x2x2'
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
@@ -38,11 +37,11 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
   if generation not in GENERATIONS:
     raise BadInput(
       f'topology={name}: {generation!r} is unknown; choose one of'
-      f' {", ".join(GENERATIONS)}, and a shape in chips: {EXAMPLE}.'
+      f' {", ".join(GENERATIONS)}, and a shape in chips: v4:2x2x2.'
     )
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
     raise BadInput(
-      f'topology={name}: {shape!r} is no shape in chips; write it as in {EXAMPLE}.'
+      f'topology={name}: {shape!r} is no shape in chips; write it as in v4:2x2x2.'
     )
   dimensions = tuple(int(n) for n in shape.split('x'))
   chips, pod = math.prod(dimensions), CHIPS[generation].pod
