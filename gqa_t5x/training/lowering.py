@@ -86,11 +86,8 @@ def lower_train_step(
     train_state_axes=specs,
     rng=jax.random.PRNGKey(0),
   )
-  try:
-    with _microbatches_are_sharded():
-      lowered = trainer.lower_train_step(batch)
-  finally:
-    trainer.close()
+  with contextlib.closing(trainer), _microbatches_are_sharded():
+    lowered = trainer.lower_train_step(batch)
   shapes, specs = state.state_dict(), specs.state_dict()
   return lowered, {
     'parameters': (shapes['target'], specs['target']),

@@ -8,6 +8,9 @@ import numpy as np
 
 from gqa_t5x.analysis.hlo.parse import Computation, Instruction, Shape
 
+# What counts where an instruction does not say it.
+WINDOW = {'pad': 0, 'stride': 1, 'lhs_dilate': 1, 'rhs_dilate': 1}
+
 
 def of_product(computation: Computation, i: Instruction) -> float:
   """Returns the FLOPs of a matrix product, 2 a multiply-add; of all else 0."""
@@ -55,19 +58,13 @@ def _convolution_products(i: Instruction, left: Shape, right: Shape) -> int:
   return products
 
 
-def _window(text: str, d: int) -> tuple[int, int, int, int]:
+def _window(text: str, d: int) -> list[int]:
   """Returns low padding, stride, and dilations of both sides in a dimension."""
-
-  def value(name: str, default: int) -> int:
-    found = re.search(rf'{name}=([\w\-]+)', text)
-    return int(found.group(1).split('x')[d].split('_')[0]) if found else default
-
-  return (
-    value('pad', 0),
-    value('stride', 1),
-    value('lhs_dilate', 1),
-    value('rhs_dilate', 1),
-  )
+  found = {name: re.search(rf'{name}=([\w\-]+)', text) for name in WINDOW}
+  return [
+    int(said[1].split('x')[d].split('_')[0]) if said else WINDOW[name]
+    for name, said in found.items()
+  ]
 
 
 @functools.cache

@@ -21,6 +21,7 @@ _ARRAY = re.compile(r'(\w+)\[([^\]]*)\](?:\{([^}]*)\})?')
 _TILE = re.compile(r'\(([\d,]+)\)')
 _COMMENT = re.compile(r'/\*.*?\*/')
 _ASIDE = re.compile(r'(?:^|, )(?:metadata|backend_config)=[{"]')
+_COMPUTATION = re.compile(r'^(ENTRY %?|%)(\S+) [^\n]*\{\n(.*?)^\}', re.M | re.S)
 _INSTRUCTION = re.compile(r'\s*(ROOT )?%?(\S+) = (.*?) ([\w\-]+)\(')
 _NAME = re.compile(r'%([\w.\-]+)')
 _PARENTHESIS = re.compile(r'[()]')
@@ -224,19 +225,10 @@ class Module:
 def parse(text: str) -> Module:
   """Parses the text of `compiled.as_text()`; ValueError if it is no program."""
   computations, entry = {}, None
-  name, instructions = None, {}
-  for line in text.split('\n'):
-    if name is None:
-      if begins := re.match(r'(ENTRY %?|%)(\S+) .*\{$', line):
-        name, instructions = begins[2], {}
-        entry = entry if begins[1] == '%' else name
-    elif line.startswith('}'):
-      computations[name] = Computation(name, instructions)
-      name = None
-    else:
-      instruction = _parse_instruction(line)
-      if instruction is not None:
-        instructions[instruction.name] = instruction
+  for mark, name, lines in _COMPUTATION.findall(text):
+    instructions = filter(None, map(_parse_instruction, lines.split('\n')))
+    computations[name] = Computation(name, {i.name: i for i in instructions})
+    entry = entry if mark == '%' else name
   if entry not in computations:
     raise ValueError(
       f'This is no HLO module: {text[:40]!r}; it takes the text of compiled.as_text().'

@@ -1,6 +1,7 @@
 """Lowers decoding for a TPU slice: the whole loop, as a user's program runs it."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -65,16 +66,11 @@ def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
       f' model (devices / model_partitions={setting.model_partitions}).'
     )
   cfg = setting.config
-  module = network.Transformer(cfg)
-  decode_fn, more = sampling.greedy, {}
+  more = {'decode_fn': sampling.greedy}
   if setting.num_beams > 1:
-    decode_fn, more = beam_search.beam_search, {'num_decodes': setting.num_beams}
-
-  def decode(params, inputs, prompts):
-    return generate.generate(
-      module, params, inputs, prompts, decode_fn, eos_id=EOS, **more
-    )
-
+    more = {'decode_fn': beam_search.beam_search, 'num_decodes': setting.num_beams}
+  module = network.Transformer(cfg)
+  decode = functools.partial(generate.generate, module, eos_id=EOS, **more)
   variables = models.variable_shapes(cfg)
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, cfg.dtype), variables['params']
