@@ -90,7 +90,7 @@ def test_programs_that_do_not_compile(message, expected, capfd):
   with pytest.raises(program.TooLarge if expected else RuntimeError) as error:
     program.compile_program(Lowered())
   if expected:
-    assert error.value.needed == expected
+    assert error.value.args[0] == expected
   assert capfd.readouterr().err == ('' if expected else 'written by C++\n')
 
 

@@ -112,14 +112,9 @@ def decoding_partitioner(
   num_kv_heads: int | None,
   kv_sharding: str | None,
 ) -> partitioning.Partitioner:
-  """Returns a partitioner for decoding, with the rules of training.
-
-  `num_kv_heads` and `kv_sharding` are as of `axes.kv_head_rules`, whose errors these
-  are.
-  """
-  rules = t5x_partitioning.standard_logical_axis_rules(
-    additional_rules=axes.kv_head_rules(num_kv_heads, num_partitions, kv_sharding)
-  )
+  """Returns a partitioner for decoding, by T5X's rules and `axes.kv_head_rules`."""
+  more = axes.kv_head_rules(num_kv_heads, num_partitions, kv_sharding)
+  rules = t5x_partitioning.standard_logical_axis_rules(additional_rules=more)
   partitioner = partitioning.Partitioner(num_partitions, logical_axis_rules=rules)
   partitioner.devices = devices
   return partitioner

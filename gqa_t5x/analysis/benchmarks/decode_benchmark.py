@@ -81,11 +81,7 @@ class Setting(DecodeSetting):
 
 
 def decoder(
-  cfg: network.T5Config,
-  params: Any,
-  inputs_BS: jax.Array,
-  length: int,
-  num_beams: int,
+  cfg: network.T5Config, params: Any, inputs_BS: jax.Array, length: int, num_beams: int
 ) -> tuple[Callable[[], Any], Callable[[int], Any]]:
   """Returns what is timed of a model with a self-attention cache of some length.
 

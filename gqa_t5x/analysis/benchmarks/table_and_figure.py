@@ -93,8 +93,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   differing = [n for n in names if len({row[n] for row in rows}) > 1] or ['size']
   lines: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
-    label = ', '.join(f'{n.replace("_", " ")} {row[n]}' for n in differing)
-    label += '' if row['system'] == 'gqa_t5x' else ' (T5X)'
+    label = _said(row, differing) + ('' if row['system'] == 'gqa_t5x' else ' (T5X)')
     lines.setdefault(label, []).append(row)
   fig, axis = plt.subplots(figsize=(5.5, 3.6), layout='constrained')
   axis.set_prop_cycle(color=palette.LINES)
@@ -109,10 +108,8 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   axis.set_ylim(0, 1.08 * max(row['seconds_per_sample'] for row in rows))
   axis.set_xlabel('key/value heads')
   axis.set_ylabel('time per sample (s)')
-  same = [
-    f'{n.replace("_", " ")} {rows[0][n]}' for n in names[1:-1] if n not in differing
-  ]
-  title = [f'measured on {rows[0]["device"]}, {rows[0]["dtype"]}', ', '.join(same)]
+  same = _said(rows[0], [n for n in names[1:-1] if n not in differing])
+  title = [f'measured on {rows[0]["device"]}, {rows[0]["dtype"]}', same]
   axis.set_title('\n'.join(filter(None, title)), fontsize=9)
   axis.grid(axis='y', lw=0.4, color='0.85')
   axis.spines[['top', 'right']].set_visible(False)
@@ -120,3 +117,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   with files.whole(path) as temporary:
     fig.savefig(temporary, dpi=150)
   plt.close(fig)
+
+
+def _said(row: dict[str, Any], keys: Sequence[str]) -> str:
+  return ', '.join(f'{key.replace("_", " ")} {row[key]}' for key in keys)

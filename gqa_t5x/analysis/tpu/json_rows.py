@@ -120,7 +120,7 @@ def _compile(row: CompiledRow, lowered: Any, chip: Chip) -> str:
   try:
     compiled = program.compile_program(lowered)
   except program.TooLarge as error:
-    row |= {'fits': False, 'hbm_peak_bytes': n * error.needed}
+    row |= {'fits': False, 'hbm_peak_bytes': n * error.args[0]}
     return ''
   stats = compiled.memory_analysis()
   argument, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes

@@ -1,5 +1,6 @@
 """Finds the layout of a TPU slice that serves best: partitions, batch, microbatches."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from gqa_t5x.analysis.tpu.json_rows import CompiledText
@@ -63,11 +64,8 @@ def _best(
   key: str,
 ) -> CompiledText | None:
   """Returns the result with the least `key`, of the largest sizes that fit."""
-  largest_of_each = (
-    largest(sizes_of(M), lambda size, M=M: compile_size(M, size)) for M in partitions
-  )
-  found = [result for result in largest_of_each if result is not None]
-  return min(found, key=lambda result: result[0][key], default=None)
+  found = (largest(sizes_of(M), functools.partial(compile_size, M)) for M in partitions)
+  return min(filter(None, found), key=lambda result: result[0][key], default=None)
 
 
 def largest(

@@ -21,11 +21,7 @@ TOO_LARGE = (
 
 
 class TooLarge(Exception):
-  """A program that does not fit; one device would need so many bytes."""
-
-  def __init__(self, needed: float):
-    super().__init__(needed)
-    self.needed = needed
+  """A program does not fit; the argument is the bytes that one device would need."""
 
 
 def compile_program(lowered: Any) -> Any:
