@@ -72,15 +72,12 @@ PARTIAL = '.partial'  # the file of --json while it grows
 WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression': ()}
 
 _SIZE = ('base', 'Model sizes: ' + ', '.join(sizes.SIZES) + '.')
-_HEADS = (
-  None,
-  "Key/value heads; by default the size's own, or every divisor of its heads.",
-)
+_HEADS = "Key/value heads; by default the size's own, or every divisor of its heads."
 # Benchmark -> the flags that take a comma list of settings: default and text.
 LISTS = {
   'decode': {
     'size': _SIZE,
-    'num_kv_heads': _HEADS,
+    'num_kv_heads': (None, _HEADS),
     'batch_size': ('8', 'Inputs decoded together; fill: as many as fit, by eights.'),
     'input_length': ('512', 'Tokens of each input.'),
     'output_length': ('64', 'Tokens decoded; positions of the self-attention cache.'),
@@ -89,7 +86,7 @@ LISTS = {
   },
   'train': {
     'size': _SIZE,
-    'num_kv_heads': _HEADS,
+    'num_kv_heads': (None, _HEADS),
     'batch_size': ('8', 'Examples of a batch.'),
     'input_length': ('512', 'Tokens of each input.'),
     'target_length': ('128', 'Tokens of each target.'),
@@ -108,11 +105,7 @@ LISTS = {
 
 
 def define_flags(name: str) -> command_line.Command:
-  """The flags of a benchmark.
-
-  Args:
-    name: a key of LISTS.
-  """
+  """The flags of a benchmark, a key of LISTS."""
   doc = f'{__doc__}\nThese are the flags of `{name}`; others: benchmark NAME --help.'
   command = command_line.Command('gqa_t5x.benchmark', doc, max_words=1)
   for flag, (default, text) in LISTS[name].items():
@@ -130,18 +123,11 @@ def define_flags(name: str) -> command_line.Command:
 
 
 def run(args: flags.FlagValues, name: str | None = None) -> None:
-  """Measures, prints a table and writes files.
+  """Measures, prints a table and writes files; BadInput comes before anything is run.
 
   A benchmark's `measure(chosen, repeats, command)` yields rows in the order of the
   settings; those that fit into memory together take turns, and the median of so many
   repeats counts.
-
-  Args:
-    args: parsed flags of `name`.
-    name: a key of LISTS.
-
-  Raises:
-    BadInput: for what cannot be measured or written, before anything is run.
   """
   if name not in LISTS:
     raise BadInput(f'say what to measure: {", ".join(LISTS)}; not {name!r}.')
@@ -163,12 +149,11 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   for setting in chosen:
     setting.check()
   rows = []
-  with table_and_figure.progress(len(chosen)) as advance:
-    for row in measure(chosen, args.repeats):
-      rows.append(row)
-      advance()
-      if args.json:  # What was measured is not lost if the rest is stopped.
-        epath.Path(args.json + PARTIAL).write_text(json.dumps(rows, indent=1))
+  measured = measure(chosen, args.repeats)
+  for row in table_and_figure.progress(measured, len(chosen)):
+    rows.append(row)
+    if args.json:  # What was measured is not lost if the rest is stopped.
+      epath.Path(args.json + PARTIAL).write_text(json.dumps(rows, indent=1))
   if args.json:
     epath.Path(args.json + PARTIAL).replace(args.json)
   table_and_figure.print_table(rows, module.COLUMNS)
@@ -196,7 +181,7 @@ def _t5x(name: str) -> Any:
       "--compare=t5x needs T5X's own example network (t5x.examples.t5), which is not"
       ' installed; run make setup ENGINE=t5x.'
     ) from error
-  return t5x_baseline.Decoder if name == 'decode' else t5x_baseline.network
+  return t5x_baseline.decoder if name == 'decode' else t5x_baseline.network
 
 
 def _command(name: str, args: flags.FlagValues) -> str:
@@ -212,15 +197,12 @@ def _command(name: str, args: flags.FlagValues) -> str:
 def settings(
   name: str, lists: Mapping[str, Sequence[str] | None], with_t5x: bool
 ) -> list[Any]:
-  """Returns every combination of what the flags list.
+  """Returns every combination of what the flags of a benchmark list.
 
   Args:
     name: a key of LISTS.
-    lists: flag -> the words that were given.
+    lists: flag -> the words that were given, refused where they cannot be.
     with_t5x: whether each list of heads is followed by T5X's own network once.
-
-  Raises:
-    BadInput: for what is not a number, or an unknown size or dtype.
   """
   make = _module(name).Setting
   values = {flag: _values(name, flag, words) for flag, words in lists.items()}
@@ -243,23 +225,21 @@ def settings(
 
 
 def _default_heads(name: str, size: str) -> list[int]:
-  dims = sizes.SIZES[size]
-  num_heads = dims['num_heads']
+  num_heads = sizes.SIZES[size]['num_heads']
   if name == 'convert':
     return [max(1, num_heads // 4)]
-  if 'num_kv_heads' in dims:
-    return [dims['num_kv_heads']]
-  return [k for k in range(num_heads, 0, -1) if num_heads % k == 0]
+  own = sizes.SIZES[size].get('num_kv_heads')
+  return [own] if own else [k for k in range(num_heads, 0, -1) if num_heads % k == 0]
 
 
 def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
   if not words:
     return []
+  if known := WORDS.get(flag):
+    for word in words:
+      if word not in known:
+        raise BadInput(f'{flag}={word}; choose from {", ".join(known)}.')
   if flag in WORDS:
-    known = WORDS[flag]
-    unknown = [word for word in words if known and word not in known]
-    if unknown:
-      raise BadInput(f'{flag}={unknown[0]}; choose from {", ".join(known)}.')
     return list(words)
   can_fill = name == 'decode' and flag == 'batch_size'
   try:
@@ -269,14 +249,7 @@ def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-  """The command.
-
-  Args:
-    argv: program name, a key of LISTS, and flags.
-
-  Returns:
-    Exit code: 0, 1 for bad input, 130 or 143 when stopped.
-  """
+  """The command; argv is program name, a key of LISTS, and flags."""
   words = [word for word in argv[1:] if not word.startswith('-')]
   name = words[0] if words and words[0] in LISTS else 'decode'
   stopped = f'stopped; rows until then: --json{PARTIAL}'

@@ -36,8 +36,7 @@ token position of the whole batch, the cache being full:
   prepare_...                 decoding: before the first step
   seconds_per_sample          decoding: (prepare + output_length steps) * chips / batch
 
-Exit code: 0 if it fits, 2 if not, 1 on an error, 130 or 143 when
-stopped.
+Exit code: 0 if it fits, 2 if not, 1 on an error, 130 or 143 when stopped.
 """
 
 import os
@@ -65,10 +64,22 @@ from gqa_t5x.analysis.tpu import (
   row_text,
   topology,
 )
-from gqa_t5x.analysis.tpu.layout_search import Result
+from gqa_t5x.analysis.tpu.json_rows import CompiledText
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import axes, sizes
 from gqa_t5x.training import gin_command, lowering
+
+# Flags: name, default and text.
+WHOLE_NUMBERS = (
+  ('num_kv_heads', None, "Key/value heads; the size's own by default, or MHA."),
+  ('num_layers', None, "Of encoder and decoder each; the size's by default."),
+  ('batch_size', 8, 'Inputs decoded together, on the whole slice.'),
+  ('input_length', 512, 'Tokens of each input.'),
+  ('output_length', 64, 'Tokens decoded; positions of the self-attention cache.'),
+  ('num_beams', 1, 'Beams of each input; 1 is greedy.'),
+  ('model_partitions', None, 'Devices a copy of the model; all by default.'),
+  ('max_batch_per_chip', 32, 'The largest batch that --search tries, per chip.'),
+)
 
 
 def define_flags() -> command_line.Command:
@@ -80,42 +91,23 @@ def define_flags() -> command_line.Command:
   command.choice('mode', None, ('train', 'decode'), text)
   gin_command.gin_flags(command)
   command.choice('size', None, sizes.SIZES, 'Decoding: the model.')
-  text = "Key/value heads; the size's own by default, or MHA."
-  command.whole('num_kv_heads', None, text)
-  text = "Of encoder and decoder each; the size's by default."
-  command.whole('num_layers', None, text)
-  command.whole('batch_size', 8, 'Inputs decoded together, on the whole slice.')
-  command.whole('input_length', 512, 'Tokens of each input.')
-  text = 'Tokens decoded; positions of the self-attention cache.'
-  command.whole('output_length', 64, text)
-  command.whole('num_beams', 1, 'Beams of each input; 1 is greedy.')
+  for name, default, text in WHOLE_NUMBERS:
+    command.whole(name, default, text)
   text = 'Of parameters, activations and cache.'
   command.choice('dtype', 'bfloat16', models.DTYPES, text)
-  text = 'Devices a copy of the model; all by default.'
-  command.whole('model_partitions', None, text)
   text = 'How kept keys and values are split over them; by rule if not given.'
   command.choice('kv_sharding', None, axes.KV_SHARDINGS, text)
   text = 'Look for the best layout, whatever --batch_size says.'
   command.switch('search', False, text)
-  text = 'The largest batch that --search tries, per chip.'
-  command.whole('max_batch_per_chip', 32, text)
   command.text('json', None, 'Write the object to this file.')
   command.text('hlo', None, "Write the compiled program's text here.")
   return command
 
 
 def run(args: flags.FlagValues, given: Sequence[str]) -> int:
-  """Compiles what the flags say, prints and writes it.
+  """Compiles what the flags say, prints and writes it; returns the exit code.
 
-  Args:
-    args: parsed flags.
-    given: the arguments as they were typed.
-
-  Returns:
-    Exit code: 0 if it fits, 2 if not.
-
-  Raises:
-    BadInput: what cannot be compiled or written.
+  `given` are the arguments as they were typed.
   """
   for path in filter(None, (args.json, args.hlo)):
     files.check_folder_of(path)
@@ -130,7 +122,7 @@ def run(args: flags.FlagValues, given: Sequence[str]) -> int:
   return 0 if row['fits'] else 2
 
 
-def _compile(args: flags.FlagValues) -> Result:
+def _compile(args: flags.FlagValues) -> CompiledText:
   if not args.topology:
     raise BadInput('--topology is missing; such as --topology=v4:2x2x2.')
   topology.parse(args.topology)
@@ -145,7 +137,7 @@ def _compile(args: flags.FlagValues) -> Result:
   return result
 
 
-def _decode(args: flags.FlagValues) -> Result | None:
+def _decode(args: flags.FlagValues) -> CompiledText | None:
   devices = topology.devices(args.topology)
   partitions = args.model_partitions or len(devices)
   if len(devices) % partitions:
@@ -153,8 +145,8 @@ def _decode(args: flags.FlagValues) -> Result | None:
       f'model_partitions={partitions} does not divide the {len(devices)} devices of'
       f' {args.topology}.'
     )
-  names = (field.name for field in dataclasses.fields(decode_program.Setting))
-  given = {name: args[name].value for name in names}
+  fields = dataclasses.fields(decode_program.Setting)
+  given = {field.name: args[field.name].value for field in fields}
   setting = decode_program.Setting(**given | {'model_partitions': partitions})
   if not args.search:
     return _compile_decoding(args.topology, setting)
@@ -172,7 +164,7 @@ def _decode(args: flags.FlagValues) -> Result | None:
   )
 
 
-def _compile_decoding(slice_name: str, setting: decode_program.Setting) -> Result:
+def _compile_decoding(slice_name: str, setting: decode_program.Setting) -> CompiledText:
   cfg = setting.config
   num_kv_heads = math.gcd(cfg.self_kv, cfg.cross_kv)
   with _refusals():
@@ -186,35 +178,27 @@ def _compile_decoding(slice_name: str, setting: decode_program.Setting) -> Resul
   return json_rows.decode_row(slice_name, setting, partitioner.mesh, *lowered)
 
 
-def _train(args: flags.FlagValues) -> Result | None:
-  configure = functools.partial(
-    _train_arguments, args.gin_file, args.gin_bindings, args.gin_search_paths
-  )
+def _train(args: flags.FlagValues) -> CompiledText | None:
+  def configure(*more):
+    bindings = [*args.gin_bindings, *more]
+    with _refusals():
+      return lowering.train_arguments(args.gin_file, bindings, args.gin_search_paths)
+
   if not args.search:
-    return _compile_training(args.topology, configure([]))
+    return _compile_training(args.topology, configure())
 
   def compile_parts(M, microbatches):
-    more = [f'MODEL_PARTITIONS = {M}', f'NUM_MICROBATCHES = {microbatches}']
-    row, text = _compile_training(args.topology, configure(more))
+    more = f'MODEL_PARTITIONS = {M}', f'NUM_MICROBATCHES = {microbatches}'
+    row, text = _compile_training(args.topology, configure(*more))
     row['num_microbatches'] = microbatches
     return _shown((row, text))
 
-  batch_size = configure([])['train_dataset_cfg'].batch_size
+  batch_size = configure()['train_dataset_cfg'].batch_size
   num_devices = len(topology.devices(args.topology))
   return layout_search.search_train(num_devices, batch_size, compile_parts)
 
 
-def _train_arguments(
-  gin_files: Sequence[str],
-  bindings: Sequence[str],
-  search_paths: Sequence[str],
-  more: Sequence[str],
-) -> dict[str, Any]:
-  with _refusals():
-    return lowering.train_arguments(gin_files, [*bindings, *more], search_paths)
-
-
-def _compile_training(slice_name: str, arguments: dict[str, Any]) -> Result:
+def _compile_training(slice_name: str, arguments: dict[str, Any]) -> CompiledText:
   partitioner, data = arguments['partitioner'], arguments['train_dataset_cfg']
   partitioner.devices = topology.devices(slice_name)
   with _refusals():
@@ -245,21 +229,14 @@ def _refusals() -> Iterator[None]:
     raise BadInput(str(error)) from error
 
 
-def _shown(result: Result) -> Result:
+def _shown(result: CompiledText) -> CompiledText:
   """Tells the user what a search has tried."""
   print(row_text.headline(result[0]), file=sys.stderr, flush=True)
   return result
 
 
 def main(argv: Sequence[str]) -> int:
-  """The command.
-
-  Args:
-    argv: program name and flags.
-
-  Returns:
-    Exit code: 0 if it fits, 2 if not, 1 on an error, 130 or 143 when stopped.
-  """
+  """The command; argv is program name and flags. Returns the exit code."""
   return define_flags().run(argv, functools.partial(run, given=argv[1:]))
 
 

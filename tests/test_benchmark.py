@@ -1,6 +1,7 @@
 """The benchmark command: its settings, rows, files and refusals."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -141,12 +142,11 @@ def test_missing_extras(monkeypatch, capsys):
 def test_memory_is_that_of_the_arrays():
   setting = Setting('one_layer', 8, 2, 8, 4, 'float32', 2)
   params = workload.random_params(setting.config, jnp.float32)
-  decoder = decode_benchmark.Decoder(
-    setting.config, params, jnp.ones((2, 8), jnp.int32), 4, 2
-  )
-  leaves = jax.tree.leaves((params, decoder._kept))
-  cross_and_params = sum(leaf.nbytes for leaf in leaves)
-  self_cache = 2 * sum(x.nbytes for x in jax.tree.leaves(decoder._cache) if x.ndim == 4)
+  inputs_BS = jnp.ones((2, 8), jnp.int32)
+  prepare, _ = decode_benchmark.decoder(setting.config, params, inputs_BS, 4, 2)
+  cache, kept = prepare()
+  cross_and_params = sum(leaf.nbytes for leaf in jax.tree.leaves((params, kept)))
+  self_cache = 2 * sum(x.nbytes for x in jax.tree.leaves(cache) if x.ndim == 4)
   logits = 4 * 2 * 2 * 64
   encoder = 2 * 8 * 8 * 8 * (4 + 4)
   assert setting.nbytes() == cross_and_params + self_cache + logits + encoder
@@ -286,13 +286,14 @@ def test_training_rows(tmp_path, capsys):
 
 def test_a_training_step_is_loss_and_gradients():
   """A step along the gradient lowers the loss by as much as its length says."""
-  setting = train_benchmark.Setting('one_layer', 2, 2, 8, 4, 'float32')
-  trainee = train_benchmark.Trainee(network.Transformer(setting.config), setting)
-  loss, gradients = trainee.step()
+  cfg = network.config('one_layer', num_kv_heads=2)
+  params = workload.random_params(cfg, jnp.float32)
+  tokens = jax.random.randint(jax.random.key(0), (2, 12), 2, 64)
+  step = functools.partial(train_benchmark.loss_and_gradients, network.Transformer(cfg))
+  loss, gradients = step(params, tokens[:, :8], tokens[:, 8:])
   squares = sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(gradients))
-  rate = 1e-3 / squares
-  trainee._params = jax.tree.map(lambda p, g: p - rate * g, trainee._params, gradients)
-  lower, _ = trainee.step()
+  params = jax.tree.map(lambda p, g: p - 1e-3 / squares * g, params, gradients)
+  lower, _ = step(params, tokens[:, :8], tokens[:, 8:])
   assert float(loss - lower) == pytest.approx(1e-3, rel=0.1)
 
 
@@ -304,16 +305,15 @@ def test_t5x_is_timed_where_a_setting_says_so():
     made.append(cfg.self_kv)
     return network.Transformer(cfg)
 
-  class DecoderOfT5X(decode_benchmark.Decoder):
-    def __init__(self, cfg, params, inputs_BS, length, num_beams):
-      made.append((inputs_BS.shape, length, num_beams))
-      super().__init__(cfg, params, inputs_BS, length, num_beams)
+  def decoder_of_t5x(cfg, params, inputs_BS, length, num_beams):
+    made.append((inputs_BS.shape, length, num_beams))
+    return decode_benchmark.decoder(cfg, params, inputs_BS, length, num_beams)
 
   training = train_benchmark.Setting('one_layer', 2, 2, 8, 4, 'float32', 't5x')
   decoding = Setting('one_layer', 8, 2, 8, 4, 'float32', 1, 't5x')
   for module, setting, baseline in (
     (train_benchmark, training, network_of_t5x),
-    (decode_benchmark, decoding, DecoderOfT5X),
+    (decode_benchmark, decoding, decoder_of_t5x),
   ):
     (row,) = module.measure([setting], 1, 'command', baseline)
     assert (row['system'], row['command']) == ('t5x', 'command')

@@ -55,7 +55,7 @@ def test_help(capsys):
 
 
 def test_without_the_compiler(monkeypatch):
-  def fail(**kwargs):
+  def fail(*args, **kwargs):
     raise RuntimeError('JAX TPU support not installed; cannot generate TPU topology.')
 
   monkeypatch.setattr(topology.topologies, 'get_topology_desc', fail)
@@ -69,12 +69,12 @@ def test_without_the_compiler(monkeypatch):
     (
       'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.05G of 30.75G'
       ' hbm. Exceeded hbm capacity by 9.30G.',
-      (40.05 * GIB, 30.75 * GIB),
+      40.05 * GIB,
     ),
     (
       'the total memory required for HLO temporaries (768.00M) exceeds available HBM'
       ' (15.48G).',
-      (768 * 2**20, 15.48 * GIB),
+      768 * 2**20,
     ),
     ('INTERNAL: something else', None),
   ],
@@ -90,7 +90,7 @@ def test_programs_that_do_not_compile(message, expected, capfd):
   with pytest.raises(program.TooLarge if expected else RuntimeError) as error:
     program.compile_program(Lowered())
   if expected:
-    assert (error.value.needed, error.value.available) == expected
+    assert error.value.args[0] == expected
   assert capfd.readouterr().err == ('' if expected else 'written by C++\n')
 
 

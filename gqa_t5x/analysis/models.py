@@ -1,10 +1,12 @@
-"""The models that are looked at: by size, heads and type, as shapes alone."""
+"""The models that are looked at, as shapes alone, and what they decode."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
 
@@ -12,15 +14,9 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 def config(size: str, num_kv_heads: int | None, dtype: str) -> network.T5Config:
-  """Returns a model's configuration.
+  """Returns a model's configuration; what it refuses is BadInput.
 
-  Args:
-    size: a key of sizes.SIZES.
-    num_kv_heads: K of decoder self- and cross-attention; None: the size's, or MHA.
-    dtype: of activations, a key of DTYPES.
-
-  Raises:
-    BadInput: heads that do not divide.
+  `num_kv_heads` is K of decoder self- and cross-attention; None: the size's, or MHA.
   """
   try:
     return network.config(size, num_kv_heads=num_kv_heads, dtype=DTYPES[dtype])
@@ -36,3 +32,43 @@ def variable_shapes(cfg: network.T5Config) -> dict[str, Any]:
       jax.random.PRNGKey(0), tokens, tokens, tokens, enable_dropout=False
     )
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSetting:
+  """A model and the lengths that it decodes; impossible ones are BadInput when used.
+
+  Attributes:
+    size, num_kv_heads: as of `config`.
+    batch_size: B, inputs, on all devices together.
+    input_length: S, tokens.
+    output_length: T, tokens; positions of the self-attention cache.
+    dtype: of parameters, activations and cache: a key of DTYPES.
+    num_beams: 1 decodes greedily.
+  """
+
+  size: str
+  num_kv_heads: int | None
+  batch_size: int
+  input_length: int
+  output_length: int
+  dtype: str
+  num_beams: int
+
+  @property
+  def config(self) -> network.T5Config:
+    """The model's configuration."""
+    return config(self.size, self.num_kv_heads, self.dtype)
+
+  @property
+  def cost(self) -> formulas.DecodeStep:
+    """FLOPs and bytes of a step with the cache full."""
+    cfg = self.config
+    return formulas.decode_step(
+      cfg,
+      self.batch_size,
+      self.input_length,
+      self.output_length,
+      num_beams=self.num_beams,
+      param_itemsize=jnp.dtype(cfg.dtype).itemsize,
+    )

@@ -19,14 +19,15 @@ import gin
 from gqa_t5x.model import axes
 from gqa_t5x.training import gin_command, partitioning
 
-# What a run must be given and its step does not depend on; what a user gives counts.
-DEFAULTS = (
+# What comes before a user's bindings, which count.
+FIRST_BINDINGS = (
+  'from __gin__ import dynamic_registration',
+  'import __main__ as train_script',
+  # What a run must be given and its step does not depend on.
   "MODEL_DIR = '.'",
   'INITIAL_CHECKPOINT_PATH = None',
   'TRAIN_STEPS = 1',
-)
-# No part of a step, and they would open files.
-LEFT_OUT = (
+  # No part of a step, and they would open files.
   'train_script.train.checkpoint_cfg = None',
   'train_script.train.train_eval_dataset_cfg = None',
   'train_script.train.infer_eval_dataset_cfg = None',
@@ -34,35 +35,19 @@ LEFT_OUT = (
 
 
 @functools.wraps(train_lib.train)
-def train(**kwargs):
-  """Returns what gin passes to `t5x.train`, instead of training."""
+def _train(**kwargs):
   return kwargs
 
 
 def train_arguments(
   gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
 ) -> dict[str, Any]:
-  """Returns what `t5x.train` would be called with.
-
-  Args:
-    gin_files: as given to it.
-    bindings: as given to it, `NAME = VALUE`.
-    search_paths: folders of gin files; this project's own comes last.
-
-  Raises:
-    ValueError: from gin, or from what the files configure.
-    OSError: a file is not there.
-  """
+  """Returns what gin passes to `t5x.train`; see `gin_command.parse`."""
   # Gin files bind `train` of the program that is run, as t5x.train is.
-  __main__.train = train
+  __main__.train = _train
   gin.clear_config()
-  imports = (
-    'from __gin__ import dynamic_registration',
-    'import __main__ as train_script',
-  )
-  bindings = [*imports, *DEFAULTS, *LEFT_OUT, *bindings]
-  gin_command.parse(gin_files, bindings, search_paths)
-  return gin.get_configurable(train)()
+  gin_command.parse(gin_files, [*FIRST_BINDINGS, *bindings], search_paths)
+  return gin.get_configurable(_train)()
 
 
 def lower_train_step(
@@ -73,13 +58,7 @@ def lower_train_step(
   trainer_cls: Callable[..., Any],
   **_,
 ) -> tuple[Any, dict[str, tuple[Any, Any]]]:
-  """Lowers one training step.
-
-  Args:
-    model: as `t5x.train` gets it, and so the others; what else it gets is not used.
-    train_dataset_cfg: the data, for shapes; none is read.
-    partitioner: of training.partitioning, with the devices of a slice.
-    trainer_cls: trainer.Trainer with its bindings.
+  """Lowers one training step, of `train_arguments`, for a partitioner's devices.
 
   Returns:
     (the lowered step; the shapes and PartitionSpecs of `parameters` and `optimizer`).
@@ -107,11 +86,8 @@ def lower_train_step(
     train_state_axes=specs,
     rng=jax.random.PRNGKey(0),
   )
-  try:
-    with _microbatches_are_sharded():
-      lowered = trainer.lower_train_step(batch)
-  finally:
-    trainer.close()
+  with contextlib.closing(trainer), _microbatches_are_sharded():
+    lowered = trainer.lower_train_step(batch)
   shapes, specs = state.state_dict(), specs.state_dict()
   return lowered, {
     'parameters': (shapes['target'], specs['target']),
@@ -136,20 +112,9 @@ def decoding_partitioner(
   num_kv_heads: int | None,
   kv_sharding: str | None,
 ) -> partitioning.Partitioner:
-  """Returns a partitioner for decoding, with the rules of training.
-
-  Args:
-    devices: those to decode on.
-    num_partitions: devices that share a copy of the model.
-    num_kv_heads: K; None for all heads.
-    kv_sharding: as of `axes.kv_head_rules`.
-
-  Raises:
-    ValueError: for keys and values that cannot be sharded so.
-  """
-  rules = t5x_partitioning.standard_logical_axis_rules(
-    additional_rules=axes.kv_head_rules(num_kv_heads, num_partitions, kv_sharding)
-  )
+  """Returns a partitioner for decoding, by T5X's rules and `axes.kv_head_rules`."""
+  more = axes.kv_head_rules(num_kv_heads, num_partitions, kv_sharding)
+  rules = t5x_partitioning.standard_logical_axis_rules(additional_rules=more)
   partitioner = partitioning.Partitioner(num_partitions, logical_axis_rules=rules)
   partitioner.devices = devices
   return partitioner

@@ -5,6 +5,7 @@ It needs T5X's example network, which the stand-in does not have.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,60 +18,29 @@ NO_EOS = -1  # No token ends a row, so that all are as long.
 
 
 def network(cfg: Any) -> nn.Module:
-  """Returns T5X's network of the same sizes; its parameters are ours where K = N.
-
-  Args:
-    cfg: our T5Config.
-  """
+  """Returns T5X's network of our config's sizes, with parameters as ours at K = N."""
   fields = (field.name for field in dataclasses.fields(t5x_network.T5Config))
   shared = {name: getattr(cfg, name) for name in fields}
   return t5x_network.Transformer(t5x_network.T5Config(**shared))
 
 
-class Decoder:
-  """A model ready to be timed: its inputs are encoded, its cache is empty.
+def decoder(
+  cfg: Any, params: Any, inputs_BS: jax.Array, length: int, num_beams: int
+) -> tuple[Callable[[], Any], Callable[[int], Any]]:
+  """Returns what is timed, as `decode_benchmark.decoder` does for our network.
 
-  Keys and values of cross-attention are computed when T5X computes them.
+  `cfg` is our T5Config, with all heads. Keys and values of cross-attention are computed
+  when T5X computes them.
   """
-
-  def __init__(
-    self, cfg: Any, params: Any, inputs_BS: jax.Array, length: int, num_beams: int
-  ):
-    """Encodes the inputs.
-
-    Args:
-      cfg: our T5Config of the model, with all heads.
-      params: its parameters.
-      inputs_BS: tokens.
-      length: positions of the self-attention cache.
-      num_beams: 1 decodes greedily.
-    """
-    self._module, self._params, self._inputs = network(cfg), params, inputs_BS
-    self._length, self._num_beams = length, num_beams
-    self._encode = jax.jit(
-      functools.partial(
-        self._module.apply, method=self._module.encode, enable_dropout=False
-      )
-    )
-    self._encoded = self.prepare()
-    self._cache = _empty_cache(self._module, params, inputs_BS, length)
-
-  def prepare(self) -> jax.Array:
-    """Encodes the inputs."""
-    return self._encode({'params': self._params}, self._inputs)
-
-  def decode(self, steps: int) -> Any:
-    """Decodes so many tokens of each input; returns (tokens, scores)."""
-    return _decode(
-      self._module,
-      self._num_beams,
-      self._length,
-      self._params,
-      self._encoded,
-      self._cache,
-      self._inputs,
-      steps,
-    )
+  module = network(cfg)
+  encode = jax.jit(
+    functools.partial(module.apply, method=module.encode, enable_dropout=False)
+  )
+  prepare = functools.partial(encode, {'params': params}, inputs_BS)
+  cache = _empty_cache(module, params, inputs_BS, length)
+  return prepare, functools.partial(
+    _decode, module, num_beams, length, params, prepare(), cache, inputs_BS
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -112,20 +82,9 @@ def _decode(module, num_beams, length, params, encoded, cache, inputs, steps):
 
   prompts = jnp.zeros((inputs.shape[0], length), jnp.int32)
   if num_beams == 1:
-    return decoding.temperature_sample(
-      prompts,
-      cache,
-      tokens_to_logits,
-      NO_EOS,
-      temperature=0.0,
-      topk=0,
-      max_decode_steps=steps,
-    )
-  return decoding.beam_search(
-    prompts,
-    cache,
-    tokens_to_logits,
-    NO_EOS,
-    num_decodes=num_beams,
-    max_decode_step=steps,
-  )
+    more = {'temperature': 0.0, 'topk': 0, 'max_decode_steps': steps}
+    run = decoding.temperature_sample
+  else:
+    more = {'num_decodes': num_beams, 'max_decode_step': steps}
+    run = decoding.beam_search
+  return run(prompts, cache, tokens_to_logits, NO_EOS, **more)

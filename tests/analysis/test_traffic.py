@@ -152,93 +152,75 @@ def test_collectives(kind, attributes, expected):
   assert traffic.count(program(asynchronous)) == counted
 
 
-def all_reduced(attributes):
+def all_reduced(groups):
   """Bytes received when 4096 numbers of 4 bytes are added up."""
   counted = traffic.count(
     program(f"""
     %x = f32[4096] parameter(0)
-    ROOT %y = f32[4096] all-reduce(%x), {attributes}to_apply=%add
+    ROOT %y = f32[4096] all-reduce(%x){groups}, to_apply=%add
     """)
   )
   return counted.collectives['all-reduce']
 
 
 @pytest.mark.parametrize(
-  'groups',
+  ('groups', 'size'),
   [
-    '{{0,1,2,3},{4,5,6,7}}',
-    '[2,4]<=[8]',
-    '[2,4]<=[4,2]T(1,0)',
-    "mesh['a'=2,'b'=4] {'b'}",
-    "mesh['a'=2,'b'=2] {'a','b'}",
-    "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
+    ('{{0,1,2,3},{4,5,6,7}}', 4),
+    ('[2,4]<=[8]', 4),
+    ('[2,4]<=[4,2]T(1,0)', 4),
+    ("mesh['a'=2,'b'=4] {'b'}", 4),
+    ("mesh['a'=2,'b'=2] {'a','b'}", 4),
+    ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", 4),
     # A part of an axis: 8 devices in two groups.
-    "mesh['a'=8] {'a':(2)4}",
+    ("mesh['a'=8] {'a':(2)4}", 4),
+    ('{}', 8),
   ],
 )
-def test_groups_of_4(groups):
-  assert all_reduced(f'replica_groups={groups}, ') == 2 * 3 / 4 * 16384
+def test_groups(groups, size):
+  received = 2 * (size - 1) / size * 16384
+  assert all_reduced(f', replica_groups={groups}') == received
 
 
-@pytest.mark.parametrize('groups', ['', 'replica_groups={}, '])
-def test_without_groups_all_8_devices_take_part(groups):
-  assert all_reduced(groups) == 2 * 7 / 8 * 16384
+def test_without_groups_all_8_devices_take_part():
+  assert all_reduced('') == 2 * 7 / 8 * 16384
 
 
 def test_groups_that_are_written_in_no_known_way():
   with pytest.raises(ValueError, match=r'y: replica_groups=\[8\], to_apply=%add'):
-    all_reduced('replica_groups=[8], ')
-
-
-TWO_ADDED_UP = """
-%fused (p: f32[4096], q: f32[4096]) -> (f32[1024], f32[1024]) {
-  %p = f32[4096]{0} parameter(0)
-  %q = f32[4096]{0} parameter(1)
-  %sum = (f32[4096]{0}, f32[4096]{0}) all-reduce(%p, %q), replica_groups=[1,4]<=[4]
-  %i = s32[] constant(0)
-  %a = f32[4096]{0} get-tuple-element(%sum), index=0
-  %b = f32[4096]{0} get-tuple-element(%sum), index=1
-  %c = f32[1024]{0} dynamic-slice(%a, %i)
-"""
+    all_reduced(', replica_groups=[8]')
 
 
 @pytest.mark.parametrize(
-  ('more', 'expected'),
+  ('view', 'kept', 'expected'),
   [
-    # A device keeps its part of both.
-    (
-      """
-  %view = f32[4096]{0} bitcast(%b)
-  %d = f32[1024]{0} dynamic-slice(%view, %i)
-  ROOT %parts = (f32[1024]{0}, f32[1024]{0}) tuple(%c, %d)
-}""",
-      {'reduce-scatter': 2 * 12288},
-    ),
-    # It keeps all of one.
-    (
-      """
-  ROOT %parts = (f32[1024]{0}, f32[4096]{0}) tuple(%c, %b)
-}""",
-      {'all-reduce': 2 * 24576},
-    ),
-    # It makes something else of all of one.
-    (
-      """
-  %new = f32[4096]{0} negate(%b)
-  %d = f32[1024]{0} dynamic-slice(%new, %i)
-  ROOT %parts = (f32[1024]{0}, f32[1024]{0}) tuple(%c, %d)
-}""",
-      {'all-reduce': 2 * 24576},
-    ),
+    ('bitcast', 'dynamic-slice(%view, %i)', {'reduce-scatter': 2 * 12288}),
+    # All of the second sum is kept, or something else is made of it.
+    ('bitcast', 'bitcast(%view)', {'all-reduce': 2 * 24576}),
+    ('negate', 'dynamic-slice(%view, %i)', {'all-reduce': 2 * 24576}),
   ],
 )
-def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter(more, expected):
+def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter(view, kept, expected):
+  fused = f"""
+  %fused (p: f32[4096], q: f32[4096]) -> (f32[1024], f32[1024]) {{
+    %p = f32[4096]{{0}} parameter(0)
+    %q = f32[4096]{{0}} parameter(1)
+    %sum = (f32[4096], f32[4096]) all-reduce(%p, %q), replica_groups=[1,4]<=[4]
+    %i = s32[] constant(0)
+    %a = f32[4096]{{0}} get-tuple-element(%sum), index=0
+    %b = f32[4096]{{0}} get-tuple-element(%sum), index=1
+    %c = f32[1024]{{0}} dynamic-slice(%a, %i)
+    %view = f32[4096]{{0}} {view}(%b)
+    %d = f32[1024]{{0}} {kept}
+    ROOT %parts = (f32[1024]{{0}}, f32[1024]{{0}}) tuple(%c, %d)
+  }}
+  """
   entry = """
   %x = f32[4096]{0} parameter(0)
   %y = f32[4096]{0} parameter(1)
   ROOT %z = (f32[1024]{0}, f32[1024]{0}) fusion(%x, %y), calls=%fused
   """
-  counted = traffic.count(program(entry, TWO_ADDED_UP + more))
+  counted = traffic.count(program(entry, fused))
   assert counted.collectives == expected
   assert (counted.read_bytes, counted.written_bytes) == (2 * 16384, 2 * 4096)
 
@@ -249,100 +231,76 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
   assert counted.collectives == {'all-reduce': 7 * 1024}  # 2 * 1 / 2 of 1024 bytes.
 
 
-# Left, right and result; options of the convolution; multiply-adds.
-CONVOLUTIONS = [
+# Shapes of %x and %y, what is made of them, and its multiply-adds.
+# fmt: off
+PRODUCTS = [
+  # A batch of 4, 3 x 5 by 5 x 7.
+  ('[4,3,5] [4,5,7]',
+   '%z = f32[4,3,7] dot(%x, %y), lhs_batch_dims={0}, lhs_contracting_dims={2}',
+   4 * 3 * 5 * 7),
   # 3 x 5 by 5 x 7.
-  ('[3,5] [5,7] [3,7]', 'dim_labels=bf_io->bf', 3 * 5 * 7),
-  ('[3,5] [7,5] [3,7]', 'dim_labels=bf_oi->bf', 3 * 5 * 7),
+  ('[3,5] [5,7]', '%z = f32[3,7] convolution(%x, %y), dim_labels=bf_io->bf', 3 * 5 * 7),
+  ('[3,5] [7,5]', '%z = f32[3,7] convolution(%x, %y), dim_labels=bf_oi->bf', 3 * 5 * 7),
   # A batch of 4 such products, as TPU programs write them: its positions are those of
   # a window as large as the batch, of which one each is within the array.
-  (
-    '[4,3,5] [4,5,7] [4,3,7]',
-    'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
-    4 * 3 * 5 * 7,
-  ),
+  ('[4,3,5] [4,5,7]',
+   '%z = f32[4,3,7] convolution(%x, %y),'
+   ' window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
+   4 * 3 * 5 * 7),
   # An ordinary convolution over 6 positions by 3, padded by 1: 2 + 4 * 3 + 2 meet.
-  (
-    '[2,6,5] [3,5,7] [2,6,7]',
-    'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f',
-    2 * 5 * 7 * 16,
-  ),
+  ('[2,6,5] [3,5,7]',
+   '%z = f32[2,6,7] convolution(%x, %y), window={size=3 pad=1_1},'
+   ' dim_labels=b0f_0io->b0f',
+   2 * 5 * 7 * 16),
   # Every second of them, padded on one side only: 2 + 3 + 3 meet.
-  (
-    '[2,6,5] [3,5,7] [2,3,7]',
-    'window={size=3 stride=2 pad=1_0}, dim_labels=b0f_0io->b0f',
-    2 * 5 * 7 * 8,
-  ),
+  ('[2,6,5] [3,5,7]',
+   '%z = f32[2,3,7] convolution(%x, %y), window={size=3 stride=2 pad=1_0},'
+   ' dim_labels=b0f_0io->b0f',
+   2 * 5 * 7 * 8),
   # The window skips every second position, and cuts off the first two: positions 2
   # and 4, 3 and 5, and 4 alone.
-  (
-    '[2,6,5] [2,5,7] [2,3,7]',
-    'window={size=2 pad=-2_1 rhs_dilate=2}, dim_labels=b0f_0io->b0f',
-    2 * 5 * 7 * 5,
-  ),
+  ('[2,6,5] [2,5,7]',
+   '%z = f32[2,3,7] convolution(%x, %y), window={size=2 pad=-2_1 rhs_dilate=2},'
+   ' dim_labels=b0f_0io->b0f',
+   2 * 5 * 7 * 5),
   # In two dimensions: 4 x 3 windows of 2 x 1.
-  (
-    '[1,5,3,5] [2,1,5,7] [1,4,3,7]',
-    'window={size=2x1}, dim_labels=b01f_01io->b01f',
-    5 * 7 * 4 * 3 * 2,
-  ),
+  ('[1,5,3,5] [2,1,5,7]',
+   '%z = f32[1,4,3,7] convolution(%x, %y), window={size=2x1},'
+   ' dim_labels=b01f_01io->b01f',
+   5 * 7 * 4 * 3 * 2),
   # Groups: a feature of the output comes from 5 of the 10 of the input.
-  (
-    '[3,10] [5,14] [3,14]',
-    'feature_group_count=2, dim_labels=bf_io->bf',
-    3 * 5 * 14,
-  ),
+  ('[3,10] [5,14]',
+   '%z = f32[3,14] convolution(%x, %y), feature_group_count=2, dim_labels=bf_io->bf',
+   3 * 5 * 14),
   # A batch of 4 is 2 of 2.
-  ('[4,5] [5,14] [2,14]', 'batch_group_count=2, dim_labels=bf_io->bf', 2 * 5 * 14),
+  ('[4,5] [5,14]',
+   '%z = f32[2,14] convolution(%x, %y), batch_group_count=2, dim_labels=bf_io->bf',
+   2 * 5 * 14),
+  # What a kernel says of itself.
+  ('[2,3,5] [2,5,7]',
+   '%kernel = f32[2,3,7] custom-call(%x, %y), custom_call_target="tpu_custom_call",'
+   ' backend_config={"custom_call_config":{"cost_estimate":{"flops":"1234"}}}',
+   617),
+  # softmax(x) y: a kernel of the compiler itself, which says nothing.
+  ('[2,3,5] [2,5,7]',
+   '%online-softmax.1 = f32[2,3,7] custom-call(%x, %y),'
+   ' custom_call_target="tpu_custom_call"',
+   2 * 3 * 5 * 7),
+  ('[2,3] [5]', '%z = f32[2] custom-call(%x, %y), custom_call_target="Other"', 0),
+  ('[2,3] [2,3]', '%z = f32[2,3] add(%x, %y)', 0),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize(('shapes', 'options', 'multiply_adds'), CONVOLUTIONS)
-def test_flops_of_a_convolution(shapes, options, multiply_adds):
-  left, right, out = shapes.split()
+@pytest.mark.parametrize(('shapes', 'line', 'multiply_adds'), PRODUCTS)
+def test_flops(shapes, line, multiply_adds):
+  left, right = shapes.split()
   entry = f"""
   %x = f32{left} parameter(0)
   %y = f32{right} parameter(1)
-  ROOT %z = f32{out} convolution(%x, %y), {options}
-  """
-  assert traffic.count(program(entry)).flops == 2 * multiply_adds
-
-
-def test_flops_of_a_dot():
-  body = """
-  %x = f32[4,3,5] parameter(0)
-  %y = f32[4,5,7] parameter(1)
-  ROOT %z = f32[4,3,7] dot(%x, %y), lhs_batch_dims={0}, lhs_contracting_dims={2}
-  """
-  assert traffic.count(program(body)).flops == 2 * 4 * 3 * 5 * 7
-
-
-@pytest.mark.parametrize(
-  ('line', 'expected'),
-  [
-    # What a kernel says of itself.
-    (
-      '%kernel = f32[2,3,7] custom-call(%x, %y), custom_call_target="tpu_custom_call",'
-      ' backend_config={"custom_call_config":{"cost_estimate":{"flops":"1234"}}}',
-      1234,
-    ),
-    # softmax(x) y: a kernel of the compiler itself, which says nothing.
-    (
-      '%online-softmax.1 = f32[2,3,7] custom-call(%x, %y),'
-      ' custom_call_target="tpu_custom_call"',
-      2 * 2 * 3 * 5 * 7,
-    ),
-    ('%z = f32[2,3,7] custom-call(%x, %y), custom_call_target="Other"', 0),
-    ('%z = f32[2,3,7] add(%x, %y)', 0),
-  ],
-)
-def test_flops_of_kernels(line, expected):
-  body = f"""
-  %x = f32[2,3,5] parameter(0)
-  %y = f32[2,5,7] parameter(1)
   ROOT {line}
   """
-  assert traffic.count(program(body)).flops == expected
+  assert traffic.count(program(entry)).flops == 2 * multiply_adds
 
 
 def test_flops_in_fusions():

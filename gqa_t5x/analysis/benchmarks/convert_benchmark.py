@@ -51,13 +51,13 @@ sys.exit(code)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What is converted.
+  """What is converted, from an uncompressed source.
 
   Attributes:
     size: a key of sizes.SIZES.
     num_kv_heads: K of the result.
     method: a key of METHODS that needs no statistics.
-    compression: of the result, a key of writer.COMPRESSORS. The source has none.
+    compression: of the result, a key of writer.COMPRESSORS.
   """
 
   size: str
@@ -76,14 +76,10 @@ class Setting:
 def measure(
   chosen: Sequence[Setting], repeats: int, command: str, work_dir: str = '.'
 ) -> Iterator[dict[str, Any]]:
-  """Yields rows of kind 'convert_benchmark'; the source is in the page cache.
+  """Yields rows of kind 'convert_benchmark'; see `benchmark.run`.
 
-  Args:
-    chosen, repeats, command: as in `benchmark.run`.
-    work_dir: a folder on the disk to measure; what is written there is removed.
-
-  Raises:
-    BadInput: there is no space.
+  The source is in the page cache. `work_dir` is a folder on the disk to measure; what
+  is written there is removed. BadInput if there is no space.
   """
   root = pathlib.Path(work_dir).absolute() / 'gqa_t5x_benchmark.tmp'
   try:
@@ -101,23 +97,22 @@ def measure(
 def _write_random(size: str, path: pathlib.Path) -> None:
   """Writes an uncompressed checkpoint of random float32 in T5X's legacy layout."""
   shapes = models.variable_shapes(network.config(size))['params']
-  tree = traverse_util.flatten_dict(shapes, sep='/')
-  specs = {
-    f'target/{name}': TensorSpec(tuple(leaf.shape), np.dtype(np.float32))
-    for name, leaf in tree.items()
-  }
+  leaves = traverse_util.flatten_dict({'target': shapes}, sep='/')
 
   def random(seed, name, shape):
     rng = np.random.default_rng(seed)
     return {name: rng.random(shape, np.float32) - 0.5}
 
   units = [
-    Unit({name: spec}, functools.partial(random, seed, name, spec.shape))
-    for seed, (name, spec) in enumerate(specs.items())
+    Unit(
+      {name: TensorSpec(leaf.shape, np.dtype(np.float32))},
+      functools.partial(random, seed, name, leaf.shape),
+    )
+    for seed, (name, leaf) in enumerate(leaves.items())
   ]
-  step = TensorSpec((), np.dtype(np.int32))
+  step = np.asarray(STEP, np.int32)
   units.append(
-    Unit({'state/step': step}, lambda: {'state/step': np.asarray(STEP, np.int32)})
+    Unit({'state/step': TensorSpec((), step.dtype)}, lambda: {'state/step': step})
   )
   path.parent.mkdir(parents=True)
   writer.write_checkpoint(
@@ -130,13 +125,8 @@ def _round(
 ) -> tuple[float, float, int, int]:
   """Returns seconds of the conversion and of `cp`, peak memory, bytes written."""
   output = root / 'converted'
-  arguments = {
-    'input': source,
-    'output': output,
-    'num_kv_heads': setting.num_kv_heads,
-    'method': setting.method,
-    'compression': setting.compression,
-  }
+  arguments = dataclasses.asdict(setting) | {'input': source, 'output': output}
+  del arguments['size']
   words = [f'--{name}={value}' for name, value in arguments.items()]
   done = subprocess.run(
     [sys.executable, '-c', _CHILD, *words], capture_output=True, text=True, check=False

@@ -1,5 +1,6 @@
 """Times decoding, and says how near it is to what the memory bus allows."""
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from gqa_t5x.analysis.benchmarks import timing, workload
 from gqa_t5x.analysis.costs import formulas
-from gqa_t5x.analysis.decode_setting import DecodeSetting
+from gqa_t5x.analysis.models import DecodeSetting
 from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
@@ -34,11 +35,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting(DecodeSetting):
-  """What is decoded, and by what.
-
-  Attributes:
-    system: 'gqa_t5x', or 't5x': T5X's own network and decoding.
-  """
+  """What is decoded; `system` is 'gqa_t5x', or 't5x': T5X's network and decoding."""
 
   system: str = 'gqa_t5x'
 
@@ -49,22 +46,19 @@ class Setting(DecodeSetting):
     """
     cfg, rows = self.config, self.batch_size * self.num_beams
     itemsize = jnp.dtype(cfg.dtype).itemsize
+    cache_bytes = self.cost.cache_bytes  # Of numbers below 1 it is refused.
+    ours, together = self.system == 'gqa_t5x', self.batch_size
+    if ours:
+      together = generate.encoded_together(self.batch_size, self.input_length)
     # On CPUs, `generate` keeps the kernels of a step transposed as well.
-    twice = self.system == 'gqa_t5x' and jax.default_backend() == 'cpu'
+    twice = ours and jax.default_backend() == 'cpu'
     return (
       formulas.num_parameters(cfg) * itemsize
       + twice * formulas.step_kernels(cfg) * itemsize
-      + self.cost.cache_bytes
+      + cache_bytes
       + 4 * rows * cfg.vocab_size
-      + self.encoded_together * cfg.num_heads * self.input_length**2 * (4 + itemsize)
+      + together * cfg.num_heads * self.input_length**2 * (4 + itemsize)
     )
-
-  @property
-  def encoded_together(self) -> int:
-    """How many inputs are encoded at a time; it divides the batch."""
-    if self.system == 't5x':
-      return self.batch_size
-    return generate.encoded_together(self.batch_size, self.input_length)
 
   def filled(self) -> 'Setting':
     """Returns the setting with the largest batch that fits, a multiple of 8."""
@@ -73,13 +67,8 @@ class Setting(DecodeSetting):
     def eights(n):
       return dataclasses.replace(self, batch_size=8 * n)
 
-    most = 1
-    while eights(2 * most).nbytes() <= room:
-      most *= 2
-    for step in (2**i for i in reversed(range(most.bit_length()))):
-      if eights(most + step).nbytes() <= room:
-        most += step
-    return eights(most)
+    most = bisect.bisect_right(range(1, 2**40), room, key=lambda n: eights(n).nbytes())
+    return eights(max(1, most))
 
   def check(self) -> None:
     """Raises BadInput for what cannot be, or does not fit into memory."""
@@ -88,57 +77,23 @@ class Setting(DecodeSetting):
         f'output_length={self.output_length} must be at least 4: a step is timed by the'
         ' slope between two lengths.'
       )
-    workload.check_memory(self)
-
-  def describe(self) -> str:
-    """Returns what a reader tells settings apart by."""
-    return (
-      f'{self.size} with {self.num_kv_heads} K/V heads, batch {self.batch_size}, input'
-      f' {self.input_length}, output {self.output_length}, {self.dtype}'
-    )
+    workload.check_memory(self, f'output {self.output_length}')
 
 
-class Decoder:
-  """A model ready to be timed: its inputs are encoded, its cache is empty."""
+def decoder(
+  cfg: network.T5Config, params: Any, inputs_BS: jax.Array, length: int, num_beams: int
+) -> tuple[Callable[[], Any], Callable[[int], Any]]:
+  """Returns what is timed of a model with a self-attention cache of some length.
 
-  def __init__(
-    self,
-    cfg: network.T5Config,
-    params: Any,
-    inputs_BS: jax.Array,
-    length: int,
-    num_beams: int,
-  ):
-    """Encodes the inputs.
-
-    Args:
-      cfg: the model.
-      params: its parameters.
-      inputs_BS: tokens.
-      length: positions of the self-attention cache.
-      num_beams: 1 decodes greedily.
-    """
-    self._module = network.Transformer(cfg)
-    self._length, self._num_beams = length, num_beams
-    self._params, self._inputs = params, inputs_BS
-    self._cache, self._kept = self.prepare()
-
-  def prepare(self) -> Any:
-    """Encodes the inputs and computes cross K and V."""
-    return _prepare(self._module, self._params, self._inputs, self._length)
-
-  def decode(self, steps: int) -> Any:
-    """Decodes so many tokens of each input; returns (tokens, scores)."""
-    return _decode(
-      self._module,
-      self._num_beams,
-      self._length,
-      self._params,
-      self._kept,
-      self._cache,
-      self._inputs,
-      steps,
-    )
+  That is (a function that encodes the inputs and computes cross K and V; a function
+  that decodes so many tokens of each, from an empty cache, to tokens and scores).
+  """
+  module = network.Transformer(cfg)
+  prepare = functools.partial(_prepare, module, params, inputs_BS, length)
+  cache, kept = prepare()
+  return prepare, functools.partial(
+    _decode, module, num_beams, length, params, kept, cache, inputs_BS
+  )
 
 
 _prepare = jax.jit(generate.prepare, static_argnums=(0, 3))
@@ -151,18 +106,11 @@ def _decode(module, num_beams, length, params, kept, cache, inputs, steps):
     return generate.step(module, params, kept, state.cache, inputs, token_R, length)
 
   prompts = jnp.zeros((inputs.shape[0], length), jnp.int32)
-  if num_beams == 1:
-    return sampling.greedy(
-      prompts, cache, tokens_to_logits, NO_EOS, max_decode_steps=steps
-    )
-  return beam_search.beam_search(
-    prompts,
-    cache,
-    tokens_to_logits,
-    NO_EOS,
-    num_decodes=num_beams,
-    max_decode_step=steps,
-  )
+  run, more = sampling.greedy, {'max_decode_steps': steps}
+  if num_beams > 1:
+    more = {'num_decodes': num_beams, 'max_decode_step': steps}
+    run = beam_search.beam_search
+  return run(prompts, cache, tokens_to_logits, NO_EOS, **more)
 
 
 def measure(
@@ -171,11 +119,9 @@ def measure(
   command: str,
   baseline: Callable[..., Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-  """Yields rows of kind 'decode_benchmark'.
+  """Yields rows of kind 'decode_benchmark'; see `benchmark.run`.
 
-  Args:
-    chosen, repeats, command: as in `benchmark.run`.
-    baseline: makes what the settings of system 't5x' time, as `Decoder` does ours.
+  `baseline` makes what is timed of settings of system 't5x', as `decoder` of ours.
   """
   stream = timing.stream_gb_per_s()
 
@@ -185,7 +131,7 @@ def measure(
     inputs_BS = np.random.default_rng(0).integers(
       2, cfg.vocab_size, (setting.batch_size, setting.input_length), np.int32
     )
-    return (baseline if setting.system == 't5x' else Decoder)(
+    return (baseline if setting.system == 't5x' else decoder)(
       cfg,
       workload.random_params(cfg, cfg.dtype),
       jnp.asarray(inputs_BS),
@@ -196,8 +142,8 @@ def measure(
   for together, decoders in timing.in_groups(chosen, make):
     T = min(setting.output_length for setting in together)
     counts = max(T // 4, 1), T
-    steps = timing.slopes([decoder.decode for decoder in decoders], counts, repeats)
-    encodes = [timing.median_seconds(one.prepare, repeats) for one in decoders]
+    steps = timing.slopes([decode for _, decode in decoders], counts, repeats)
+    encodes = [timing.median_seconds(prepare, repeats) for prepare, _ in decoders]
     for setting, step, encode in zip(together, steps, encodes, strict=True):
       yield _row(setting, step, encode, stream, command)
 

@@ -1,9 +1,8 @@
 """Rows of benchmarks as a table with bars, and as a figure."""
 
-import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -18,16 +17,8 @@ BAR = 24  # characters of the slowest row
 TIMES = ('ms_per_step', 'seconds')
 
 
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-  """Shows how many rows are done, and the time to go.
-
-  Args:
-    total: rows.
-
-  Yields:
-    What is to be called after each row.
-  """
+def progress(rows: Iterable[Any], total: int) -> Iterator[Any]:
+  """Yields the rows, and shows how many are done, and the time to go."""
   columns = (
     rich.progress.TextColumn('{task.description}'),
     rich.progress.BarColumn(),
@@ -36,41 +27,34 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
   )
   console = rich.console.Console(stderr=True)
   with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-    task = bar.add_task('measure', total=total)
-    yield lambda: bar.advance(task)
+    yield from bar.track(rows, total=total, description='measure')
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> None:
-  """Prints rows with bars for the time of each.
+  """Prints rows of one benchmark; bars stand next to the first key that is a time.
 
-  Args:
-    rows: of one kind of benchmark.
-    columns: key -> head of the column. The first key that is a time gets the bars.
+  `columns` maps keys of a row to heads of columns.
   """
   time = next(key for key in columns if key in TIMES)
   slowest = max(row[time] for row in rows)
+  bars = [{'bar': '█' * max(1, round(BAR * row[time] / slowest))} for row in rows]
+  keys = [*columns]
+  keys.insert(keys.index(time) + 1, 'bar')
   table = rich.table.Table(box=None, pad_edge=False)
-  for key, head in columns.items():
-    left = key in ('model', 'size', 'method', 'compression')
-    table.add_column(head, justify='left' if left else 'right', no_wrap=True)
-    if key == time:
-      table.add_column('', no_wrap=True)
-  for row in rows:
-    cells = []
-    for key in columns:
-      cells.append(_cell(row, key))
-      if key == time:
-        cells.append('█' * max(1, round(BAR * row[time] / slowest)))
-    table.add_row(*cells)
+  for key in keys:
+    left = key in ('model', 'size', 'method', 'compression', 'bar')
+    justify = 'left' if left else 'right'
+    table.add_column(columns.get(key, ''), justify=justify, no_wrap=True)
+  for row, bar in zip(rows, bars, strict=True):
+    table.add_row(*(_cell(row | bar, key) for key in keys))
   width = None if os.isatty(1) else 120
   console = rich.console.Console(width=width, highlight=False)
   console.print(table)
-  first = rows[0]
-  said = f'measured on {first["device"]}'
-  if 'dtype' in first:
-    said += f', {first["dtype"]}'
-  if 'stream_gb_per_s' in first:
-    said += f'; a plain sum reads {first["stream_gb_per_s"]:.3g} GB/s'
+  said = f'measured on {rows[0]["device"]}'
+  if 'dtype' in rows[0]:
+    said += f', {rows[0]["dtype"]}'
+  if 'stream_gb_per_s' in rows[0]:
+    said += f'; a plain sum reads {rows[0]["stream_gb_per_s"]:.3g} GB/s'
   console.print(said)
 
 
@@ -98,9 +82,7 @@ def check_matplotlib() -> None:
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Draws seconds per sample against key/value heads: the paper's figure 6.
 
-  Args:
-    rows: of decode benchmarks; those that differ in heads only are one line.
-    path: the PNG file.
+  Of `rows` of decode benchmarks, those that differ in heads only are one line.
   """
   import matplotlib
 
@@ -111,8 +93,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   differing = [n for n in names if len({row[n] for row in rows}) > 1] or ['size']
   lines: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
-    label = ', '.join(f'{n.replace("_", " ")} {row[n]}' for n in differing)
-    label += '' if row['system'] == 'gqa_t5x' else ' (T5X)'
+    label = _said(row, differing) + ('' if row['system'] == 'gqa_t5x' else ' (T5X)')
     lines.setdefault(label, []).append(row)
   fig, axis = plt.subplots(figsize=(5.5, 3.6), layout='constrained')
   axis.set_prop_cycle(color=palette.LINES)
@@ -127,10 +108,8 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   axis.set_ylim(0, 1.08 * max(row['seconds_per_sample'] for row in rows))
   axis.set_xlabel('key/value heads')
   axis.set_ylabel('time per sample (s)')
-  same = [
-    f'{n.replace("_", " ")} {rows[0][n]}' for n in names[1:-1] if n not in differing
-  ]
-  title = [f'measured on {rows[0]["device"]}, {rows[0]["dtype"]}', ', '.join(same)]
+  same = _said(rows[0], [n for n in names[1:-1] if n not in differing])
+  title = [f'measured on {rows[0]["device"]}, {rows[0]["dtype"]}', same]
   axis.set_title('\n'.join(filter(None, title)), fontsize=9)
   axis.grid(axis='y', lw=0.4, color='0.85')
   axis.spines[['top', 'right']].set_visible(False)
@@ -138,3 +117,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   with files.whole(path) as temporary:
     fig.savefig(temporary, dpi=150)
   plt.close(fig)
+
+
+def _said(row: dict[str, Any], keys: Sequence[str]) -> str:
+  return ', '.join(f'{key.replace("_", " ")} {row[key]}' for key in keys)

@@ -4,8 +4,6 @@ Everything is warmed up first; a number is the median over repeats, and things t
 compared take turns.
 """
 
-import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +17,8 @@ from jax import lax
 STREAM_BYTES = {'cpu': 2**29, 'gpu': 2**32, 'tpu': 2**31}
 # Enough arithmetic to time: about a second of a CPU, some ten milliseconds of others.
 PRODUCT_FLOPS = {'cpu': 1e11, 'gpu': 1e13, 'tpu': 1e13}
+MACHINE_REPEATS = 5
+ENOUGH_S = 10.0  # `median_seconds` begins no call after so many seconds of calls.
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -28,128 +28,91 @@ def seconds(run: Callable[[], Any]) -> float:
   return time.perf_counter() - tick
 
 
-def median_seconds(run: Callable[[], Any], repeats: int, enough: float = 10.0) -> float:
-  """Returns the median seconds of a call after one to warm up.
-
-  Args:
-    run: the call.
-    repeats: how often, at most.
-    enough: seconds after which no further call is made.
-  """
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+  """Returns the median seconds of a call, of so many repeats at most."""
   jax.block_until_ready(run())
   times = []
-  while len(times) < repeats and sum(times) < enough:
+  while len(times) < repeats and sum(times) < ENOUGH_S:
     times.append(seconds(run))
   return statistics.median(times)
+
+
+def medians(runs: Sequence[Callable[[], float]], repeats: int) -> list[float]:
+  """Returns the median of what each function measures; they take turns."""
+  rounds = [[run() for run in runs] for _ in range(repeats)]
+  return [statistics.median(values) for values in zip(*rounds, strict=True)]
 
 
 def slopes(
   runs: Sequence[Callable[[int], Any]], counts: tuple[int, int], repeats: int
 ) -> list[float]:
-  """Times one more step of each function, which take turns.
+  """Returns the seconds of one more step of each function; they take turns.
 
-  Args:
-    runs: each does a given number of steps.
-    counts: few steps, and many.
-    repeats: how often.
-
-  Returns:
-    For each function the median over repeats of (seconds of many - seconds of few) /
-    (many - few): what does not grow with the steps drops out.
+  Each does a given number of steps, and `counts` are few of them, and many. Medians of
+  (seconds of many - seconds of few) / (many - few): what does not grow with the steps
+  drops out.
   """
   few, many = counts
   for run in runs:
     jax.block_until_ready(run(few))
-  found = [[] for _ in runs]
-  for _ in range(repeats):
-    for run, times in zip(runs, found, strict=True):
-      short, long = seconds(lambda r=run: r(few)), seconds(lambda r=run: r(many))
-      times.append((long - short) / (many - few))
-  return [statistics.median(times) for times in found]
+
+  def slope(run):
+    short, long = seconds(lambda: run(few)), seconds(lambda: run(many))
+    return (long - short) / (many - few)
+
+  return medians([lambda run=run: slope(run) for run in runs], repeats)
 
 
-def medians(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-  """Returns the median seconds of each function; they are warmed up and take turns.
-
-  Args:
-    runs: the functions.
-    repeats: how often.
-  """
-  for run in runs:
-    jax.block_until_ready(run())
-  rounds = [[seconds(run) for run in runs] for _ in range(repeats)]
-  return [statistics.median(times) for times in zip(*rounds, strict=True)]
-
-
-def stream_gb_per_s(repeats: int = 5) -> float:
+def stream_gb_per_s() -> float:
   """Returns the rate of a streaming read, GB/s (1e9 bytes): a sum of a long array."""
   size = STREAM_BYTES[jax.default_backend()] // 4
   array = jnp.ones(size, jnp.float32)
   total = jax.jit(jnp.sum)
-  return 4e-9 * size / median_seconds(lambda: total(array), repeats)
+  return 4e-9 * size / median_seconds(lambda: total(array), MACHINE_REPEATS)
 
 
-def matmul_gflop_per_s(
-  rows: int, shapes: Sequence[tuple[int, int]], dtype: Any, repeats: int = 5
-) -> float:
+def matmul_gflop_per_s(rows: int, D: int, F: int, dtype: Any) -> float:
   """Returns the rate of products of few rows, GFLOP/s, 2 a multiply-add.
 
-  There are more kernels than fit into a cache, as in a decode step, and none waits for
-  another. They are multiplied as `[rows, D] x [D, F]` and as `[F, D] x [D, rows]`; the
-  faster counts.
-
-  Args:
-    rows: of the first factor.
-    shapes: (D, F) of the kernels; as many of one as of another.
-    dtype: of all factors.
-    repeats: how often.
+  There are more kernels than fit into a cache, as in a decode step, as many `[D, F]` as
+  `[F, D]`, and none waits for another. They are the second factor of a product, or the
+  first, transposed; the faster counts.
   """
-  nbytes = sum(map(math.prod, shapes)) * jnp.dtype(dtype).itemsize
+  nbytes, flops = 2 * D * F * jnp.dtype(dtype).itemsize, 2 * rows * 2 * D * F
   backend = jax.default_backend()
-  flops = 2 * rows * sum(map(math.prod, shapes))
-  number = min(
-    STREAM_BYTES[backend] // 2 // nbytes, int(PRODUCT_FLOPS[backend] // flops)
-  )
-  number = max(1, number)
-  inputs = [jnp.ones((rows, D), dtype) for D, _ in shapes]
+  number = min(STREAM_BYTES[backend] // 2 // nbytes, PRODUCT_FLOPS[backend] // flops)
+  number = max(1, int(number))
+  inputs = jnp.ones((rows, D), dtype), jnp.ones((rows, F), dtype)
 
-  def rate(product, kernel_shapes):
-    kernels = [
-      [jnp.full(shape, i, dtype) for shape in kernel_shapes] for i in range(number)
-    ]
+  def rate(product, *shapes):
+    kernels = [[jnp.full(shape, i, dtype) for shape in shapes] for i in range(number)]
     run = jax.jit(
       lambda inputs, kernels: [
         product(x, w) for pair in kernels for x, w in zip(inputs, pair, strict=True)
       ]
     )
-    return 1e-9 * number * flops / median_seconds(lambda: run(inputs, kernels), repeats)
+    taken = median_seconds(lambda: run(inputs, kernels), MACHINE_REPEATS)
+    return 1e-9 * number * flops / taken
 
   return max(
-    rate(lambda x, w: x @ w, shapes),
-    rate(lambda x, w: lax.optimization_barrier(w @ x.T).T, [s[::-1] for s in shapes]),
+    rate(lambda x, w: x @ w, (D, F), (F, D)),
+    rate(lambda x, w: lax.optimization_barrier(w @ x.T).T, (F, D), (D, F)),
   )
 
 
 def in_groups(
   settings: Sequence[Any], make: Callable[[Any], Any]
 ) -> Iterator[tuple[list[Any], list[Any]]]:
-  """Makes what is timed, as much at a time as fits into memory together.
+  """Yields (settings, what was made of them), as many as fit into memory together.
 
-  Neighbours are together that use at most half of the free memory.
-
-  Args:
-    settings: each has `nbytes()`.
-    make: setting -> what is timed.
-
-  Yields:
-    (settings, what was made of them); the second list is emptied before the next is
-    made.
+  They are neighbours whose `nbytes()` are at most half of the free memory. The second
+  list is emptied before the next is made.
   """
   room = (free_bytes() or 0) // 2
   groups: list[list[Any]] = []
   for setting in settings:
     together = groups[-1] if groups else []
-    if together and sum(s.nbytes() for s in together) + setting.nbytes() <= room:
+    if together and sum(s.nbytes() for s in [*together, setting]) <= room:
       together.append(setting)
     else:
       groups.append([setting])
@@ -170,11 +133,3 @@ def free_bytes() -> int | None:
     return int(lines['MemAvailable'].split()[0]) * 1024
   except (OSError, KeyError):
     return None
-
-
-def device_name() -> str:
-  """Returns what the device is, with the cores of a CPU."""
-  name = jax.devices()[0].device_kind
-  if jax.default_backend() == 'cpu':
-    return f'{name}, {os.cpu_count()} cores'
-  return name

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import timing, workload
@@ -30,15 +29,10 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What is trained.
+  """What is trained: B examples of S and T tokens.
 
   Attributes:
-    size: a key of sizes.SIZES.
-    num_kv_heads: K of decoder self- and cross-attention.
-    batch_size: B.
-    input_length: S, tokens.
-    target_length: T, tokens.
-    dtype: of activations: a key of models.DTYPES.
+    size, num_kv_heads, dtype: as of `models.config`.
     system: 'gqa_t5x', or 't5x': T5X's own network.
   """
 
@@ -52,7 +46,7 @@ class Setting:
 
   @property
   def config(self) -> network.T5Config:
-    """The model's configuration; its errors are BadInput."""
+    """The model's configuration."""
     return models.config(self.size, self.num_kv_heads, self.dtype)
 
   @property
@@ -72,41 +66,13 @@ class Setting:
 
   def check(self) -> None:
     """Raises BadInput for what cannot be, or does not fit into memory."""
-    workload.check_memory(self)
-
-  def describe(self) -> str:
-    """Returns what a reader tells settings apart by."""
-    return (
-      f'{self.size} with {self.num_kv_heads} K/V heads, batch {self.batch_size}, input'
-      f' {self.input_length}, target {self.target_length}, {self.dtype}'
-    )
-
-
-class Trainee:
-  """A model and a batch, ready to be timed."""
-
-  def __init__(self, module: nn.Module, setting: Setting):
-    """Makes float32 parameters and random tokens.
-
-    Args:
-      module: a network of the setting's sizes.
-      setting: what is trained; `check` it first.
-    """
-    cfg = setting.config
-    self._module, self._params = module, workload.random_params(cfg, jnp.float32)
-    rng = np.random.default_rng(0)
-    self._batch = [
-      jnp.asarray(rng.integers(2, cfg.vocab_size, (setting.batch_size, length)))
-      for length in (setting.input_length, setting.target_length)
-    ]
-
-  def step(self) -> Any:
-    """Returns the loss and the gradients of the batch."""
-    return _loss_and_gradients(self._module, self._params, *self._batch)
+    workload.check_memory(self, f'target {self.target_length}')
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss_and_gradients(module, params, inputs_BS, targets_BT):
+def loss_and_gradients(module, params, inputs_BS, targets_BT):
+  """Returns the loss and its gradients; no token is padding."""
+
   def loss(params):
     shifted_BT = jnp.pad(targets_BT[:, :-1], ((0, 0), (1, 0)))
     logits_BTV = module.apply(
@@ -122,29 +88,36 @@ def measure(
   chosen: Sequence[Setting],
   repeats: int,
   command: str,
-  baseline: Callable[[network.T5Config], nn.Module] | None = None,
+  baseline: Callable[[network.T5Config], Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-  """Yields rows of kind 'train_benchmark'.
+  """Yields rows of kind 'train_benchmark'; see `benchmark.run`.
 
-  Args:
-    chosen, repeats, command: as in `benchmark.run`.
-    baseline: makes the network of settings of system 't5x'.
+  `baseline` makes the network of settings of system 't5x'.
   """
 
   def make(setting):
-    make_network = baseline if setting.system == 't5x' else network.Transformer
-    return Trainee(make_network(setting.config), setting)
+    cfg = setting.config
+    module = (baseline if setting.system == 't5x' else network.Transformer)(cfg)
+    params = workload.random_params(cfg, jnp.float32)
+    rng = np.random.default_rng(0)
+    batch = [
+      jnp.asarray(rng.integers(2, cfg.vocab_size, (setting.batch_size, length)))
+      for length in (setting.input_length, setting.target_length)
+    ]
+    step = functools.partial(loss_and_gradients, module, params, *batch)
+    jax.block_until_ready(step())
+    return functools.partial(timing.seconds, step)
 
-  for together, trainees in timing.in_groups(chosen, make):
-    medians = timing.medians([trainee.step for trainee in trainees], repeats)
+  for together, steps in timing.in_groups(chosen, make):
+    medians = timing.medians(steps, repeats)
     for setting, seconds in zip(together, medians, strict=True):
       yield _row(setting, seconds, command)
 
 
 def _row(setting: Setting, seconds: float, command: str) -> dict[str, Any]:
   """Returns a row; `python -m gqa_t5x.benchmark train --help` explains its keys."""
-  tokens = setting.batch_size * (setting.input_length + setting.target_length)
   input_tokens = setting.batch_size * setting.input_length
+  tokens = input_tokens + setting.batch_size * setting.target_length
   rate = workload.matmul_rate(setting.size, input_tokens, setting.dtype)
   return workload.common_keys('train_benchmark', command, setting) | {
     'ms_per_step': 1e3 * seconds,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import platform
 from typing import Any
 
@@ -14,13 +15,18 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network, sizes
 
 
-def check_memory(setting: Any) -> None:
-  """Raises BadInput unless `setting.nbytes()` fit into the device's free memory."""
+def check_memory(setting: Any, output: str) -> None:
+  """Raises BadInput unless `setting.nbytes()` fit into the device's free memory.
+
+  `output` tells settings apart in addition to their model, batch and input.
+  """
   needed, free = setting.nbytes(), timing.free_bytes()
   if free is not None and needed > free:
     raise BadInput(
-      f'{setting.describe()} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are'
-      ' free; choose a smaller batch_size, input_length or size.'
+      f'{setting.size} with {setting.num_kv_heads} K/V heads, batch'
+      f' {setting.batch_size}, input {setting.input_length}, {output}, {setting.dtype}'
+      f' needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; choose a'
+      ' smaller batch_size, input_length or size.'
     )
 
 
@@ -29,10 +35,6 @@ def random_params(cfg: network.T5Config, dtype: Any) -> dict[str, Any]:
 
   They are uniform numbers of the initialisers' size: what a step costs does not depend
   on them.
-
-  Args:
-    cfg: the configuration.
-    dtype: of the parameters.
   """
   leaves, treedef = jax.tree.flatten(models.variable_shapes(cfg)['params'])
   values = [_random(seed, leaf.shape, dtype) for seed, leaf in enumerate(leaves)]
@@ -48,31 +50,22 @@ def _random(seed, shape, dtype):
 
 @functools.cache
 def matmul_rate(size: str, rows: int, dtype: str) -> float:
-  """Returns what the machine reaches on products of a model's MLP, GFLOP/s.
-
-  Args:
-    size: a key of sizes.SIZES.
-    rows: of the first factor.
-    dtype: of all factors, a key of models.DTYPES.
-  """
+  """Returns GFLOP/s of the machine on products of `rows` with a model's MLP kernels."""
   D, F = sizes.SIZES[size]['emb_dim'], sizes.SIZES[size]['mlp_dim']
-  return timing.matmul_gflop_per_s(rows, ((D, F), (F, D)), models.DTYPES[dtype])
+  return timing.matmul_gflop_per_s(rows, D, F, models.DTYPES[dtype])
 
 
 def common_keys(kind: str, command: str, setting: Any) -> dict[str, Any]:
-  """Returns the keys that rows of every benchmark have.
-
-  Args:
-    kind: of the row.
-    command: what a user types to get it.
-    setting: a dataclass; its fields become keys.
-  """
+  """Returns the keys that rows of every benchmark have, a setting's fields included."""
+  device = jax.devices()[0].device_kind
+  if jax.default_backend() == 'cpu':
+    device += f', {os.cpu_count()} cores'
   return {
     'kind': kind,
     'source': 'measured',
     'command': command,
     **dataclasses.asdict(setting),
-    'device': timing.device_name(),
+    'device': device,
     'versions': {
       'python': platform.python_version(),
       'jax': jax.__version__,

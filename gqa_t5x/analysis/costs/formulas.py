@@ -2,11 +2,8 @@
 
 FLOPs are those of matrix products, 2 a multiply-add. Bytes are those that cross the
 memory bus if whatever is needed is read once; products.py says more. Keys and values
-count at K heads: nothing repeats them.
-
-Letters as in axes.py: B batch, T target length, S input length, D width, N query
-heads, K key/value heads, H head size, F MLP width, V vocabulary. Bytes of an
-activation or of a cache are those of the config's `dtype`.
+count at K heads: nothing repeats them. Lengths count padding. An element of an
+activation or a cache is of the config's `dtype`. Numbers below 1 are BadInput.
 """
 
 import dataclasses
@@ -20,18 +17,10 @@ from gqa_t5x.model.network import T5Config
 
 # A query reads a bias by relative position from 32 buckets (layers.py).
 RELPOS_BUCKETS = 32
-# The backward pass of a product is two products of the same three matrices.
-FORWARD_AND_BACKWARD = 3
 
 
 def num_parameters(cfg: T5Config) -> int:
-  """Counts a model's parameters.
-
-  Args:
-    cfg: the configuration.
-
-  Returns:
-    Number of parameters: kernels, the embedding, norms and position biases.
+  """Returns the number of parameters: kernels, embedding, norms and position biases.
 
   Source: T5.1.1; GQA, section 2.2 (K and V kernels of K heads).
   """
@@ -48,14 +37,10 @@ def num_parameters(cfg: T5Config) -> int:
 
 
 def step_kernels(cfg: T5Config) -> int:
-  """Counts the parameters in the kernels that one decode step multiplies with.
+  """Returns the number of parameters in kernels that a decode step multiplies with.
 
-  Args:
-    cfg: the configuration.
-
-  Returns:
-    Number of parameters: the decoder's kernels but those of cross-attention K and V.
-    The embedding is not counted where it makes the logits.
+  They are the decoder's, without those of cross-attention K and V, and without the
+  embedding where it makes the logits.
   """
   table = cfg.vocab_size * cfg.emb_dim if cfg.logits_via_embedding else 0
   return products.decoder(cfg, 1, 1, 1, 1).weights - table
@@ -69,14 +54,14 @@ class DecodeStep:
   (one part in `self_positions` of what it reads there), and all activations.
 
   Attributes:
-    flops: FLOPs, 2 a multiply-add.
-    param_bytes: bytes of parameters read: the decoder with its output projection, but
-      not what makes cross-attention K and V, since those are computed once an input;
-      and of the embedding table one vector a row, or all of it if it is the output
-      projection, too.
-    cross_kv_bytes: bytes of cross-attention K and V read, once an input: the beams of
-      an input share them.
-    self_cache_bytes: bytes of the self-attention cache read, once a row.
+    flops: of the step.
+    param_bytes: of parameters read: the decoder with its output projection, but not
+      what makes cross-attention K and V, since those are computed once an input; and of
+      the embedding table one vector a row, or all of it if it is the output projection,
+      too.
+    cross_kv_bytes: of cross-attention K and V read, once an input: the beams of an
+      input share them.
+    self_cache_bytes: of the self-attention cache read, once a row.
   """
 
   flops: int
@@ -86,12 +71,12 @@ class DecodeStep:
 
   @property
   def cache_bytes(self) -> int:
-    """Bytes of keys and values read: all that there are."""
+    """Of keys and values: all that there are."""
     return self.cross_kv_bytes + self.self_cache_bytes
 
   @property
   def bytes(self) -> int:
-    """Bytes of parameters, keys and values read."""
+    """Of parameters, keys and values."""
     return self.param_bytes + self.cache_bytes
 
 
@@ -107,16 +92,13 @@ def decode_step(
   """Returns the cost of one decode step.
 
   Args:
-    cfg: the configuration.
+    cfg: the model.
     batch_size: B, inputs.
     input_length: S, tokens.
     self_positions: positions of the self-attention cache that the step reads: the
       length of the cache where all of it is read, else those written so far.
     num_beams: rows an input.
     param_itemsize: bytes of one parameter in memory.
-
-  Raises:
-    BadInput: if a number is not positive.
 
   Source: Shazeer 2019, sections 2.4 (MHA: a step reads every weight once), 3.1 (MQA).
   """
@@ -143,17 +125,6 @@ def decode_step(
 def prepare_flops(cfg: T5Config, batch_size: int, input_length: int) -> int:
   """Returns the FLOPs before the first decode step: the encoder, and cross K and V.
 
-  Args:
-    cfg: the configuration.
-    batch_size: B.
-    input_length: S, tokens, padding included.
-
-  Returns:
-    FLOPs, 2 a multiply-add.
-
-  Raises:
-    BadInput: if a number is not positive.
-
   Source: Vaswani et al. 2017; Shazeer 2019, section 2.3.
   """
   _check_positive(batch_size=batch_size, input_length=input_length)
@@ -168,20 +139,9 @@ def training_step(
 
   The backward pass of a product is two of the same size, one for each operand's
   gradient, which read and write the same three matrices. What rematerialisation
-  computes again is not counted, nor is packing: every query sees every key.
-
-  Args:
-    cfg: the configuration.
-    batch_size: B.
-    input_length: S, tokens, padding included.
-    target_length: T, tokens, padding included.
-
-  Returns:
-    The matrix products of both passes, without the optimizer. Kernels count when read
-    forward, when read backward, and when their gradient is written.
-
-  Raises:
-    BadInput: if a number is not positive.
+  computes again is not counted, nor is packing: every query sees every key. The
+  optimizer is not, either. Kernels count when read forward, when read backward, and
+  when their gradient is written.
 
   Source: Shazeer 2019, section 2.3.
   """
@@ -193,25 +153,21 @@ def training_step(
     products.cross_kv(cfg, batch_size, input_length),
     products.decoder(cfg, batch_size, target_length, target_length, input_length),
   )
-  return products.total(parts, FORWARD_AND_BACKWARD)
+  return products.total(parts, 3)
 
 
 def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
   """Returns the memory accesses per arithmetic operation of incremental decoding.
+
+  That is n g/(d h) + 1/b: numbers read a multiply-add, up to a constant factor; n/d +
+  1/b for MHA and n/(d h) + 1/b for MQA.
 
   Args:
     b: batch size (B).
     n: length (S and T).
     d: model width (D), h times the head size.
     h: query heads (N).
-    g: key/value heads (K): h for MHA, 1 for MQA, between them GQA.
-
-  Returns:
-    n g/(d h) + 1/b: numbers read a multiply-add, up to a constant factor. This is
-    n/d + 1/b for MHA and n/(d h) + 1/b for MQA.
-
-  Raises:
-    BadInput: if a number is not positive, or g does not divide h.
+    g: key/value heads (K), which must divide h.
 
   Source: Shazeer 2019, sections 2.4 (MHA) and 3.1 (MQA).
   """

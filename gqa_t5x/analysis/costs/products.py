@@ -31,35 +31,19 @@ class Products(NamedTuple):
 
 
 def total(parts: Iterable[Products], times: int = 1) -> Products:
-  """Adds up.
-
-  Args:
-    parts: the sums to add.
-    times: how often they all occur.
-
-  Returns:
-    Their sum.
-  """
+  """Adds up what occurs so many times."""
   return Products(*(times * sum(column) for column in zip(*parts, strict=True)))
 
 
 def encoder(cfg: T5Config, batch_size: int, S: int) -> Products:
-  """Returns the products of the encoder.
-
-  Args:
-    cfg: the configuration.
-    batch_size: B.
-    S: input length.
-
-  Returns:
-    Their sum over all layers.
+  """Returns the products of all layers of the encoder.
 
   Source: Vaswani et al. 2017; T5.1.1's gated MLP.
   """
   tokens = batch_size * S
   layer = (
-    _query_and_out(cfg, tokens),
-    _key_and_value(cfg, tokens, cfg.encoder_kv),
+    _projections(cfg, tokens, cfg.num_heads),
+    _projections(cfg, tokens, cfg.encoder_kv),
     _attend(cfg, batch_size, S, S, cfg.encoder_kv),
     _mlp(cfg, tokens),
   )
@@ -67,19 +51,11 @@ def encoder(cfg: T5Config, batch_size: int, S: int) -> Products:
 
 
 def cross_kv(cfg: T5Config, batch_size: int, S: int) -> Products:
-  """Returns the products that make cross-attention K and V of encoded inputs.
-
-  Args:
-    cfg: the configuration.
-    batch_size: B.
-    S: input length.
-
-  Returns:
-    Their sum over all layers.
+  """Returns the products that make all cross-attention K and V of encoded inputs.
 
   Source: GQA, section 2.2.
   """
-  layer = _key_and_value(cfg, batch_size * S, cfg.cross_kv)
+  layer = _projections(cfg, batch_size * S, cfg.cross_kv)
   return total([layer], cfg.num_decoder_layers)
 
 
@@ -87,65 +63,53 @@ def decoder(cfg: T5Config, rows: int, T: int, self_keys: int, S: int) -> Product
   """Returns the products of the decoder with its logits, given cross K and V.
 
   Args:
-    cfg: the configuration.
+    cfg: the model.
     rows: sequences; each counts cross K and V of its own.
     T: new tokens of each: 1 in a decode step.
     self_keys: positions that each token's self-attention computes, masked or not.
     S: input length.
 
-  Returns:
-    Their sum over all layers.
-
   Source: Vaswani et al. 2017; GQA, section 2.2; T5.1.1's gated MLP.
   """
   tokens = rows * T
   layer = (
-    _query_and_out(cfg, tokens),
-    _key_and_value(cfg, tokens, cfg.self_kv),
+    _projections(cfg, tokens, cfg.num_heads),
+    _projections(cfg, tokens, cfg.self_kv),
     _attend(cfg, rows, T, self_keys, cfg.self_kv),
-    _query_and_out(cfg, tokens),
+    _projections(cfg, tokens, cfg.num_heads),
     _attend(cfg, rows, T, S, cfg.cross_kv),
     _mlp(cfg, tokens),
   )
-  logits = _dense(tokens, cfg.emb_dim, cfg.vocab_size, FLOAT32_BYTES)
+  logits = _dense(cfg, tokens, cfg.vocab_size, 1, FLOAT32_BYTES)
   return total([total(layer, cfg.num_decoder_layers), logits])
 
 
-def _query_and_out(cfg: T5Config, tokens: int) -> Products:
-  one = _dense(tokens, cfg.emb_dim, cfg.num_heads * cfg.head_dim, _itemsize(cfg))
-  return total([one], 2)
-
-
-def _key_and_value(cfg: T5Config, tokens: int, K: int) -> Products:
-  return total([_dense(tokens, cfg.emb_dim, K * cfg.head_dim, _itemsize(cfg))], 2)
+def _projections(cfg: T5Config, tokens: int, heads: int) -> Products:
+  """Returns two products between width and heads: query and out, or key and value."""
+  return _dense(cfg, tokens, heads * cfg.head_dim, 2, np.dtype(cfg.dtype).itemsize)
 
 
 def _mlp(cfg: T5Config, tokens: int) -> Products:
-  one = _dense(tokens, cfg.emb_dim, cfg.mlp_dim, _itemsize(cfg))
-  return total([one], len(cfg.mlp_activations) + 1)
+  number = len(cfg.mlp_activations) + 1
+  return _dense(cfg, tokens, cfg.mlp_dim, number, np.dtype(cfg.dtype).itemsize)
 
 
-def _dense(tokens: int, fan_in: int, fan_out: int, itemsize: int) -> Products:
+def _dense(
+  cfg: T5Config, tokens: int, size: int, number: int, itemsize: int
+) -> Products:
+  """Returns products between the model's width and another size."""
   return Products(
-    flops=2 * tokens * fan_in * fan_out,
-    weights=fan_in * fan_out,
-    activation_bytes=itemsize * tokens * (fan_in + fan_out),
+    flops=number * 2 * tokens * cfg.emb_dim * size,
+    weights=number * cfg.emb_dim * size,
+    activation_bytes=number * itemsize * tokens * (cfg.emb_dim + size),
   )
 
 
 def _attend(cfg: T5Config, rows: int, T: int, S: int, K: int) -> Products:
   """Returns the two products of attention: logits, and probabilities times values."""
-  N, H, itemsize = cfg.num_heads, cfg.head_dim, _itemsize(cfg)
+  N, H, itemsize = cfg.num_heads, cfg.head_dim, np.dtype(cfg.dtype).itemsize
   logits_itemsize = FLOAT32_BYTES if cfg.float32_attention_logits else itemsize
-  logits_or_probs = rows * N * T * S
+  logits = rows * N * T * S  # As many are probabilities.
   vectors = 2 * rows * H * (T * N + S * K)  # Queries and results; keys and values.
-  return Products(
-    flops=2 * 2 * logits_or_probs * H,
-    weights=0,
-    activation_bytes=itemsize * vectors
-    + (logits_itemsize + itemsize) * logits_or_probs,
-  )
-
-
-def _itemsize(cfg: T5Config) -> int:
-  return np.dtype(cfg.dtype).itemsize
+  nbytes = itemsize * vectors + (logits_itemsize + itemsize) * logits
+  return Products(flops=2 * 2 * logits * H, weights=0, activation_bytes=nbytes)

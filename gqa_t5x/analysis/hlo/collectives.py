@@ -1,46 +1,35 @@
-"""Bytes that one device receives from others in the collectives of a program.
+"""Bytes that one device receives from others in the collectives of a program."""
 
-The least that the usual ring algorithms receive, without padding, in a group of g:
-
-  all-gather           what the result has and the operand has not
-  reduce-scatter       (g - 1) / g of the operand
-  all-reduce           both, one after the other: 2 (g - 1) / g of the operand
-  all-to-all           (g - 1) / g of the operand
-  collective-permute   the operand
-"""
-
+import collections
 import math
 import re
 
 from gqa_t5x.analysis.hlo.parse import Computation, Instruction
 
+# The least that the usual ring algorithms receive, without padding, of an operand of n
+# bytes in a group of g. An all-reduce is a reduce-scatter and then an all-gather.
 COLLECTIVES = {
-  'all-reduce',
-  'all-gather',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-  'ragged-all-to-all',
-  'collective-broadcast',
+  'all-gather': lambda n, g: n * (g - 1),
+  'reduce-scatter': lambda n, g: n * (g - 1) / g,
+  'all-reduce': lambda n, g: 2 * n * (g - 1) / g,
+  'all-to-all': lambda n, g: n * (g - 1) / g,
+  'ragged-all-to-all': lambda n, g: n * (g - 1) / g,
+  'collective-permute': lambda n, g: n,
+  'collective-broadcast': lambda n, g: n,
 }
 _RENAMES = {'bitcast', 'get-tuple-element', 'reshape'}
 
 
-def received(computation: Computation, devices: int) -> list[tuple[str, float]]:
-  """Returns (kind, bytes received) of each collective in a fused computation.
-
-  Args:
-    computation: of a fusion, or one instruction with its operands as parameters.
-    devices: that run the program.
-  """
-  found = []
+def received(computation: Computation, devices: int) -> collections.Counter:
+  """Returns kind -> bytes received in a `hbm.body`; so many devices run the program."""
+  found = collections.Counter()
   for i in computation.instructions.values():
     if i.opcode not in COLLECTIVES:
       continue
     kind = 'reduce-scatter' if _is_reduce_scatter(computation, i) else i.opcode
     operands = (computation.instructions[name] for name in i.operands)
     nbytes = sum(shape.size for operand in operands for shape in operand.shapes)
-    found.append((kind, _received(kind, nbytes, group_size(i, devices))))
+    found[kind] += COLLECTIVES[kind](nbytes, _group_size(i, devices))
   return found
 
 
@@ -61,27 +50,12 @@ def _is_reduce_scatter(computation: Computation, i: Instruction) -> bool:
   return slices > 0
 
 
-def _received(kind: str, nbytes: float, group: int) -> float:
-  if kind == 'all-gather':
-    return nbytes * (group - 1)
-  if kind in ('reduce-scatter', 'all-to-all', 'ragged-all-to-all'):
-    return nbytes * (group - 1) / group
-  if kind == 'all-reduce':
-    return 2 * nbytes * (group - 1) / group
-  return nbytes
-
-
-def group_size(i: Instruction, devices: int) -> int:
+def _group_size(i: Instruction, devices: int) -> int:
   """Returns how many devices take part in a collective together.
 
-  Args:
-    i: the collective. Its `replica_groups` are a list, {{0,1},{2,3}}; or so many of so
-      many, [2,4]<=[8]; or axes of a mesh, mesh['x'=2,'y'=4] {'y'}, perhaps parts of
-      axes, {'y':(2)2}; or {}, all.
-    devices: that run the program.
-
-  Raises:
-    ValueError: for groups that are written in no such way.
+  Its `replica_groups` are a list, {{0,1},{2,3}}; or so many of so many, [2,4]<=[8]; or
+  axes of a mesh, mesh['x'=2,'y'=4] {'y'}, perhaps parts of axes, {'y':(2)2}; or {},
+  all.
   """
   text = i.attributes.partition('replica_groups=')[2]
   if not text:

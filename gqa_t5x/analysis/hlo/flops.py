@@ -8,14 +8,12 @@ import numpy as np
 
 from gqa_t5x.analysis.hlo.parse import Computation, Instruction, Shape
 
+# What counts where an instruction does not say it.
+WINDOW = {'pad': 0, 'stride': 1, 'lhs_dilate': 1, 'rhs_dilate': 1}
+
 
 def of_product(computation: Computation, i: Instruction) -> float:
-  """Returns the FLOPs of a matrix product, 2 a multiply-add; of all else 0.
-
-  Args:
-    computation: that it is in.
-    i: the instruction.
-  """
+  """Returns the FLOPs of a matrix product, 2 a multiply-add; of all else 0."""
   if i.opcode == 'custom-call':
     return _kernel(computation, i)
   if i.opcode not in ('dot', 'convolution'):
@@ -50,50 +48,34 @@ def _convolution_products(i: Instruction, left: Shape, right: Shape) -> int:
   products = left.dims[lhs.index('b')] // batch_groups
   # The kernel's input features are those of one feature group.
   products *= right.dims[kernel.index('i')] * right.dims[kernel.index('o')]
-  window = _window(i.attribute('window') or '{}', len(lhs) - 2)
-  for d, (pad, stride, lhs_dilate, rhs_dilate) in enumerate(window):
-    products *= _valid(
+  for d in range(len(lhs) - 2):
+    sizes = (
       left.dims[lhs.index(str(d))],
       right.dims[kernel.index(str(d))],
       i.shape.dims[out.index(str(d))],
-      pad,
-      stride,
-      lhs_dilate,
-      rhs_dilate,
     )
+    products *= _valid(sizes, *_window(i.attribute('window') or '', d))
   return products
 
 
-def _window(text: str, spatial: int) -> list[tuple[int, int, int, int]]:
-  """Returns (low padding, stride, dilations of both sides) of each dimension."""
-
-  def values(name: str, default: str) -> list[str]:
-    found = re.search(rf'{name}=([\w\-]+)', text)
-    return found.group(1).split('x') if found else [default] * spatial
-
+def _window(text: str, d: int) -> list[int]:
+  """Returns low padding, stride, and dilations of both sides in a dimension."""
+  found = {name: re.search(rf'{name}=([\w\-]+)', text) for name in WINDOW}
   return [
-    (int(pad.split('_')[0]), int(stride), int(lhs), int(rhs))
-    for pad, stride, lhs, rhs in zip(
-      values('pad', '0_0'),
-      values('stride', '1'),
-      values('lhs_dilate', '1'),
-      values('rhs_dilate', '1'),
-      strict=True,
-    )
+    int(said[1].split('x')[d].split('_')[0]) if said else WINDOW[name]
+    for name, said in found.items()
   ]
 
 
 @functools.cache
 def _valid(
-  size: int,
-  kernel: int,
-  out: int,
-  pad: int,
-  stride: int,
-  lhs_dilate: int,
-  rhs_dilate: int,
+  sizes: tuple[int, int, int], pad: int, stride: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-  """Returns how many pairs of output and kernel positions meet an element."""
+  """Returns how many pairs of output and kernel positions meet an element.
+
+  The sizes are those of the array, of the kernel and of the output.
+  """
+  size, kernel, out = sizes
   starts = np.arange(out) * stride - pad
   total = 0
   for k in range(kernel):

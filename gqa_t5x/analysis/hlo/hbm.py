@@ -23,12 +23,12 @@ A part is taken to begin where a tile does, so that the count is the least.
 import dataclasses
 import math
 
-from gqa_t5x.analysis.hlo.parse import HBM, Computation, Instruction, Module, Shape
+from gqa_t5x.analysis.hlo.parse import HBM, Computation, Instruction, Module
 
 SLICES = {'slice', 'dynamic-slice', 'gather'}
 UPDATES = {'dynamic-update-slice', 'scatter'}
 # What passes the elements of an array on, each by itself.
-VIEWS = {'bitcast', 'reshape', 'transpose', 'copy', 'convert', 'get-tuple-element'}
+VIEWS = {'bitcast', 'reshape', 'transpose', 'copy', 'convert'}
 
 
 def base_opcode(i: Instruction) -> str:
@@ -39,15 +39,8 @@ def base_opcode(i: Instruction) -> str:
 def body(module: Module, computation: Computation, i: Instruction) -> Computation:
   """Returns what an instruction does, as a computation of its operands.
 
-  Args:
-    module: the program.
-    computation: that the instruction is in.
-    i: a fusion; its computation is returned, with the fusions within it written out.
-      Or any other instruction that calls none; the start of an asynchronous one stands
-      for all of it.
-
-  Raises:
-    ValueError: for a start without its done.
+  Of a fusion that is its computation, with the fusions within it written out. Any other
+  instruction stands alone, the start of an asynchronous one for all of it.
   """
   if base_opcode(i) == 'fusion':
     return Computation(i.name, _written_out(module, i.called('calls')[0]))
@@ -58,17 +51,13 @@ def body(module: Module, computation: Computation, i: Instruction) -> Computatio
     for n, name in enumerate(dict.fromkeys(i.operands))
   }
   only = dataclasses.replace(
-    i, opcode=base_opcode(i), type_text=result(computation, i).type_text, is_root=True
+    i, opcode=base_opcode(i), type_text=_result(computation, i).type_text, is_root=True
   )
   return Computation(i.name, {**parameters, i.name: only})
 
 
-def result(computation: Computation, i: Instruction) -> Instruction:
-  """Returns the instruction that has the result: itself, or the done of a start.
-
-  Raises:
-    ValueError: for a start without its done.
-  """
+def _result(computation: Computation, i: Instruction) -> Instruction:
+  """Returns the instruction that has the result: itself, or the done of a start."""
   if not i.opcode.endswith('-start'):
     return i
   for user in computation.users.get(i.name, []):
@@ -104,15 +93,11 @@ def _written_out(module: Module, name: str) -> dict[str, Instruction]:
 def moved(
   computation: Computation, i: Instruction, inside: Computation
 ) -> tuple[float, float]:
-  """Returns the bytes that an instruction reads and writes.
-
-  Args:
-    computation: that it is in.
-    i: the instruction.
-    inside: its `body`.
-  """
+  """Returns the bytes that an instruction reads and writes; `inside` is its `body`."""
   read, written, in_place = 0.0, 0.0, set()
-  for name, shape in _results(inside, result(computation, i)):
+  shapes, root = _result(computation, i).shapes, inside.root
+  names = root.operands if root.opcode == 'tuple' else [root.name] * len(shapes)
+  for name, shape in zip(names, shapes, strict=True):
     if shape.space != HBM:
       continue
     updates = _updates(inside, name)
@@ -121,33 +106,17 @@ def moved(
       read, written = read + more, written + less
     in_place.update(updates)
     written += 0 if updates else shape.nbytes
+  # An array that is read by several names is read once.
   sources: dict[str, float] = {}
-  wholes: dict[str, float] = {}
   operands = i.operands if base_opcode(i) == 'fusion' else dict.fromkeys(i.operands)
   for number, name in enumerate(operands):
-    source = _source(computation, name)
+    source = computation.through(name, 'bitcast').name
     shapes = computation.instructions[name].shapes
     whole = sum(shape.nbytes for shape in shapes if shape.space == HBM)
     if whole:
       share = _share(inside, inside.parameters[number].name, in_place)
-      sources[source] = sources.get(source, 0) + share * whole
-      wholes[source] = whole
-  read += sum(min(nbytes, wholes[source]) for source, nbytes in sources.items())
-  return read, written
-
-
-def _source(computation: Computation, name: str) -> str:
-  """Returns the array that a name gives another view of."""
-  while computation.instructions[name].opcode == 'bitcast':
-    name = computation.instructions[name].operands[0]
-  return name
-
-
-def _results(inside: Computation, i: Instruction) -> list[tuple[str, Shape]]:
-  """Returns the name within, and the shape, of each result."""
-  root = inside.root
-  names = root.operands if root.opcode == 'tuple' else [root.name] * len(i.shapes)
-  return list(zip(names, i.shapes, strict=True))
+      sources[source] = min(sources.get(source, 0) + share * whole, whole)
+  return read + sum(sources.values()), written
 
 
 def _updates(inside: Computation, name: str) -> list[str]:
@@ -185,11 +154,7 @@ def _touched(inside: Computation, i: Instruction) -> tuple[float, float]:
 def _share(inside: Computation, name: str, in_place: set[str]) -> float:
   """Returns the part of a parameter that is read; what is read twice counts twice.
 
-  Args:
-    inside: the computation.
-    name: the parameter.
-    in_place: updates that change their array in place; what they read of it is counted
-      elsewhere.
+  What the updates `in_place` read of the array that they change is counted elsewhere.
   """
   root, share = inside.root, 0.0
   results = set(root.operands) if root.opcode == 'tuple' else {root.name}
@@ -202,7 +167,7 @@ def _share(inside: Computation, name: str, in_place: set[str]) -> float:
       alone = user.operands[0] == name and user.operands.count(name) == 1
       if user.name in in_place and alone:
         todo.append((user.name, True))
-      elif user.opcode in VIEWS and user.opcode != 'get-tuple-element':
+      elif user.opcode in VIEWS:
         todo.append((user.name, is_updated))
       elif user.opcode in SLICES and alone:
         share += _taken(inside, user)

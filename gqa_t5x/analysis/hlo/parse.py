@@ -17,11 +17,12 @@ import re
 from collections.abc import Sequence
 
 HBM = 0
-BITS = {'pred': 8, 'token': 0, 'opaque': 0}
 _ARRAY = re.compile(r'(\w+)\[([^\]]*)\](?:\{([^}]*)\})?')
 _TILE = re.compile(r'\(([\d,]+)\)')
 _COMMENT = re.compile(r'/\*.*?\*/')
 _ASIDE = re.compile(r'(?:^|, )(?:metadata|backend_config)=[{"]')
+_COMPUTATION = re.compile(r'^(ENTRY %?|%)(\S+) [^\n]*\{\n(.*?)^\}', re.M | re.S)
+_INSTRUCTION = re.compile(r'\s*(ROOT )?%?(\S+) = (.*?) ([\w\-]+)\(')
 _NAME = re.compile(r'%([\w.\-]+)')
 _PARENTHESIS = re.compile(r'[()]')
 
@@ -51,7 +52,7 @@ class Shape:
     """Bytes of the elements alone."""
     return math.prod(self.dims) * self.bits // 8
 
-  def slowest_first(self, dims: Sequence[int]) -> list[int]:
+  def _slowest_first(self, dims: Sequence[int]) -> list[int]:
     """Returns sizes of this array's dimensions in the order of its memory."""
     return [dims[d] for d in reversed(self.minor_to_major)] or list(dims)
 
@@ -60,11 +61,8 @@ class Shape:
 
     So many bytes are touched, too, when a part of this size is taken from the array, if
     the part begins where a tile does.
-
-    Args:
-      dims: sizes; as many as the array has.
     """
-    sizes = self.slowest_first(dims)
+    sizes = self._slowest_first(dims)
     for tile in self.tiles:
       sizes = [1] * (len(tile) - len(sizes)) + sizes
       outer = len(sizes) - len(tile)
@@ -90,46 +88,39 @@ class Shape:
     return dataclasses.replace(self, tiles=(row,))
 
   def fills_tiles(self, dims: Sequence[int]) -> bool:
-    """Returns whether a part of the array fills all tiles that it touches.
-
-    Args:
-      dims: sizes of the part, which begins where a tile does.
-    """
+    """Whether a part of these sizes fills its tiles if it begins where one does."""
     if not self.tiles:
       return True
     tile = self.tiles[0]
-    part, whole = self.slowest_first(dims), self.slowest_first(self.dims)
+    part, whole = self._slowest_first(dims), self._slowest_first(self.dims)
     rows = zip(reversed(part), reversed(whole), reversed(tile), strict=False)
     return all(n == size or n % t == 0 for n, size, t in rows)
-
-
-def _bits(dtype: str, layout: str) -> int:
-  """Types below 8 bits take 8, unless the layout says E(bits)."""
-  packed = re.search(r'E\((\d+)\)', layout)
-  if packed:
-    return int(packed.group(1))
-  if dtype in BITS:
-    return BITS[dtype]
-  found = re.search(r'\d+', dtype)
-  return max(8, int(found.group())) if found else 0
 
 
 def _parse_array(dtype: str, dims: str, layout: str | None) -> Shape:
   order, _, rest = (layout or '').partition(':')
   tiles = re.search(r'T((?:\([\d,]+\))+)', rest)
   space = re.search(r'S\((\d+)\)', rest)
+  packed = re.search(r'E\((\d+)\)', rest)
+  # Types below 8 bits take 8, unless the layout says E(bits).
   return Shape(
     dtype,
-    _whole_numbers(dims.replace('<=', '')),
+    _whole_numbers(dims),
     _whole_numbers(order),
     tuple(map(_whole_numbers, _TILE.findall(tiles.group(1)))) if tiles else (),
     int(space.group(1)) if space else HBM,
-    _bits(dtype, rest),
+    int(packed.group(1)) if packed else _bits(dtype),
   )
 
 
+def _bits(dtype: str) -> int:
+  """Returns the bits of a type by its name; a token and what is opaque have none."""
+  found = re.search(r'\d+', dtype)
+  return max(8, int(found.group())) if found else 8 * (dtype == 'pred')
+
+
 def _whole_numbers(text: str) -> tuple[int, ...]:
-  return tuple(int(n) for n in text.split(',') if n.strip())
+  return tuple(map(int, re.findall(r'\d+', text)))
 
 
 @functools.cache
@@ -144,7 +135,6 @@ class Instruction:
   """One instruction.
 
   Attributes:
-    name: its name in the computation.
     opcode: such as `fusion`.
     type_text: its shape as text.
     operands: names, in order.
@@ -181,7 +171,7 @@ class Instruction:
 
   def numbers(self, name: str) -> tuple[int, ...]:
     """Returns the numbers of an attribute such as `dimensions={0,2}`."""
-    return tuple(map(int, re.findall(r'\d+', self.attribute(name) or '')))
+    return _whole_numbers(self.attribute(name) or '')
 
   def called(self, name: str) -> list[str]:
     """Returns the computations that an attribute names."""
@@ -207,6 +197,12 @@ class Computation:
       int(i.literal): i for i in self.instructions.values() if i.opcode == 'parameter'
     }
 
+  def through(self, name: str, *opcodes: str) -> Instruction:
+    """Returns what a name stands for: the operand of instructions of these opcodes."""
+    while self.instructions[name].opcode in opcodes:
+      name = self.instructions[name].operands[0]
+    return self.instructions[name]
+
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
     """Name -> the instructions that use it."""
@@ -219,79 +215,48 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A program.
-
-  Attributes:
-    computations: by name.
-    entry: the name of the first.
-    devices: how many run it together.
-  """
+  """A program: its computations by name, the first of them, and how many devices."""
 
   computations: dict[str, Computation]
   entry: str
-  devices: int = 1
+  devices: int
 
 
 def parse(text: str) -> Module:
-  """Parses a program.
-
-  Args:
-    text: of `compiled.as_text()`.
-
-  Raises:
-    ValueError: if it is none.
-  """
+  """Parses the text of `compiled.as_text()`; ValueError if it is no program."""
   computations, entry = {}, None
-  name, instructions = None, {}
-  for line in text.split('\n'):
-    if name is None:
-      if line.endswith('{') and line.startswith(('%', 'ENTRY')):
-        words = line.split()
-        is_entry = words[0] == 'ENTRY'
-        name = words[1 if is_entry else 0].lstrip('%')
-        entry = name if is_entry else entry
-        instructions = {}
-    elif line.startswith('}'):
-      computations[name] = Computation(name, instructions)
-      name = None
-    else:
-      instruction = _parse_instruction(line)
-      if instruction is not None:
-        instructions[instruction.name] = instruction
+  for mark, name, lines in _COMPUTATION.findall(text):
+    instructions = filter(None, map(_parse_instruction, lines.split('\n')))
+    computations[name] = Computation(name, {i.name: i for i in instructions})
+    entry = entry if mark == '%' else name
   if entry not in computations:
     raise ValueError(
       f'This is no HLO module: {text[:40]!r}; it takes the text of compiled.as_text().'
     )
-  return Module(computations, entry, _devices(text.partition('\n')[0]))
-
-
-def _devices(header: str) -> int:
-  found = re.findall(r', (?:num_partitions|replica_count)=(\d+)', header)
-  return math.prod(map(int, found))
+  header = text.partition('\n')[0]
+  devices = re.findall(r', (?:num_partitions|replica_count)=(\d+)', header)
+  return Module(computations, entry, math.prod(map(int, devices)))
 
 
 def _parse_instruction(line: str) -> Instruction | None:
-  left, equals, right = line.strip().partition(' = ')
-  if not equals:
+  found = _INSTRUCTION.match(line)
+  if not found:
     return None
-  end = _closing(right, 0) + 1 if right.startswith('(') else right.index(' ')
-  type_text, right = right[:end], right[end:].lstrip()
-  start = right.index('(')
-  end = _closing(right, start)
-  opcode, inside, rest = right[:start], right[start + 1 : end], right[end + 1 :]
-  rest = rest.removeprefix(', ')
+  root, name, type_text, opcode = found.groups()
+  end = _closing(line, found.end() - 1)
+  inside, rest = line[found.end() : end], line[end + 1 :].removeprefix(', ')
   aside = _ASIDE.search(rest)
   cut = aside.start() if aside else len(rest)
-  has_literal = opcode in ('constant', 'parameter')
+  is_literal = opcode in ('constant', 'parameter')
   return Instruction(
-    left.removeprefix('ROOT ').lstrip('%'),
+    name,
     opcode,
     type_text,
-    () if has_literal else tuple(_NAME.findall(inside)),
+    () if is_literal else tuple(_NAME.findall(inside)),
     rest[:cut],
     rest[cut:],
-    left.startswith('ROOT '),
-    inside if has_literal else '',
+    bool(root),
+    inside if is_literal else '',
   )
 
 

@@ -1,6 +1,7 @@
 """Lowers decoding for a TPU slice: the whole loop, as a user's program runs it."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax.sharding import PartitionSpec
 
 from gqa_t5x.analysis import models
-from gqa_t5x.analysis.decode_setting import DecodeSetting
+from gqa_t5x.analysis.models import DecodeSetting
 from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
@@ -34,11 +35,10 @@ class Setting(DecodeSetting):
 
   @property
   def config(self) -> network.T5Config:
-    """The model's configuration; its errors are BadInput."""
+    """The model's configuration."""
     cfg, n = super().config, self.num_layers
-    if n is None:
-      return cfg
-    return dataclasses.replace(cfg, num_encoder_layers=n, num_decoder_layers=n)
+    layers = {'num_encoder_layers': n, 'num_decoder_layers': n}
+    return dataclasses.replace(cfg, **layers) if n else cfg
 
   def least_bytes(self, devices: int) -> float:
     """Returns the bytes that a step must read on one of so many devices.
@@ -50,11 +50,7 @@ class Setting(DecodeSetting):
 
 
 def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
-  """Lowers `generate` for the devices of a partitioner.
-
-  Args:
-    setting: what to decode.
-    partitioner: of `training.partitioning`, with the devices of a slice.
+  """Lowers `generate` for the devices of a partitioner of `training.partitioning`.
 
   Returns:
     (the lowered program, from parameters, inputs `[B, S]` and prompts `[B, T]` to
@@ -70,21 +66,21 @@ def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
       f' model (devices / model_partitions={setting.model_partitions}).'
     )
   cfg = setting.config
-  module = network.Transformer(cfg)
-  decode_fn, more = sampling.greedy, {}
+  more = {'decode_fn': sampling.greedy}
   if setting.num_beams > 1:
-    decode_fn, more = beam_search.beam_search, {'num_decodes': setting.num_beams}
-
-  def decode(params, inputs, prompts):
-    return generate.generate(
-      module, params, inputs, prompts, decode_fn, eos_id=EOS, **more
-    )
-
+    more = {'decode_fn': beam_search.beam_search, 'num_decodes': setting.num_beams}
+  module = network.Transformer(cfg)
+  decode = functools.partial(generate.generate, module, eos_id=EOS, **more)
   variables = models.variable_shapes(cfg)
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, cfg.dtype), variables['params']
   )
-  specs = _partition_specs(variables['params_axes'], partitioner.logical_axis_rules)
+  rules = partitioner.logical_axis_rules
+  specs = jax.tree.map(
+    lambda names: nn_partitioning.logical_to_mesh_axes(tuple(names), rules),
+    unfreeze(nn_partitioning.get_axis_names(variables['params_axes'])),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
   tokens = [
     jax.ShapeDtypeStruct((setting.batch_size, length), jnp.int32)
     for length in (setting.input_length, setting.output_length)
@@ -92,12 +88,3 @@ def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
   rows = partitioner.data_partition_spec
   partitioned = partitioner.partition(decode, (specs, rows, rows), rows)
   return partitioned.lower(params, *tokens), params, specs
-
-
-def _partition_specs(params_axes: Any, rules: Any) -> Any:
-  """Returns how parameters of these logical axes are sharded, by rules to mesh axes."""
-  return jax.tree.map(
-    lambda names: nn_partitioning.logical_to_mesh_axes(tuple(names), rules),
-    unfreeze(nn_partitioning.get_axis_names(params_axes)),
-    is_leaf=lambda x: isinstance(x, PartitionSpec),
-  )

@@ -1,10 +1,12 @@
 """Finds the layout of a TPU slice that serves best: partitions, batch, microbatches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
-from gqa_t5x.analysis.tpu.json_rows import CompiledRow
+from gqa_t5x.analysis.tpu.json_rows import CompiledText
 
-Result = tuple[CompiledRow, str]  # with the text of the program
+# From model partitions and a number, such as the batch size, to the result.
+Compile = Callable[[int, int], CompiledText]
 
 
 def search_decode(
@@ -12,19 +14,17 @@ def search_decode(
   chips: int,
   partitions: int | None,
   most_per_chip: int,
-  compile_batch: Callable[[int, int], Result],
-) -> Result | None:
+  compile_batch: Compile,
+) -> CompiledText | None:
   """Finds the model partitions that decode fastest, each with its largest batch.
 
+  That is with the least seconds per sample; None if nothing fits.
+
   Args:
-    num_devices: of the slice.
-    chips: of the slice.
+    num_devices, chips: of the slice.
     partitions: model partitions; None tries all.
     most_per_chip: the largest batch, inputs a chip.
-    compile_batch: from model partitions and batch size to the result.
-
-  Returns:
-    That with the least seconds per sample; None if nothing fits.
+    compile_batch: takes the batch size.
   """
 
   def batches(M):
@@ -33,63 +33,48 @@ def search_decode(
     found = (n * chips for n in range(1, most_per_chip + 1))
     return [batch for batch in found if batch % copies == 0]
 
-  tried = [partitions] if partitions else _partitions(num_devices)
+  tried = [partitions] if partitions else _powers_of_two(num_devices)
   return _best(tried, batches, compile_batch, 'seconds_per_sample')
 
 
 def search_train(
-  num_devices: int, batch_size: int, compile_parts: Callable[[int, int], Result]
-) -> Result | None:
+  num_devices: int, batch_size: int, compile_parts: Compile
+) -> CompiledText | None:
   """Finds the model partitions that train fastest, each with the fewest microbatches.
 
-  Args:
-    num_devices: of the slice.
-    batch_size: of the whole slice.
-    compile_parts: from model partitions and microbatches to the result.
-
-  Returns:
-    That with the least time by the roofline; None if nothing fits.
+  That is with the least time by the roofline; None if nothing fits. `compile_parts`
+  takes the number of microbatches.
   """
 
   def rows_together(M):
     """Rows of a microbatch on one copy of the model."""
-    copies = num_devices // M
-    if batch_size % copies:
-      return []
-    rows = batch_size // copies
-    return [rows // n for n in reversed(_powers_of_two(rows)) if rows % n == 0]
+    rows, rest = divmod(batch_size, num_devices // M)
+    return [] if rest else [rows // n for n in _powers_of_two(rows)]
 
   def compile_rows(M, together):
     return compile_parts(M, batch_size // (num_devices // M) // together)
 
-  return _best(_partitions(num_devices), rows_together, compile_rows, 'roofline_ms')
+  return _best(_powers_of_two(num_devices), rows_together, compile_rows, 'roofline_ms')
 
 
 def _best(
   partitions: Iterable[int],
   sizes_of: Callable[[int], Sequence[int]],
-  compile_size: Callable[[int, int], Result],
+  compile_size: Compile,
   key: str,
-) -> Result | None:
+) -> CompiledText | None:
   """Returns the result with the least `key`, of the largest sizes that fit."""
-  largest_of_each = (
-    largest(sizes_of(M), lambda size, M=M: compile_size(M, size)) for M in partitions
-  )
-  found = [result for result in largest_of_each if result is not None]
-  return min(found, key=lambda result: result[0][key], default=None)
+  found = (largest(sizes_of(M), functools.partial(compile_size, M)) for M in partitions)
+  return min(filter(None, found), key=lambda result: result[0][key], default=None)
 
 
 def largest(
-  sizes: Sequence[int], compile_size: Callable[[int], Result]
-) -> Result | None:
-  """Returns the largest size that fits, or None.
+  sizes: Sequence[int], compile_size: Callable[[int], CompiledText]
+) -> CompiledText | None:
+  """Returns the result of the largest of ascending sizes that fits, or None.
 
   Every program says how much it needs, also one that does not fit; all but what a chip
   must hold in any case grows with the size, so that the next guess is near.
-
-  Args:
-    sizes: in ascending order.
-    compile_size: from a size to its result.
   """
   low, high, best = 0, len(sizes), None  # sizes[:low] fit, sizes[high:] do not
   guess = high - 1
@@ -106,10 +91,7 @@ def largest(
   return best
 
 
-def _partitions(num_devices: int) -> Iterator[int]:
-  """All powers of two that divide the devices, the largest first."""
-  return (n for n in reversed(_powers_of_two(num_devices)) if num_devices % n == 0)
-
-
-def _powers_of_two(most: int) -> list[int]:
-  return [2**i for i in range(most.bit_length())]
+def _powers_of_two(number: int) -> list[int]:
+  """Returns all powers of two that divide a number, the largest first."""
+  found = (2**i for i in reversed(range(number.bit_length())))
+  return [n for n in found if number % n == 0]

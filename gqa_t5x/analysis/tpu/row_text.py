@@ -7,21 +7,18 @@ from gqa_t5x.analysis.tpu.json_rows import CompiledRow
 
 def headline(row: CompiledRow) -> str:
   """Returns one line: the layout, and what a program needs of what there is."""
-  microbatches = row.get('num_microbatches')
+  parts, end = '', ': does not fit'
+  if 'num_microbatches' in row:
+    parts = f' in {row["num_microbatches"]} microbatches'
+  if row['fits'] and row['mode'] == 'decode':
+    end = f', {row["seconds_per_sample"]:.3f} s a sample and chip'
+  elif row['fits']:
+    end = f', {row["roofline_ms"]:.0f} ms a step'
   peak, capacity = row['hbm_peak_bytes'] / GIB, row['hbm_capacity_bytes'] / GIB
   return (
     f'model {row["model_partitions"]} x data {row["data_partitions"]},'
-    f' batch {row["batch_size"]}'
-    + (f' in {microbatches} microbatches' if microbatches else '')
-    + f': {peak:.2f} of {capacity:.2f} GiB'
-    + (f', {_time(row)}' if row['fits'] else ': does not fit')
+    f' batch {row["batch_size"]}{parts}: {peak:.2f} of {capacity:.2f} GiB{end}'
   )
-
-
-def _time(row: CompiledRow) -> str:
-  if row['mode'] == 'decode':
-    return f'{row["seconds_per_sample"]:.3f} s a sample and chip'
-  return f'{row["roofline_ms"]:.0f} ms a step'
 
 
 def text(row: CompiledRow) -> str:
@@ -51,17 +48,12 @@ def _memory(row: CompiledRow) -> list[str]:
     'activation_bytes': 'activations and caches',
     'code_bytes': 'program',
   }
-  lines = [
-    f'  {label:<26}{row[key] / GIB:>10.3f} GiB'
-    for key, label in names.items()
-    if key in row
-  ]
-  peak, capacity = row['hbm_peak_bytes'], row['hbm_capacity_bytes']
-  verdict = 'fits' if row['fits'] else f'{(peak - capacity) / GIB:.2f} GiB too much'
-  return [
-    *lines,
-    f'  {"peak":<26}{peak / GIB:>10.3f} GiB of {capacity / GIB:.2f}: {verdict}',
-  ]
+  held = {label: row[key] / GIB for key, label in names.items() if key in row}
+  lines = [f'  {label:<26}{gib:>10.3f} GiB' for label, gib in held.items()]
+  peak, capacity = row['hbm_peak_bytes'] / GIB, row['hbm_capacity_bytes'] / GIB
+  verdict = 'fits' if row['fits'] else f'{peak - capacity:.2f} GiB too much'
+  lines.append(f'  {"peak":<26}{peak:>10.3f} GiB of {capacity:.2f}: {verdict}')
+  return lines
 
 
 def _step(row: CompiledRow) -> list[str]:
@@ -78,14 +70,10 @@ def _step(row: CompiledRow) -> list[str]:
   lines.append(_line("compiler's estimate", row['cycles_per_step'] / 1e6, 'Mcycles'))
   if row['mode'] == 'decode':
     ratio = row['hbm_bytes_per_step'] / row['least_bytes_per_step']
+    flops, ms = row['prepare_flops'] / 1e12, row['prepare_roofline_ms']
     lines += [
       f'  {"memory / least possible":<26}{ratio:>10.3f}',
-      _line(
-        'before the first step',
-        row['prepare_flops'] / 1e12,
-        'TFLOP',
-        row['prepare_roofline_ms'],
-      ),
+      _line('before the first step', flops, 'TFLOP', ms),
       f'  {"one sample":<26}{row["seconds_per_sample"]:>10.3f} s of one chip',
     ]
   return lines

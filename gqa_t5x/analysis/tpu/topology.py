@@ -11,7 +11,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -27,30 +26,22 @@ MEGACORE = {
   'num_slices': 1,
 }
 OPTIONS = {'v4': MEGACORE, 'v5p': MEGACORE}
-EXAMPLE = 'v4:2x2x2'
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
-  """Splits the name of a slice.
+  """Returns (generation, chips in each dimension) of the name of a slice.
 
-  Args:
-    name: such as `v4:2x2x2`.
-
-  Returns:
-    (generation, chips in each dimension).
-
-  Raises:
-    BadInput: an unknown generation, no shape, or more chips than a pod has.
+  BadInput for an unknown generation, no shape, or more chips than a pod has.
   """
   generation, _, shape = name.partition(':')
   if generation not in GENERATIONS:
     raise BadInput(
       f'topology={name}: {generation!r} is unknown; choose one of'
-      f' {", ".join(GENERATIONS)}, and a shape in chips: {EXAMPLE}.'
+      f' {", ".join(GENERATIONS)}, and a shape in chips: v4:2x2x2.'
     )
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
     raise BadInput(
-      f'topology={name}: {shape!r} is no shape in chips; write it as in {EXAMPLE}.'
+      f'topology={name}: {shape!r} is no shape in chips; write it as in v4:2x2x2.'
     )
   dimensions = tuple(int(n) for n in shape.split('x'))
   chips, pod = math.prod(dimensions), CHIPS[generation].pod
@@ -62,11 +53,7 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
 def devices(name: str) -> Sequence[jax.Device]:
   """Returns the devices of a slice; programs can be compiled for them, but not run.
 
-  Args:
-    name: such as `v4:2x2x2`.
-
-  Raises:
-    BadInput: no such slice, or libtpu is not installed.
+  BadInput if there is no such slice, or libtpu is not installed.
   """
   generation, shape = parse(name)
   options = dict(OPTIONS.get(generation, {}))
@@ -77,35 +64,26 @@ def devices(name: str) -> Sequence[jax.Device]:
   # Nothing runs on a TPU here, so that several may compile at a time.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   with quiet(BadInput):
-    return _describe(name, generation, options).devices
-
-
-def _describe(name: str, generation: str, options: dict[str, Any]) -> Any:
-  """Returns the compiler's description of a slice."""
-  try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
-  except Exception as error:  # libtpu raises RuntimeError, JaxRuntimeError and more.
-    if 'not installed' in str(error):
+    try:
+      return topologies.get_topology_desc(name, 'tpu', **options).devices
+    except Exception as error:  # libtpu raises RuntimeError, JaxRuntimeError and more.
+      if 'not installed' in str(error):
+        raise BadInput(
+          'The TPU compiler is not installed;'
+          " pip install --constraint constraints.txt 'jax[tpu]'."
+        ) from error
+      said = str(error).strip().split('\n')[0][:200]
       raise BadInput(
-        'The TPU compiler is not installed;'
-        " pip install --constraint constraints.txt 'jax[tpu]'."
+        f'topology={name}: the compiler knows no such slice; shapes that Google Cloud'
+        f' offers are in its pages of {generation}. It said: {said}'
       ) from error
-    said = str(error).strip().split('\n')[0][:200]
-    raise BadInput(
-      f'topology={name}: the compiler knows no such slice; shapes that Google Cloud'
-      f' offers are in its pages of {generation}. It said: {said}'
-    ) from error
 
 
 @contextlib.contextmanager
 def quiet(*expected: type[Exception]) -> Iterator[None]:
   """Holds back what is written to stderr, by C++ too, and shows it on an error.
 
-  Args:
-    *expected: exceptions that say enough by themselves: nothing is shown.
-
-  Yields:
-    Nothing.
+  Exceptions that are `expected` say enough by themselves: nothing is shown.
   """
   sys.stderr.flush()
   terminal, failed = os.dup(2), False
