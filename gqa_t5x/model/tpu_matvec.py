@@ -34,11 +34,11 @@ def heads_together(num_heads: int) -> int:
 
 def logits(q_BK11H: Array, k_BKHS: Array, dtype: jnp.dtype | None) -> Array:
   """Multiplies queries with keys: `[B, K, 1, 1, S]`; no dtype: that of the queries."""
-  B, K, _, _, H = q_BK11H.shape
+  q_BKH = q_BK11H[:, :, 0, 0]
+  B, K, H = q_BKH.shape
   R = heads_together(K)
-  own_rR1 = jnp.eye(R, dtype=q_BK11H.dtype)[:, :, None]
-  q_BkrRH = q_BK11H[:, :, 0, 0].reshape(B, K // R, R, 1, H) * own_rR1
-  q_BkrX = q_BkrRH.reshape(B, K // R, R, R * H)
+  own_rR1 = jnp.eye(R, dtype=q_BKH.dtype)[:, :, None]
+  q_BkrX = (q_BKH.reshape(B, K // R, R, 1, H) * own_rR1).reshape(B, K // R, R, R * H)
   k_BkXS = k_BKHS.reshape(B, K // R, R * H, -1)
   out_BkrS = jnp.einsum('BkrX,BkXS->BkrS', q_BkrX, k_BkXS, preferred_element_type=dtype)
   return out_BkrS.reshape(B, K, -1)[:, :, None, None]

@@ -37,10 +37,10 @@ def rules(log_probs, temperature=1.0, topk=0, topp=0.0):
 # The network: every token against the whole forward pass in NumPy.
 
 
-def check_row(cfg, b, row, score, prompt, eos_id, *, steps=LENGTH, rescale, **drawn):
+def check_row(cfg, b, row, score, prompt, eos_id, rescale, **drawn):
   """Checks one decode of example b; returns whether it has ended by the marker."""
-  expected, last = 0.0, min(LENGTH, len(prompt) + steps)
-  for t in range(last):
+  expected, last = 0.0, LENGTH
+  for t in range(LENGTH):
     if t < len(prompt):
       assert row[t] == prompt[t]
       continue
@@ -53,15 +53,22 @@ def check_row(cfg, b, row, score, prompt, eos_id, *, steps=LENGTH, rescale, **dr
       break
   assert not row[last:].any()
   assert score == pytest.approx(expected, abs=1e-4)
-  return last > 0 and row[last - 1] == eos_id
+  return row[last - 1] == eos_id
 
 
-def decode_and_check(K, options, temperatures, prompts, traced):
-  """Decodes with a marker that is drawn, and forced in the third row, and checks."""
-  cfg = oracle.config(K)
-  options = {'num_decodes': 2, **options}
+@pytest.mark.parametrize(
+  ('K', 'topp', 'rescale', 'temperature'),
+  [(2, 0.8, False, 0.7), (4, 0.0, True, np.array([0, 0.5, 2, 1], np.float32))],
+)
+def test_every_token_is_one_that_may_be_drawn(K, topp, rescale, temperature):
+  """With one temperature, or one for each row; with forced tokens of several lengths,
+  and a marker that is drawn, and forced in the third row."""
+  cfg, prompts = oracle.config(K), ((7, 3, 9), (), (4, 5, 4), (6,))
+  traced = {} if isinstance(temperature, float) else {'temperature': temperature}
+  options = {'topk': 0, 'topp': topp, 'rescale_log_probs': rescale}
+  options |= {} if traced else {'temperature': temperature}
   run = functools.partial(
-    oracle.decode(cfg, 'temperature_sample', **options),
+    oracle.decode(cfg, 'temperature_sample', 2, **options),
     oracle.params(cfg),
     decode_rng=KEY,
     **traced,
@@ -69,59 +76,19 @@ def decode_and_check(K, options, temperatures, prompts, traced):
   eos_id = int(run(oracle.prompt_batch(prompts), -1)[0][1, 0, 2])
   prompts = (*prompts[:2], (eos_id, 5, eos_id), prompts[3])
   tokens, scores = (np.asarray(x) for x in run(oracle.prompt_batch(prompts), eos_id))
-  assert tokens.shape == (B, options['num_decodes'], LENGTH)
+  assert tokens.shape == (B, 2, LENGTH)
   assert (tokens.dtype, scores.dtype) == (np.int32, np.float32)
-  rescale = options.get('rescale_log_probs', True)
-  drawn = {name: options[name] for name in ('topk', 'topp') if name in options}
-  steps = options.get('max_decode_steps', LENGTH)
-  ended = [
-    check_row(
-      cfg,
-      b,
-      tokens[b, i],
-      scores[b, i],
-      prompts[b],
-      eos_id,
-      rescale=rescale,
-      steps=steps,
-      temperature=temperatures[b],
-      **drawn,
-    )
-    for b in range(B)
-    for i in range(options['num_decodes'])
-  ]
+  of_rows = np.broadcast_to(temperature, B)
+  ended = []
+  for b, i in np.ndindex(B, 2):
+    row = tokens[b, i], scores[b, i], prompts[b]
+    drawn = {'temperature': of_rows[b], 'topp': topp}
+    ended.append(check_row(cfg, b, *row, eos_id, rescale, **drawn))
   assert any(ended)
   assert not all(ended)
   assert (np.diff(scores) >= 0).all()
-  return tokens, scores
-
-
-PROMPTS = ((7, 3, 9), (), (4, 5, 4), (6,))
-
-
-@pytest.mark.parametrize(
-  ('K', 'options'),
-  [
-    (1, {'num_decodes': 3, 'topk': 5, 'max_decode_steps': 4}),
-    (2, {'temperature': 0.7, 'topk': 0, 'topp': 0.8, 'rescale_log_probs': False}),
-  ],
-)
-def test_every_token_is_one_that_may_be_drawn(K, options):
-  """With forced tokens of several lengths, and decodes that end."""
-  temperatures = [options.get('temperature', 1.0)] * B
-  tokens, _ = decode_and_check(K, options, temperatures, PROMPTS, {})
-  # Decodes of an input differ.
-  assert all(len(np.unique(row, axis=0)) == len(row) for row in tokens)
-
-
-def test_a_temperature_for_each_row():
-  """Decodes at temperature 0 are alike, and greedy."""
-  temperatures = np.array([0, 0.5, 2, 1], np.float32)
-  tokens, scores = decode_and_check(
-    4, {'topk': 0}, temperatures, PROMPTS, {'temperature': temperatures}
-  )
-  np.testing.assert_array_equal(tokens[0, 0], tokens[0, 1])
-  np.testing.assert_array_equal(scores[0], [0, 0])
+  # Decodes of an input differ, but at temperature 0.
+  assert [len(np.unique(row, axis=0)) for row in tokens] == list(1 + (of_rows > 0))
 
 
 # Frequencies: a model of four tokens, each of which hangs on the last one alone.
