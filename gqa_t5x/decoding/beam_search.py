@@ -27,11 +27,8 @@ class _BeamState:
   cache: Any
 
 
-def brevity_penalty(alpha: float, length: int | Array) -> Array:
-  """Returns what log-probabilities are divided by: ((5 + length) / 6)^alpha.
-
-  Source: Wu et al. 2016, arXiv 1609.08144, section 7; T5X.
-  """
+def _brevity_penalty(alpha: float, length: int | Array) -> Array:
+  """What log-probabilities are divided by (Wu et al. 2016, arXiv 1609.08144)."""
   return jnp.power((5.0 + length) / 6.0, alpha)
 
 
@@ -51,17 +48,13 @@ def beam_search(
   Args:
     inputs, cache, tokens_to_logits, eos_id, cache_offset: as in `temperature_sample`.
     num_decodes: beams of every input.
-    alpha: of the `brevity_penalty`.
+    alpha: scores are log-probabilities by ((5 + length) / 6)^alpha.
     decode_rng: not used.
     max_decode_step: most steps, those over forced tokens included; -1: as many as fit.
 
   Returns:
     (tokens int32 `[B, num_decodes, T]`; float32 scores `[B, num_decodes]`), by rising
-    score: log-probability by brevity penalty. Where no beam has ended, the live ones
-    and their log-probabilities.
-
-  Raises:
-    ValueError: for numbers that make no sense.
+    score. Where no beam has ended, the live ones and their log-probabilities.
   """
   del decode_rng
   loop.check_decodes(num_decodes, cache_offset)
@@ -71,7 +64,7 @@ def beam_search(
   limit = jnp.where(max_decode_step > 0, jnp.minimum(max_decode_step, T), T)
 
   def may_improve(state: _BeamState) -> Array:
-    best_live_B1 = state.live_log_probs_Bn[:, -1:] / brevity_penalty(alpha, T + 1)
+    best_live_B1 = state.live_log_probs_Bn[:, -1:] / _brevity_penalty(alpha, T + 1)
     worst_ended_B1 = jnp.min(state.ended_scores_Bn, axis=1, keepdims=True)
     worst_ended_Bn = jnp.where(state.ended_Bn, worst_ended_B1, NEG_INF)
     return (state.step < limit) & ~jnp.all(worst_ended_Bn > best_live_B1)
@@ -90,7 +83,8 @@ def beam_search(
     )
     log_probs_BnV = jax.nn.log_softmax(logits_RV.astype(jnp.float32)).reshape(B, n, -1)
     forced_B = lax.dynamic_index_in_dim(forced_BT, state.step, axis=1, keepdims=False)
-    return _extend(state, cache, log_probs_BnV, forced_B[:, None], eos_id, alpha)
+    state = state.replace(cache=cache)
+    return _extend(state, log_probs_BnV, forced_B[:, None], eos_id, alpha)
 
   start = _start(B, n, T, decode_cache.with_beams(cache, n))
   return _result(loop.while_loop(may_improve, decode_one, start, beams=n))
@@ -122,12 +116,7 @@ def _result(state: _BeamState) -> tuple[Array, Array]:
 
 
 def _extend(
-  state: _BeamState,
-  cache: Any,
-  log_probs_BnV: Array,
-  forced_B1: Array,
-  eos_id: int,
-  alpha: float,
+  state: _BeamState, log_probs_BnV: Array, forced_B1: Array, eos_id: int, alpha: float
 ) -> _BeamState:
   """Makes each beam one token longer, and keeps the best.
 
@@ -152,7 +141,7 @@ def _extend(
   live_tokens_BnT, live_log_probs_Bn, origin_Bn = _best(
     live_Bm, n, tokens_BmT, live_Bm, origin_Bm
   )
-  scores_Bm = log_prob_Bm / brevity_penalty(alpha, state.step + 1)
+  scores_Bm = log_prob_Bm / _brevity_penalty(alpha, state.step + 1)
   scores_Bm = jnp.concatenate(
     [state.ended_scores_Bn, scores_Bm + ~ends_Bm * NEG_INF], axis=1
   )
@@ -170,7 +159,7 @@ def _extend(
     ended_tokens_BnT=ended_tokens_BnT,
     ended_scores_Bn=ended_scores_Bn,
     ended_Bn=ended_Bn,
-    cache=decode_cache.reorder(cache, origin_Bn),
+    cache=decode_cache.reorder(state.cache, origin_Bn),
   )
 
 

@@ -40,12 +40,10 @@ def generate(
 
   Args:
     module: a `network.Transformer`.
-    params: its parameters.
     encoder_input_tokens: int `[B, S]`, 0 is padding.
     prompts: int32 `[B, T]`, T tokens are decoded at most. Its first column is the start
       token; tokens after it that are not 0 are forced.
-    decode_fn: `sampling.greedy`, `sampling.temperature_sample`,
-      `beam_search.beam_search`, or one of t5x.decoding.
+    decode_fn: of sampling.py, beam_search.py or t5x.decoding.
     **decoder_params: for `decode_fn`: eos_id, num_decodes, ...
 
   Returns:
@@ -60,15 +58,8 @@ def generate(
   cache, kept = prepare(module, params, encoder_input_tokens, prompts.shape[1])
 
   def tokens_to_logits(state: DecodingState) -> tuple[Array, Any]:
-    return step(
-      module,
-      params,
-      kept,
-      state.cache,
-      encoder_input_tokens,
-      state.cur_token[:, 0],
-      prompts.shape[1],
-    )
+    tokens = encoder_input_tokens, state.cur_token[:, 0]
+    return step(module, params, kept, state.cache, *tokens, prompts.shape[1])
 
   return decode_fn(
     inputs=prompts, cache=cache, tokens_to_logits=tokens_to_logits, **decoder_params
@@ -83,13 +74,9 @@ def prepare(
   On a CPU that includes the decoder's kernels, transposed: with few rows, its products
   read them twice as fast from the left (docs/performance.md).
 
-  Args:
-    module, params, encoder_input_tokens: as in `generate`.
-    max_length: positions of the self-attention cache.
-
   Returns:
-    (empty `cache` collection; the other collections of a step: cross-attention K and V
-    in `encoded_kv`, kernels in `transposed`).
+    (empty `cache` collection of `max_length` positions; the other collections of a
+    step: cross-attention K and V in `encoded_kv`, kernels in `transposed`).
   """
   B, S = encoder_input_tokens.shape
   parts = B // encoded_together(B, S)
@@ -117,10 +104,9 @@ def prepare(
 
 
 def encoded_together(B: int, S: int) -> int:
-  """Returns how many of B inputs of S tokens `prepare` encodes at a time.
+  """Returns how many of B inputs of S tokens `prepare` encodes at a time, a divisor.
 
-  It is a divisor of B. All copies of the model get as many of each part, so that their
-  rows stay with them.
+  All copies of the model get as many of each part, so that their rows stay with them.
   """
   mesh = sharding.current_mesh()
   copies = 1 if mesh is None else mesh.shape.get('data', 1)
@@ -153,15 +139,13 @@ def _encode(
 
 def _transposed_kernels(decoder: Params) -> dict[str, Any]:
   """Returns the kernels of a step as `[out, in]`; cross keys and values need none."""
-  flat = traverse_util.flatten_dict(decoder)
   unused = {('encoder_decoder_attention', name) for name in ('key', 'value')}
-  return traverse_util.unflatten_dict(
-    {
-      path: value.T
-      for path, value in flat.items()
-      if path[-1] == 'kernel' and path[-3:-1] not in unused
-    }
-  )
+  transposed = {
+    path: value.T
+    for path, value in traverse_util.flatten_dict(decoder).items()
+    if path[-1] == 'kernel' and path[-3:-1] not in unused
+  }
+  return traverse_util.unflatten_dict(transposed)
 
 
 def step(
@@ -173,12 +157,10 @@ def step(
   token_R: Array,
   max_length: int,
 ) -> tuple[Array, Any]:
-  """Decodes one position.
+  """Decodes one position, after `prepare`.
 
   Args:
-    module, params, encoder_input_tokens, max_length: as in `prepare`.
-    kept: from `prepare`.
-    cache: from `prepare` or an earlier step.
+    cache: of `prepare` or an earlier step.
     token_R: the newest token of every row, int32; an input may have several rows.
 
   Returns:

@@ -18,18 +18,11 @@ NEG_INF = -1.0e7
 
 @struct.dataclass
 class DecodingState:
-  """What a decode function tells the model; T5X's names. R rows: inputs x decodes.
+  """What a decode function tells the model; T5X's names. R rows: inputs x decodes."""
 
-  Attributes:
-    cur_index: how many tokens are decoded, int32 `()`.
-    sequences: the rows so far, behind the start token, int32 `[R, T + 1]`.
-    cur_token: the newest token of each row, int32 `[R, 1]`.
-    cache: the self-attention cache.
-  """
-
-  cur_index: Array
-  sequences: Array
-  cur_token: Array
+  cur_index: Array  # int32 (), how many tokens are decoded
+  sequences: Array  # int32 [R, T + 1], the start token first
+  cur_token: Array  # int32 [R, 1], the newest
   cache: Any
 
 
@@ -42,19 +35,14 @@ def while_loop(
   state: Any,
   beams: int,
 ) -> Any:
-  """Runs a decode loop.
+  """Decodes while `go_on(state)`; returns the last state.
 
   On a TPU a step writes its keys and values to small arrays, and they move into the
   cache every few steps: decode_cache.py says why.
 
   Args:
-    go_on: from a state to whether there is another step.
-    decode_one: the step.
     state: a `flax.struct.dataclass` with the `cache`.
     beams: rows that share a row of the cache.
-
-  Returns:
-    The last state.
   """
   if sharding.platform() != 'tpu':
     return lax.while_loop(go_on, decode_one, state)

@@ -28,15 +28,8 @@ def greedy(
 ) -> tuple[Array, Array]:
   """Decodes the likeliest token at every step, until every row has ended.
 
-  Args:
-    inputs, cache, tokens_to_logits, eos_id, cache_offset, max_decode_steps: as in
-      `temperature_sample`.
-    num_decodes: 1.
-    decode_rng: not used.
-
-  Returns:
-    (tokens int32 `[B, 1, T]`, 0 after the end marker; float32 `[B, 1]`, the
-    log-probability of each row up to and with its end marker).
+  Arguments and result are those of `temperature_sample`, but for one decode an input,
+  scored by the model's distribution; `decode_rng` is not used.
 
   Raises:
     ValueError: for more than one decode: they would all be the same.
@@ -91,7 +84,6 @@ def temperature_sample(
     inputs: int32 `[B, T]`: the start token, then forced tokens, then 0.
     cache: the empty self-attention cache of `prepare`.
     tokens_to_logits: decodes one position of every row.
-    eos_id: the token that ends a row.
     decode_rng: a key; None: that of 0.
     num_decodes: independent decodes of every input.
     temperature: divides the logits; one number, or `[B]`. 0 is greedy.
@@ -191,7 +183,7 @@ def _draw(
   topp: float,
   rescale_log_probs: bool,
 ) -> tuple[Array, Array]:
-  """Draws a token for each row; returns it and its log-probability."""
+  """Returns a token for each row, and its log-probability."""
   logits_RV = logits_RV.astype(jnp.float32)
   best_R = jnp.argmax(logits_RV, axis=-1)
   is_number = isinstance(temperature, int | float)

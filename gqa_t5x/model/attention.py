@@ -1,10 +1,7 @@
 """Grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245).
 
 K key/value heads serve N query heads, G = N / K each: K = N is multi-head, K = 1
-multi-query attention, and one path computes them all. Letters as in axes.py:
-
-  B batch   T query length   S key/value length   D model width
-  N query heads   K key/value heads   G = N / K   H head size
+multi-query attention, and one path computes them all. Letters as in axes.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +16,8 @@ from gqa_t5x.model.dense import Dense
 
 Array = jax.Array
 DType = Any
-Initializer = Callable[..., Array]
 
+KERNEL_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 # Masked logits get this value, as in T5X: a fully masked row stays finite.
 MASKED_LOGIT = -1e10
 INPUT_AXES = (axes.BATCH, axes.LENGTH, axes.EMBED)
@@ -44,21 +41,15 @@ def grouped_attention(
   sqrt(H): the query initialiser does.
 
   Args:
-    q_BTNH: queries.
-    k_BKHS: keys, each head transposed, so that both products read rows.
-    v_BKSH: values.
+    k_BKHS: each head transposed, so that both products read rows.
     mask: bool, broadcastable to `[B, 1, T, S]`; True where a query may look.
     bias: `[B or 1, N, T or 1, S]`, added to the logits.
     float32_logits: accumulate logits and softmax in float32 whatever the dtype.
-    dropout: applied to the probabilities `[B, K, G, T, S]`.
     pending: keys and values of P more positions (decode_cache.py), laid out alike;
       mask and bias then cover S + P positions.
 
   Returns:
     `[B, T, N, H]` in the dtype of the queries.
-
-  Raises:
-    ValueError: if K does not divide N.
 
   Source: GQA, section 2.2.
   """
@@ -86,37 +77,25 @@ def grouped_attention(
 
 def _logits(q_BKGTH: Array, k_BKHS: Array, dtype: DType) -> Array:
   if tpu_matvec.is_matvec(q_BKGTH):
-    logits_BKS = tpu_matvec.logits(q_BKGTH[:, :, 0, 0], k_BKHS, dtype)
-    return logits_BKS[:, :, None, None]
+    return tpu_matvec.logits(q_BKGTH, k_BKHS, dtype)
   return jnp.einsum('BKGTH,BKHS->BKGTS', q_BKGTH, k_BKHS, preferred_element_type=dtype)
 
 
 def _weighted_sum(probs_BKGTS: Array, v_BKSH: Array) -> Array:
   if tpu_matvec.is_matvec(probs_BKGTS):
-    out_BKH = tpu_matvec.weighted_sum(probs_BKGTS[:, :, 0, 0], v_BKSH)
-    return out_BKH[:, :, None, None]
+    return tpu_matvec.weighted_sum(probs_BKGTS, v_BKSH)
   return jnp.einsum('BKGTS,BKSH->BKGTH', probs_BKGTS, v_BKSH)
 
 
 class GroupedQueryAttention(nn.Module):
-  """Projections and dropout around `grouped_attention`; keys and values are cached.
-
-  Attributes:
-    num_heads: N.
-    num_kv_heads: K, a divisor of N.
-    head_dim: H.
-    dtype: activation dtype.
-    dropout_rate: dropout on the probabilities, broadcast over query length.
-    float32_logits: see `grouped_attention`; on while decoding in any case.
-  """
+  """Projections and dropout around `grouped_attention`; keys and values are cached."""
 
   num_heads: int
   num_kv_heads: int
   head_dim: int
   dtype: DType = jnp.float32
-  dropout_rate: float = 0.0
-  float32_logits: bool = False
-  kernel_init: Initializer = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+  dropout_rate: float = 0.0  # On the probabilities, broadcast over query length.
+  float32_logits: bool = False  # While decoding in any case.
 
   @nn.compact
   def __call__(
@@ -129,29 +108,14 @@ class GroupedQueryAttention(nn.Module):
     cache_index: Array | None = None,
     deterministic: bool = False,
   ) -> Array:
-    """Applies attention.
+    """Attends from `[B, T, D]` to `[B, S, D]`; returns `[B, T, D]`.
 
     Where keys and values have fewer rows than queries, as for beams and samples of
     one input, the queries of neighbouring rows become positions of one row: no key or
-    value is repeated. Mask and bias then have those B and T.
-
-    Args:
-      inputs_q: `[B, T, D]`.
-      inputs_kv: `[B, S, D]`, the same as `inputs_q` in self-attention.
-      mask: bool `[B or 1, 1, T or 1, S]`.
-      bias: `[B or 1, N, T or 1, S]`.
-      cache_index: while decoding, in self-attention: where new keys and values go, of
-        `decode_cache.Positions`.
-      deterministic: True turns dropout off.
-
-    Returns:
-      `[B, T, D]`.
-
-    Raises:
-      ValueError: if K does not divide N.
+    value is repeated. Mask and bias, as in `grouped_attention`, then have those B and
+    T. `cache_index` is that of `decode_cache.Positions`, in self-attention alone.
     """
     N, H = self.num_heads, self.head_dim
-    axes.check_heads(N, self.num_kv_heads)
     B, T, D = inputs_q.shape
     q_BTNH = self._project_q(inputs_q)
     k_BKHS, v_BKSH, pending, kept = decode_cache.keys_and_values(
@@ -175,14 +139,14 @@ class GroupedQueryAttention(nn.Module):
     out_BTNH = sharding.constrain(out_BTNH, meeting_axes).reshape(B, T, N, H)
     out_BTX = sharding.constrain(out_BTNH, QUERY_AXES).reshape(B, T, N * H)
     return Dense(
-      D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, self.kernel_init, name='out'
+      D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, KERNEL_INIT, name='out'
     )(out_BTX)
 
   def _project_q(self, x_BTD: Array) -> Array:
     """Projects to `[B, T, N, H]`; the initialiser holds T5's 1 / sqrt(H)."""
 
     def query_init(*args):
-      return self.kernel_init(*args) / jnp.sqrt(self.head_dim).astype(self.dtype)
+      return KERNEL_INIT(*args) / jnp.sqrt(self.head_dim).astype(self.dtype)
 
     x_BTD = sharding.constrain(x_BTD, INPUT_AXES)
     q_BTNH = self._project(
@@ -200,14 +164,9 @@ class GroupedQueryAttention(nn.Module):
     v_BKSH = jnp.einsum('BSKH->BKSH', self._project('value', x_BSD, K, joined_axis))
     return k_BKHS, v_BKSH
 
-  def _project(self, name, x_BTD, heads, joined_axis, kernel_init=None) -> Array:
-    x_BTX = Dense(
-      heads * self.head_dim,
-      (axes.EMBED, joined_axis),
-      self.dtype,
-      kernel_init or self.kernel_init,
-      name=name,
-    )(x_BTD)
+  def _project(self, name, x_BTD, heads, joined_axis, init=KERNEL_INIT) -> Array:
+    width, kernel_axes = heads * self.head_dim, (axes.EMBED, joined_axis)
+    x_BTX = Dense(width, kernel_axes, self.dtype, init, name=name)(x_BTD)
     return x_BTX.reshape(*x_BTX.shape[:2], heads, self.head_dim)
 
   def _dropout(self, deterministic: bool) -> Callable[[Array], Array]:

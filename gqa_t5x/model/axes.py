@@ -25,9 +25,9 @@ Query head n reads key/value head n // G: groups are contiguous.
 K/V heads have names of their own because T5X shards `heads` and `joined_kv` over
 the model axis: with fewer K/V heads than model partitions that would cut inside a
 head. What decoding keeps (the collections `cache` and `encoded_kv`), and the queries
-that meet it, have names of their own because its rows may be split further than those
-of all other arrays. Flax maps a name without a rule silently to "replicated", so every
-name here must have a rule (tests/model/test_axes.py).
+that meet it, have others, because its rows may be split further than all other rows.
+Flax maps a name without a rule silently to "replicated": every name here has one
+(tests/model/test_axes.py).
 """
 
 BATCH, LENGTH, EMBED, MLP, VOCAB = 'batch', 'length', 'embed', 'mlp', 'vocab'
@@ -35,8 +35,6 @@ HEADS, HEAD_DIM, JOINED_HEADS = 'heads', 'kv', 'joined_kv'
 KV_HEADS, JOINED_KV_HEADS = 'kv_heads', 'joined_kv_heads'
 CACHE_BATCH, CACHE_HEADS = 'cache_batch', 'cache_heads'
 RELPOS_BUCKETS = 'relpos_buckets'
-
-Rule = tuple[str, str | tuple[str, str] | None]
 
 # What splits keys and values over the model axis -> mesh axes of KV_HEADS, CACHE_HEADS
 # and CACHE_BATCH.
@@ -66,8 +64,7 @@ def kv_axes(num_heads: int, num_kv_heads: int) -> tuple[str, str, str]:
   model is sharded exactly as T5X's.
 
   Returns:
-    (axis of the K dimension, axis of the K*H dimension, axis of the N dimension where
-    queries meet kept keys and values).
+    (that of K, that of K*H, that of N where queries meet kept keys and values).
   """
   if num_kv_heads == num_heads:
     return HEADS, JOINED_HEADS, HEADS
@@ -76,8 +73,8 @@ def kv_axes(num_heads: int, num_kv_heads: int) -> tuple[str, str, str]:
 
 def kv_head_rules(
   num_kv_heads: int | None, num_partitions: int, kv_sharding: str | None = None
-) -> tuple[Rule, ...]:
-  """Returns the rules to add to T5X's `standard_logical_axis_rules`.
+) -> tuple[tuple[str, str | tuple[str, str] | None], ...]:
+  """Returns the `additional_rules` of T5X's `standard_logical_axis_rules`.
 
   Never a cut inside a head. Keys and values are split over the model axis by
 
@@ -87,16 +84,12 @@ def kv_head_rules(
       training the K and V kernels and activations are replicated.
     'replicated': nothing; every partition reads all that decoding keeps.
 
-  By rule: 'heads' where K divides evenly, otherwise 'batch', which reads least.
-
   Args:
     num_kv_heads: K of the decoder (the greatest common divisor, if attention kinds
       differ); None for MHA, whose heads are split by T5X's own rules.
-    num_partitions: number of model-parallel partitions.
-    kv_sharding: a key of `KV_SHARDINGS`, to overrule the rule.
-
-  Returns:
-    Logical axis rules, to be passed as `additional_rules`.
+    num_partitions: model-parallel ones.
+    kv_sharding: None is by rule: 'heads' where K divides evenly, otherwise 'batch',
+      which reads least.
 
   Raises:
     ValueError: if a number is not positive, or `kv_sharding` is unknown, cuts inside a
@@ -104,8 +97,10 @@ def kv_head_rules(
 
   Source: Pope et al. 2022 (arXiv 2211.05102), section 3.3, for 'batch'.
   """
-  sharding = _kv_sharding(num_kv_heads, num_partitions, kv_sharding)
-  heads, cache_heads, rows = KV_SHARDINGS[sharding]
+  _check_kv_sharding(num_kv_heads, num_partitions, kv_sharding)
+  even = num_kv_heads is None or num_kv_heads % num_partitions == 0
+  by_rule = 'heads' if even else 'batch'
+  heads, cache_heads, rows = KV_SHARDINGS[kv_sharding or by_rule]
   return (
     (KV_HEADS, heads),
     (JOINED_KV_HEADS, heads),
@@ -115,8 +110,7 @@ def kv_head_rules(
   )
 
 
-def _kv_sharding(K: int | None, num_partitions: int, kv_sharding: str | None) -> str:
-  """Returns a key of `KV_SHARDINGS`; see `kv_head_rules`."""
+def _check_kv_sharding(K: int | None, num_partitions: int, kv_sharding: str | None):
   if num_partitions < 1 or (K is not None and K < 1):
     raise ValueError(
       f'num_kv_heads={K} and num_partitions={num_partitions} must both be at least 1.'
@@ -124,19 +118,15 @@ def _kv_sharding(K: int | None, num_partitions: int, kv_sharding: str | None) ->
   if kv_sharding not in (None, *KV_SHARDINGS):
     known = ', '.join(KV_SHARDINGS)
     raise ValueError(f'kv_sharding={kv_sharding!r} is unknown; choose one of {known}.')
-  if K is None:
-    if kv_sharding not in (None, 'heads'):
-      raise ValueError(
-        f'kv_sharding={kv_sharding!r} is for fewer key/value heads than query heads,'
-        ' and num_kv_heads is None: give num_kv_heads, or no kv_sharding.'
-      )
-    return 'heads'
-  whole = K % num_partitions == 0
-  if kv_sharding == 'heads' and not whole:
+  if K is None and kv_sharding not in (None, 'heads'):
+    raise ValueError(
+      f'kv_sharding={kv_sharding!r} is for fewer key/value heads than query heads,'
+      ' and num_kv_heads is None: give num_kv_heads, or no kv_sharding.'
+    )
+  if K is not None and K % num_partitions and kv_sharding == 'heads':
     divisors = ', '.join(str(n) for n in range(1, K + 1) if K % n == 0)
     raise ValueError(
       f"kv_sharding='heads' would cut inside a head: num_kv_heads={K} is not divisible"
       f' by num_partitions={num_partitions}; choose one of {divisors} partitions, or'
       " kv_sharding='batch' or 'replicated'."
     )
-  return kv_sharding or ('heads' if whole else 'batch')

@@ -1,4 +1,4 @@
-"""The decode cache: its variables, their layouts, and everything that is done to them.
+"""The decode cache: its variables, their layouts, and all that is done to them.
 
 In the collection `cache`, for each layer of self-attention:
 
@@ -14,7 +14,7 @@ and once, for the decoder:
   slots              [B, n, S]  whose slot at position s holds the past of beam i
   pending_positions  [P]        which positions are pending
 
-  B batch   n beams   K key/value heads   H head size   S positions   P pending ones
+  B batch   n beams   S positions   P pending ones
 
 The collection `encoded_kv` holds `cached_key` and `cached_value` of the encoded inputs
 for each layer of cross-attention: they are computed once, for all steps.
@@ -28,6 +28,7 @@ of it on the chip and back. So there a step only reads the cache. It writes to a
 whose first axis is the position, and every few steps `flush` moves those to the cache.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,19 +65,12 @@ _KINDS = (
 
 
 class KeysAndValues(NamedTuple):
-  """What the queries of a call attend to.
-
-  Attributes:
-    k_BKHS: keys.
-    v_BKSH: values.
-    pending: keys and values of P more positions, or None.
-    kept: whether decoding keeps these arrays, so that queries go where they lie.
-  """
+  """What the queries of a call attend to."""
 
   k_BKHS: Array
   v_BKSH: Array
-  pending: Sequence[Array] | None = None
-  kept: bool = True
+  pending: Sequence[Array] | None = None  # Keys and values of P more positions.
+  kept: bool = True  # Whether decoding keeps these arrays: queries go where they lie.
 
 
 def keys_and_values(
@@ -88,7 +82,7 @@ def keys_and_values(
   """Returns keys and values of a layer's inputs, and of those before them.
 
   Args:
-    layer: a `GroupedQueryAttention`; its variables are read and written.
+    layer: a `GroupedQueryAttention`.
     inputs_kv: `[B * n, T, D]`; not looked at once `encoded_kv` holds keys and values.
     project: from `[B, n * T, D]` to keys `[B, K, H, n * T]` and values
       `[B, K, n * T, H]`.
@@ -123,7 +117,7 @@ def _append(layer, inputs_kv, project, index) -> KeysAndValues:
     return KeysAndValues(*cached, pending)
   index = index * (len(inputs_kv) // B)
   cached = [
-    write(old, x, index, kind.axis)
+    _write(old, x, index, kind.axis)
     for kind, old, x in zip(_KINDS, cached, new, strict=True)
   ]
   return KeysAndValues(*_put(layer, CACHE, _shard(layer, cached)))
@@ -132,7 +126,7 @@ def _append(layer, inputs_kv, project, index) -> KeysAndValues:
 def _put_pending(layer: nn.Module, kind: _Kind, new: Array, index: Array) -> Array:
   """Adds a position to the pending ones; returns all in the layout of the cache."""
   x_PBnKH = layer.get_variable(CACHE, kind.pending)
-  new_BnKH = jnp.einsum(kind.to_pending, new).astype(x_PBnKH.dtype)
+  new_BnKH = jnp.einsum(kind.to_pending, new)
   x_PBnKH = lax.dynamic_update_index_in_dim(x_PBnKH, new_BnKH, index, axis=0)
   kv_heads, _, _ = axes.kv_axes(layer.num_heads, layer.num_kv_heads)
   x_PBnKH = sharding.constrain(
@@ -147,19 +141,12 @@ def _in_cache_layout(kind: _Kind, x_PBnKH: Array) -> Array:
   return lax.collapse(jnp.einsum(kind.to_cached, x_PBnKH), kind.axis, kind.axis + 2)
 
 
-def write(cache: Array, new: Array, index: Array, axis: int) -> Array:
-  """Returns keys or values with new ones written at `index`, in place under jit.
-
-  The index is int32 `()`, or one number for each row in any shape; `axis` that of S.
-  """
-  new = new.astype(cache.dtype)
+def _write(cached: Array, new: Array, index: Array, axis: int) -> Array:
+  """Writes along `axis` at `index`, `()` or one for each row; in place under jit."""
   if index.ndim == 0:
-    return lax.dynamic_update_slice_in_dim(cache, new, index, axis)
-
-  def write_row(cache, new, i):
-    return lax.dynamic_update_slice_in_dim(cache, new, i, axis - 1)
-
-  return jax.vmap(write_row)(cache, new, jnp.reshape(index, -1))
+    return lax.dynamic_update_slice_in_dim(cached, new, index, axis)
+  write_row = functools.partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
+  return jax.vmap(write_row)(cached, new, jnp.reshape(index, -1))
 
 
 def _get(layer: nn.Module, collection: str) -> list[Array]:
@@ -188,28 +175,26 @@ def _shard(
 
 
 class Positions(NamedTuple):
-  """Where the tokens of a decoder's call stand, and which keys they may see.
+  """Where the tokens of a decoder's call stand, and which keys they may see."""
 
-  Attributes:
-    queries_BT: positions of the tokens, int32; `[1, T]` if all rows are alike.
-    keys_S: positions of the keys, cached ones, then pending ones, int32.
-    mask: bool `[B or 1, 1, T, S]`.
-    index: where attention writes keys and values, int32; None: there is no cache.
-    slots_BnS: the table of slots, if beams share the rows of the cache.
-  """
-
-  queries_BT: Array
-  keys_S: Array
-  mask: Array
-  index: Array | None = None
-  slots_BnS: Array | None = None
+  queries_BT: Array  # Positions of the tokens, int32; `[1, T]` if all rows are alike.
+  keys_S: Array  # Positions of the keys, cached ones, then pending ones, int32.
+  mask: Array  # bool `[B or 1, 1, T, S]`
+  index: Array | None = None  # Where attention writes, int32; None: there is no cache.
+  slots_BnS: Array | None = None  # Where beams share the rows of the cache.
 
   def by_slot(self, bias: Array) -> tuple[Array, Array]:
-    """Returns the mask and a bias `[.., S]` by the slots of attention's keys."""
+    """Returns the mask and a bias `[.., S]` by the slots of attention's keys.
+
+    A beam may see the slots of its own past, and its new one.
+    """
     if self.slots_BnS is None:
       return self.mask, bias
-    mask = beam_mask(self.slots_BnS, self.queries_BT, self.keys_S)
-    return mask, jnp.repeat(bias, self.slots_BnS.shape[1], axis=-1)
+    B, beams, _ = self.slots_BnS.shape
+    slots_BnS = jnp.take(self.slots_BnS, self.keys_S, axis=2, mode='clip')
+    own = slots_BnS[..., None] == jnp.arange(beams)
+    mask = own & (self.keys_S <= self.queries_BT[0])[:, None]
+    return mask.reshape(B, 1, beams, -1), jnp.repeat(bias, beams, axis=-1)
 
 
 def advance(
@@ -221,7 +206,7 @@ def advance(
   """Counts the tokens of a call, and returns their positions.
 
   Args:
-    decoder: a `network.Decoder`; its variables are read and written.
+    decoder: a `network.Decoder`.
     length: T.
     max_decode_length: S; not needed in the first call, which makes a cache of T.
     prefill_lengths: int `[B]`, how many tokens of each row count; None: all.
@@ -239,18 +224,16 @@ def advance(
   # One row, or as many as there are numbers: T5X's beam search has `[B, beam]`.
   queries_BT = jnp.reshape(index, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
   keys_S = jnp.arange(S)
-  if decoder.has_variable(CACHE, 'pending_positions'):
+  pending_P = decoder.get_variable(CACHE, 'pending_positions')
+  if pending_P is not None:
     # From the first pending position on, what the cache has is out of date.
-    pending_P = decoder.get_variable(CACHE, 'pending_positions')
     keys_S = jnp.where(keys_S < pending_P[0], keys_S, UNREACHED)
     keys_S = jnp.concatenate([keys_S, pending_P])
     index = index - pending_P[0]
   mask = queries_BT[:, None, :, None] >= keys_S
-  slots_BnS, beams = None, 1
-  if decoder.has_variable(CACHE, 'slots'):
-    slots_BnS = decoder.get_variable(CACHE, 'slots')
-    beams = slots_BnS.shape[1]
+  slots_BnS = decoder.get_variable(CACHE, 'slots')
   if exists:
+    beams = 1 if slots_BnS is None else slots_BnS.shape[1]
     cached = _shape(decoder.variables[CACHE])[2] // beams
     if cached != S:
       raise ValueError(
@@ -258,19 +241,6 @@ def advance(
         f' max_decode_length={cached}.'
       )
   return Positions(queries_BT, keys_S, mask, index, slots_BnS)
-
-
-def beam_mask(slots_BnS: Array, query_11: Array, keys_S: Array) -> Array:
-  """Returns which slots each beam may see: those of its own past, and its new one.
-
-  Arguments are the table of slots, and the positions of the new token and of the keys,
-  in any order. The result is bool `[B, 1, n, S * n]`.
-  """
-  B, beams, _ = slots_BnS.shape
-  slots_BnS = jnp.take(slots_BnS, keys_S, axis=2, mode='clip')
-  own = slots_BnS[..., None] == jnp.arange(beams)
-  mask = own & (keys_S <= query_11[0])[:, None]
-  return mask.reshape(B, 1, beams, -1)
 
 
 # --- For decode functions: `cache` is the collection of a `network.Transformer` -----
@@ -298,10 +268,7 @@ def with_beams(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
 
 
 def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
-  """Returns the cache after each beam takes over the past of another, `origin_Bn`.
-
-  Keys and values are the same arrays as before.
-  """
+  """Returns the cache after each beam takes over the past of another, `origin_Bn`."""
   decoder = cache['decoder']
   slots_BnS = jnp.take_along_axis(decoder['slots'], origin_Bn[:, :, None], axis=1)
   decoded_S = jnp.arange(slots_BnS.shape[2]) < decoder['cache_index']
@@ -310,10 +277,7 @@ def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
 
 
 def with_pending(cache: Mapping[str, Any], beams: int) -> tuple[dict[str, Any], int]:
-  """Returns a cache with room for pending keys and values of each beam, and P.
-
-  After P steps at most it must be flushed.
-  """
+  """Returns a cache with room for pending keys and values, and P: flush it by then."""
   B, K, slots, H = _shape(cache)
   P = min(MAX_PENDING, slots // beams)
 
@@ -334,15 +298,10 @@ def flush(cache: Mapping[str, Any]) -> dict[str, Any]:
 
   def write_pending(layer):
     index = positions_P[0] * layer['pending_key'].shape[2]
-    return layer | {
-      kind.cached: write(
-        layer[kind.cached],
-        _in_cache_layout(kind, layer[kind.pending]),
-        index,
-        kind.axis,
-      )
-      for kind in _KINDS
-    }
+    for kind in _KINDS:
+      new = _in_cache_layout(kind, layer[kind.pending])
+      layer = layer | {kind.cached: _write(layer[kind.cached], new, index, kind.axis)}
+    return layer
 
   return _pending_from_now(_in_each_layer(cache, write_pending), len(positions_P))
 

@@ -10,26 +10,16 @@ from flax.linen import partitioning as nn_partitioning
 from jax import lax
 
 Array = jax.Array
-DType = Any
-Initializer = Callable[..., Array]
-
 TRANSPOSED = 'transposed'  # The collection of kernels `[out, in]`.
 
 
 class Dense(nn.Module):
-  """A linear map without bias; parameters are float32, arithmetic is `dtype`.
-
-  Attributes:
-    features: output width.
-    kernel_axes: logical axes of the `[in, out]` kernel.
-    dtype: activation dtype.
-    kernel_init: initialiser.
-  """
+  """A linear map without bias; parameters are float32, arithmetic is `dtype`."""
 
   features: int
-  kernel_axes: tuple[str, str]
-  dtype: DType = jnp.float32
-  kernel_init: Initializer = nn.initializers.variance_scaling(
+  kernel_axes: tuple[str, str]  # Of the `[in, out]` kernel, logical.
+  dtype: Any = jnp.float32
+  kernel_init: Callable[..., Array] = nn.initializers.variance_scaling(
     1.0, 'fan_in', 'truncated_normal'
   )
 
@@ -37,13 +27,12 @@ class Dense(nn.Module):
   def __call__(self, x: Array) -> Array:
     """Maps `[..., in]` to `[..., features]`.
 
-    A transposed kernel in the collection `transposed` takes the place of the parameter:
-    on a CPU `generate.prepare` makes those for decoding.
+    A kernel in the collection `transposed` takes the place of the parameter: on a CPU
+    `generate.prepare` makes those for decoding.
     """
     if self.has_variable(TRANSPOSED, 'kernel'):
-      y_FR = self._dot(
-        self.get_variable(TRANSPOSED, 'kernel'), x.reshape(-1, x.shape[-1]).T
-      )
+      kernel_FD = self.get_variable(TRANSPOSED, 'kernel')
+      y_FR = self._dot(kernel_FD, x.reshape(-1, x.shape[-1]).T)
       # Without the barrier the compiler would undo the transposition.
       return lax.optimization_barrier(y_FR).T.reshape(*x.shape[:-1], self.features)
     kernel = nn_partitioning.param_with_axes(

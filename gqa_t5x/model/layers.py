@@ -22,45 +22,37 @@ from gqa_t5x.model.dense import Dense
 Array = jax.Array
 DType = Any
 
+NUM_BUCKETS, MAX_DISTANCE = 32, 128  # Of relative positions (tokens), in every T5.
+
 param_with_axes = nn_partitioning.param_with_axes
 
 
 class LayerNorm(nn.Module):
-  """T5's layer norm: root mean square only, no mean, no bias; float32 inside."""
+  """T5's layer norm of `[..., D]`: root mean square only, no bias; float32 inside."""
 
   dtype: DType = jnp.float32
-  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """Normalises the last dimension of `[..., D]`."""
     x = x.astype(jnp.float32)
     scale = param_with_axes(
       'scale', nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=(axes.EMBED,)
     )
     mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
-    y = (x * lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
+    y = (x * lax.rsqrt(mean_square + 1e-6)).astype(self.dtype)
     return y * scale.astype(self.dtype)
 
 
 class MlpBlock(nn.Module):
-  """T5.1.1's gated MLP: the product of activations of parallel maps, then `wo`.
-
-  Attributes:
-    mlp_dim: F.
-    activations: one name a branch: 'linear', or a function of `flax.linen`.
-    dropout_rate: dropout on the hidden units, broadcast over length.
-    dtype: activation dtype.
-  """
+  """T5.1.1's gated MLP: the product of activations of parallel maps, then `wo`."""
 
   mlp_dim: int
-  activations: Sequence[str] = ('gelu', 'linear')
-  dropout_rate: float = 0.0
+  activations: Sequence[str]  # Of each map: 'linear', or a function of `flax.linen`.
+  dropout_rate: float = 0.0  # On the hidden units, broadcast over length.
   dtype: DType = jnp.float32
 
   @nn.compact
   def __call__(self, x_BTD: Array, deterministic: bool = False) -> Array:
-    """Maps `[B, T, D]` to `[B, T, D]`."""
     branches = []
     for i, activation in enumerate(self.activations):
       name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
@@ -75,13 +67,7 @@ class MlpBlock(nn.Module):
 
 
 class Embed(nn.Module):
-  """The token table shared by encoder and decoder.
-
-  Attributes:
-    vocab_size: V.
-    emb_dim: D.
-    dtype: dtype of the vectors.
-  """
+  """The token table shared by encoder and decoder."""
 
   vocab_size: int
   emb_dim: int
@@ -107,35 +93,28 @@ class Embed(nn.Module):
     return jnp.dot(x_BTD.astype(jnp.float32), self.embedding.T)
 
 
-def relative_position_buckets(
-  bidirectional: bool, num_buckets: int, max_distance: int
-) -> np.ndarray:
+def relative_position_buckets(bidirectional: bool) -> np.ndarray:
   """Returns the bucket of every relative position, as a table made once in NumPy.
 
   Half of the buckets hold one distance each, the rest grow logarithmically; all
-  distances of `max_distance` and more share the last. Bidirectional attention
-  splits the buckets between the two directions; causal attention has none for
-  the future (bucket 0).
-
-  Args:
-    bidirectional: whether keys after the query are seen.
-    num_buckets: number of buckets.
-    max_distance: first distance (tokens) of the last bucket.
+  distances of MAX_DISTANCE and more share the last. Bidirectional attention splits
+  the buckets between the two directions; causal attention has none for the future
+  (bucket 0).
 
   Returns:
-    int32 `[2 * max_distance + 1]`; entry `max_distance + d` is the bucket of key
-    position minus query position = d, d clipped to +-max_distance.
+    int32 `[2 * MAX_DISTANCE + 1]`; entry `MAX_DISTANCE + d` is the bucket of key
+    position minus query position = d, d clipped to +-MAX_DISTANCE.
 
   Source: T5 (Raffel et al. 2020, section 2.1).
   """
-  d = np.arange(-max_distance, max_distance + 1, dtype=np.int32)
-  half = num_buckets // 2 if bidirectional else num_buckets
+  d = np.arange(-MAX_DISTANCE, MAX_DISTANCE + 1, dtype=np.int32)
+  half = NUM_BUCKETS // 2 if bidirectional else NUM_BUCKETS
   distance = np.abs(d) if bidirectional else np.maximum(-d, 0)
   exact = half // 2
   # float32 and the epsilon are T5X's: they decide on which side a boundary falls.
   log_ratio = np.log(
     distance.astype(np.float32) / exact + np.finfo(np.float32).eps
-  ) / np.log(max_distance / exact)
+  ) / np.log(MAX_DISTANCE / exact)
   far = np.minimum(exact + (log_ratio * (half - exact)).astype(np.int32), half - 1)
   bucket = np.where(distance < exact, distance, far)
   if bidirectional:
@@ -144,58 +123,34 @@ def relative_position_buckets(
 
 
 class RelativePositionBiases(nn.Module):
-  """T5's learned attention bias by relative position, one value a head.
-
-  Attributes:
-    num_heads: N.
-    bidirectional: True in the encoder.
-    dtype: dtype of the biases.
-    num_buckets: rows of the table.
-    max_distance: distances (tokens) from here on share a bucket.
-  """
+  """T5's learned attention bias by relative position, one value a head."""
 
   num_heads: int
   bidirectional: bool
   dtype: DType = jnp.float32
-  num_buckets: int = 32
-  max_distance: int = 128
 
   @nn.compact
   def __call__(self, query_positions_BT: Array, key_positions_S: Array) -> Array:
-    """Returns the biases of queries and keys by their positions.
-
-    Args:
-      query_positions_BT: int32 `[B, T]`, or `[1, T]` when all rows are alike.
-      key_positions_S: int32 `[S]`.
-
-    Returns:
-      `[B, N, T, S]` (or `[1, N, T, S]`), to be added to the attention logits.
-    """
+    """Returns biases `[B or 1, N, T, S]` by int32 positions."""
     table_NR = param_with_axes(
       'rel_embedding',
       nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
-      (self.num_heads, self.num_buckets),
+      (self.num_heads, NUM_BUCKETS),
       jnp.float32,
       axes=(axes.HEADS, axes.RELPOS_BUCKETS),
     )
     distance_BTS = key_positions_S - query_positions_BT[..., None]
-    buckets = relative_position_buckets(
-      self.bidirectional, self.num_buckets, self.max_distance
-    )
-    clipped = jnp.clip(distance_BTS, -self.max_distance, self.max_distance)
-    bucket_BTS = jnp.take(jnp.asarray(buckets), clipped + self.max_distance)
+    buckets = jnp.asarray(relative_position_buckets(self.bidirectional))
+    clipped = jnp.clip(distance_BTS, -MAX_DISTANCE, MAX_DISTANCE)
+    bucket_BTS = jnp.take(buckets, clipped + MAX_DISTANCE)
     bias_NBTS = jnp.take(table_NR.astype(self.dtype), bucket_BTS, axis=1)
     return jnp.swapaxes(bias_NBTS, 0, 1)
 
 
 class EncoderLayer(nn.Module):
-  """Self-attention and MLP, each behind a layer norm and with a residual.
+  """Self-attention and MLP, each behind a layer norm and with a residual."""
 
-  Attributes:
-    config: a `network.T5Config`, as in all that follows.
-  """
-
-  config: Any
+  config: Any  # A `network.T5Config`, as in all that follows.
 
   @nn.compact
   def __call__(self, x_BTD, mask, bias, deterministic):

@@ -30,13 +30,12 @@ class T5Config:
   """Hyperparameters: T5X's fields under T5X's names, then those of this project.
 
   Attributes:
-    num_kv_heads: K of decoder self- and cross-attention; None means all heads (MHA).
-    self_attention_num_kv_heads: K of decoder self-attention alone, if it differs.
-    cross_attention_num_kv_heads: K of cross-attention alone, if it differs.
+    num_kv_heads: K of the decoder's attention; None means all heads (MHA).
+    self_attention_num_kv_heads, cross_attention_num_kv_heads: K of one kind, if it
+      differs.
     encoder_num_kv_heads: K of the encoder; None means all heads, as in the paper.
-    remat_policy: what a layer keeps for the backward pass: 'none' recomputes
-      nothing, 'minimal' keeps the results of weight matrix products, 'full' keeps
-      only each layer's input.
+    remat_policy: 'none' recomputes nothing in the backward pass, 'minimal' keeps the
+      results of weight matrix products, 'full' keeps only each layer's input.
 
   Raises:
     ValueError: for heads that do not divide, or an unknown policy.
@@ -82,18 +81,7 @@ class T5Config:
 
 
 def config(size: str, **overrides) -> T5Config:
-  """Returns the configuration of a model by its name.
-
-  Args:
-    size: a key of `sizes.SIZES`; what it leaves open is T5.1.1's.
-    **overrides: fields of `T5Config`; None leaves what the size has.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    ValueError: for an unknown size.
-  """
+  """Returns the configuration of a size in `sizes.SIZES`; None overrides nothing."""
   if size not in SIZES:
     raise ValueError(f'size={size!r} is unknown; choose one of {", ".join(SIZES)}.')
   t5_1_1 = dict(
@@ -103,12 +91,12 @@ def config(size: str, **overrides) -> T5Config:
   return T5Config(**(t5_1_1 | SIZES[size] | given))
 
 
-def _remat(layer: type[nn.Module], cfg: T5Config, static_argnums: tuple[int, ...]):
+def _remat(layer: type[nn.Module], cfg: T5Config, static_argnum: int):
   """Returns the layer class, recomputing in the backward pass as configured."""
   if cfg.remat_policy == 'none':
     return layer
   policy = REMAT_POLICIES[cfg.remat_policy]
-  return nn.remat(layer, policy=policy, static_argnums=static_argnums)
+  return nn.remat(layer, policy=policy, static_argnums=(static_argnum,))
 
 
 class Encoder(nn.Module):
@@ -126,7 +114,7 @@ class Encoder(nn.Module):
       cfg.num_heads, bidirectional=True, dtype=cfg.dtype, name='relpos_bias'
     )(jnp.arange(length)[None], jnp.arange(length))
     x_BSD = layers.dropout(cfg, self.shared_embedding(tokens_BS), deterministic)
-    layer = _remat(layers.EncoderLayer, cfg, static_argnums=(4,))
+    layer = _remat(layers.EncoderLayer, cfg, static_argnum=4)
     for i in range(cfg.num_encoder_layers):
       x_BSD = layer(cfg, name=f'layers_{i}')(x_BSD, mask, bias, deterministic)
     x_BSD = layers.LayerNorm(cfg.dtype, name='encoder_norm')(x_BSD)
@@ -170,7 +158,7 @@ class Decoder(nn.Module):
       bias = sharding.constrain(bias, (free, heads, free, free))
 
     x_BTD = layers.dropout(cfg, self.shared_embedding(tokens_BT), deterministic)
-    layer = _remat(layers.DecoderLayer, cfg, static_argnums=(6,))
+    layer = _remat(layers.DecoderLayer, cfg, static_argnum=6)
     for i in range(cfg.num_decoder_layers):
       x_BTD = layer(cfg, name=f'layers_{i}')(
         x_BTD, encoded_BSD, (mask, cross_mask), bias, at.index, deterministic
@@ -203,11 +191,7 @@ class Transformer(nn.Module):
     encoder_segment_ids: Array | None = None,
     enable_dropout: bool = True,
   ) -> Array:
-    """Encodes int tokens `[B, S]` (0 is padding) to `[B, S, D]`.
-
-    Packed examples come with `encoder_segment_ids`, int `[B, S]`. Dropout needs an
-    rng named 'dropout'.
-    """
+    """Encodes int `[B, S]` (0 is padding), perhaps packed, to `[B, S, D]`."""
     mask = _pair_mask(encoder_input_tokens > 0, encoder_input_tokens > 0)
     if encoder_segment_ids is not None:
       mask &= _pair_mask(encoder_segment_ids, encoder_segment_ids, jnp.equal)
@@ -232,11 +216,10 @@ class Transformer(nn.Module):
 
     Args:
       encoded: `[B, S, D]`; ignored once cross-attention K and V are kept.
-      encoder_input_tokens: int `[B, S]`, for the padding mask.
+      encoder_input_tokens, encoder_segment_ids: int `[B, S]`, for masks.
       decoder_input_tokens: int `[B, T]`: targets shifted right, or the next tokens.
-      decoder_target_tokens: int `[B, T]`, for masks; its shape while decoding.
-      encoder_segment_ids: int `[B, S]` if packed.
-      decoder_segment_ids: int `[B, T]` if packed.
+      decoder_target_tokens, decoder_segment_ids: int `[B, T]`, for masks, which
+        decoding does not need.
       decoder_positions: not used: T5 knows relative positions only.
       decode: use the `cache` collection. The first call makes it (zeros) for T
         positions, each later one appends its tokens.

@@ -17,7 +17,6 @@ Array = jax.Array
 
 
 def current_mesh() -> Mesh | AbstractMesh | None:
-  """Returns the mesh that is entered, or None."""
   mesh = pxla.thread_resources.env.physical_mesh
   if mesh.empty:
     mesh = jax.sharding.get_abstract_mesh()
@@ -25,10 +24,7 @@ def current_mesh() -> Mesh | AbstractMesh | None:
 
 
 def platform() -> str:
-  """Returns what a function is traced for: 'cpu', 'gpu' or 'tpu'.
-
-  It is that of the mesh: a program may be compiled for devices that are not here.
-  """
+  """Returns 'cpu', 'gpu' or 'tpu', of the mesh: its devices need not be here."""
   mesh = current_mesh()
   if isinstance(mesh, Mesh):
     return mesh.devices.flat[0].platform
@@ -45,10 +41,7 @@ def parts(name: str) -> int:
 
 
 def constrain(x: Array, names: Sequence[str | None]) -> Array:
-  """Shards an array by the rules of its logical axes; outside of a mesh, not at all.
-
-  Each dimension has the name of an axis of axes.py, or None for replicated.
-  """
+  """Shards dimensions by their logical axes (None: not); without a mesh, not at all."""
   mesh, rules = current_mesh(), nn_partitioning.get_axis_rules()
   if mesh is None or not rules:
     return x

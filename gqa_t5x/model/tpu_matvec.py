@@ -23,41 +23,29 @@ ROWS = 8  # that a matrix unit works on together
 
 
 def is_matvec(x_BKGT: Array) -> bool:
-  """Returns whether a key has one query, on a TPU.
-
-  Args:
-    x_BKGT: queries or probabilities, with one more axis.
-  """
+  """Returns whether a key has one query, on a TPU; x has one more axis."""
   return x_BKGT.shape[2] * x_BKGT.shape[3] == 1 and sharding.platform() == 'tpu'
 
 
 def heads_together(num_heads: int) -> int:
   """Returns R, a divisor of the heads that a device has, for N = K heads in all."""
-  name, _, _ = axes.kv_axes(num_heads, num_heads)
-  return math.gcd(num_heads // sharding.parts(name), ROWS)
+  return math.gcd(num_heads // sharding.parts(axes.HEADS), ROWS)
 
 
-def logits(q_BKH: Array, k_BKHS: Array, dtype: jnp.dtype | None) -> Array:
-  """Multiplies queries with keys.
-
-  Args:
-    q_BKH: one query a key.
-    k_BKHS: keys.
-    dtype: of the result; None: that of the queries.
-
-  Returns:
-    `[B, K, S]`.
-  """
+def logits(q_BK11H: Array, k_BKHS: Array, dtype: jnp.dtype | None) -> Array:
+  """Multiplies queries with keys: `[B, K, 1, 1, S]`; no dtype: that of the queries."""
+  q_BKH = q_BK11H[:, :, 0, 0]
   B, K, H = q_BKH.shape
   R = heads_together(K)
   own_rR1 = jnp.eye(R, dtype=q_BKH.dtype)[:, :, None]
   q_BkrX = (q_BKH.reshape(B, K // R, R, 1, H) * own_rR1).reshape(B, K // R, R, R * H)
   k_BkXS = k_BKHS.reshape(B, K // R, R * H, -1)
   out_BkrS = jnp.einsum('BkrX,BkXS->BkrS', q_BkrX, k_BkXS, preferred_element_type=dtype)
-  return out_BkrS.reshape(B, K, -1)
+  return out_BkrS.reshape(B, K, -1)[:, :, None, None]
 
 
-def weighted_sum(probs_BKS: Array, v_BKSH: Array) -> Array:
-  """Returns the sum of values `[B, K, S, H]` by their weights, `[B, K, H]`."""
-  probs_BKrS = jnp.pad(probs_BKS[:, :, None], ((0, 0), (0, 0), (0, ROWS - 1), (0, 0)))
-  return jnp.einsum('BKrS,BKSH->BKrH', probs_BKrS, v_BKSH)[:, :, 0]
+def weighted_sum(probs_BK11S: Array, v_BKSH: Array) -> Array:
+  """Sums values by their weights: `[B, K, 1, 1, H]`."""
+  pad = ((0, 0), (0, 0), (0, ROWS - 1), (0, 0))
+  probs_BKrS = jnp.pad(probs_BK11S[:, :, 0, 0][:, :, None], pad)
+  return jnp.einsum('BKrS,BKSH->BKrH', probs_BKrS, v_BKSH)[:, :, 0][:, :, None, None]

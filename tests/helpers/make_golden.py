@@ -126,8 +126,15 @@ def t5x_decode(module, name, prefill=False, model_class=None):
   return run
 
 
+@functools.cache
+def stored():
+  """Returns the arrays of the file as it is."""
+  with np.load(PATH) as file:
+    return dict(file)
+
+
 def make():
-  """Returns the arrays of the file."""
+  """Returns the arrays of the file as they would be now."""
   module = t5x_module()
   variables = jax.eval_shape(lambda: oracle.init(module))
   arrays = {'parameters': np.array(json.dumps(describe(variables)))}

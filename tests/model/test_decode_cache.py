@@ -1,6 +1,8 @@
 """The decode cache against arrays written out by hand.
 
-Whole decodes with pending keys and values are in test_golden.py.
+What attention writes is in test_attention.py, at one place for all rows, and in
+test_generate.py, at one for each; whole decodes with pending keys and values are in
+test_golden.py.
 """
 
 import jax
@@ -10,35 +12,6 @@ import pytest
 from flax import linen as nn
 
 from gqa_t5x.model import decode_cache
-
-# --- Writing ------------------------------------------------------------------
-
-write = jax.jit(decode_cache.write, static_argnames='axis')
-
-
-@pytest.mark.parametrize('K', [1, 4])
-@pytest.mark.parametrize('index', [3, [3, 0, 2], [[3], [0], [2]]])
-def test_write(K, index):
-  """One place for all rows, or one for each: the rest stays as it is."""
-  rng = np.random.default_rng(0)
-  cache = rng.standard_normal((3, K, 5, 6)).astype(np.float32)
-  new = rng.standard_normal((3, K, 2, 6)).astype(np.float32)
-  expected = cache.copy()
-  for b, start in enumerate(np.broadcast_to(np.ravel(index), 3)):
-    expected[b, :, start : start + 2] = new[b]
-  values = write(cache, new, jnp.asarray(index), axis=2)
-  np.testing.assert_array_equal(values, expected)
-  cache, new = cache.swapaxes(2, 3), new.swapaxes(2, 3)
-  keys = write(cache, new, jnp.asarray(index), axis=3)
-  np.testing.assert_array_equal(keys, expected.swapaxes(2, 3))
-
-
-def test_write_keeps_the_dtype_of_the_cache():
-  cache = jnp.zeros((1, 1, 2, 1), jnp.bfloat16)
-  got = write(cache, jnp.full((1, 1, 1, 1), 1.001, jnp.float32), jnp.asarray(1), axis=2)
-  assert got.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(got.astype(np.float32), [[[[0], [1]]]])
-
 
 # --- Positions and masks ------------------------------------------------------
 
@@ -191,14 +164,23 @@ def test_reorder(origin, expected):
     assert got['layers_0']['self_attention'][name] is before
 
 
-def test_beam_mask():
+def by_slot(slots, query, keys):
+  """Returns mask and bias by slots, bool and float `[B, 1, n, S * n]`."""
+  at = decode_cache.Positions(
+    jnp.asarray([[query]]), jnp.asarray(keys), None, None, jnp.asarray(slots)
+  )
+  return at.by_slot(jnp.asarray(keys, jnp.float32)[None, None, None])
+
+
+def test_by_slot():
   """Keys in any order; positions 99 and 3 are later than the new token."""
-  slots = jnp.asarray([[[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [1, 1, 1]]])
-  got = decode_cache.beam_mask(slots, jnp.asarray([[2]]), jnp.asarray([0, 99, 2, 1, 3]))
-  assert (got.shape, got.dtype) == ((2, 1, 2, 5 * 2), bool)
+  slots = [[[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [1, 1, 1]]]
+  mask, bias = by_slot(slots, 2, [0, 99, 2, 1, 3])
+  assert (mask.shape, mask.dtype) == ((2, 1, 2, 5 * 2), bool)
   first = [[0, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 1, 0, 1, 0, 0]]
   second = [[1, 0, 0, 0, 1, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 1, 0, 1, 0, 0]]
-  np.testing.assert_array_equal(got[:, 0], np.array([first, second], bool))
+  np.testing.assert_array_equal(mask[:, 0], np.array([first, second], bool))
+  np.testing.assert_array_equal(bias[0, 0, 0], [0, 0, 99, 99, 2, 2, 1, 1, 3, 3])
 
 
 def test_every_beam_finds_its_own_past():
@@ -206,30 +188,18 @@ def test_every_beam_finds_its_own_past():
   B, n, S = 3, 4, 9
   rng = np.random.default_rng(7)
   pasts = [[[] for _ in range(n)] for _ in range(B)]
-  cache = {'decoder': {'cache_index': jnp.zeros((), jnp.int32)}}
-  cache['decoder']['layer'] = {
-    'cached_key': jnp.zeros((B, 1, 1, S)),
-    'cached_value': jnp.zeros((B, 1, S, 1)),
-  }
-  cache = decode_cache.with_beams(cache, n)['decoder']
+  cache = decode_cache.with_beams(a_cache(B, S), n)
+  stored = np.zeros((B, S * n))
   for s in range(S):
-    new = rng.standard_normal((B, 1, n, 1)).astype(np.float32)
-    layer = cache['layer']
-    layer['cached_value'] = write(
-      layer['cached_value'], new, jnp.asarray(s * n), axis=2
-    )
-    seen = np.asarray(
-      decode_cache.beam_mask(cache['slots'], jnp.asarray([[s]]), jnp.arange(S))
-    )
-    stored = np.asarray(layer['cached_value'])
-    for b in range(B):
-      for i in range(n):
-        pasts[b][i].append(new[b, 0, i, 0])
-        np.testing.assert_array_equal(stored[b, 0, seen[b, 0, i], 0], pasts[b][i])
+    stored[:, s * n : (s + 1) * n] = new = rng.standard_normal((B, n))
+    seen = np.asarray(by_slot(cache['decoder']['slots'], s, range(S))[0])
+    for b, i in np.ndindex(B, n):
+      pasts[b][i].append(new[b, i])
+      np.testing.assert_array_equal(stored[b, seen[b, 0, i]], pasts[b][i])
     origin = rng.integers(0, n, (B, n))
     pasts = [[list(pasts[b][j]) for j in origin[b]] for b in range(B)]
-    cache['cache_index'] = jnp.asarray(s + 1)
-    cache = decode_cache.reorder({'decoder': cache}, jnp.asarray(origin))['decoder']
+    cache['decoder']['cache_index'] = s + 1
+    cache = decode_cache.reorder(cache, jnp.asarray(origin))
 
 
 # --- Pending keys and values --------------------------------------------------

@@ -1,21 +1,28 @@
-"""Sharded over eight devices, the model computes what it does on one."""
+"""Over eight devices the model computes what it does on one, and moves no K and V."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import seqio
+from jax.sharding import NamedSharding, PartitionSpec
 from t5x import models
 
+from gqa_t5x.analysis.hlo import parse
+from gqa_t5x.analysis.hlo.collectives import COLLECTIVES
 from gqa_t5x.decoding import beam_search, sampling
 from gqa_t5x.decoding.generate import generate
 from gqa_t5x.model import network, sharding
 from helpers import model_oracle as oracle
 from helpers.sharding_cases import (
+  DEVICES,
   EOS,
   B,
+  H,
+  S,
   T,
   batch,
   config,
@@ -25,12 +32,12 @@ from helpers.sharding_cases import (
   sharded_rows,
 )
 
-# --- Values -------------------------------------------------------------------
 
-
-def loss(module, params, inputs, decoder_inputs, targets):
-  """Cross-entropy of the targets, a sum."""
-  logits = module.apply(
+@oracle.jit
+@jax.value_and_grad
+def loss_and_gradients(params, inputs, decoder_inputs, targets):
+  """Of the cross-entropy of the targets, a sum; K = 2."""
+  logits = network.Transformer(config(2)).apply(
     {'params': params}, inputs, decoder_inputs, targets, enable_dropout=False
   )
   log_probs = jax.nn.log_softmax(logits)
@@ -39,28 +46,19 @@ def loss(module, params, inputs, decoder_inputs, targets):
 
 
 @functools.cache
-def loss_and_gradients(K):
-  """The compiled function; run in a mesh it is compiled anew for that."""
-  module = network.Transformer(config(K))
-  return jax.value_and_grad(functools.partial(loss, module))
+def unsharded_gradients():
+  return loss_and_gradients(oracle.params(config(2)), *batch())
 
 
-@functools.cache
-def unsharded_gradients(K):
-  return oracle.jit(loss_and_gradients(K))(oracle.params(config(K)), *batch())
-
-
-@pytest.mark.parametrize(
-  ('K', 'num_partitions', 'kv_sharding', 'parameter_dims'),
-  [(2, 2, None, 1), (8, 2, None, 2), (1, 4, None, 2)],
-)
-def test_loss_and_gradients(K, num_partitions, kv_sharding, parameter_dims):
-  layout = partitioner(K, num_partitions, kv_sharding, parameter_dims)
+@pytest.mark.parametrize(('num_partitions', 'parameter_dims'), [(2, 1), (4, 2)])
+def test_loss_and_gradients(num_partitions, parameter_dims):
+  """With whole heads, and with the rows of the batch."""
+  layout = partitioner(2, num_partitions, None, parameter_dims)
   with entered(layout):
-    got, gradients = oracle.jit(loss_and_gradients(K))(
-      sharded_params(config(K), layout), *sharded_rows(layout, *batch())
+    got, gradients = loss_and_gradients(
+      sharded_params(config(2), layout), *sharded_rows(layout, *batch())
     )
-  expected, expected_gradients = unsharded_gradients(K)
+  expected, expected_gradients = unsharded_gradients()
   np.testing.assert_allclose(got, expected, rtol=1e-5)
   assert len(gradients['decoder']['layers_0']) == 6
   for path, gradient in oracle.flat(gradients).items():
@@ -84,42 +82,75 @@ def decode(K, name):
   def run(params, inputs, prompts):
     return generate(module, params, inputs, prompts, DECODE_FNS[name], eos_id=EOS)
 
-  return run
+  return oracle.jit(run)
 
 
 @functools.cache
 def unsharded_decodes(K, name, rows):
   prompts = np.zeros((rows, T), np.int32)
-  return oracle.jit(decode(K, name))(oracle.params(config(K)), batch(rows)[0], prompts)
+  return decode(K, name)(oracle.params(config(K)), batch(rows)[0], prompts)
+
+
+def found_collectives(compiled) -> list[tuple[str, int]]:
+  """The kind of each in a compiled program, and how many numbers a device gets."""
+  return [
+    (i.opcode, sum(math.prod(shape.dims) for shape in i.shapes))
+    for computation in parse.parse(compiled.as_text()).computations.values()
+    for i in computation.instructions.values()
+    if i.opcode in COLLECTIVES
+  ]
 
 
 @pytest.mark.parametrize(
-  ('K', 'num_partitions', 'kv_sharding', 'name', 'rows', 'platform'),
+  ('K', 'num_partitions', 'kv_sharding', 'name', 'rows', 'platform', 'moves'),
   [
-    (2, 2, None, 'greedy', B, 'cpu'),
-    (1, 4, 'replicated', 'greedy', B, 'cpu'),
-    (4, 2, 'batch', 'greedy', B, 'cpu'),
-    (2, 4, None, 'samples', B, 'cpu'),
-    # Rows that the devices do not divide, or fewer than devices.
-    (2, 4, None, 'greedy', 6, 'cpu'),
-    (1, 8, None, 'beams', 3, 'cpu'),
+    (2, 2, None, 'greedy', B, 'cpu', 0),
+    # Where rows are split, queries go to them and outputs back, in two attentions.
+    (2, 4, None, 'greedy', B, 'cpu', 4),
     # As on a TPU: new keys and values are pending.
-    (2, 4, None, 'greedy', B, 'tpu'),
-    (8, 4, None, 'greedy', B, 'tpu'),
+    (2, 4, None, 'greedy', B, 'tpu', 4),
+    (2, 4, 'replicated', 'greedy', B, 'tpu', 0),
+    (8, 4, None, 'greedy', B, 'tpu', 0),
+    # Rows that the devices do not divide, or fewer than devices.
+    (2, 4, None, 'samples', 6, 'cpu', None),
+    (1, 8, None, 'beams', 3, 'cpu', None),
   ],
 )
-def test_decodes(K, num_partitions, kv_sharding, name, rows, platform, monkeypatch):
+def test_decodes(
+  K, num_partitions, kv_sharding, name, rows, platform, moves, monkeypatch
+):
+  """The same tokens; and in the loop keys and values stay where they are."""
   expected_tokens, expected_scores = unsharded_decodes(K, name, rows)
   monkeypatch.setattr(sharding, 'platform', lambda: platform)
   layout = partitioner(K, num_partitions, kv_sharding)
-  inputs, prompts = sharded_rows(layout, batch(rows)[0], np.zeros((rows, T), np.int32))
+  args = (
+    sharded_params(config(K), layout),
+    *sharded_rows(layout, batch(rows)[0], np.zeros((rows, T), np.int32)),
+  )
   with entered(layout):
-    tokens, scores = oracle.jit(decode(K, name))(
-      sharded_params(config(K), layout), inputs, prompts
-    )
+    compiled = decode(K, name).lower(*args).compile()
+  tokens, scores = compiled(*args)
   assert len(np.unique(expected_tokens)) > 10
   np.testing.assert_array_equal(tokens, expected_tokens)
   np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
+  if moves is not None:
+    found = found_collectives(compiled)
+    parts = layout.mesh.shape['data'] if kv_sharding == 'replicated' else DEVICES
+    smallest_kept = B * K * H * S // parts
+    assert max(size for kind, size in found if kind != 'all-reduce') < smallest_kept
+    kinds = [kind for kind, _ in found]
+    assert kinds.count('all-to-all') == moves
+    # Behind both attentions and the MLP.
+    assert kinds.count('all-reduce') >= 3
+
+
+def test_moved_keys_are_seen():
+  """What the test above would catch."""
+  layout = partitioner(2, 2)
+  (keys,) = sharded_rows(layout, np.ones((B, 2, H, S), np.float32))
+  everywhere = NamedSharding(layout.mesh, PartitionSpec())
+  lowered = jax.jit(lambda x: x + 1, out_shardings=everywhere).lower(keys)
+  assert found_collectives(lowered.compile()) == [('all-gather', B * 2 * H * S)]
 
 
 @pytest.mark.parametrize(('K', 'num_partitions', 'num_decodes'), [(2, 4, 1), (2, 4, 3)])
