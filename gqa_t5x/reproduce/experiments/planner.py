@@ -67,21 +67,20 @@ class Planner:
     T5's schedule does not depend on the last step, so a run passes every smaller alpha
     on its way, and a longer run goes on where a shorter one has ended.
     """
-    if stage.is_given or stage.result in self._stages:
+    if not stage.command or stage.result in self._stages:
       return self._stages.get(stage.result, stage)
     needs = [self._add(need) for need in stage.needs]
     runs = [run for run in self.stages if _in_one_run(run, stage)]
     for run in runs:
       if step_of(run.result) >= step_of(stage.result):
         return run
-    before = sum(run.work for run in runs)
-    left = (stage.work - before) / stage.work
+    work = stage.work - sum(run.work for run in runs)
     self._stages[stage.result] = dataclasses.replace(
       stage,
-      needs=(*(need for need in needs if not need.is_given), *runs),
-      reads=(*(str(need.result) for need in needs if need.is_given), *stage.reads),
-      work=stage.work - before,
-      hours=stage.hours and stage.hours * left,
+      needs=(*(need for need in needs if need.command), *runs),
+      reads=(*(str(n.result) for n in needs if not n.command), *stage.reads),
+      work=work,
+      hours=stage.hours and stage.hours * (work / stage.work),
     )
     return self._stages[stage.result]
 
@@ -143,13 +142,13 @@ class Planner:
   def from_scratch(self, model: Model) -> Stage:
     """A model that has few heads from the first step."""
     steps = self.pretrain_steps
-    result = self.folder / 'pretrained' / model.name / f'checkpoint_{steps}'
+    folder = self.folder / 'pretrained' / model.name
     return self._training(
       f'pre-train {model.label} from scratch, {steps:,} steps',
+      folder / f'checkpoint_{steps}',
       'pretrain',
       model,
-      result,
-      {'NUM_KV_HEADS': model.num_kv_heads, 'MODEL_DIR': result.parent},
+      {'NUM_KV_HEADS': model.num_kv_heads, 'MODEL_DIR': folder},
       steps=steps,
     )
 
@@ -204,9 +203,9 @@ class Planner:
     }
     return self._training(
       names.uptrain_title.format(model=model),
+      result,
       'uptrain',
       model,
-      result,
       {name: macros[name] for name in self.experiment.given},
       steps=last - self.pretrain_steps,
       needs=(source,),
@@ -218,17 +217,13 @@ class Planner:
     steps = self.value('finetune', 'FINETUNE_STEPS', task)
     folder = self.folder / 'finetuned' / model.name / task / f'seed{seed}'
     macros = {} if model.is_mha else {'NUM_KV_HEADS': model.num_kv_heads}
+    macros |= {'MODEL_DIR': folder, 'INITIAL_CHECKPOINT_PATH': source.result}
     return self._training(
       f'fine-tune {model.label} on {task}, seed {seed}',
+      folder / f'checkpoint_{step_of(source.result) + steps}',
       'finetune',
       model,
-      folder / f'checkpoint_{step_of(source.result) + steps}',
-      macros
-      | {
-        'MODEL_DIR': folder,
-        'INITIAL_CHECKPOINT_PATH': source.result,
-        'RANDOM_SEED': seed,
-      },
+      macros | {'RANDOM_SEED': seed},
       steps=steps,
       task=task,
       needs=(source,),
@@ -295,9 +290,9 @@ class Planner:
   def _training(
     self,
     title: str,
+    result: Any,
     kind: str,
     model: Model,
-    result: Any,
     given: dict[str, Any],
     *,
     steps: int,

@@ -58,11 +58,6 @@ class Stage:
   hours: float | None = None
   macros: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  @property
-  def is_given(self) -> bool:
-    """Whether the result is there, and no command of ours makes it."""
-    return not self.command
-
   def __str__(self) -> str:
     """The command as a user types it."""
     return ' '.join(_quote(word) for word in ('python', *self.command))
@@ -107,11 +102,7 @@ def run(stages: Sequence[Stage], folder: pathlib.Path, jobs: int | None = None) 
 
 
 def check_plan(stages: Sequence[Stage]) -> None:
-  """Raises unless every result is made once, and every need by an earlier stage.
-
-  Raises:
-    StageFailed: the message names the stage.
-  """
+  """Raises StageFailed unless all is made once, and what it needs before it."""
   made: set[pathlib.Path] = set()
   for stage in stages:
     for need in stage.needs:
@@ -132,24 +123,15 @@ def missing(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def share_cores(cores: Sequence[int], jobs: int) -> list[list[int]]:
-  """Deals cores out to jobs; with more jobs than cores, some share one.
-
-  Args:
-    cores: what there is.
-    jobs: how many run at once.
-
-  Returns:
-    The cores of each job.
-  """
+  """Deals cores out to jobs; with more jobs than cores, some share one."""
   return [list(cores[i::jobs]) or [cores[i % len(cores)]] for i in range(jobs)]
 
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[int]:
-  """Keeps other runs out of a folder; yields the lock's descriptor.
+  """Keeps other runs out of a folder; yields what processes inherit.
 
-  Processes inherit it, so that the folder stays locked as long as one of them writes,
-  even where this one is killed.
+  So it stays locked as long as one of them writes, even where this one is killed.
   """
   folder.mkdir(parents=True, exist_ok=True)
   lock = files.lock(folder / 'lock')
@@ -191,11 +173,7 @@ class _Run:
     self._progress = Progress(self._stages, done=set(stages) - set(self._waiting))
 
   async def loop(self) -> None:
-    """Runs every stage that waits.
-
-    Raises:
-      StageFailed: the first failure; all other processes have ended.
-    """
+    """Runs every stage that waits; if one fails, ends all others and raises."""
     try:
       while self._waiting or self._running:
         self._start_ready()
