@@ -112,17 +112,7 @@ def act(args: Any, *words: str) -> int | None:
 
 
 def run(target: str, scale: str, output_dir: str, jobs: int | None, study: str) -> int:
-  """Runs what is not done yet, and writes the report.
-
-  Args:
-    target: a key of targets.TARGETS, or targets.ALL.
-    scale: 'local'; any other is refused.
-    output_dir: folder of all results.
-    jobs: how many stages run at once; None: one a core.
-    study: of conversion, a key of STUDIES.
-
-  Returns:
-    The exit code: 0, 1 after an error, 130 after Ctrl-C.
+  """Runs what is not done yet, and writes the report; returns the exit code.
 
   Raises:
     BadInput: it cannot run on this machine.
@@ -150,15 +140,7 @@ def run(target: str, scale: str, output_dir: str, jobs: int | None, study: str) 
 
 
 def run_miniature(output_dir: str, jobs: int | None) -> int:
-  """Runs what is not done yet of the recipe in miniature, and prints the report.
-
-  Args:
-    output_dir: folder of checkpoints, logs, rows and the report.
-    jobs: how many stages run at once; None: one a core.
-
-  Returns:
-    The exit code: 0, 1 after an error, 130 after Ctrl-C.
-  """
+  """Runs what is not done yet of the recipe in miniature, and prints the report."""
   folder = pathlib.Path(output_dir)
   code = stages.run(studies.make_plan(MINIATURE, output_dir).stages, folder, jobs)
   if not code:

@@ -1,12 +1,11 @@
 """The command: plans for people and machines, refusals, a run's end."""
 
 import json
-import types
 
 import pytest
 
 from gqa_t5x.reproduce import __main__ as reproduce
-from gqa_t5x.reproduce.experiments import plan
+from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.runner import stages
 
 
@@ -41,15 +40,15 @@ def test_plan_says_what_is_done(call, tmp_path):
   assert 'core-hours' in said.out
 
 
-def test_a_folder_that_cannot_be_read_leaves_the_plan(capsys):
-  def missing():
+def test_a_folder_that_cannot_be_read_leaves_the_plan(call, monkeypatch):
+  def missing(plan):
     raise OSError('no network')
 
-  rows = [{}, {}]
-  unreadable = types.SimpleNamespace(missing=missing, folder='gs://bucket/paper')
-  plan.look_for_results(rows, unreadable)
-  assert rows == [{'done': None}, {'done': None}]
-  assert capsys.readouterr().err == '# gs://bucket/paper cannot be read: OSError.\n'
+  monkeypatch.setattr(Planner, 'missing', missing)
+  code, said = call('plan', 'figure6', output_dir='gs://bucket', json=True)
+  assert code == 0
+  assert [row['done'] for row in json.loads(said.out)] == [None]
+  assert said.err == '# gs://bucket/paper cannot be read: OSError.\n'
 
 
 def test_plan_names_the_data(call, tmp_path):

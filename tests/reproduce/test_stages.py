@@ -78,15 +78,16 @@ def test_needs_decide_and_the_rest_runs_side_by_side(tmp_path, capsys):
   assert stages.run(plan, tmp_path, jobs=2) == 0
   made = [(tmp_path / s.title).stat().st_mtime_ns for s in plan]
   assert made[0] <= min(made[1:3]) <= max(made[1:3]) <= made[3]
-  everything = stages.available_cores()
+  everything = process.available_cores()
   assert cores(tmp_path / 'first') == cores(tmp_path / 'last') == everything
   pair = [cores(tmp_path / 'left'), cores(tmp_path / 'right')]
   assert sorted(pair) == sorted(stages.share_cores(everything, 2))
   out = capsys.readouterr().out
-  assert '[1/4] first\n' in out
+  assert '[1/4] first: ' in out
   assert '[2/4] left: ' in out
   assert '[3/4] right: ' in out
-  assert '[4/4] last\n' in out
+  assert '[4/4] last: ' in out
+  assert process.available_cores() == everything
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,20 @@ def test_long_stages_go_first(tmp_path):
   assert stages.run(plan, tmp_path, jobs=1) == 0
   made = [(tmp_path / name).stat().st_mtime_ns for name in ('long', 'short')]
   assert made == sorted(made)
+
+
+def test_what_measures_time_runs_alone(tmp_path):
+  """It waits for what has begun, though there is a free place."""
+  code = (
+    'import os, sys, time; time.sleep(0.5);'
+    'assert not os.path.exists(sys.argv[2]); open(sys.argv[1], "w")'
+  )
+  paths = [str(tmp_path / name) for name in ('slow', 'timed.begun')]
+  timed = dataclasses.replace(write(tmp_path, 'timed'), alone=True)
+  slow = Stage('slow', tmp_path / 'slow', ('-c', code, *paths))
+  plan = [timed, slow, write(tmp_path, 'fast')]
+  assert stages.run(plan, tmp_path, jobs=2) == 0
+  assert cores(tmp_path / 'timed') == process.available_cores()
 
 
 def test_what_exists_is_done(tmp_path, capsys):
@@ -284,13 +299,13 @@ def test_faulty_plans_are_refused(tmp_path, capsys, jobs, names, message):
 
 def test_bars_are_shown_and_the_rest_is_logged():
   shown, log = [], io.StringIO()
-  lines = [
-    'train: 50%|## | 1/2\n',
-    'noise\n',
-    'train: 75%|### | 3/4 [00:01<00:00, 2step/s]no backend\n',
-    'train: 100%|####\n',
-  ]
-  process.split_bars(lines, shown.append, log)
+  for line in (
+    'train: 50%|## | 1/2',
+    'noise',
+    'train: 75%|### | 3/4 [00:01<00:00, 2step/s]no backend',
+    'train: 100%|####',
+  ):
+    process.split_bar(line, shown.append, log)
   assert shown == [
     'train: 50%|## | 1/2',
     'train: 75%|### | 3/4 [00:01<00:00, 2step/s]',
@@ -299,7 +314,7 @@ def test_bars_are_shown_and_the_rest_is_logged():
   assert log.getvalue() == 'noise\nno backend\n'
 
 
-def test_a_stage_alone_shows_its_own_bar(tmp_path, capsys):
+def test_a_bar_that_is_redrawn_is_no_line_of_the_log(tmp_path, capsys):
   code = (
     'import sys; print("to stdout"); '
     'sys.stderr.write("train: 50%|##\\rtrain: 100%|####\\nnoise\\n"); '
@@ -307,7 +322,9 @@ def test_a_stage_alone_shows_its_own_bar(tmp_path, capsys):
   )
   stage = Stage('a', tmp_path / 'a', ('-c', code, str(tmp_path / 'a')))
   assert stages.run([stage], tmp_path, jobs=1) == 0
-  assert '\r      train: 100%|####\n' in capsys.readouterr().err
+  err = capsys.readouterr().err
+  assert '0 of 1 done, a' in err
+  assert 'noise' not in err
   lines = (tmp_path / 'logs' / '01.log').read_text().splitlines()
   assert set(lines[1:]) == {'to stdout', 'noise'}
 
@@ -318,12 +335,14 @@ def test_one_bar_counts_the_work_of_all(tmp_path, capsys):
     for name, work in (('before', 500), ('a', 30), ('b', 10))
   ]
   shown = progress.Progress(plan, done={plan[0]})
-  shown.begin(plan[1], alone=False)
-  shown.begin(plan[2], alone=False)
+  shown.begin(plan[1])
+  shown.begin(plan[2])
   shown.update(plan[1], 'train:  50%|#####     | 15/30')
   shown.end(plan[2], seconds=1.2)
   assert shown._bar.total == 40
   assert shown._bar.n == pytest.approx(15 + 10)
-  assert shown._bar.desc == '2 of 3 stages done, 1 running'
+  assert shown._bar.desc == '2 of 3 done, a'
   shown.close()
-  assert '[3/3] b: 1 s' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert '[1/3] before: done' in out
+  assert '[3/3] b: 1 s' in out

@@ -11,55 +11,43 @@ import gqa_t5x
 QUIET = '--verbosity=-1'
 
 
-def engine(
-  module: str, gin_files: Sequence[str], flags: Sequence[str] = (), **macros: Any
-) -> tuple[str, ...]:
-  """Arguments of Python for a command of the engine.
+def module(name: str, /, *words: str, **flags: Any) -> tuple[str, ...]:
+  """Returns arguments of Python for `-m name`: words, then flags.
 
   Args:
-    module: 't5x.train', 't5x.eval', 't5x.infer' or 'gqa_t5x.calibrate'.
+    name: the module.
+    *words: as they are.
+    **flags: None leaves a flag out, True is a switch.
+  """
+  given = (
+    f'--{flag}' if value is True else f'--{flag}={value}'
+    for flag, value in flags.items()
+    if value is not None
+  )
+  return ('-m', name, *words, *given)
+
+
+def engine(
+  name: str, /, gin_files: Sequence[str], flags: Sequence[str] = (), **macros: Any
+) -> tuple[str, ...]:
+  """Returns arguments of Python for a module that gin files configure.
+
+  Args:
+    name: the module.
     gin_files: paths below the gin search path.
-    flags: further flags.
+    flags: as they are.
     **macros: values for the files' macros; a path stands for its text.
   """
-  search_path = gqa_t5x.gin_search_path()
-  in_checkout = pathlib.Path(search_path) == pathlib.Path.cwd()
+  words, search_path = [f'--gin_file={file}' for file in gin_files], _search_path()
+  words += [f'--gin_search_paths={search_path}'] if search_path else []
   values = {
-    name: os.fspath(value) if isinstance(value, os.PathLike) else value
-    for name, value in macros.items()
+    f'gin.{macro}': repr(os.fspath(x) if isinstance(x, os.PathLike) else x)
+    for macro, x in macros.items()
   }
-  return (
-    '-m',
-    module,
-    *(f'--gin_file={file}' for file in gin_files),
-    *(() if in_checkout else (f'--gin_search_paths={search_path}',)),
-    *flags,
-    *(f'--gin.{name}={value!r}' for name, value in values.items()),
-  )
+  return module(name, *words, *flags, **values)
 
 
-def convert(
-  checkpoint: pathlib.Path, result: pathlib.Path, num_kv_heads: int, **flags: Any
-) -> tuple[str, ...]:
-  """Arguments of Python for a conversion.
-
-  Args:
-    checkpoint: the MHA checkpoint.
-    result: the converted one, of the same step.
-    num_kv_heads: K.
-    **flags: further flags; None leaves one out.
-  """
-  flags = {
-    'input': checkpoint,
-    'output': result.parent,
-    'num_kv_heads': num_kv_heads,
-    **flags,
-  }
-  given = (f'--{name}={value}' for name, value in flags.items() if value is not None)
-  return ('-m', 'gqa_t5x.convert', *given)
-
-
-def reproduce(*words: str, **flags: Any) -> tuple[str, ...]:
-  """Arguments of Python for `gqa_t5x.reproduce`: words, then flags."""
-  given = (f'--{name}={value}' for name, value in flags.items())
-  return ('-m', 'gqa_t5x.reproduce', *words, *given)
+def _search_path() -> str | None:
+  """Where gin files are; None in a checkout, where gin finds them."""
+  path = gqa_t5x.gin_search_path()
+  return None if pathlib.Path(path) == pathlib.Path.cwd() else path

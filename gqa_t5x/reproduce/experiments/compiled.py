@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from gqa_t5x.reproduce.experiments import paper
+from gqa_t5x.reproduce.experiments import commands, paper
 from gqa_t5x.reproduce.experiments.scales import PAPER
 from gqa_t5x.reproduce.runner.stages import Stage
 
@@ -43,21 +43,15 @@ TRAININGS = (
 
 
 def stages(output_dir: Any) -> list[Stage]:
-  """Lists the times of table 1 and figure 6, and uptraining on TPU slices.
-
-  Args:
-    output_dir: folder of all results.
-  """
+  """Lists the times of table 1 and figure 6, and uptraining on TPU slices."""
+  decoded = [
+    (model.size, model.num_kv_heads, lengths)
+    for model in PAPER.models
+    for lengths in LENGTHS
+  ]
+  decoded += [('xxl', heads, FIGURE6_LENGTHS) for heads in paper.FIGURE6_HEADS]
   return [
-    *(
-      decoding(output_dir, model.size, model.num_kv_heads, lengths)
-      for model in PAPER.models
-      for lengths in LENGTHS
-    ),
-    *(
-      decoding(output_dir, 'xxl', num_kv_heads, FIGURE6_LENGTHS)
-      for num_kv_heads in paper.FIGURE6_HEADS
-    ),
+    *(decoding(output_dir, *what) for what in decoded),
     *(uptraining(output_dir, training) for training in TRAININGS),
   ]
 
@@ -74,43 +68,34 @@ def decoding(
     lengths: tokens of inputs and outputs.
   """
   inputs, outputs = lengths
-  flags = {
-    'topology': SLICE,
-    'size': size,
-    'num_kv_heads': num_kv_heads,
-    'input_length': inputs,
-    'output_length': outputs,
-    'model_partitions': PARTITIONS,
-    'search': True,
-  }
-  heads = f'{num_kv_heads} key/value heads'
-  title = f'compile decoding of {size}, {heads}, {inputs} to {outputs}'
-  name = f'{size}_{num_kv_heads}_{inputs}_{outputs}'
-  return _stage(title, output_dir, name, flags)
+  return _stage(
+    f'decoding of {size}, {num_kv_heads} key/value heads, {inputs} to {outputs}',
+    output_dir / FOLDER / f'{size}_{num_kv_heads}_{inputs}_{outputs}.json',
+    topology=SLICE,
+    size=size,
+    num_kv_heads=num_kv_heads,
+    input_length=inputs,
+    output_length=outputs,
+    model_partitions=PARTITIONS,
+    search=True,
+  )
 
 
 def uptraining(output_dir: Any, training: Training) -> Stage:
-  """The row of a step of uptraining GQA-8-XXL.
-
-  Args:
-    output_dir: folder of all results.
-    training: where, and how it is laid out.
-  """
-  flags = {
-    'topology': training.slice_name,
-    'gin_file': 'gin/uptrain_gqa8.gin',
+  """The row of a step of uptraining GQA-8-XXL."""
+  macros = {
     'gin.MODEL_PARTITIONS': training.partitions,
     'gin.NUM_MICROBATCHES': training.microbatches,
   }
-  name = training.slice_name.replace(':', '_')
-  title = f'compile uptraining on {training.slice_name}'
-  return _stage(title, output_dir, name, flags)
+  return _stage(
+    f'uptraining on {training.slice_name}',
+    output_dir / FOLDER / f'{training.slice_name.replace(":", "_")}.json',
+    topology=training.slice_name,
+    gin_file='gin/uptrain_gqa8.gin',
+    **macros,
+  )
 
 
-def _stage(title: str, output_dir: Any, name: str, flags: dict[str, Any]) -> Stage:
-  result = output_dir / FOLDER / f'{name}.json'
-  words = [
-    f'--{key}' if value is True else f'--{key}={value}' for key, value in flags.items()
-  ]
-  command = ('-m', 'gqa_t5x.tpu_compile', *words, f'--json={result}')
-  return Stage(title, result, command)
+def _stage(what: str, result: Any, **flags: Any) -> Stage:
+  command = commands.module('gqa_t5x.tpu_compile', **flags, json=result)
+  return Stage(f'compile {what}', result, command)

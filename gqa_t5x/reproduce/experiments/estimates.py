@@ -3,6 +3,8 @@
 Of what a chip can do at best, a training run reaches `UTILISATION`: with that number
 the formula gives the 600 TPUv3 chip-days that the paper reports for uptraining T5-XXL,
 alpha = 0.05 (a test says so). Analytic; no more than a plan needs.
+
+Chips are those of analysis/tpu/chips.py; lengths are tokens of each row of a batch.
 """
 
 from gqa_t5x.analysis.costs import formulas
@@ -23,17 +25,7 @@ def training_hours(
   target_length: int,
   steps: int,
 ) -> float:
-  """Returns the chip-hours of training steps.
-
-  Args:
-    size: a key of sizes.SIZES.
-    num_kv_heads: K.
-    chip: a key of chips.CHIPS.
-    batch_size: rows a step.
-    input_length: tokens of each row's inputs.
-    target_length: tokens of each row's targets.
-    steps: how many.
-  """
+  """Returns the chip-hours of training steps."""
   cfg = network.config(size, num_kv_heads=num_kv_heads)
   flops = formulas.training_step(cfg, batch_size, input_length, target_length).flops
   return steps * flops / (UTILISATION * CHIPS[chip].flops) / HOUR_S
@@ -48,17 +40,7 @@ def decoding_hours(
   output_length: int,
   num_samples: int,
 ) -> float:
-  """Returns the chip-hours of decoding, every output at its full length.
-
-  Args:
-    size: a key of sizes.SIZES.
-    num_kv_heads: K.
-    chip: a key of chips.CHIPS.
-    batch_size: inputs decoded together.
-    input_length: tokens of each.
-    output_length: tokens decoded for each.
-    num_samples: inputs, all together.
-  """
+  """Returns the chip-hours of decoding samples, every output at its full length."""
   cfg = network.config(size, num_kv_heads=num_kv_heads, dtype='bfloat16')
   encode = formulas.prepare_flops(cfg, batch_size, input_length)
   step = formulas.decode_step(

@@ -13,10 +13,6 @@ from gqa_t5x.errors import BadInput
 def macro(gin_file: str, name: str) -> Any:
   """Returns the value of a macro that a gin file, or one that it includes, sets.
 
-  Args:
-    gin_file: path below the gin search path, e.g. 'gin/local/pretrain_mha.gin'.
-    name: the macro, e.g. 'TRAIN_STEPS'.
-
   Raises:
     BadInput: no file sets it to a number, string, list or dict.
   """
@@ -31,10 +27,9 @@ def macros(gin_file: str) -> Mapping[str, Any]:
   """Returns the plain macros of a gin file and its includes; the last one counts.
 
   Args:
-    gin_file: path below the gin search path.
+    gin_file: path below the gin search path, e.g. 'gin/local/pretrain_mha.gin'.
   """
-  path = pathlib.Path(gqa_t5x.gin_search_path()) / gin_file
-  return parse(path.read_text())
+  return parse((pathlib.Path(gqa_t5x.gin_search_path()) / gin_file).read_text())
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -49,22 +44,22 @@ def parse(text: str) -> dict[str, Any]:
     SyntaxError: it is no gin.
   """
   values: dict[str, Any] = {}
-  delegate = _NoReferences()
-  parser = config_parser.ConfigParser(text, delegate)
+  references = _References()
+  parser = config_parser.ConfigParser(text, references)
   while statement := parser.parse_statement():
     if isinstance(statement, config_parser.IncludeStatement):
       values |= macros(statement.filename)
     elif isinstance(statement, config_parser.BindingStatement):
       name, is_macro = statement.selector, not statement.arg_name
-      if is_macro and delegate.met:
+      if is_macro and references.met:
         values.pop(name, None)
       elif is_macro:
         values[name] = statement.value
-    delegate.met = False
+    references.met = False
   return values
 
 
-class _NoReferences(config_parser.ParserDelegate):
+class _References(config_parser.ParserDelegate):
   """Notes that a value refers to a function or to another macro."""
 
   met = False

@@ -6,7 +6,6 @@ from gqa_t5x.model import sizes
 
 PRETRAINED = 'none'  # no conversion: MHA as pre-trained
 SCRATCH = 'scratch'  # pre-trained with few heads from the first step
-SEEDED = ('random',)  # methods that draw numbers
 
 # Method, statistics and grouping of a conversion.
 Method = tuple[str, str, str]
@@ -39,7 +38,7 @@ class Model:
     alpha: uptraining steps by pre-training steps.
     statistics: 'none', 'weights' or 'calibrated': what the method knows of the inputs.
     grouping: 'contiguous' or 'similarity'.
-    seed: of the data's order in uptraining, and of methods in SEEDED; None: the gin
+    seed: of the data's order in uptraining, and of the method random; None: the gin
       file's and the command's own.
   """
 
@@ -55,6 +54,11 @@ class Model:
   def is_mha(self) -> bool:
     """Whether it has all key/value heads."""
     return self.num_kv_heads == sizes.SIZES[self.size]['num_heads']
+
+  @property
+  def is_seeded(self) -> bool:
+    """Whether its conversion draws numbers."""
+    return self.method == 'random'
 
   @property
   def heads(self) -> str:
@@ -90,14 +94,14 @@ class Model:
     words += [self.statistics] if self.statistics != 'none' else []
     words += [self.grouping] if self.grouping != 'contiguous' else []
     words.append(str(self.num_kv_heads))
-    words += [f'seed{self.seed}'] if self.method in SEEDED else []
+    words += [f'seed{self.seed}'] if self.is_seeded else []
     return '_'.join(words)
 
   @property
   def run_name(self) -> str:
     """Name of the uptraining run, which tells seeds apart."""
     name = self.conversion_name
-    return name if self.method in SEEDED else f'{name}_seed{self.seed}'
+    return name if self.is_seeded else f'{name}_seed{self.seed}'
 
   @property
   def method_suffix(self) -> str:

@@ -13,90 +13,65 @@ CHIPS = {'v4': 'TPUv4 chip-hours', 'core': 'core-hours'}
 
 
 def print_plan(
-  target: str,
-  scale: str,
-  output_dir: str,
-  tfds_data_dir: str | None,
-  as_json: bool,
-) -> int:
-  """Prints the plan of a target; returns the exit code.
-
-  Args:
-    target: a key of targets.TARGETS, or targets.ALL.
-    scale: a key of SCALES.
-    output_dir: folder of all results.
-    tfds_data_dir: of TensorFlow Datasets.
-    as_json: for machines.
-  """
+  target: str, scale: str, output_dir: str, tfds_data_dir: str | None, as_json: bool
+) -> None:
+  """Prints the plan of a target; the first four arguments are those of `make_plan`."""
   plan = make_plan(target, scale, output_dir, tfds_data_dir)
-  rows = [row(stage, plan.experiment.chip) for stage in plan.stages]
-  look_for_results(rows, plan)
-  print(json.dumps(rows, indent=1) if as_json else text(rows, plan))
-  return 0
+  missing = _missing(plan)
+  rows = [_row(stage, plan.experiment.chip, missing) for stage in plan.stages]
+  print(json.dumps(rows, indent=1) if as_json else _text(rows, plan))
 
 
-def look_for_results(rows: list[dict[str, Any]], plan: Planner) -> None:
-  """Says of every row whether it is done; of none, where the folder cannot be read.
-
-  Args:
-    rows: of `row`; gain the key done: True, False or None.
-    plan: whose rows they are.
-  """
+def _missing(plan: Planner) -> set[str] | None:
+  """Results that are not there yet; None where the folder cannot be read."""
   try:
-    missing = {str(stage.result) for stage in plan.missing()}
+    return {str(stage.result) for stage in plan.missing()}
   except Exception as error:
     if not command_line.is_of_file_system(error):
       raise
     print(f'# {plan.folder} cannot be read: {type(error).__name__}.', file=sys.stderr)
-    missing = None
-  for one in rows:
-    one['done'] = None if missing is None else one['writes'] not in missing
+    return None
 
 
-def row(stage: Stage, chip: str) -> dict[str, Any]:
-  """Returns a stage as a row.
-
-  Returns:
-    Keys kind ('plan'), source ('analytic'), title, command, reads, writes, hours (of
-    one chip; None where it takes minutes) and chip.
-  """
+def _row(stage: Stage, chip: str, missing: set[str] | None) -> dict[str, Any]:
+  """A stage for machines; `hours` of one chip, None where it takes minutes."""
+  result = str(stage.result)
   return {
     'kind': 'plan',
     'source': 'analytic',
     'title': stage.title,
     'command': str(stage),
     'reads': [*stage.reads, *(str(need.result) for need in stage.needs)],
-    'writes': str(stage.result),
+    'writes': result,
     'hours': stage.hours,
     'chip': chip,
+    'done': None if missing is None else result not in missing,
   }
 
 
-def text(rows: list[dict[str, Any]], plan: Planner) -> str:
-  """Returns the plan for a reader, and for a shell: what is no command is a comment."""
-  lines = _preparation(rows, plan)
-  for i, stage in enumerate(rows, start=1):
-    state = ', done' if stage['done'] else ''
-    lines.append(f'# [{i}/{len(rows)}] {stage["title"]}{state}')
-    if stage['hours'] is not None:
-      lines.append(f'#   takes  {_hours(stage["hours"])} {CHIPS[plan.experiment.chip]}')
-    lines += [f'#   reads  {what}' for what in stage['reads']]
-    lines += [f'#   writes {stage["writes"]}', stage['command'], '']
-  left = [stage for stage in rows if not stage['done']]
-  hours = sum(stage['hours'] or 0 for stage in left)
+def _text(rows: list[dict[str, Any]], plan: Planner) -> str:
+  """The plan for a reader, and for a shell: what is no command is a comment."""
+  lines, unit = _preparation(rows, plan), CHIPS[plan.experiment.chip]
+  for i, row in enumerate(rows, start=1):
+    lines.append(f'# [{i}/{len(rows)}] {row["title"]}{", done" * bool(row["done"])}')
+    if row['hours'] is not None:
+      lines.append(f'#   takes  {_hours(row["hours"])} {unit}')
+    lines += [f'#   reads  {what}' for what in row['reads']]
+    lines += [f'#   writes {row["writes"]}', row['command'], '']
+  left = [row for row in rows if not row['done']]
+  hours = _hours(sum(row['hours'] or 0 for row in left))
   lines.append(
-    f'# {len(rows)} commands, {len(rows) - len(left)} done; left: about {_hours(hours)}'
-    f' {CHIPS[plan.experiment.chip]} (analytic: gqa_t5x/reproduce/estimates.py).'
+    f'# {len(rows)} commands, {len(rows) - len(left)} done; left: about {hours} {unit}'
+    ' (analytic: gqa_t5x/reproduce/experiments/estimates.py).'
   )
   return '\n'.join(lines)
 
 
 def _preparation(rows: list[dict[str, Any]], plan: Planner) -> list[str]:
   """The command that downloads the data, where there is any."""
-  read = {what for stage in rows for what in stage['reads']}
-  scale = plan.experiment
-  tasks = [task for task in scale.tasks if task in read and scale.public]
-  if not tasks:
+  read = {what for row in rows for what in row['reads']}
+  tasks = [task for task in plan.experiment.tasks if task in read]
+  if not (tasks and plan.experiment.public):
     return []
   words = ['python -m gqa_t5x.data.prepare', *tasks, *plan.data_flags]
   return ['# Data, once (docs/data.md; C4 apart):', ' '.join(words), '']

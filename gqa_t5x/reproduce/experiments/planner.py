@@ -4,6 +4,7 @@ A model is pre-trained, converted, uptrained, fine-tuned, timed. Each of these i
 stage; what several experiments need is one stage, made once.
 """
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -11,17 +12,11 @@ from etils import epath
 
 from gqa_t5x.reproduce.experiments import commands, estimates, gin_files
 from gqa_t5x.reproduce.experiments.experiment import Experiment, Timing
-from gqa_t5x.reproduce.experiments.models import (
-  PRETRAINED,
-  SCRATCH,
-  SEEDED,
-  Model,
-  mha,
-)
+from gqa_t5x.reproduce.experiments.models import PRETRAINED, SCRATCH, Model, mha
 from gqa_t5x.reproduce.runner import stages
 from gqa_t5x.reproduce.runner.stages import Stage
 
-TRANSLATE_TASK = 'gin/tasks/wmt14_en_de_shazeer.gin'
+WMT = 'wmt14_en_de_shazeer'  # Shazeer's task
 
 
 class Planner:
@@ -44,10 +39,10 @@ class Planner:
     """
     self.experiment, self.output_dir = experiment, epath.Path(output_dir)
     self.folder = self.output_dir / experiment.folder
-    self._data_dir = tfds_data_dir
-    self._flags = list(experiment.flags)
-    if tfds_data_dir:
-      self._flags.append(f'--tfds_data_dir={tfds_data_dir}')
+    # The folder of TensorFlow Datasets, as a flag of gqa_t5x.data's commands.
+    self.data_flags = [f'--data_dir={tfds_data_dir}'] if tfds_data_dir else []
+    data_dir = [f'--tfds_data_dir={tfds_data_dir}'] if tfds_data_dir else []
+    self._flags = [*experiment.flags, *data_dir]
     self._stages: dict[Any, Stage] = {}
 
   # --- The plan -----------------------------------------------------------------
@@ -72,42 +67,36 @@ class Planner:
     T5's schedule does not depend on the last step, so a run passes every smaller alpha
     on its way, and a longer run goes on where a shorter one has ended.
     """
-    if stage.is_given or stage.result in self._stages:
+    if not stage.command or stage.result in self._stages:
       return self._stages.get(stage.result, stage)
     needs = [self._add(need) for need in stage.needs]
     runs = [run for run in self.stages if _in_one_run(run, stage)]
     for run in runs:
       if step_of(run.result) >= step_of(stage.result):
         return run
-    before = sum(run.work for run in runs)
-    left = (stage.work - before) / stage.work
+    work = stage.work - sum(run.work for run in runs)
     self._stages[stage.result] = dataclasses.replace(
       stage,
-      needs=(*(need for need in needs if not need.is_given), *runs),
-      reads=(*(str(need.result) for need in needs if need.is_given), *stage.reads),
-      work=stage.work - before,
-      hours=stage.hours and stage.hours * left,
+      needs=(*(need for need in needs if need.command), *runs),
+      reads=(*(str(n.result) for n in needs if not n.command), *stage.reads),
+      work=work,
+      hours=stage.hours and stage.hours * (work / stage.work),
     )
     return self._stages[stage.result]
 
   # --- Numbers ------------------------------------------------------------------
 
   def value(self, kind: str, name: str, task: str = '') -> Any:
-    """Returns a macro's value as a kind of run has it.
-
-    Args:
-      kind: a key of the experiment's `gin_files`.
-      name: of the macro.
-      task: that the gin files are of.
+    """Returns a macro's value as a kind of run, a key of `gin_files`, has it.
 
     Raises:
       ValueError: no file of that kind sets it.
     """
-    found: dict[str, Any] = {}
-    for file in self.experiment.gin_files[kind]:
-      if '{model' not in file:
-        found |= gin_files.macros(file.format(task=task))
-    found |= self.experiment.macros.get(kind, {})
+    files = reversed(self.experiment.gin_files[kind])
+    read = (
+      gin_files.macros(file.format(task=task)) for file in files if '{model' not in file
+    )
+    found = collections.ChainMap(self.experiment.macros.get(kind, {}), *read)
     if name not in found:
       raise ValueError(f'no gin file of {kind} sets {name}.')
     return found[name]
@@ -153,13 +142,13 @@ class Planner:
   def from_scratch(self, model: Model) -> Stage:
     """A model that has few heads from the first step."""
     steps = self.pretrain_steps
-    result = self.folder / 'pretrained' / model.name / f'checkpoint_{steps}'
+    folder = self.folder / 'pretrained' / model.name
     return self._training(
       f'pre-train {model.label} from scratch, {steps:,} steps',
+      folder / f'checkpoint_{steps}',
       'pretrain',
       model,
-      result,
-      {'NUM_KV_HEADS': model.num_kv_heads, 'MODEL_DIR': result.parent},
+      {'NUM_KV_HEADS': model.num_kv_heads, 'MODEL_DIR': folder},
       steps=steps,
     )
 
@@ -185,21 +174,20 @@ class Planner:
       return source
     path = names.converted.format(model=model, step=step_of(source.result))
     result = self.folder / path
-    needs = (source,)
-    flags: dict[str, Any] = {'method': model.method, 'statistics': None}
-    if model.statistics == 'calibrated':
-      needs = (source, self.statistics(model.size))
-      flags['statistics'] = needs[1].result
-    if model.grouping != 'contiguous':
-      flags['grouping'] = model.grouping
-    if model.method in SEEDED:
-      flags['seed'] = model.seed
-    return Stage(
-      names.convert_title.format(model=model),
-      result,
-      commands.convert(source.result, result, model.num_kv_heads, **flags),
-      needs=needs,
+    calibrated = model.statistics == 'calibrated'
+    statistics = [self.statistics(model.size)] if calibrated else []
+    command = commands.module(
+      'gqa_t5x.convert',
+      input=source.result,
+      output=result.parent,
+      num_kv_heads=model.num_kv_heads,
+      method=model.method,
+      statistics=statistics[0].result if calibrated else None,
+      grouping=None if model.grouping == 'contiguous' else model.grouping,
+      seed=model.seed if model.is_seeded else None,
     )
+    title = names.convert_title.format(model=model)
+    return Stage(title, result, command, needs=(source, *statistics))
 
   def uptraining(self, model: Model) -> Stage:
     """A model after uptraining, from its conversion on."""
@@ -215,9 +203,9 @@ class Planner:
     }
     return self._training(
       names.uptrain_title.format(model=model),
+      result,
       'uptrain',
       model,
-      result,
       {name: macros[name] for name in self.experiment.given},
       steps=last - self.pretrain_steps,
       needs=(source,),
@@ -229,17 +217,13 @@ class Planner:
     steps = self.value('finetune', 'FINETUNE_STEPS', task)
     folder = self.folder / 'finetuned' / model.name / task / f'seed{seed}'
     macros = {} if model.is_mha else {'NUM_KV_HEADS': model.num_kv_heads}
+    macros |= {'MODEL_DIR': folder, 'INITIAL_CHECKPOINT_PATH': source.result}
     return self._training(
       f'fine-tune {model.label} on {task}, seed {seed}',
+      folder / f'checkpoint_{step_of(source.result) + steps}',
       'finetune',
       model,
-      folder / f'checkpoint_{step_of(source.result) + steps}',
-      macros
-      | {
-        'MODEL_DIR': folder,
-        'INITIAL_CHECKPOINT_PATH': source.result,
-        'RANDOM_SEED': seed,
-      },
+      macros | {'RANDOM_SEED': seed},
       steps=steps,
       task=task,
       needs=(source,),
@@ -250,25 +234,22 @@ class Planner:
   def vocabulary(self) -> Stage:
     """The vocabulary of Shazeer's models."""
     result = self.folder / 'translated' / 'vocabulary.model'
-    return Stage(
-      'train the vocabulary of WMT14',
-      result,
-      ('-m', 'gqa_t5x.data.wmt_vocabulary', f'--output={result}', *self.data_flags),
-      reads=('wmt14_en_de_shazeer',),
-    )
+    words = (f'--output={result}', *self.data_flags)
+    command = commands.module('gqa_t5x.data.wmt_vocabulary', *words)
+    return Stage('train the vocabulary of WMT14', result, command, reads=(WMT,))
 
   def translation(self, size: str) -> Stage:
     """One of Shazeer's models, trained on WMT14."""
     last = gin_files.macro('gin/runs/translate.gin', 'TRAIN_STEPS')
     folder, vocabulary = self.folder / 'translated' / size, self.vocabulary()
-    files = [f'gin/models/{size}.gin', TRANSLATE_TASK, 'gin/runs/translate.gin']
+    files = [f'gin/models/{size}.gin', f'gin/tasks/{WMT}.gin', 'gin/runs/translate.gin']
     macros = {'MODEL_DIR': folder, 'VOCABULARY_FILE': vocabulary.result}
     return Stage(
       f'train {size} on WMT14, {last:,} steps',
       folder / f'checkpoint_{last}',
       commands.engine('t5x.train', files, self._flags, **macros),
       needs=(vocabulary,),
-      reads=('wmt14_en_de_shazeer',),
+      reads=(WMT,),
       work=last,
     )
 
@@ -276,7 +257,7 @@ class Planner:
     """The scores of one of Shazeer's models on the test set, as seqio writes them."""
     trained, vocabulary = self.translation(size), self.vocabulary()
     folder = self.folder / 'translated' / f'{size}_test_beam{beams}'
-    files = [f'gin/models/{size}.gin', TRANSLATE_TASK, 'gin/runs/eval.gin']
+    files = [f'gin/models/{size}.gin', f'gin/tasks/{WMT}.gin', 'gin/runs/eval.gin']
     files += ['gin/decoding/beam_search.gin'] if beams > 1 else []
     macros = {
       'CHECKPOINT_PATH': trained.result,
@@ -286,17 +267,17 @@ class Planner:
     }
     return Stage(
       f'translate the test set by {size}, {beams} beam{"s" * (beams > 1)}',
-      folder / 'inference_eval' / 'wmt14_en_de_shazeer-metrics.jsonl',
+      folder / 'inference_eval' / f'{WMT}-metrics.jsonl',
       commands.engine('t5x.eval', files, self._flags, **macros),
       needs=(vocabulary, trained),
-      reads=('wmt14_en_de_shazeer',),
+      reads=(WMT,),
     )
 
   def timing(self, name: str, timing: Timing) -> Stage:
     """Rows of `gqa_t5x.benchmark decode`."""
     result = self.folder / 'benchmark' / f'{name}.json'
-    words = (f'--{flag}={value}' for flag, value in timing.flags().items())
-    command = ('-m', 'gqa_t5x.benchmark', 'decode', *words, f'--json={result}')
+    flags = timing.flags()
+    command = commands.module('gqa_t5x.benchmark', 'decode', **flags, json=result)
     return Stage(f'time {name}', result, command, alone=True)
 
   @property
@@ -309,9 +290,9 @@ class Planner:
   def _training(
     self,
     title: str,
+    result: Any,
     kind: str,
     model: Model,
-    result: Any,
     given: dict[str, Any],
     *,
     steps: int,
@@ -349,24 +330,16 @@ class Planner:
       return ()
     return (task or self.value(kind, 'MIXTURE_OR_TASK_NAME'),)
 
-  @property
-  def data_flags(self) -> list[str]:
-    """The folder of TensorFlow Datasets, as a flag of gqa_t5x.data's commands."""
-    return [f'--data_dir={self._data_dir}'] if self._data_dir else []
-
   def _hours(self, kind: str, model: Model, steps: int, task: str) -> float:
     lengths = self.value(kind, 'TASK_FEATURE_LENGTHS', task)
-    shape = (
-      self.value(kind, 'BATCH_SIZE', task),
-      lengths['inputs'],
-      lengths['targets'],
-    )
-    model_and_chip = (model.size, model.num_kv_heads, self.experiment.chip)
-    hours = estimates.training_hours(*model_and_chip, *shape, steps)
+    batch_size = self.value(kind, 'BATCH_SIZE', task)
+    what = (model.size, model.num_kv_heads, self.experiment.chip)
+    what += (batch_size, lengths['inputs'], lengths['targets'])
+    hours = estimates.training_hours(*what, steps)
     if task:
       evaluations = steps // self.value(kind, 'EVAL_PERIOD', task)
       examples = evaluations * self.experiment.dev_examples[task]
-      hours += estimates.decoding_hours(*model_and_chip, *shape, examples)
+      hours += estimates.decoding_hours(*what, examples)
     return hours
 
 

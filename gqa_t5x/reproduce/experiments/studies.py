@@ -142,12 +142,7 @@ MINIATURE = _miniature(alpha=0.05)
 
 
 def make_plan(experiment: Experiment, output_dir: str) -> Planner:
-  """Collects the stages that make, evaluate and report on an experiment's models.
-
-  Args:
-    experiment: with a conclusion.
-    output_dir: folder of all results.
-  """
+  """Collects the stages that make, evaluate and report on an experiment's models."""
   plan, end = Planner(experiment, output_dir), experiment.conclusion
   statistics = plan.statistics(experiment.models[0].size)
   checkpoints = [plan.checkpoint(model) for model in experiment.models]
@@ -155,13 +150,13 @@ def make_plan(experiment: Experiment, output_dir: str) -> Planner:
   evaluation = Stage(
     end.evaluate_title,
     plan.rows,
-    commands.reproduce('evaluate', end.experiment, **flags),
+    commands.module('gqa_t5x.reproduce', 'evaluate', end.experiment, **flags),
     needs=(statistics, *checkpoints),
   )
   report = Stage(
     end.report_title,
     plan.folder / end.report,
-    commands.reproduce('report', end.experiment, **flags),
+    commands.module('gqa_t5x.reproduce', 'report', end.experiment, **flags),
     needs=(evaluation,),
   )
   conversions = [plan.conversion(model) for model in experiment.models]

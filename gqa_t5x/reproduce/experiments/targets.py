@@ -11,18 +11,21 @@ from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.scales import LOCAL, SCALES
 from gqa_t5x.reproduce.runner.stages import Stage, check_plan
 
-INTENSITY = 'intensity.json'  # below the folder of all results
-
 
 def table1(plan: Planner) -> None:
   """Scores of all models on all tasks, and their time per sample."""
   scale = plan.experiment
-  for model in scale.models:
-    for task in scale.tasks:
-      for seed in scale.seeds_of(model):
-        plan.require(plan.finetuning(model, task, seed))
+  _finetune(plan, scale.models, scale.tasks)
   for timing in scale.timings:
     plan.require(plan.timing(timing_name(timing), timing))
+
+
+def _finetune(plan: Planner, models, tasks, seeds=None) -> None:
+  """Fine-tunes models on tasks; by default with the seeds of the scale."""
+  for model in models:
+    for task in tasks:
+      for seed in seeds or plan.experiment.seeds_of(model):
+        plan.require(plan.finetuning(model, task, seed))
 
 
 def timing_name(timing: Timing) -> str:
@@ -35,9 +38,7 @@ def figure4(plan: Planner) -> None:
   scale = plan.experiment
   if scale is LOCAL:
     study(plan)
-  for model in scale.ablation:
-    for task in scale.ablation_tasks:
-      plan.require(plan.finetuning(model, task, 1))
+  _finetune(plan, scale.ablation, scale.ablation_tasks, seeds=(1,))
 
 
 def figure5(plan: Planner) -> None:
@@ -48,9 +49,8 @@ def figure5(plan: Planner) -> None:
   for model, alphas in scale.alphas.items():
     # One run, which passes all of them.
     plan.require(plan.checkpoint(at(model, max(alphas))))
-    for alpha in alphas:
-      for task in scale.ablation_tasks:
-        plan.require(plan.finetuning(at(model, alpha), task, 1))
+    models = [at(model, alpha) for alpha in alphas]
+    _finetune(plan, models, scale.ablation_tasks, seeds=(1,))
 
 
 def at(model: Model, alpha: float) -> Model:
@@ -65,29 +65,19 @@ def figure6(plan: Planner) -> None:
 
 def appendix_a(plan: Planner) -> None:
   """MQA from scratch and uptrained models: several seeds of what is unstable."""
-  scale = plan.experiment
-  for model in scale.scratch:
-    for task in scale.ablation_tasks:
-      for seed in scale.seeds_of(model):
-        plan.require(plan.finetuning(model, task, seed))
+  _finetune(plan, plan.experiment.scratch, plan.experiment.ablation_tasks)
 
 
 def shazeer(plan: Planner) -> None:
   """Shazeer's translation models: trained, where there is WMT14, and timed."""
   for name, facts in paper.SHAZEER.items():
     if plan.experiment is not LOCAL:
-      scores = (plan.translation_scores(facts['size'], beams) for beams in (1, 4))
-      plan.require(*scores)
+      plan.require(*(plan.translation_scores(facts['size'], n) for n in (1, 4)))
     plan.require(shazeer_timing(plan, name))
 
 
 def shazeer_timing(plan: Planner, name: str) -> Stage:
-  """Returns the stage that times a model of Shazeer's.
-
-  Args:
-    plan: of a scale.
-    name: a key of paper.SHAZEER.
-  """
+  """Returns the stage that times a model of Shazeer's, a key of paper.SHAZEER."""
   size = paper.SHAZEER[name]['size']
   timing = dataclasses.replace(plan.experiment.shazeer, size=size)
   return plan.timing(f'shazeer_{name.lower()}', timing)
@@ -106,14 +96,15 @@ def study(plan: Planner) -> None:
 
 def intensity(plan: Planner) -> None:
   """Arithmetic intensity by Shazeer's formulas."""
-  result = intensity_file(plan.output_dir)
-  command = commands.reproduce('evaluate', 'intensity', output_dir=plan.output_dir)
+  words, folder = ('evaluate', 'intensity'), plan.output_dir
+  command = commands.module('gqa_t5x.reproduce', *words, output_dir=folder)
+  result = intensity_file(folder)
   plan.require(Stage('compute arithmetic intensity', result, command))
 
 
 def intensity_file(output_dir: Any) -> Any:
   """Returns where the rows of arithmetic intensity are."""
-  return output_dir / INTENSITY
+  return output_dir / 'intensity.json'
 
 
 def compiled_times(plan: Planner) -> None:

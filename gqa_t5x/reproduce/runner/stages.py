@@ -9,21 +9,21 @@ as fast as one after the other with two threads; so each process gets cores of
 its own. A stage that runs alone gets the whole machine.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import os
 import pathlib
-import queue
 import shlex
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gqa_t5x import files
-from gqa_t5x.reproduce.runner.process import Process, StageFailed
+from gqa_t5x.reproduce.runner import process
+from gqa_t5x.reproduce.runner.process import StageFailed
 from gqa_t5x.reproduce.runner.progress import Progress
 
 # Work of a stage that does not train, in training steps; for the time to go alone.
@@ -58,11 +58,6 @@ class Stage:
   hours: float | None = None
   macros: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  @property
-  def is_given(self) -> bool:
-    """Whether the result is there, and no command of ours makes it."""
-    return not self.command
-
   def __str__(self) -> str:
     """The command as a user types it."""
     return ' '.join(_quote(word) for word in ('python', *self.command))
@@ -86,30 +81,28 @@ def run(stages: Sequence[Stage], folder: pathlib.Path, jobs: int | None = None) 
   Returns:
     The exit code: 0, 1 after an error, 130 after Ctrl-C.
   """
-  start = time.monotonic()
-  jobs = len(available_cores()) if jobs is None else jobs
+  start, cores = time.monotonic(), process.available_cores()
+  jobs = len(cores) if jobs is None else jobs
   try:
     if jobs < 1:
       raise StageFailed(f'--jobs={jobs} must be at least 1.')
     check_plan(stages)
     with _locked(folder) as lock:
-      _Run(stages, folder, jobs, lock).loop()
+      asyncio.run(_Run(stages, folder, cores, jobs, lock).loop())
   except StageFailed as error:
     print(error, file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     print('\nStopped. Run the same command again to go on from here.', file=sys.stderr)
     return 130
+  finally:
+    process.use_cores(cores)
   print(f'Done in {time.monotonic() - start:.0f} s.')
   return 0
 
 
 def check_plan(stages: Sequence[Stage]) -> None:
-  """Raises unless every result is made once, and every need by an earlier stage.
-
-  Raises:
-    StageFailed: the message names the stage.
-  """
+  """Raises StageFailed unless all is made once, and what it needs before it."""
   made: set[pathlib.Path] = set()
   for stage in stages:
     for need in stage.needs:
@@ -129,32 +122,16 @@ def missing(stages: Sequence[Stage]) -> list[Stage]:
   return [stage for stage in stages if not stage.result.exists()]
 
 
-def available_cores() -> list[int]:
-  """The cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return sorted(os.sched_getaffinity(0))
-  return list(range(os.cpu_count() or 1))
-
-
 def share_cores(cores: Sequence[int], jobs: int) -> list[list[int]]:
-  """Deals cores out to jobs; with more jobs than cores, some share one.
-
-  Args:
-    cores: what there is.
-    jobs: how many run at once.
-
-  Returns:
-    The cores of each job.
-  """
+  """Deals cores out to jobs; with more jobs than cores, some share one."""
   return [list(cores[i::jobs]) or [cores[i % len(cores)]] for i in range(jobs)]
 
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[int]:
-  """Keeps other runs out of a folder; yields the lock's descriptor.
+  """Keeps other runs out of a folder; yields what processes inherit.
 
-  Processes inherit it, so that the folder stays locked as long as one of them writes,
-  even where this one is killed.
+  So it stays locked as long as one of them writes, even where this one is killed.
   """
   folder.mkdir(parents=True, exist_ok=True)
   lock = files.lock(folder / 'lock')
@@ -170,40 +147,52 @@ def _locked(folder: pathlib.Path) -> Iterator[int]:
 
 
 class _Run:
-  """One run: the stages that wait, those at work, and what they report."""
+  """One run: the stages that wait, those at work, and the cores that are free."""
 
   def __init__(
-    self, stages: Sequence[Stage], folder: pathlib.Path, jobs: int, lock: int
+    self,
+    stages: Sequence[Stage],
+    folder: pathlib.Path,
+    cores: Sequence[int],
+    jobs: int,
+    lock: int,
   ):
-    self._stages, self._lock = list(stages), lock
-    self._logs, self._cache = folder / 'logs', folder / 'compilation_cache'
+    self._stages, self._lock, self._jobs = list(stages), lock, jobs
+    self._cores, self._free = cores, share_cores(cores, jobs)
+    self._logs = folder / 'logs'
     self._logs.mkdir(exist_ok=True)
-    self._cores = available_cores()
-    self._free = share_cores(self._cores, jobs)
-    self._alone = jobs == 1
+    self._environment = {
+      'TQDM_MININTERVAL': '1',
+      # Trainings of one shape compile the same programs: the first compiles for all.
+      'JAX_COMPILATION_CACHE_DIR': str((folder / 'compilation_cache').absolute()),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+    }
     self._waiting = missing(stages)
-    self._running: dict[Stage, tuple[Process, threading.Thread, list[int] | None]] = {}
-    self._events: queue.Queue = queue.Queue()
+    # Task -> its stage, and its cores; None: it is alone and has all of them.
+    self._running: dict[asyncio.Task, tuple[Stage, list[int] | None]] = {}
     self._progress = Progress(self._stages, done=set(stages) - set(self._waiting))
 
-  def loop(self) -> None:
-    """Runs every stage that waits.
-
-    Raises:
-      StageFailed: the first failure; all other processes have ended.
-      KeyboardInterrupt: after Ctrl-C; all processes have ended.
-    """
+  async def loop(self) -> None:
+    """Runs every stage that waits; if one fails, ends all others and raises."""
     try:
       while self._waiting or self._running:
         self._start_ready()
-        self._handle(*self._events.get())
+        await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+        for task in [task for task in self._running if task.done()]:
+          _, cores = self._running.pop(task)
+          task.result()  # Or it raises.
+          if cores is not None:
+            self._free.append(cores)
     finally:
-      self._stop()
+      for task in self._running:
+        task.cancel()
+      await asyncio.gather(*self._running, return_exceptions=True)
       self._progress.close()
 
   def _start_ready(self) -> None:
+    running = self._running.values()
     # A result may be there before its command ends: T5X saves, then evaluates.
-    unfinished = {stage.result for stage in (*self._waiting, *self._running)}
+    unfinished = {s.result for s in (*self._waiting, *(stage for stage, _ in running))}
     ready = [
       stage
       for stage in self._waiting
@@ -212,66 +201,43 @@ class _Run:
     # Long ones first, so that none is left alone at the end while cores are idle.
     ready.sort(key=lambda stage: stage.work, reverse=True)
     # What measures time waits until there is nothing else to do.
-    ready = [s for s in ready if not s.alone] or ready[:1]
-    if self._alone or len(ready) == 1:
-      # Nothing else can become ready meanwhile: it gets all cores.
-      if ready and not self._running:
-        self._start(ready[0], None)
-        return
-      if self._alone:
-        return
-    if self._running and any(cores is None for *_, cores in self._running.values()):
+    ready = [stage for stage in ready if not stage.alone] or ready[:1]
+    if not ready or any(cores is None for _, cores in running):
       return
-    for stage in ready[: len(self._free)]:
-      self._start(stage, self._free.pop(0))
+    if not running and (self._jobs == 1 or len(ready) == 1):
+      self._start(ready[0], None)  # Nothing else can become ready meanwhile.
+    elif not ready[0].alone:
+      for stage in ready[: len(self._free)]:
+        self._start(stage, self._free.pop(0))
 
   def _start(self, stage: Stage, cores: list[int] | None) -> None:
     """Starts a stage on some cores; None: on all, for it is alone."""
     self._waiting.remove(stage)
+    task = asyncio.create_task(self._work(stage, cores or self._cores))
+    self._running[task] = stage, cores
+
+  async def _work(self, stage: Stage, cores: Sequence[int]) -> None:
+    """Runs a stage to its end; leaves nothing of it if it fails or is cancelled."""
     _discard(stage)
     stage.result.parent.mkdir(parents=True, exist_ok=True)
-    number = self._stages.index(stage) + 1
-    log = self._logs / f'{number:02d}.log'
-    process = Process(stage.command, log, self._cache, self._lock)
-    thread = threading.Thread(
-      target=self._work, args=(stage, process, cores or self._cores), daemon=True
-    )
-    self._running[stage] = process, thread, cores
-    self._progress.begin(stage, alone=cores is None)
-    thread.start()
-
-  def _work(self, stage: Stage, process: Process, cores: list[int]) -> None:
-    """Runs a process to its end, in a thread of its own; reports by events."""
-    if hasattr(os, 'sched_setaffinity'):
-      os.sched_setaffinity(0, cores)  # Of this thread, so the process inherits it.
-    tick, error = time.monotonic(), None
+    log = self._logs / f'{self._stages.index(stage) + 1:02d}.log'
+    tick = time.monotonic()
+    self._progress.begin(stage)
     try:
-      process.run(lambda bar: self._events.put(('bar', stage, bar)))
+      await process.run(
+        stage.command,
+        log,
+        lambda bar: self._progress.update(stage, bar),
+        cores,
+        self._environment,
+        self._lock,
+      )
       if not stage.result.exists():
-        error = StageFailed(f'{stage} ended well, but left no {stage.result}.')
-    except Exception as failure:
-      error = failure
-    self._events.put(('end', stage, error or time.monotonic() - tick))
-
-  def _handle(self, kind: str, stage: Stage, what: str | float | Exception) -> None:
-    if kind == 'bar':
-      self._progress.update(stage, what)
-      return
-    if isinstance(what, Exception):
-      raise what
-    _, _, cores = self._running.pop(stage)
-    if cores is not None:
-      self._free.append(cores)
-    self._progress.end(stage, what)
-
-  def _stop(self) -> None:
-    """Ends what still runs, after a failure or Ctrl-C."""
-    for process, _, _ in self._running.values():
-      process.terminate()
-    for stage, (process, thread, _) in self._running.items():
-      process.kill_after(seconds=10)
-      thread.join(timeout=10)
+        raise StageFailed(f'{stage} ended well, but left no {stage.result}.')
+    except BaseException:
       _discard(stage)
+      raise
+    self._progress.end(stage, time.monotonic() - tick)
 
 
 def _discard(stage: Stage) -> None:
