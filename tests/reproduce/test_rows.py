@@ -1,6 +1,9 @@
 """Rows: losses from event files and of checkpoints, and spectra."""
 
+import json
 import math
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,10 @@ from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments.models import MEAN, converted
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
-from gqa_t5x.reproduce.results import events, miniature, spectra, study
+from gqa_t5x.reproduce.results import events, miniature, spectra, study, validation
 from helpers.trees import STEP, D, H, N, tiny_state, write_msgpack
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TASK = 'a_task'
 
 
@@ -107,20 +111,17 @@ def test_entropy():
 
 
 def test_unigram_row_leaves_padding_out(monkeypatch):
-  def batches(lengths, batch_size, num_batches):
-    assert (batch_size, num_batches) == (16, 40)
-    yield {
-      'decoder_target_tokens': np.array([[5, 5, 0], [6, 0, 0]]),
-      'decoder_loss_weights': np.array([[1, 1, 0], [1, 0, 0]]),
+  found = [
+    {
+      'decoder_target_tokens': np.array(tokens),
+      'decoder_loss_weights': np.array(tokens) > 0,
     }
-    yield {
-      'decoder_target_tokens': np.array([[6, 0, 0]]),
-      'decoder_loss_weights': np.array([[1, 0, 0]]),
-    }
-
-  monkeypatch.setattr(study.miniature, 'validation_batches', batches)
+    for tokens in ([[5, 5, 0], [6, 0, 0]], [[6, 0, 0]])
+  ]
+  monkeypatch.setattr(study.validation, 'batches', lambda plan, count: found[:count])
   row = study.unigram_row(Planner(STUDIES['quick'], 'runs'))
   assert row['kind'] == 'unigram'
+  assert row['validation_batches'] == 40
   assert row['validation_loss'] == pytest.approx(math.log(2))
 
 
@@ -205,6 +206,31 @@ def test_validation_loss_of_uniform_predictions():
     'decoder_target_tokens': targets.astype(np.int32),
     'decoder_loss_weights': np.array([[1, 1, 1], [1, 0, 0]], np.int32),
   }
-  loss, accuracy = miniature.validation_loss(params, sizes, [batch, batch])
+  loss, accuracy = validation.loss(params, sizes, [batch, batch])
   assert loss == pytest.approx(math.log(vocab_size), rel=1e-5)
   assert accuracy == pytest.approx(0.25)
+
+
+def test_decode_rows(monkeypatch):
+  """The settings that docs/uptrain was measured with, and its keys."""
+  found = []
+
+  def slopes(runs, *given):
+    found.extend((*runs, given))
+    return [0.008, 0.003]
+
+  monkeypatch.setattr(miniature.timing, 'slopes', slopes)
+  monkeypatch.setattr(
+    miniature.decode_benchmark, 'Runner', lambda s: types.SimpleNamespace(decode=s)
+  )
+  rows = miniature.decode_rows({8: 300, 1: 301})
+  *settings, given = found
+  assert [(s.config.num_kv_heads, s.config.vocab_size) for s in settings] == [
+    (8, 300),
+    (1, 301),
+  ]
+  assert given == ((16, 64), 7)
+  assert [row['ms_per_step'] for row in rows] == [8.0, 3.0]
+  documented = json.loads((ROOT / 'docs' / 'uptrain' / 'rows.json').read_text())[-1]
+  own = dict.fromkeys(('device', 'versions', 'ms_per_step'))
+  assert rows[1] | own == documented | own

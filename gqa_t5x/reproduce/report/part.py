@@ -2,9 +2,10 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gqa_t5x.reproduce.experiments.experiment import Timing
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.document import FIGURES, Document
@@ -34,57 +35,31 @@ class Part:
     """The scale, of scales.SCALES."""
     return self.plan.experiment
 
-  def number(
-    self, row: Row | None, key: str, digits: int, paper: float | None = None
-  ) -> str:
-    """Returns the cell of a row's value, as `Document.number`."""
-    return self.computed(row, row and row[key], digits, paper)
+  def decode_rows(self, name: str, timing: Timing) -> list[Row]:
+    """Returns the rows of a timing, by the name of its stage."""
+    path = self.plan.timing(name, timing).result
+    return self.found.rows(path, 'decode_benchmark', size=timing.size)
 
-  def computed(
-    self, row: Row | None, value: float, digits: int, paper: float | None = None
+  def number(
+    self, row: Row, value: float, digits: int, paper: float | None = None
   ) -> str:
-    """Returns the cell of what was computed from a row."""
-    number = row and Measured((value,), row['source'], (row['command'],))
-    return self.doc.number(number, digits, paper)
+    """Returns the cell of a row's value, or of one computed from it."""
+    return self.doc.number(Measured.of(row, value), digits, paper)
+
+  def cells(
+    self, row: Row | None, columns: Iterable[Callable[[Row], str]]
+  ) -> list[str]:
+    """Returns the cell that each column makes of a row; not run if there is none."""
+    return [self.doc.not_run() if row is None else cell(row) for cell in columns]
 
   def path(self, name: str) -> pathlib.Path:
     """Returns where a figure goes."""
     return self.folder / FIGURES / name
 
   def figure(
-    self,
-    name: str,
-    caption: str,
-    series: Sequence[Series],
-    x_label: str,
-    y_label: str,
-    **options: Any,
+    self, name: str, caption: str, series: Sequence[Series], *labels: str, **options
   ) -> None:
-    """Draws a figure and adds it, unless it were empty; arguments as figures.draw's."""
+    """Draws a figure and adds it, unless it were empty; see figures.draw."""
     if series:
-      figures.draw(self.path(name), series, x_label, y_label, **options)
+      figures.draw(self.path(name), series, *labels, **options)
       self.doc.figure(name, caption)
-
-  def time_against_heads(
-    self, name: str, caption: str, seconds: dict[int, tuple[float, float]], unit: str
-  ) -> None:
-    """Draws times per sample against key/value heads.
-
-    Args:
-      name: of the file.
-      caption: what it shows.
-      seconds: K -> seconds with the encoder, and of the decoder alone.
-      unit: of the times.
-    """
-    heads = sorted(seconds)
-    labels = (
-      ('with the encoder', figures.BLUE, 'o'),
-      ('decoder alone', figures.VERMILION, 's'),
-    )
-    series = [
-      Series(label, heads, [seconds[k][i] for k in heads], color, marker, line=True)
-      for i, (label, color, marker) in enumerate(labels)
-    ]
-    options = {'x_ticks': heads, 'log': 'x', 'from_zero': True}
-    if heads:
-      self.figure(name, caption, series, 'key/value heads', unit, **options)
