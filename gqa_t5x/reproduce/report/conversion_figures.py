@@ -32,7 +32,7 @@ CURVES = {
 }
 HEADS = {4: (SKY, 'o'), 2: (BLUE, 's'), 1: (VERMILION, '^')}
 SIDES = {'key': (BLUE, 'o'), 'value': (VERMILION, 's')}
-KINDS = {'self_attention': 'self-attention', 'cross_attention': 'cross-attention'}
+KINDS = ('self_attention', 'cross_attention')
 # Losses span three decades and may be negative: linear below this (shaded).
 LINEAR = 0.01
 SMALL = 0.001  # The same right after conversion, where nothing but svd comes close.
@@ -136,12 +136,13 @@ def draw_spectra(rows: Sequence[Row], path: pathlib.Path) -> None:
   heads = sorted({row['num_kv_heads'] for row in rows}, reverse=True)
   with figures.figure(path, 1.2 + 2.7 * len(heads), 5) as fig:
     axes = fig.subplots(len(KINDS), len(heads), sharex=True, sharey=True, squeeze=False)
-    for line, (kind, name) in zip(axes, KINDS.items(), strict=True):
+    for line, kind in zip(axes, KINDS, strict=True):
       for axis, num_kv_heads in zip(line, heads, strict=True):
         wanted = kind, num_kv_heads
         chosen = [r for r in rows if (r['module'], r['num_kv_heads']) == wanted]
         _draw_layers(axis, chosen)
-        figures.tidy(axis, 'y', f'{name}, {num_kv_heads} K/V heads')
+        name = f'{kind.replace("_", "-")}, {num_kv_heads} K/V heads'
+        figures.tidy(axis, 'y', name)
       line[0].set_ylabel('share dropped')
     for axis in axes[-1]:
       axis.set_xlabel('decoder layer')

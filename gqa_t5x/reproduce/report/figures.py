@@ -59,43 +59,6 @@ def figure(path: pathlib.Path, width: float, height: float) -> Iterator[Any]:
   plt.close(fig)
 
 
-def draw(
-  path: pathlib.Path,
-  series: Sequence[Series],
-  x_label: str,
-  y_label: str,
-  *,
-  x_ticks: Sequence[float] | None = None,
-  x_names: Sequence[str] | None = None,
-  log: str = '',
-  from_zero: bool = False,
-) -> None:
-  """Draws points and lines to a PNG file.
-
-  Args:
-    path: the file.
-    series: what to draw.
-    x_label, y_label: with units.
-    x_ticks: where the axis has marks; None: by itself.
-    x_names: what they are called; None: their numbers.
-    log: axes with a logarithmic scale: '', 'x', 'y' or 'xy'.
-    from_zero: whether y begins at 0.
-  """
-  with figure(path, 6.0, 3.8) as fig:
-    axis = fig.add_subplot()
-    if 'y' in log:
-      axis.set_yscale('log')
-    plot(axis, series, log_x='x' in log)
-    if x_ticks is not None:
-      axis.set_xticks(x_ticks, x_names or [f'{x:g}' for x in x_ticks])
-      axis.minorticks_off()
-    if from_zero:
-      axis.set_ylim(0, 1.1 * max(max(one.y) for one in series))
-    axis.margins(x=0.08)
-    tidy(axis, 'both', xlabel=x_label, ylabel=y_label)
-    legend(axis, fontsize=8.5, loc='center left', bbox_to_anchor=(1, 0.5))
-
-
 def plot(
   axis: Any, series: Sequence[Series], *, log_x: bool = False, **style: Any
 ) -> None:

@@ -57,9 +57,44 @@ class Part:
     return self.folder / FIGURES / name
 
   def figure(
-    self, name: str, caption: str, series: Sequence[Series], *labels: str, **options
+    self,
+    name: str,
+    caption: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    x_ticks: Sequence[float] | None = None,
+    x_names: Sequence[str] | None = None,
+    log: str = '',
+    from_zero: bool = False,
   ) -> None:
-    """Draws a figure and adds it, unless it were empty; see figures.draw."""
-    if series:
-      figures.draw(self.path(name), series, *labels, **options)
-      self.doc.figure(name, caption)
+    """Draws a figure and adds it, unless it were empty.
+
+    Args:
+      name: of the file.
+      caption: what it shows.
+      series: what to draw.
+      x_label, y_label: with units.
+      x_ticks: where the axis has marks; None: by itself.
+      x_names: what they are called; None: their numbers.
+      log: axes with a logarithmic scale: '', 'x' or 'xy'.
+      from_zero: whether y begins at 0.
+    """
+    if not series:
+      return
+    with figures.figure(self.path(name), 6.0, 3.8) as fig:
+      axis = fig.add_subplot()
+      if 'y' in log:
+        axis.set_yscale('log')
+      figures.plot(axis, series, log_x='x' in log)
+      if x_ticks is not None:
+        axis.set_xticks(x_ticks, x_names or [f'{x:g}' for x in x_ticks])
+        axis.minorticks_off()
+      if from_zero:
+        axis.set_ylim(0, 1.1 * max(max(one.y) for one in series))
+      axis.margins(x=0.08)
+      figures.tidy(axis, 'both', xlabel=x_label, ylabel=y_label)
+      place = {'loc': 'center left', 'bbox_to_anchor': (1, 0.5)}
+      figures.legend(axis, fontsize=8.5, **place)
+    self.doc.figure(name, caption)

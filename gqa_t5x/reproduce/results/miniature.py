@@ -83,12 +83,9 @@ def decode_rows(vocab_sizes: Mapping[int, int]) -> list[Row]:
   names = ('size', 'num_kv_heads', 'batch_size', 'input_length', 'output_length')
   return [
     {
-      'kind': 'decode',
-      'source': 'measured',
-      'command': COMMAND,
+      **rows.measured('decode', COMMAND),
       **{name: getattr(setting, name) for name in names},
       'ms_per_step': 1e3 * seconds,
-      **rows.environment(),
     }
     for setting, seconds in zip(
       settings, timing.slopes(runs, DECODE_STEPS, REPEATS), strict=True

@@ -1,9 +1,9 @@
 """Reads what runs left, and names what cannot be used instead of using it."""
 
-import contextlib
 import dataclasses
+import functools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gqa_t5x.errors import BadInput
@@ -49,13 +49,18 @@ class Measured:
     return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
-def mean(numbers: Sequence[Measured | None]) -> Measured | None:
-  """Averages numbers; None unless all of them are there."""
+def combine(
+  function: Callable[[Sequence[float]], float], numbers: Sequence[Measured | None]
+) -> Measured | None:
+  """Computes a number from others, as their mean; None unless all of them are there."""
   if not numbers or None in numbers:
     return None
   commands = tuple(dict.fromkeys(c for number in numbers for c in number.commands))
-  value = statistics.fmean(number.mean for number in numbers)
+  value = function([number.mean for number in numbers])
   return Measured((value,), numbers[0].source, commands)
+
+
+mean = functools.partial(combine, statistics.fmean)
 
 
 class Reader:
@@ -68,53 +73,49 @@ class Reader:
   def __init__(self):
     self.problems: list[str] = []
 
-  @contextlib.contextmanager
-  def _skipping(self) -> Iterator[None]:
-    """Ends what cannot be read, and notes why, once."""
+  def _read(
+    self, path: Any, read: Callable[..., Any], *args: Any, **kwargs: Any
+  ) -> Any:
+    """Reads what a path has; None, and why in `problems`, if it cannot be used."""
     try:
-      yield
+      return read(*args, **kwargs) if path.exists() else None
     except BadInput as error:
       if str(error) not in self.problems:
         self.problems.append(str(error))
+    return None
 
   def score(self, plan: Planner, model: Model, task: str) -> Measured | None:
     """Returns the best dev score of a model on a task, one value a seed.
 
     None if no seed was run to its end.
     """
-    values, commands = [], []
     metric = plan.value('finetune', 'METRIC', task)
+    values = {}
     for seed in plan.experiment.seeds_of(model):
       stage = plan.finetuning(model, task, seed)
-      if stage.result.parent.exists():
-        with self._skipping():
-          values.append(_best_score(stage, model, task, metric))
-          commands.append(str(stage))
-    return Measured(tuple(values), 'measured', tuple(commands)) if values else None
+      path, asked = stage.result.parent, (stage, model, task, metric)
+      values[str(stage)] = self._read(path, _best_score, *asked)
+    values = {command: value for command, value in values.items() if value is not None}
+    if not values:
+      return None
+    return Measured(tuple(values.values()), 'measured', tuple(values))
 
   def translation(self, plan: Planner, size: str, beams: int) -> Measured | None:
     """Returns BLEU of the test set of one of Shazeer's models; None if not run."""
     stage = plan.translation_scores(size, beams)
-    if stage.result.exists():
-      with self._skipping():
-        folder = stage.result.parent.parent
-        scores = _read_scores(folder, 'wmt14_en_de_shazeer', 'bleu')
-        return Measured((scores[max(scores)],), 'measured', (str(stage),))
-    return None
+    asked = stage.result.parent.parent, 'wmt14_en_de_shazeer', 'bleu'
+    scores = self._read(stage.result, _read_scores, *asked)
+    if not scores:
+      return None
+    return Measured((scores[max(scores)],), 'measured', (str(stage),))
 
   def events(self, stage: Stage) -> dict[str, float] | None:
     """Returns what a run's trainer has found in its loss; None if it was not run."""
-    if stage.result.exists():
-      with self._skipping():
-        return events.stability(stage.result.parent)
-    return None
+    return self._read(stage.result, events.stability, stage.result.parent)
 
   def rows(self, path: Any, kind: str, **expected: Any) -> list[Row]:
     """Returns the rows of a file, as `read_rows`; none if they cannot be used."""
-    if path.exists():
-      with self._skipping():
-        return read_rows(path, kind, **expected)
-    return []
+    return self._read(path, read_rows, path, kind, **expected) or []
 
   def row(self, path: Any, kind: str, **expected: Any) -> Row | None:
     """Returns the only row of a file, or None if it cannot be used."""

@@ -1,10 +1,10 @@
 """Rows: what tools and runs measured, one JSON object each."""
 
+import dataclasses
 import json
-import os
-import platform
 from typing import Any
 
+from gqa_t5x.analysis.benchmarks import settings
 from gqa_t5x.errors import BadInput
 from gqa_t5x.reproduce.experiments.planner import Planner
 
@@ -12,35 +12,25 @@ Row = dict[str, Any]
 SOURCES = ('measured', 'compiled', 'analytic')
 
 
-def environment() -> Row:
-  """Returns the keys every measured row has: dtype, device, versions."""
-  import flax
-  import jax
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+  dtype: str = 'float32'
 
-  return {
-    'dtype': 'float32',
-    'device': f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores',
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'flax': flax.__version__,
-    },
-  }
+
+def measured(kind: str, command: str) -> Row:
+  """Returns the keys of every row measured here: kind, source, device, versions, ..."""
+  return settings.row(kind, command, _Setting())
 
 
 def common(plan: Planner, kind: str, command: str) -> Row:
   """Returns what every row says of the runs of an experiment on this machine."""
   lengths = plan.value('pretrain', 'TASK_FEATURE_LENGTHS')
-  return {
-    'kind': kind,
-    'source': 'measured',
-    'command': command,
+  return measured(kind, command) | {
     'size': plan.experiment.models[0].size,
     'pretrain_steps': plan.pretrain_steps,
     'batch_size': plan.value('pretrain', 'BATCH_SIZE'),
     'input_length': lengths['inputs'],
     'output_length': lengths['targets'],
-    **environment(),
   }
 
 

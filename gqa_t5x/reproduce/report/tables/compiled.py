@@ -1,11 +1,10 @@
 """What the TPU compiler says of table 1's times, of figure 6, and of uptraining."""
 
-import statistics
-
 from gqa_t5x.reproduce.experiments import compiled, paper
 from gqa_t5x.reproduce.experiments.scales import PAPER
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.report.tables import figure6
+from gqa_t5x.reproduce.results import reader
 from gqa_t5x.reproduce.results.reader import Measured
 from gqa_t5x.reproduce.results.rows import Row
 
@@ -38,6 +37,12 @@ def _table1(part: Part) -> None:
     seconds = part.number(row, row['seconds_per_sample'], 3)
     return f'{seconds}, {row["batch_size"]}'
 
+  def time(by_lengths):
+    """Per sample, as table 1 averages it over the tasks."""
+    rows = [by_lengths[task[1:]] for task in paper.TASKS.values()]
+    seconds = [row and Measured.of(row, row['seconds_per_sample']) for row in rows]
+    return reader.mean(seconds)
+
   rows = {
     model.label: {
       lengths: _row(part, model.size, model.num_kv_heads, lengths)
@@ -45,33 +50,18 @@ def _table1(part: Part) -> None:
     }
     for model in PAPER.models
   }
-  times = {label: _mean_over_tasks(by_lengths) for label, by_lengths in rows.items()}
+  times = {label: time(by_lengths) for label, by_lengths in rows.items()}
   table, gqa = [], 'GQA-8-XXL'
   for label, by_lengths in rows.items():
     theirs = paper.SECONDS_PER_SAMPLE[label]
-    over_gqa = doc.number(_ratio(times[label], times[gqa]), 2)
+    ratio = reader.combine(lambda pair: pair[0] / pair[1], [times[label], times[gqa]])
+    over_gqa = doc.number(ratio, 2)
     cells = [part.cells(row, [with_batch])[0] for row in by_lengths.values()]
     cells += [doc.number(times[label], 2, theirs), f'{theirs:.2f}', over_gqa]
     table.append([label, *cells, f'{theirs / paper.SECONDS_PER_SAMPLE[gqa]:.2f}'])
   heads = [f'{i} to {o}: s/sample, batch' for i, o in compiled.LENGTHS]
   means = ['mean of the tasks', 'paper', 'over GQA-8', 'paper']
   doc.table(['model', *heads, *means], table)
-
-
-def _mean_over_tasks(rows: dict[tuple[int, int], Row | None]) -> Measured | None:
-  """Time per sample as table 1 averages it."""
-  if None in rows.values():
-    return None
-  seconds = [rows[task[1:]]['seconds_per_sample'] for task in paper.TASKS.values()]
-  commands = tuple(row['command'] for row in rows.values())
-  return Measured((statistics.fmean(seconds),), 'compiled', commands)
-
-
-def _ratio(a: Measured | None, b: Measured | None) -> Measured | None:
-  if a is None or b is None:
-    return None
-  commands = tuple(dict.fromkeys(a.commands + b.commands))
-  return Measured((a.mean / b.mean,), 'compiled', commands)
 
 
 def _figure6(part: Part) -> None:

@@ -73,10 +73,9 @@ def add_figure(
   """Adds the figure of times per sample.
 
   Args:
-    part, name, caption: as of `Part.figure`.
+    part, name, caption, label: as of `Part.figure`.
     rows: K -> row with the time of encoder and decoder.
     decoder_ms: K -> time of the decoder alone, milliseconds per sample.
-    label: of the times.
   """
   heads = sorted(rows)
   total = [rows[K]['seconds_per_sample'] for K in heads]
