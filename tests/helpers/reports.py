@@ -1,6 +1,16 @@
-"""Reads tables out of a report in Markdown."""
+"""Reads tables out of a report in Markdown, and the documented rows."""
 
+import json
+import pathlib
 import re
+
+DOCS = pathlib.Path(__file__).resolve().parents[2] / 'docs'
+
+
+def documented(folder: str, **values) -> list[dict]:
+  """Returns the rows of a folder of docs/ that have these values."""
+  rows = json.loads((DOCS / folder / 'rows.json').read_text())
+  return [row for row in rows if row | values == row]
 
 
 def tables(text: str) -> list[list[list[str]]]:

@@ -81,17 +81,13 @@ def unigram_row(plan: Planner) -> Row:
     batch['decoder_target_tokens'][batch['decoder_loss_weights'] > 0]
     for batch in validation.batches(plan, num_batches)
   ]
+  counts = np.unique(np.concatenate(tokens), return_counts=True)[1]
+  shares = counts / counts.sum()
   return {
     **_common(plan, 'unigram'),
-    'validation_loss': entropy(np.concatenate(tokens)),
+    'validation_loss': float(-np.sum(shares * np.log(shares))),
     'validation_batches': num_batches,
   }
-
-
-def entropy(tokens: np.ndarray) -> float:
-  """Returns the entropy of the tokens' own distribution, nats per token."""
-  shares = np.unique(tokens, return_counts=True)[1] / tokens.size
-  return float(-np.sum(shares * np.log(shares)))
 
 
 def _spectrum_rows(plan: Planner) -> list[Row]:
