@@ -54,7 +54,8 @@ def _table1(part: Part) -> None:
   table, gqa = [], 'GQA-8-XXL'
   for label, by_lengths in rows.items():
     theirs = paper.SECONDS_PER_SAMPLE[label]
-    ratio = reader.combine(lambda pair: pair[0] / pair[1], [times[label], times[gqa]])
+    pair = times[label], times[gqa]
+    ratio = reader.combine(lambda values: values[0] / values[1], pair)
     over_gqa = doc.number(ratio, 2)
     cells = [part.cells(row, [with_batch])[0] for row in by_lengths.values()]
     cells += [doc.number(times[label], 2, theirs), f'{theirs:.2f}', over_gqa]
@@ -95,6 +96,8 @@ def _figure6(part: Part) -> None:
       f'A step of MHA over one of GQA-8, each at its batch: {", ".join(ratios)}.'
     )
   found = {K: row for K, row in rows.items() if row}
+  if not found:
+    return
   decoder_ms = {
     K: row['roofline_ms'] * row['output_length'] * row['chips'] / row['batch_size']
     for K, row in found.items()

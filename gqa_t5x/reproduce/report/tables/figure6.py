@@ -1,12 +1,12 @@
 """Figure 6: time per sample against key/value heads."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from gqa_t5x.analysis.palette import BLUE, VERMILION
 from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
+from gqa_t5x.reproduce.results.reader import Measured
 from gqa_t5x.reproduce.results.rows import Row
 
 
@@ -51,15 +51,11 @@ def add_table(
     is_mha = part.scale.public and num_kv_heads == paper.FIGURE6_HEADS[-1]
     theirs = paper.FIGURE6_MHA_SECONDS if is_mha else None
     text = [f'about {theirs:g}' if theirs else 'a drawing'] if part.scale.public else []
-    seconds = partial(_seconds, part, theirs)
-    cells = part.cells(row, [seconds, *columns.values()])
+    seconds = row and Measured.of(row, row['seconds_per_sample'])
+    cells = [part.doc.number(seconds, 3, theirs), *part.cells(row, columns.values())]
     table.append([str(num_kv_heads), *text, *cells])
   papers = ['paper, s/sample'] if part.scale.public else []
   part.doc.table(['key/value heads', *papers, 's/sample', *columns], table)
-
-
-def _seconds(part: Part, theirs: float | None, row: Row) -> str:
-  return part.number(row, row['seconds_per_sample'], 3, theirs)
 
 
 def add_figure(
@@ -84,6 +80,5 @@ def add_figure(
     Series('with the encoder', heads, total, BLUE, 'o', line=True),
     Series('decoder alone', heads, decoder, VERMILION, 's', line=True),
   ]
-  ours = series if heads else []
   options = {'x_ticks': heads, 'log': 'x', 'from_zero': True}
-  part.figure(name, caption, ours, 'key/value heads', label, **options)
+  part.figure(name, caption, series, 'key/value heads', label, **options)
