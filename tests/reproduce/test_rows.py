@@ -15,7 +15,8 @@ from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments.models import MEAN, converted
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
-from gqa_t5x.reproduce.results import events, miniature, spectra, study
+from gqa_t5x.reproduce.results import events, miniature, spectra, study, validation
+from helpers.reports import documented
 from helpers.trees import STEP, D, H, N, tiny_state, write_msgpack
 
 TASK = 'a_task'
@@ -36,7 +37,7 @@ def write_events(model_dir, losses, task=TASK, share=0.5):
 
 
 def test_loss_rows(tmp_path):
-  plan = Planner(STUDIES['quick'], str(tmp_path))
+  plan = Planner(STUDIES['tiny'], str(tmp_path))
   base, mean = plan.experiment.models[0], converted('tiny', 2, MEAN, 0.1, seed=1)
   # Evaluated every 24 steps of 2400.
   lost = {step: (2640 - step) / 96 for step in range(2400, 2641, 24)}
@@ -46,29 +47,10 @@ def test_loss_rows(tmp_path):
   write_events(plan.path_of(mean).parent, other, task, share=0.25)
   rows = study.loss_rows(plan, [base, mean])
   assert len(rows) == 2 * 11
-  expected = {
-    'kind': 'conversion',
-    'source': 'measured',
-    'command': 'python -m gqa_t5x.reproduce run conversion --scale=local --study=quick',
-    'size': 'tiny',
-    'num_kv_heads': 2,
-    'method': 'mean',
-    'statistics': 'none',
-    'grouping': 'contiguous',
-    'seed': 1,
-    'pretrain_steps': 2400,
-    'uptrain_steps': 48,
-    'alpha': 0.02,
-    'validation_loss': 5 + 3 * 2.0,
-    'excess_loss': 11.0 - 6.5,
-    'validation_batches': 40,
-    'batch_size': 16,
-    'input_length': 128,
-    'output_length': 29,
-    'dtype': 'float32',
-  }
-  assert {key: rows[13][key] for key in expected} == expected
-  assert rows[13].keys() - expected.keys() == {'device', 'versions'}
+  asked = {'method': 'mean', 'num_kv_heads': 2, 'seed': 1, 'uptrain_steps': 48}
+  (known,) = documented('conversion_study/tiny', **asked)
+  own = {'validation_loss': 5 + 3 * 2.0, 'excess_loss': 11.0 - 6.5}
+  assert rows[13] == known | own | {k: rows[13][k] for k in ('device', 'versions')}
   excess = [row['excess_loss'] for row in rows]
   assert excess[:11] == [-i / 4 for i in range(11)]
   assert excess[11:] == [6 - 3 * i / 4 for i in range(11)]
@@ -101,27 +83,20 @@ def test_incomplete_runs_leave_no_rows(tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
-def test_entropy():
-  expected = 0.5 * math.log(2) + 2 * 0.25 * math.log(4)
-  assert study.entropy(np.array([7, 7, 3, 9])) == pytest.approx(expected)
-
-
 def test_unigram_row_leaves_padding_out(monkeypatch):
-  def batches(lengths, batch_size, num_batches):
-    assert (batch_size, num_batches) == (16, 40)
-    yield {
-      'decoder_target_tokens': np.array([[5, 5, 0], [6, 0, 0]]),
-      'decoder_loss_weights': np.array([[1, 1, 0], [1, 0, 0]]),
+  found = [
+    {
+      'decoder_target_tokens': np.array(tokens),
+      'decoder_loss_weights': np.array(tokens) > 0,
     }
-    yield {
-      'decoder_target_tokens': np.array([[6, 0, 0]]),
-      'decoder_loss_weights': np.array([[1, 0, 0]]),
-    }
-
-  monkeypatch.setattr(study.miniature, 'validation_batches', batches)
-  row = study.unigram_row(Planner(STUDIES['quick'], 'runs'))
-  assert row['kind'] == 'unigram'
-  assert row['validation_loss'] == pytest.approx(math.log(2))
+    for tokens in ([[7, 7, 0], [3, 0, 0]], [[9, 0, 0]])
+  ]
+  monkeypatch.setattr(study.validation, 'batches', lambda plan, count: found[:count])
+  row = study.unigram_row(Planner(STUDIES['tiny'], 'runs'))
+  (known,) = documented('conversion_study/tiny', kind='unigram')
+  own = {key: row[key] for key in ('device', 'versions')}
+  loss = pytest.approx(0.5 * math.log(2) + 2 * 0.25 * math.log(4))
+  assert row == known | own | {'validation_loss': loss}
 
 
 # --- Spectra ------------------------------------------------------------------
@@ -205,6 +180,27 @@ def test_validation_loss_of_uniform_predictions():
     'decoder_target_tokens': targets.astype(np.int32),
     'decoder_loss_weights': np.array([[1, 1, 1], [1, 0, 0]], np.int32),
   }
-  loss, accuracy = miniature.validation_loss(params, sizes, [batch, batch])
+  loss, accuracy = validation.loss(params, sizes, [batch, batch])
   assert loss == pytest.approx(math.log(vocab_size), rel=1e-5)
   assert accuracy == pytest.approx(0.25)
+
+
+def test_decode_rows(monkeypatch):
+  """The settings that docs/uptrain was measured with, and its keys."""
+  found = []
+
+  def slopes(runs, *given):
+    found.extend((*runs, given))
+    return [0.008, 0.003]
+
+  monkeypatch.setattr(miniature.timing, 'slopes', slopes)
+  monkeypatch.setattr(
+    miniature.decode_benchmark, 'decoder', lambda cfg, *_, num_beams: (None, cfg)
+  )
+  rows = miniature.decode_rows({8: 300, 1: 301})
+  *models, given = found
+  assert [(cfg.num_kv_heads, cfg.vocab_size) for cfg in models] == [(8, 300), (1, 301)]
+  assert given == ((16, 64), 7)
+  (known,) = documented('uptrain', kind='decode', num_kv_heads=1)
+  own = {'ms_per_step': 3.0} | {k: rows[1][k] for k in ('device', 'versions')}
+  assert rows[1] == known | own

@@ -1,9 +1,8 @@
 """The report of a study of conversion: checked targets, tables, figures."""
 
-import json
 import statistics
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 from gqa_t5x import files
 from gqa_t5x.reproduce.experiments.models import (
@@ -21,7 +20,7 @@ from gqa_t5x.reproduce.experiments.studies import STUDIES
 from gqa_t5x.reproduce.report import conversion_figures, trend
 from gqa_t5x.reproduce.report.document import NOT_RUN, Document
 from gqa_t5x.reproduce.results.losses import Losses
-from gqa_t5x.reproduce.results.rows import Row
+from gqa_t5x.reproduce.results.rows import Row, read_rows, versions
 
 SPECTRA = (
   '## What does not fit into a shared head',
@@ -38,17 +37,16 @@ def write(output_dir: str, study: str) -> None:
   Args:
     output_dir: of all experiments; other sizes have their folders next to the study's.
     study: a key of studies.STUDIES.
+
+  Raises:
+    BadInput: the rows are damaged or mixed.
   """
-  write_report(Planner(STUDIES[study], output_dir).rows)
-
-
-def write_report(rows_file: Any) -> None:
-  """Writes the report next to a file of rows; see `write`."""
-  folder, rows = rows_file.parent, json.loads(rows_file.read_text())
-  losses = Losses(rows)
+  plan = Planner(STUDIES[study], output_dir)
+  folder, rows_file = plan.folder, plan.rows
+  losses = Losses(read_rows(rows_file, 'conversion'))
   doc = Document(f'Conversion of a T5.1.1 ({losses.size}): which method loses least')
-  doc.text(_conditions(losses, next((r for r in rows if r['kind'] == 'unigram'), None)))
-  doc.text('## Targets')
+  (unigram,) = read_rows(rows_file, 'unigram')
+  doc.text(_conditions(losses, unigram), '## Targets')
   _add_checks(doc, losses)
   for num_kv_heads in losses.num_kv_heads:
     doc.text(f'## {losses.num_heads} to {num_kv_heads} key/value heads')
@@ -60,33 +58,31 @@ def write_report(rows_file: Any) -> None:
   doc.image('conversion.png', 'Excess loss by method, and against uptraining')
   doc.text(
     'Axes are linear in the shaded part and logarithmic beyond. Lower row: the loss'
-    ' over that of MHA after as many steps on the same data.'
+    ' over that of MHA after as many steps on the same data.',
+    *SPECTRA,
   )
-  spectra = [row for row in rows if row['kind'] == 'spectrum']
-  if spectra:
-    conversion_figures.draw_spectra(spectra, folder / 'spectra.png')
-    doc.text(*SPECTRA)
-    doc.image('spectra.png', 'Dropped share of the spectrum by layer')
-  trend.add(doc, folder, rows_file.name)
+  spectra = read_rows(rows_file, 'spectrum')
+  conversion_figures.draw_spectra(spectra, folder / 'spectra.png')
+  doc.image('spectra.png', 'Dropped share of the spectrum by layer')
+  trend.add(doc, rows_file)
   files.write_text(folder / 'conversion.md', doc.markdown())
 
 
-def _conditions(losses: Losses, unigram: Row | None) -> str:
+def _conditions(losses: Losses, unigram: Row) -> str:
   row = losses.rows[0]
-  versions = ', '.join(f'{name} {value}' for name, value in row['versions'].items())
   longest = max(losses.alphas(MHA, losses.num_heads))
   trained_on = losses.base + losses.mean(MHA, losses.num_heads, longest)
-  guess = f'{unigram["validation_loss"]:.3f}' if unigram else NOT_RUN
   return (
     f'All numbers measured: `{row["command"]}`, on {row["device"]}, {row["dtype"]},'
-    f' {versions}. Losses are cross-entropies in nats per target token, all on the same'
-    f' {row["validation_batches"]} batches of {row["batch_size"]} packed rows of the'
-    f' validation split ({row["input_length"]} + {row["output_length"]} tokens). The'
-    f' MHA model was pre-trained for {losses.pretrain_steps:,} steps to'
+    f' {versions(row)}. Losses are cross-entropies in nats per target token, all on the'
+    f' same {row["validation_batches"]} batches of {row["batch_size"]} packed rows of'
+    f' the validation split ({row["input_length"]} + {row["output_length"]} tokens).'
+    f' The MHA model was pre-trained for {losses.pretrain_steps:,} steps to'
     f' {losses.base:.3f}; the best unigram model, fitted to the validation targets'
-    f' themselves, has {guess}. Excess loss is what a model loses over those'
-    f' {losses.base:.3f}; negative: it is better by then. MHA trained on for'
-    f' {round(longest * losses.pretrain_steps):,} steps more reaches {trained_on:.3f}.'
+    f' themselves, has {unigram["validation_loss"]:.3f}. Excess loss is what a model'
+    f' loses over those {losses.base:.3f}; negative: it is better by then. MHA trained'
+    f' on for {round(longest * losses.pretrain_steps):,} steps more reaches'
+    f' {trained_on:.3f}.'
   )
 
 
@@ -116,11 +112,16 @@ def _cell(values: list[float]) -> str:
   return f'{_number(statistics.fmean(values))}{spread}'
 
 
+def _number(value: float) -> str:
+  """Three digits, and no minus before a zero."""
+  return f'{round(value, 3) + 0.0:.3f}'
+
+
 def _add_checks(doc: Document, losses: Losses) -> None:
   rows = []
   for name, check in CHECKS.items():
     for num_kv_heads in losses.num_kv_heads:
-      reached, numbers = check(losses, num_kv_heads)
+      reached, numbers = check(losses, num_kv_heads) or (None, NOT_RUN)
       answer = NOT_RUN if reached is None else 'yes' if reached else '**no**'
       rows.append([name, str(num_kv_heads), answer, numbers])
   doc.table(['target', 'K', 'reached', 'numbers'], rows, left=(0, 2, 3))
@@ -131,49 +132,30 @@ def _add_checks(doc: Document, losses: Losses) -> None:
   )
 
 
-Verdict = tuple[bool | None, str]
+# Whether a target is reached, and by which numbers; None if it was not run.
+Verdict = tuple[bool, str] | None
 
 
-def order_check(alpha: float) -> Callable[[Losses, int], Verdict]:
-  """Makes a check that mean loses least of the paper's three, and random most.
-
-  Args:
-    alpha: when; the paper's figure 4 has 0.05.
-  """
-
-  def check(losses: Losses, num_kv_heads: int) -> Verdict:
-    values = [losses.mean(x, num_kv_heads, alpha) for x in (MEAN, FIRST, RANDOM)]
-    if None in values:
-      return None, NOT_RUN
-    return values[0] < values[1] < values[2], ' < '.join(map(_number, values))
-
-  return check
+def _check_order(losses: Losses, num_kv_heads: int, *, alpha: float) -> Verdict:
+  """Whether mean loses least of the paper's three, and random most."""
+  values = [losses.mean(x, num_kv_heads, alpha) for x in (MEAN, FIRST, RANDOM)]
+  if None in values:
+    return None
+  return values[0] < values[1] < values[2], ' < '.join(map(_number, values))
 
 
-def ratio_check(
-  svd_alpha: float, mean_alpha: float, limit: float
-) -> Callable[[Losses, int], Verdict]:
-  """Makes a check that svd loses at most a share of what mean loses.
-
-  Args:
-    svd_alpha: when svd is looked at.
-    mean_alpha: when mean is.
-    limit: the share.
-  """
-
-  def check(losses: Losses, num_kv_heads: int) -> Verdict:
-    svd = losses.mean(SVD, num_kv_heads, svd_alpha)
-    mean = losses.mean(MEAN, num_kv_heads, mean_alpha)
-    if svd is None or mean is None:
-      return None, NOT_RUN
-    numbers = _ratio(svd, mean)
-    svd_over = losses.over_mha(SVD, num_kv_heads, svd_alpha)
-    mean_over = losses.over_mha(MEAN, num_kv_heads, mean_alpha)
-    if mean_alpha and None not in (svd_over, mean_over):
-      numbers += f'; over MHA trained on: {_ratio(svd_over, mean_over)}'
-    return svd <= limit * mean, numbers
-
-  return check
+def _check_ratio(
+  losses: Losses, num_kv_heads: int, *, svd: float, mean: float, limit: float
+) -> Verdict:
+  """Whether svd loses at most a share of what mean loses, each at its own alpha."""
+  asked = ((SVD, num_kv_heads, svd), (MEAN, num_kv_heads, mean))
+  values = [losses.mean(*key) for key in asked]
+  if None in values:
+    return None
+  numbers, over_mha = _ratio(*values), [losses.over_mha(*key) for key in asked]
+  if mean and None not in over_mha:
+    numbers += f'; over MHA trained on: {_ratio(*over_mha)}'
+  return values[0] <= limit * values[1], numbers
 
 
 def _ratio(svd: float, mean: float) -> str:
@@ -181,17 +163,18 @@ def _ratio(svd: float, mean: float) -> str:
   return f'{_number(svd)} / {_number(mean)} {share}'
 
 
-def _number(value: float) -> str:
-  """Three digits, and no minus before a zero."""
-  return f'{round(value, 3) + 0.0:.3f}'
-
-
 CHECKS: dict[str, Callable[[Losses, int], Verdict]] = {
-  'at step 0, loss of mean < first < random': order_check(0.0),
-  'after 5%, loss of mean < first < random (the figure 4 of the paper)': order_check(
-    0.05
+  'at step 0, loss of mean < first < random': partial(_check_order, alpha=0.0),
+  'after 5%, loss of mean < first < random (the figure 4 of the paper)': partial(
+    _check_order, alpha=0.05
   ),
-  'at step 0, svd loses at most 0.1 of what mean loses': ratio_check(0.0, 0.0, 0.1),
-  'svd at step 0 loses no more than mean after 5%': ratio_check(0.0, 0.05, 1.0),
-  'after 5%, svd loses at most 0.3 of what mean loses': ratio_check(0.05, 0.05, 0.3),
+  'at step 0, svd loses at most 0.1 of what mean loses': partial(
+    _check_ratio, svd=0.0, mean=0.0, limit=0.1
+  ),
+  'svd at step 0 loses no more than mean after 5%': partial(
+    _check_ratio, svd=0.0, mean=0.05, limit=1.0
+  ),
+  'after 5%, svd loses at most 0.3 of what mean loses': partial(
+    _check_ratio, svd=0.05, mean=0.05, limit=0.3
+  ),
 }

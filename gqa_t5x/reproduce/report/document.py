@@ -75,13 +75,7 @@ class Document:
     rows: Iterable[Sequence[str]],
     left: Collection[int] = (0,),
   ) -> None:
-    """Adds a table.
-
-    Args:
-      head: of the columns.
-      rows: cells.
-      left: columns that are set to the left; all others are to the right.
-    """
+    """Adds a table of cells; columns in `left` are set to the left."""
     marks = ['---' if i in left else '---:' for i in range(len(head))]
     lines = [f'| {" | ".join(line)} |' for line in (head, *rows)]
     lines.insert(1, f'|{"|".join(marks)}|')
@@ -92,12 +86,7 @@ class Document:
     self._parts.append(f'![{text}]({path})')
 
   def figure(self, name: str, caption: str) -> None:
-    """Adds a figure with a caption.
-
-    Args:
-      name: of its file, in the folder FIGURES next to the report.
-      caption: what it shows.
-    """
+    """Adds a figure, a file in the folder FIGURES next to the report."""
     self.image(f'{FIGURES}/{name}', caption)
     self.text(f'*{caption}*')
 
@@ -109,13 +98,7 @@ class Document:
   def number(
     self, number: Measured | None, digits: int, paper: float | None = None
   ) -> str:
-    """Returns a cell: our number, its difference from the paper's, spread and tag.
-
-    Args:
-      number: ours, or None.
-      digits: after the point.
-      paper: theirs.
-    """
+    """Returns a cell: our number, its spread, its difference from the paper's, tag."""
     if number is None:
       return self.not_run()
     text = f'{number.mean:.{digits}f}'
@@ -123,10 +106,9 @@ class Document:
       text += f' ± {number.spread:.{digits}f} (n = {len(number.values)})'
     if paper is not None:
       text += f' ({number.mean - paper:+.{digits}f})'
-    return text + self.tag(number)
+    return text + self._tag(number)
 
-  def tag(self, number: Measured) -> str:
-    """Returns the tag of a number."""
+  def _tag(self, number: Measured) -> str:
     key = number.source, number.commands
     if key not in self._tags:
       count = sum(source == number.source for source, _ in self._tags)
@@ -147,15 +129,11 @@ class Document:
     return '\n\n'.join(parts) + '\n'
 
   def html(self, folder: pathlib.Path) -> str:
-    """Returns the report as a page with its figures inside.
-
-    Args:
-      folder: of the report.
-    """
+    """Returns the report of a folder as a page with its figures inside."""
     body = markdown.markdown(self.markdown(), extensions=['tables'])
     body = re.sub(
       r'src="([^":]+\.png)"',
-      lambda match: f'src="{_data_uri(folder / match[1])}"',
+      lambda match: f'src="data:image/png;base64,{_base64(folder / match[1])}"',
       body,
     )
     body = re.sub(
@@ -164,5 +142,5 @@ class Document:
     return PAGE.replace('{title}', html.escape(self._title)).replace('{body}', body)
 
 
-def _data_uri(path: pathlib.Path) -> str:
-  return 'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()
+def _base64(path: pathlib.Path) -> str:
+  return base64.b64encode(path.read_bytes()).decode()

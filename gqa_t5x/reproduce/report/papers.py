@@ -58,9 +58,7 @@ LOCAL_PARTS: dict[str, tuple[str, Write]] = {
 def write(output_dir: str) -> None:
   """Writes `report.md`, `report.html` and their figures.
 
-  Args:
-    output_dir: folder of all results, of both scales. The report goes there; if it
-      is gs://, into the folder `report` here.
+  They go into the folder of all results; if that is gs://, into `report` here.
   """
   folder = pathlib.Path('report' if '://' in output_dir else output_dir)
   found = Reader()
@@ -85,20 +83,15 @@ def write(output_dir: str) -> None:
 
 def _write_parts(part: Part, parts: dict[str, tuple[str, Write]]) -> None:
   """Adds a scale's parts, and after each how to get what it lacks."""
+  doc, scale, output_dir = part.doc, part.scale.name, str(part.plan.output_dir)
   for heading, (target, write_part) in parts.items():
-    part.doc.text(f'### {heading}')
-    part.doc.has_gaps = False
+    doc.text(f'### {heading}')
+    doc.has_gaps = False
     write_part(part)
-    if part.doc.has_gaps:
-      _name_missing(part, target)
-
-
-def _name_missing(part: Part, target: str) -> None:
-  scale, output_dir = part.scale.name, str(part.plan.output_dir)
-  missing = targets.make_plan(target, scale, output_dir).missing()
-  if missing:
-    noun = 'command' if len(missing) == 1 else 'commands'
-    part.doc.text(
-      f'Not run: {len(missing)} {noun}, which `python -m gqa_t5x.reproduce plan'
-      f' {target} --scale={scale} --output_dir={output_dir}` prints.'
-    )
+    missing = doc.has_gaps and targets.make_plan(target, scale, output_dir).missing()
+    if missing:
+      noun = 'command' if len(missing) == 1 else 'commands'
+      doc.text(
+        f'Not run: {len(missing)} {noun}, which `python -m gqa_t5x.reproduce plan'
+        f' {target} --scale={scale} --output_dir={output_dir}` prints.'
+      )

@@ -2,9 +2,10 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gqa_t5x.reproduce.experiments.experiment import Timing
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.document import FIGURES, Document
@@ -34,18 +35,22 @@ class Part:
     """The scale, of scales.SCALES."""
     return self.plan.experiment
 
-  def number(
-    self, row: Row | None, key: str, digits: int, paper: float | None = None
-  ) -> str:
-    """Returns the cell of a row's value, as `Document.number`."""
-    return self.computed(row, row and row[key], digits, paper)
+  def decode_rows(self, name: str, timing: Timing) -> list[Row]:
+    """Returns the rows of a timing, by the name of its stage."""
+    path = self.plan.timing(name, timing).result
+    return self.found.rows(path, 'decode_benchmark', size=timing.size)
 
-  def computed(
-    self, row: Row | None, value: float, digits: int, paper: float | None = None
+  def number(
+    self, row: Row, value: float, digits: int, paper: float | None = None
   ) -> str:
-    """Returns the cell of what was computed from a row."""
-    number = row and Measured((value,), row['source'], (row['command'],))
-    return self.doc.number(number, digits, paper)
+    """Returns the cell of a row's value, or of one computed from it."""
+    return self.doc.number(Measured.of(row, value), digits, paper)
+
+  def cells(
+    self, row: Row | None, columns: Iterable[Callable[[Row], str]]
+  ) -> list[str]:
+    """Returns the cell that each column makes of a row; not run if there is none."""
+    return [self.doc.not_run() if row is None else cell(row) for cell in columns]
 
   def path(self, name: str) -> pathlib.Path:
     """Returns where a figure goes."""
@@ -58,33 +63,38 @@ class Part:
     series: Sequence[Series],
     x_label: str,
     y_label: str,
-    **options: Any,
+    *,
+    x_ticks: Sequence[float] | None = None,
+    x_names: Sequence[str] | None = None,
+    log: str = '',
+    from_zero: bool = False,
   ) -> None:
-    """Draws a figure and adds it, unless it were empty; arguments as figures.draw's."""
-    if series:
-      figures.draw(self.path(name), series, x_label, y_label, **options)
-      self.doc.figure(name, caption)
-
-  def time_against_heads(
-    self, name: str, caption: str, seconds: dict[int, tuple[float, float]], unit: str
-  ) -> None:
-    """Draws times per sample against key/value heads.
+    """Draws a figure and adds it, unless it were empty.
 
     Args:
       name: of the file.
       caption: what it shows.
-      seconds: K -> seconds with the encoder, and of the decoder alone.
-      unit: of the times.
+      series: what to draw.
+      x_label, y_label: with units.
+      x_ticks: where the axis has marks; None: by itself.
+      x_names: what they are called; None: their numbers.
+      log: axes with a logarithmic scale: '', 'x' or 'xy'.
+      from_zero: whether y begins at 0.
     """
-    heads = sorted(seconds)
-    labels = (
-      ('with the encoder', figures.BLUE, 'o'),
-      ('decoder alone', figures.VERMILION, 's'),
-    )
-    series = [
-      Series(label, heads, [seconds[k][i] for k in heads], color, marker, line=True)
-      for i, (label, color, marker) in enumerate(labels)
-    ]
-    options = {'x_ticks': heads, 'log': 'x', 'from_zero': True}
-    if heads:
-      self.figure(name, caption, series, 'key/value heads', unit, **options)
+    if not series:
+      return
+    with figures.figure(self.path(name), 6.0, 3.8) as fig:
+      axis = fig.add_subplot()
+      if 'y' in log:
+        axis.set_yscale('log')
+      figures.plot(axis, series, log_x='x' in log)
+      if x_ticks is not None:
+        axis.set_xticks(x_ticks, x_names or [f'{x:g}' for x in x_ticks])
+        axis.minorticks_off()
+      if from_zero:
+        axis.set_ylim(0, 1.1 * max(max(one.y) for one in series))
+      axis.margins(x=0.08)
+      figures.tidy(axis, 'both', xlabel=x_label, ylabel=y_label)
+      place = {'loc': 'center left', 'bbox_to_anchor': (1, 0.5)}
+      figures.legend(axis, fontsize=8.5, **place)
+    self.doc.figure(name, caption)

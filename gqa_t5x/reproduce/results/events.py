@@ -4,23 +4,15 @@ import pathlib
 
 from gqa_t5x.errors import BadInput
 
-# What the trainer writes (gqa_t5x/trainer.py).
+# What the trainer writes (gqa_t5x/training/loss_watch.py).
 SPIKES, DIVERGENCES = 'stability/spikes', 'stability/divergences'
 
 
-def scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
-  """Reads every scalar of a folder's event files.
+def _scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
+  """Tag -> step -> value; a later file counts before an earlier one.
 
-  Unlike TensorBoard's own reader, which stops at the damage and says nothing.
-
-  Args:
-    folder: holds event files.
-
-  Returns:
-    Tag -> step -> value; a later file counts before an earlier one.
-
-  Raises:
-    BadInput: there is no file, or one is damaged or ends within a record.
+  Unlike TensorBoard's own reader, which stops at the damage and says nothing, this
+  raises BadInput if a file is damaged or ends within a record, or there is none.
   """
   import tensorflow as tf
   from google.protobuf.message import DecodeError
@@ -35,10 +27,8 @@ def scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
       for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
         event = event_pb2.Event.FromString(record)
         for value in event.summary.value:
-          if (
-            value.HasField('tensor')
-            and value.tensor.dtype == tf.float32.as_datatype_enum
-          ):
+          is_float = value.tensor.dtype == tf.float32.as_datatype_enum
+          if value.HasField('tensor') and is_float:
             number = float(tf.make_ndarray(value.tensor))
             result.setdefault(value.tag, {})[event.step] = number
     except (tf.errors.OpError, DecodeError, ValueError) as error:
@@ -66,7 +56,7 @@ def validation_losses(
     BadInput: a file is damaged, or a step is missing.
   """
   folder = model_dir / 'training_eval' / task
-  found = scalars(folder)
+  found = _scalars(folder)
   losses = found.get('cross_ent_loss_per_all_target_tokens', {})
   real = found.get('non_padding_fraction/loss_weights', {})
   missing = [str(s) for s in steps if s not in losses or not real.get(s)]
@@ -81,11 +71,8 @@ def validation_losses(
 def stability(model_dir: pathlib.Path) -> dict[str, float]:
   """Returns how many spikes and divergences a run's trainer has found in its loss.
 
-  Args:
-    model_dir: of the run.
-
   Raises:
     BadInput: its event files are missing or damaged.
   """
-  found = scalars(model_dir / 'train')
+  found = _scalars(model_dir / 'train')
   return {kind: max(found.get(kind, {0: 0}).values()) for kind in (SPIKES, DIVERGENCES)}

@@ -14,14 +14,15 @@ BATCHES = (1, 8, 32, 128, 512)
 LENGTHS = (128, 512, 2048, 8192)
 
 
+def write(output_dir: str) -> None:
+  """Writes the rows into the folder of all results."""
+  files.write_json(intensity_file(epath.Path(output_dir)), rows())
+
+
 def rows() -> list[Row]:
-  """Computes operations per memory access of one decode step.
+  """Returns rows with `intensity`: multiply-adds per number that a decode step reads.
 
-  Returns:
-    One row for each number of heads, batch size and length, with `intensity`: multiply-
-    adds per number read, the inverse of Shazeer's ratio.
-
-  Source: Shazeer 2019, sections 2.4 and 3.1.
+  Source: the inverse of the ratio in Shazeer 2019, sections 2.4 and 3.1.
   """
   dims = sizes.SIZES[SIZE]
   d, h = dims['emb_dim'], dims['num_heads']
@@ -40,12 +41,3 @@ def rows() -> list[Row]:
     for batch in BATCHES
     for length in LENGTHS
   ]
-
-
-def write(output_dir: str) -> None:
-  """Writes the rows.
-
-  Args:
-    output_dir: folder of all results.
-  """
-  files.write_json(intensity_file(epath.Path(output_dir)), rows())

@@ -1,7 +1,7 @@
 """The losses of a study of conversion, by model and time."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from gqa_t5x.reproduce.experiments.models import MHA, Method
 from gqa_t5x.reproduce.results.rows import Row
@@ -10,23 +10,20 @@ from gqa_t5x.reproduce.results.rows import Row
 class Losses:
   """Excess losses by model, key/value heads, alpha and seed, nats per token."""
 
-  def __init__(self, rows: Iterable[Row]):
-    """Sorts rows of kind 'conversion'; other kinds are passed over."""
+  def __init__(self, rows: Sequence[Row]):
+    """Sorts rows of kind 'conversion', all of one study."""
     self._values: dict[tuple[Method, int, int], dict[int, float]] = {}
-    self.rows = [row for row in rows if row['kind'] == 'conversion']
-    for row in self.rows:
-      self._values.setdefault(self._key(row), {})[row['seed']] = row['excess_loss']
-    self.command, self.size = self.rows[0]['command'], self.rows[0]['size']
-    self.pretrain_steps = self.rows[0]['pretrain_steps']
-    mha = [row for row in self.rows if method_of(row) == MHA]
+    self.rows = rows
+    for row in rows:
+      method = row['method'], row['statistics'], row['grouping']
+      key = method, row['num_kv_heads'], row['uptrain_steps']
+      self._values.setdefault(key, {})[row['seed']] = row['excess_loss']
+    self.size, self.pretrain_steps = rows[0]['size'], rows[0]['pretrain_steps']
+    mha = [row for row in rows if row['method'] == MHA[0]]
     self.num_heads = mha[0]['num_kv_heads']
     self.base = min(mha, key=lambda row: row['uptrain_steps'])['validation_loss']
-    heads = {row['num_kv_heads'] for row in self.rows} - {self.num_heads}
+    heads = {row['num_kv_heads'] for row in rows} - {self.num_heads}
     self.num_kv_heads = sorted(heads, reverse=True)
-
-  @staticmethod
-  def _key(row: Row) -> tuple[Method, int, int]:
-    return method_of(row), row['num_kv_heads'], row['uptrain_steps']
 
   def of(self, method: Method, num_kv_heads: int, alpha: float) -> dict[int, float]:
     """Seed -> excess loss; nothing if it was not run."""
@@ -53,8 +50,3 @@ class Losses:
     wanted = (method, num_kv_heads)
     steps = sorted(key[2] for key in self._values if key[:2] == wanted)
     return [step / self.pretrain_steps for step in steps]
-
-
-def method_of(row: Row) -> Method:
-  """Returns what tells the methods apart: method, statistics, grouping."""
-  return row['method'], row['statistics'], row['grouping']

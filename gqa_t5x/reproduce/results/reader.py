@@ -1,8 +1,9 @@
 """Reads what runs left, and names what cannot be used instead of using it."""
 
 import dataclasses
+import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gqa_t5x.errors import BadInput
@@ -10,7 +11,7 @@ from gqa_t5x.reproduce.experiments import gin_files
 from gqa_t5x.reproduce.experiments.models import Model
 from gqa_t5x.reproduce.experiments.planner import Planner, step_of
 from gqa_t5x.reproduce.results import events
-from gqa_t5x.reproduce.results.rows import Row, Unusable, read_rows
+from gqa_t5x.reproduce.results.rows import Row, read_rows
 from gqa_t5x.reproduce.runner.stages import Stage
 from gqa_t5x.training import best_checkpoint
 
@@ -32,6 +33,11 @@ class Measured:
   source: str
   commands: tuple[str, ...]
 
+  @classmethod
+  def of(cls, row: Row, value: float) -> 'Measured':
+    """Returns a row's value, or what was computed from the row."""
+    return cls((value,), row['source'], (row['command'],))
+
   @property
   def mean(self) -> float:
     """Their mean."""
@@ -41,6 +47,20 @@ class Measured:
   def spread(self) -> float | None:
     """Their standard deviation; None of a single one."""
     return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def combine(
+  function: Callable[[Sequence[float]], float], numbers: Sequence[Measured | None]
+) -> Measured | None:
+  """Computes a number from others, as their mean; None unless all of them are there."""
+  if not numbers or None in numbers:
+    return None
+  commands = tuple(dict.fromkeys(c for number in numbers for c in number.commands))
+  value = function([number.mean for number in numbers])
+  return Measured((value,), numbers[0].source, commands)
+
+
+mean = functools.partial(combine, statistics.fmean)
 
 
 class Reader:
@@ -53,159 +73,107 @@ class Reader:
   def __init__(self):
     self.problems: list[str] = []
 
+  def _read(
+    self, path: Any, read: Callable[..., Any], *args: Any, **kwargs: Any
+  ) -> Any:
+    """Reads what a path has; None, and why in `problems`, if it cannot be used."""
+    try:
+      return read(*args, **kwargs) if path.exists() else None
+    except BadInput as error:
+      if str(error) not in self.problems:
+        self.problems.append(str(error))
+    return None
+
   def score(self, plan: Planner, model: Model, task: str) -> Measured | None:
-    """Returns the best dev score of a model on a task, of every seed that was run.
+    """Returns the best dev score of a model on a task, one value a seed.
 
-    Args:
-      plan: knows where the runs of its scale are.
-      model: which one.
-      task: the seqio task.
-
-    Returns:
-      One value a seed; None if none was run to its end.
+    None if no seed was run to its end.
     """
-    values, commands = [], []
     metric = plan.value('finetune', 'METRIC', task)
+    values = {}
     for seed in plan.experiment.seeds_of(model):
       stage = plan.finetuning(model, task, seed)
-      if not stage.result.parent.exists():
-        continue
-      try:
-        values.append(_best_score(stage, model, task, metric))
-      except BadInput as error:
-        self._skip(error)
-        continue
-      commands.append(str(stage))
-    return Measured(tuple(values), 'measured', tuple(commands)) if values else None
+      path, asked = stage.result.parent, (stage, model, task, metric)
+      values[str(stage)] = self._read(path, _best_score, *asked)
+    values = {command: value for command, value in values.items() if value is not None}
+    if not values:
+      return None
+    return Measured(tuple(values.values()), 'measured', tuple(values))
 
   def translation(self, plan: Planner, size: str, beams: int) -> Measured | None:
-    """Returns BLEU of the test set of one of Shazeer's models.
-
-    Args:
-      plan: knows where the runs of its scale are.
-      size: of the model.
-      beams: decoded with.
-    """
+    """Returns BLEU of the test set of one of Shazeer's models; None if not run."""
     stage = plan.translation_scores(size, beams)
-    if not stage.result.exists():
-      return None
-    folder = stage.result.parent.parent
-    try:
-      scores = _read_scores(folder, 'wmt14_en_de_shazeer', 'bleu')
-    except BadInput as error:
-      self._skip(error)
+    asked = stage.result.parent.parent, 'wmt14_en_de_shazeer', 'bleu'
+    scores = self._read(stage.result, _read_scores, *asked)
+    if not scores:
       return None
     return Measured((scores[max(scores)],), 'measured', (str(stage),))
 
   def events(self, stage: Stage) -> dict[str, float] | None:
-    """Returns what a run's trainer has found in its loss; None if it was not run.
-
-    Args:
-      stage: the run's.
-    """
-    if not stage.result.exists():
-      return None
-    try:
-      return events.stability(stage.result.parent)
-    except BadInput as error:
-      self._skip(error)
-      return None
+    """Returns what a run's trainer has found in its loss; None if it was not run."""
+    return self._read(stage.result, events.stability, stage.result.parent)
 
   def rows(self, path: Any, kind: str, **expected: Any) -> list[Row]:
-    """Returns the rows of a file, or none if they cannot be used together.
-
-    Args:
-      path: a JSON list of rows.
-      kind: of all of them.
-      **expected: keys that must have these values.
-    """
-    if not path.exists():
-      return []
-    try:
-      return read_rows(path, kind, expected)
-    except BadInput as error:
-      self._skip(error)
-      return []
+    """Returns the rows of a file, as `read_rows`; none if they cannot be used."""
+    return self._read(path, read_rows, path, kind, **expected) or []
 
   def row(self, path: Any, kind: str, **expected: Any) -> Row | None:
-    """Returns the only row of a file, or None if it cannot be used.
-
-    Args:
-      path: a JSON object.
-      kind: as of `rows`.
-      **expected: as of `rows`.
-    """
+    """Returns the only row of a file, or None if it cannot be used."""
     return next(iter(self.rows(path, kind, **expected)), None)
-
-  def _skip(self, error: BadInput) -> None:
-    if str(error) not in self.problems:
-      self.problems.append(str(error))
 
 
 def _best_score(stage: Stage, model: Model, task: str, metric: str) -> float:
   """The best dev score of one run.
 
   Raises:
-    Unusable: the run is another one, damaged, or did not come to its end.
+    BadInput: the run is another one, damaged, or did not come to its end.
   """
   folder, last = stage.result.parent, step_of(stage.result)
-  check_config(folder, {'MODEL_SIZE': model.size, **stage.macros})
+  _check_config(folder, {'MODEL_SIZE': model.size, **stage.macros})
   found = _read_scores(folder, task, metric)
   if last not in found:
-    raise Unusable(f'{folder} is partial: scored to step {max(found)} of {last}.')
+    raise BadInput(f'{folder} is partial: scored to step {max(found)} of {last}.')
   return found[best_checkpoint.select(found)]
 
 
 def _read_scores(folder: Any, task: str, metric: str) -> dict[int, float]:
-  """Step -> score; raises Unusable if a line is damaged, or no score is a number."""
+  """Step -> score; raises BadInput if a line is damaged, or no score is a number."""
   try:
     damaged = best_checkpoint.damaged_lines(folder, task)
     found = best_checkpoint.scores(folder, metric, task)
     best_checkpoint.select(found)
   except ValueError as error:
-    raise Unusable(f'{folder}: {error}') from error
+    raise BadInput(f'{folder}: {error}') from error
   if damaged:
-    raise Unusable(f'{folder}: line {damaged[0]} of the scores of {task} is damaged.')
+    raise BadInput(f'{folder}: line {damaged[0]} of the scores of {task} is damaged.')
   return found
 
 
-def check_config(folder: Any, expected: Row) -> None:
-  """Checks that a run was started as its command says.
-
-  Args:
-    folder: its MODEL_DIR, with the `config.gin` that T5X writes.
-    expected: values of macros.
+def _check_config(folder: Any, expected: Row) -> None:
+  """Checks by the `config.gin` that T5X writes that a run was of these macros.
 
   Raises:
-    Unusable: the file is missing, or a value is another one.
+    BadInput: the file is missing or damaged, or a value is another one.
   """
   path = folder / 'config.gin'
   if not path.exists():
-    raise Unusable(f'{path} is missing: nothing says what was run there.')
+    raise BadInput(f'{path} is missing: nothing says what was run there.')
   try:
     macros = gin_files.parse(path.read_text())
   except (SyntaxError, OSError, BadInput) as error:
-    raise Unusable(f'{path} is damaged ({type(error).__name__}).') from error
+    raise BadInput(f'{path} is damaged ({type(error).__name__}).') from error
   for name in CHECKED:
     if name in expected and macros.get(name) != expected[name]:
-      raise Unusable(
+      raise BadInput(
         f'{folder} is of another run: {name} is {macros.get(name)!r}, not'
         f' {expected[name]!r}.'
       )
-  if 'INITIAL_CHECKPOINT_PATH' in expected:
-    wanted = str(expected['INITIAL_CHECKPOINT_PATH']).split('/')[-2:]
-    given = str(macros.get('INITIAL_CHECKPOINT_PATH')).rstrip('/').split('/')[-2:]
-    if given != wanted:
-      raise Unusable(
-        f'{folder} is of another run: it began from {"/".join(given)}, not'
-        f' {"/".join(wanted)}.'
-      )
-
-
-def mean(numbers: Sequence[Measured | None]) -> Measured | None:
-  """Averages numbers; None unless all of them are there."""
-  if not numbers or None in numbers:
-    return None
-  commands = tuple(dict.fromkeys(c for number in numbers for c in number.commands))
-  value = statistics.fmean(number.mean for number in numbers)
-  return Measured((value,), numbers[0].source, commands)
+  given, wanted = (
+    str(values.get('INITIAL_CHECKPOINT_PATH')).rstrip('/').split('/')[-2:]
+    for values in (macros, expected)
+  )
+  if 'INITIAL_CHECKPOINT_PATH' in expected and given != wanted:
+    raise BadInput(
+      f'{folder} is of another run: it began from {"/".join(given)}, not'
+      f' {"/".join(wanted)}.'
+    )

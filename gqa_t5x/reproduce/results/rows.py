@@ -1,63 +1,71 @@
 """Rows: what tools and runs measured, one JSON object each."""
 
+import dataclasses
 import json
-import os
-import platform
 from typing import Any
 
+from gqa_t5x.analysis.benchmarks import workload
 from gqa_t5x.errors import BadInput
+from gqa_t5x.reproduce.experiments.planner import Planner
 
 Row = dict[str, Any]
 SOURCES = ('measured', 'compiled', 'analytic')
 
 
-class Unusable(BadInput):
-  """A result is corrupt, partial or of something else; the message names the file."""
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+  dtype: str = 'float32'
 
 
-def environment() -> Row:
-  """Returns the keys every measured row has: dtype, device, versions."""
-  import flax
-  import jax
+def measured(kind: str, command: str) -> Row:
+  """Returns the keys of every row measured here: kind, source, device, versions, ..."""
+  return workload.common_keys(kind, command, _Setting())
 
-  return {
-    'dtype': 'float32',
-    'device': f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores',
-    'versions': {
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'flax': flax.__version__,
-    },
+
+def common(plan: Planner, kind: str, command: str) -> Row:
+  """Returns what every row says of the runs of an experiment on this machine."""
+  lengths = plan.value('pretrain', 'TASK_FEATURE_LENGTHS')
+  return measured(kind, command) | {
+    'size': plan.experiment.models[0].size,
+    'pretrain_steps': plan.pretrain_steps,
+    'batch_size': plan.value('pretrain', 'BATCH_SIZE'),
+    'input_length': lengths['inputs'],
+    'output_length': lengths['targets'],
   }
 
 
-def read_rows(path: Any, kind: str, expected: Row) -> list[Row]:
+def versions(row: Row) -> str:
+  """Returns the versions of a row as text."""
+  return ', '.join(f'{name} {version}' for name, version in row['versions'].items())
+
+
+def read_rows(path: Any, kind: str, **expected: Any) -> list[Row]:
   """Reads rows that were made together.
 
   Args:
     path: a JSON list of rows, or one; those of other kinds are passed over.
     kind: of the rows that are wanted.
-    expected: keys that must have these values.
+    **expected: keys that must have these values.
 
   Raises:
-    Unusable: the file is damaged, or its rows are not of one device, version or run.
+    BadInput: the file is damaged, or its rows are not of one device, version or run.
   """
   try:
     found = json.loads(path.read_text())
     found = [found] if isinstance(found, dict) else found
     rows = [row for row in found if row['kind'] == kind]
   except (ValueError, TypeError, KeyError) as error:
-    raise Unusable(f'{path} is damaged ({type(error).__name__}).') from error
+    raise BadInput(f'{path} is damaged ({type(error).__name__}).') from error
   if not rows:
-    raise Unusable(f'{path} has no row of kind {kind!r}.')
+    raise BadInput(f'{path} has no row of kind {kind!r}.')
   for row in rows:
     if row.get('source') not in SOURCES:
-      raise Unusable(f'{path} has a row whose source is {row.get("source")!r}.')
+      raise BadInput(f'{path} has a row whose source is {row.get("source")!r}.')
     for key, value in expected.items():
       if row.get(key) != value:
-        raise Unusable(f'{path} has a row with {key}={row.get(key)!r}, not {value!r}.')
+        raise BadInput(f'{path} has a row with {key}={row.get(key)!r}, not {value!r}.')
   for key in ('source', 'device', 'versions', 'command'):
     different = {json.dumps(row.get(key), sort_keys=True) for row in rows}
     if len(different) > 1:
-      raise Unusable(f'{path} is mixed: its rows differ in {key}.')
+      raise BadInput(f'{path} is mixed: its rows differ in {key}.')
   return rows

@@ -1,36 +1,26 @@
 """How much of each attention module fits into shared heads: the spectra behind svd."""
 
-import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from gqa_t5x.checkpoints import folders
-from gqa_t5x.checkpoints.tree import (
-  TARGET,
-  Architecture,
-  parameters,
-  read_architecture,
-)
+from gqa_t5x.checkpoints.tree import TARGET, parameters, read_architecture
 from gqa_t5x.conversion.input_statistics import from_norms, open_statistics
 from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
 from gqa_t5x.conversion.shared_heads import spectra
 from gqa_t5x.reproduce.results.rows import Row
 
-DECODER_KINDS = ('self_attention', 'cross_attention')
 SHARES = (0.99, 0.95, 0.90)
 
 
-def rows(
-  source: pathlib.Path,
-  statistics: pathlib.Path,
-  num_kv_heads: Sequence[int],
-) -> Iterator[Row]:
+def rows(source: Any, statistics: Any, num_kv_heads: Sequence[int]) -> Iterator[Row]:
   """Describes the spectra of a checkpoint's decoder.
 
   Args:
-    source: the MHA checkpoint.
+    source: folder of the MHA checkpoint.
     statistics: its file of statistics.
     num_kv_heads: the K to look at.
 
@@ -44,7 +34,7 @@ def rows(
   architecture = read_architecture(shapes)
   measured = open_statistics(statistics)
   for kind, path in architecture.attention_modules():
-    if kind not in DECODER_KINDS:
+    if kind not in ('self_attention', 'cross_attention'):
       continue
     kernels = {n: tensors[f'{TARGET}{path}/{n}/kernel'].read() for n in ALL_KERNELS}
     inputs = {
@@ -52,7 +42,13 @@ def rows(
       'calibrated': measured.read(path),
     }
     for K in num_kv_heads:
-      module = _module(architecture, kind, path, K)
+      module = AttentionModule(
+        path=path,
+        num_heads=architecture.num_heads,
+        source_num_kv_heads=architecture.num_kv_heads[kind],
+        num_kv_heads=K,
+        head_dim=architecture.head_dim,
+      )
       for name, of_inputs in inputs.items():
         for side, values in spectra(kernels, module, of_inputs).items():
           yield {
@@ -77,25 +73,9 @@ def describe(values: np.ndarray, head_dim: int) -> dict[str, list]:
   """
   total = np.maximum(values.sum(axis=1, keepdims=True), np.finfo(float).tiny)
   kept = np.cumsum(values, axis=1) / total
-  dropped = values[:, head_dim:].sum(axis=1) / total[:, 0]
-  ranks = {
+  described = {'dropped_share': values[:, head_dim:].sum(axis=1) / total[:, 0]}
+  for share in SHARES:
     # A hair below, or rounding asks for one direction more.
-    f'rank_{share:.0%}'.rstrip('%'): (kept < share - 1e-12).sum(axis=1) + 1
-    for share in SHARES
-  }
-  return {
-    'dropped_share': dropped.tolist(),
-    **{name: rank.tolist() for name, rank in ranks.items()},
-  }
-
-
-def _module(
-  architecture: Architecture, kind: str, path: str, num_kv_heads: int
-) -> AttentionModule:
-  return AttentionModule(
-    path=path,
-    num_heads=architecture.num_heads,
-    source_num_kv_heads=architecture.num_kv_heads[kind],
-    num_kv_heads=num_kv_heads,
-    head_dim=architecture.head_dim,
-  )
+    ranks = (kept < share - 1e-12).sum(axis=1) + 1
+    described[f'rank_{100 * share:.0f}'] = ranks
+  return {name: value.tolist() for name, value in described.items()}

@@ -8,7 +8,7 @@ from gqa_t5x import files
 from gqa_t5x.reproduce.experiments.models import PRETRAINED, Model
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
-from gqa_t5x.reproduce.results import events, miniature, rows, spectra
+from gqa_t5x.reproduce.results import events, rows, spectra, validation
 from gqa_t5x.reproduce.results.rows import Row
 
 
@@ -24,31 +24,17 @@ def write(output_dir: str, study: str) -> None:
   """
   plan = Planner(STUDIES[study], output_dir)
   found = loss_rows(plan, plan.experiment.models)
-  files.write_json(plan.rows, [*found, unigram_row(plan), *spectrum_rows(plan)])
+  files.write_json(plan.rows, [*found, unigram_row(plan), *_spectrum_rows(plan)])
 
 
-def common(plan: Planner) -> Row:
-  """Returns what every row of a study says of its run."""
-  lengths = plan.value('uptrain', 'TASK_FEATURE_LENGTHS')
-  return {
-    'source': 'measured',
-    'command': 'python -m gqa_t5x.reproduce run conversion --scale=local'
-    f' --study={plan.experiment.name}',
-    'size': plan.experiment.models[0].size,
-    'pretrain_steps': plan.pretrain_steps,
-    'batch_size': plan.value('uptrain', 'BATCH_SIZE'),
-    'input_length': lengths['inputs'],
-    'output_length': lengths['targets'],
-    **rows.environment(),
-  }
+def _common(plan: Planner, kind: str) -> Row:
+  name = plan.experiment.name
+  command = f'python -m gqa_t5x.reproduce run conversion --scale=local --study={name}'
+  return rows.common(plan, kind, command)
 
 
 def loss_rows(plan: Planner, models: Sequence[Model]) -> list[Row]:
-  """Reads the validation loss of models at every evaluated step.
-
-  Args:
-    plan: of the study.
-    models: its models; MHA is among them.
+  """Reads the validation loss of models, MHA among them, at every evaluated step.
 
   Returns:
     Rows of kind 'conversion'. `excess_loss` is over MHA at the end of pre-training,
@@ -64,10 +50,8 @@ def loss_rows(plan: Planner, models: Sequence[Model]) -> list[Row]:
     model: events.validation_losses(plan.path_of(model).parent, task, steps)
     for model in models
   }
-  base = next(
-    found[start] for model, found in losses.items() if model.method == PRETRAINED
-  )
-  shared = {'kind': 'conversion', **common(plan)}
+  (base, *_) = (found[start] for m, found in losses.items() if m.method == PRETRAINED)
+  shared = _common(plan, 'conversion')
   return [
     {
       **shared,
@@ -91,38 +75,26 @@ def unigram_row(plan: Planner) -> Row:
   """Computes what a model that knows only how often each token occurs would lose.
 
   It is fitted to the validation targets themselves, so no unigram model does better.
-
-  Args:
-    plan: of the study.
-
-  Returns:
-    A row of kind 'unigram'.
   """
-  names = ('TASK_FEATURE_LENGTHS', 'BATCH_SIZE', 'EVAL_STEPS')
-  batches = miniature.validation_batches(*(plan.value('uptrain', n) for n in names))
+  num_batches = plan.value('uptrain', 'EVAL_STEPS')
   tokens = [
     batch['decoder_target_tokens'][batch['decoder_loss_weights'] > 0]
-    for batch in batches
+    for batch in validation.batches(plan, num_batches)
   ]
+  counts = np.unique(np.concatenate(tokens), return_counts=True)[1]
+  shares = counts / counts.sum()
   return {
-    'kind': 'unigram',
-    **common(plan),
-    'validation_loss': entropy(np.concatenate(tokens)),
-    'validation_batches': plan.value('uptrain', 'EVAL_STEPS'),
+    **_common(plan, 'unigram'),
+    'validation_loss': float(-np.sum(shares * np.log(shares))),
+    'validation_batches': num_batches,
   }
 
 
-def entropy(tokens: np.ndarray) -> float:
-  """Returns the entropy of the tokens' own distribution, nats per token."""
-  shares = np.unique(tokens, return_counts=True)[1] / tokens.size
-  return float(-np.sum(shares * np.log(shares)))
-
-
-def spectrum_rows(plan: Planner) -> list[Row]:
-  """Describes the spectra of the study's MHA model: see spectra.rows."""
+def _spectrum_rows(plan: Planner) -> list[Row]:
+  """The spectra of the study's MHA model: see spectra.rows."""
   models = plan.experiment.models
   source, statistics = plan.pretraining(models[0].size), plan.statistics(models[0].size)
   heads = tuple(dict.fromkeys(m.num_kv_heads for m in models if not m.is_mha))
-  shared = {'kind': 'spectrum', **common(plan)}
+  shared = _common(plan, 'spectrum')
   found = spectra.rows(source.result, statistics.result, heads)
   return [{**shared, **row} for row in found]

@@ -21,8 +21,7 @@ def write(part: Part) -> None:
     runs: list[Stage] = []
     for task in scale.ablation_tasks:
       cells.append(part.doc.number(part.found.score(plan, model, task), 1))
-      seeds = scale.seeds_of(model)
-      runs += [plan.finetuning(model, task, seed) for seed in seeds]
+      runs += [plan.finetuning(model, task, seed) for seed in scale.seeds_of(model)]
     rows.append([*cells, *_events(part, runs)])
   tasks = table1.titles(scale.ablation_tasks)
   before, after = ['spikes before', 'diverged'], ['spikes fine-tuning', 'diverged']
@@ -39,9 +38,8 @@ def _events(part: Part, stages: list[Stage]) -> list[str]:
   counts = [part.found.events(stage) for stage in stages]
   if not counts or None in counts:
     return [part.doc.not_run(), part.doc.not_run()]
-  commands = tuple(str(stage) for stage in stages)
-  cells = []
-  for kind in (SPIKES, DIVERGENCES):
-    number = sum(count.get(kind, 0) for count in counts)
-    cells.append(part.doc.number(Measured((number,), 'measured', commands), 0))
-  return cells
+  commands = tuple(map(str, stages))
+  return [
+    part.doc.number(Measured((sum(c[kind] for c in counts),), 'measured', commands), 0)
+    for kind in (SPIKES, DIVERGENCES)
+  ]

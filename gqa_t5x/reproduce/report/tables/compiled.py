@@ -1,16 +1,14 @@
 """What the TPU compiler says of table 1's times, of figure 6, and of uptraining."""
 
-import statistics
-
 from gqa_t5x.reproduce.experiments import compiled, paper
 from gqa_t5x.reproduce.experiments.scales import PAPER
 from gqa_t5x.reproduce.report.part import Part
+from gqa_t5x.reproduce.report.tables import figure6
+from gqa_t5x.reproduce.results import reader
 from gqa_t5x.reproduce.results.reader import Measured
 from gqa_t5x.reproduce.results.rows import Row
 
 KIND = 'tpu_compile'
-GIB = 2**30
-DAY_S = 86_400
 UPTRAIN_STEPS = round(paper.ALPHA * 1_000_000)
 
 
@@ -27,158 +25,115 @@ def write(part: Part) -> None:
   _uptraining(part)
 
 
+def _row(part: Part, size: str, heads: int, lengths: tuple[int, int]) -> Row | None:
+  path = compiled.decoding(part.plan.output_dir, size, heads, lengths).result
+  return part.found.row(path, KIND, fits=True, num_kv_heads=heads)
+
+
 def _table1(part: Part) -> None:
   doc = part.doc
-  rows, times = {}, {}
-  for model in PAPER.models:
-    rows[model] = [
-      _decoding(part, model.size, model.num_kv_heads, lengths)
+
+  def with_batch(row):
+    seconds = part.number(row, row['seconds_per_sample'], 3)
+    return f'{seconds}, {row["batch_size"]}'
+
+  def time(by_lengths):
+    """Per sample, as table 1 averages it over the tasks."""
+    rows = [by_lengths[task[1:]] for task in paper.TASKS.values()]
+    seconds = [row and Measured.of(row, row['seconds_per_sample']) for row in rows]
+    return reader.mean(seconds)
+
+  rows = {
+    model.label: {
+      lengths: _row(part, model.size, model.num_kv_heads, lengths)
       for lengths in compiled.LENGTHS
-    ]
-    times[model] = _mean_over_tasks(rows[model])
-  gqa = next(model for model in times if model.label == 'GQA-8-XXL')
-  table = []
-  for model, several in rows.items():
-    theirs = paper.SECONDS_PER_SAMPLE[model.label]
-    ratio = theirs / paper.SECONDS_PER_SAMPLE[gqa.label]
-    ours = _ratio(part, times[model], times[gqa])
-    cells = [_with_batch(part, row) for row in several]
-    mean = doc.number(times[model], 2, theirs)
-    table.append([model.label, *cells, mean, f'{theirs:.2f}', ours, f'{ratio:.2f}'])
+    }
+    for model in PAPER.models
+  }
+  times = {label: time(by_lengths) for label, by_lengths in rows.items()}
+  table, gqa = [], 'GQA-8-XXL'
+  for label, by_lengths in rows.items():
+    theirs = paper.SECONDS_PER_SAMPLE[label]
+    pair = times[label], times[gqa]
+    ratio = reader.combine(lambda values: values[0] / values[1], pair)
+    over_gqa = doc.number(ratio, 2)
+    cells = [part.cells(row, [with_batch])[0] for row in by_lengths.values()]
+    cells += [doc.number(times[label], 2, theirs), f'{theirs:.2f}', over_gqa]
+    table.append([label, *cells, f'{theirs / paper.SECONDS_PER_SAMPLE[gqa]:.2f}'])
   heads = [f'{i} to {o}: s/sample, batch' for i, o in compiled.LENGTHS]
   means = ['mean of the tasks', 'paper', 'over GQA-8', 'paper']
   doc.table(['model', *heads, *means], table)
 
 
-def _mean_over_tasks(rows: list[Row | None]) -> Measured | None:
-  """Time per sample as table 1 averages it."""
-  if None in rows:
-    return None
-  by_lengths = dict(zip(compiled.LENGTHS, rows, strict=True))
-  seconds = [
-    by_lengths[task[1:]]['seconds_per_sample'] for task in paper.TASKS.values()
-  ]
-  commands = tuple(row['command'] for row in rows)
-  return Measured((statistics.fmean(seconds),), 'compiled', commands)
-
-
-def _ratio(part: Part, a: Measured | None, b: Measured | None) -> str:
-  if a is None or b is None:
-    return part.doc.not_run()
-  commands = tuple(dict.fromkeys(a.commands + b.commands))
-  return part.doc.number(Measured((a.mean / b.mean,), 'compiled', commands), 2)
-
-
-def _with_batch(part: Part, row: Row | None) -> str:
-  cell = part.number(row, 'seconds_per_sample', 3)
-  return f'{cell}, {row["batch_size"]}' if row else cell
-
-
 def _figure6(part: Part) -> None:
-  doc = part.doc
   inputs, outputs = compiled.FIGURE6_LENGTHS
-  doc.text(
+  part.doc.text(
     f'Figure 6, T5-XXL, {inputs} to {outputs}. A step is one token of the whole batch'
     ' with the cache full, all numbers of one chip. Least: the parameters once and the'
     ' keys and values once. Cycles: what the compiler thinks its instructions take,'
     ' one after another.'
   )
-  rows = {
-    heads: _decoding(part, 'xxl', heads, (inputs, outputs))
-    for heads in paper.FIGURE6_HEADS
+  rows = {K: _row(part, 'xxl', K, (inputs, outputs)) for K in paper.FIGURE6_HEADS}
+  columns = {
+    'batch': lambda row: str(row['batch_size']),
+    'ms/step': lambda row: f'{row["roofline_ms"]:.2f}',
+    'HBM, GB/step': lambda row: f'{row["hbm_bytes_per_step"] / 1e9:.2f}',
+    'over the least': lambda row: (
+      f'{row["hbm_bytes_per_step"] / row["least_bytes_per_step"]:.3f}'
+    ),
+    'Mcycles/step': lambda row: f'{row["cycles_per_step"] / 1e6:.2f}',
   }
-  table = []
-  for heads, row in rows.items():
-    mha = heads == paper.FIGURE6_HEADS[-1]
-    theirs = paper.FIGURE6_MHA_SECONDS if mha else None
-    text = f'about {theirs:g}' if theirs else 'a drawing'
-    if row is None:
-      table.append([str(heads), text, *[doc.not_run()] * 6])
-      continue
-    seconds = part.number(row, 'seconds_per_sample', 3, theirs)
-    values = [
-      f'{row["roofline_ms"]:.2f}',
-      f'{row["hbm_bytes_per_step"] / 1e9:.2f}',
-      f'{row["hbm_bytes_per_step"] / row["least_bytes_per_step"]:.3f}',
-      f'{row["cycles_per_step"] / 1e6:.2f}',
-    ]
-    table.append([str(heads), text, seconds, str(row['batch_size']), *values])
-  head = ['key/value heads', 'paper, s/sample', 's/sample', 'batch', 'ms/step']
-  doc.table([*head, 'HBM, GB/step', 'over the least', 'Mcycles/step'], table)
-  _compare(part, rows)
-  seconds = {
-    heads: (
-      row['seconds_per_sample'],
-      1e-3
-      * row['roofline_ms']
-      * row['output_length']
-      * row['chips']
-      / row['batch_size'],
-    )
-    for heads, row in rows.items()
-    if row
-  }
-  part.time_against_heads(
-    'figure6_compiled.png',
-    f"Figure 6: T5.1.1-XXL on {compiled.SLICE}, at the chips' peaks (compiled).",
-    seconds,
-    'least time per sample (s)',
-  )
-
-
-def _compare(part: Part, rows: dict[int, Row | None]) -> None:
-  """MHA against GQA-8: bytes, time, and the compiler's own estimate of it."""
+  figure6.add_table(part, rows, columns)
   mha, gqa = rows[paper.FIGURE6_HEADS[-1]], rows[8]
-  if mha is None or gqa is None:
+  if mha and gqa:
+    compared = {
+      'HBM bytes': 'hbm_bytes_per_step',
+      'time': 'roofline_ms',
+      "the compiler's cycles": 'cycles_per_step',
+    }
+    ratios = [f'{name} {mha[key] / gqa[key]:.2f}' for name, key in compared.items()]
+    part.doc.text(
+      f'A step of MHA over one of GQA-8, each at its batch: {", ".join(ratios)}.'
+    )
+  found = {K: row for K, row in rows.items() if row}
+  if not found:
     return
-  parts = (
-    ('HBM bytes', 'hbm_bytes_per_step'),
-    ('time', 'roofline_ms'),
-    ("the compiler's cycles", 'cycles_per_step'),
-  )
-  ratios = [f'{name} {mha[key] / gqa[key]:.2f}' for name, key in parts]
-  part.doc.text(
-    f'A step of MHA over one of GQA-8, each at its batch: {", ".join(ratios)}.'
-  )
+  decoder_ms = {
+    K: row['roofline_ms'] * row['output_length'] * row['chips'] / row['batch_size']
+    for K, row in found.items()
+  }
+  caption = f"Figure 6: T5.1.1-XXL on {compiled.SLICE}, at the chips' peaks (compiled)."
+  name, label = 'figure6_compiled.png', 'least time per sample (s)'
+  figure6.add_figure(part, name, caption, found, decoder_ms, label)
 
 
 def _uptraining(part: Part) -> None:
-  doc = part.doc
-  doc.text(
+  part.doc.text(
     'Uptraining GQA-8-XXL (`gin/uptrain_gqa8.gin`): batch 2048, Adafactor, full'
     f' rematerialisation. Chip-days: of {UPTRAIN_STEPS:,} steps at the peaks; the paper'
     f' took about {paper.UPTRAIN_CHIP_DAYS} TPUv3 chip-days.'
   )
+
+  def memory(row):
+    peak, most = (row[f'hbm_{name}_bytes'] / 2**30 for name in ('peak', 'capacity'))
+    return f'{peak:.1f} of {most:.1f}'
+
+  def chip_days(row):
+    days = row['roofline_ms'] / 1e3 * UPTRAIN_STEPS * row['chips'] / 86_400
+    return part.number(row, days, 0)
+
+  columns = {
+    'GiB a chip': memory,
+    'TFLOP': lambda row: f'{row["flops_per_step"] / 1e12:,.0f}',
+    'HBM, GB': lambda row: f'{row["hbm_bytes_per_step"] / 1e9:,.0f}',
+    'links, GB': lambda row: f'{row["collective_bytes_per_step"] / 1e9:,.0f}',
+    's/step': lambda row: part.number(row, row['roofline_ms'] / 1e3, 1),
+    'chip-days': chip_days,
+  }
   table = []
   for training in compiled.TRAININGS:
-    row = part.found.row(
-      compiled.uptraining(part.plan.output_dir, training).result, KIND, fits=True
-    )
+    path = compiled.uptraining(part.plan.output_dir, training).result
+    cells = part.cells(part.found.row(path, KIND, fits=True), columns.values())
     layout = f'{training.partitions} devices, {training.microbatches}'
-    if row is None:
-      table.append([training.slice_name, layout, *[doc.not_run()] * 6])
-      continue
-    peak, most = (row[f'hbm_{name}_bytes'] / GIB for name in ('peak', 'capacity'))
-    seconds = row['roofline_ms'] / 1e3
-    days = seconds * UPTRAIN_STEPS * row['chips'] / DAY_S
-    table.append(
-      [
-        training.slice_name,
-        layout,
-        f'{peak:.1f} of {most:.1f}',
-        f'{row["flops_per_step"] / 1e12:,.0f}',
-        f'{row["hbm_bytes_per_step"] / 1e9:,.0f}',
-        f'{row["collective_bytes_per_step"] / 1e9:,.0f}',
-        part.computed(row, seconds, 1),
-        part.computed(row, days, 0),
-      ]
-    )
-  head = ['slice', 'a model on, microbatches', 'GiB a chip', 'TFLOP', 'HBM, GB']
-  doc.table([*head, 'links, GB', 's/step', 'chip-days'], table)
-
-
-def _decoding(
-  part: Part, size: str, heads: int, lengths: tuple[int, int]
-) -> Row | None:
-  path = compiled.decoding(part.plan.output_dir, size, heads, lengths).result
-  return part.found.row(path, KIND, fits=True, num_kv_heads=heads)
+    table.append([training.slice_name, layout, *cells])
+  part.doc.table(['slice', 'a model on, microbatches', *columns], table)

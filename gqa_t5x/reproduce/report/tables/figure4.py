@@ -1,38 +1,29 @@
 """Figure 4: how to convert."""
 
-from gqa_t5x.analysis.palette import BLUE, ORANGE, PINK, VERMILION
 from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.experiments.models import Model
+from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results import reader
 from gqa_t5x.reproduce.results.reader import Measured
-
-STYLES = {
-  'mean': (BLUE, 'o'),
-  'first': (ORANGE, 's'),
-  'random': (PINK, '^'),
-  'svd': (VERMILION, 'D'),
-}
 
 
 def write(part: Part) -> None:
   """Adds the paper's figure 4 and our scores of the same models."""
   rows, series, names = [], [], []
   for model in part.scale.ablation:
-    ours = average_score(part, model)
-    style, theirs = STYLES[model.method], paper.FIGURE4.get(model.method)
+    ours, theirs = average_score(part, model), paper.FIGURE4.get(model.method)
     text = f'{theirs[0]} to {theirs[1]}' if theirs else 'not in the paper'
     middle = sum(theirs) / 2 if theirs else None
     rows.append([model.method, text, part.doc.number(ours, 1, middle)])
-    x = [len(names)]
+    x, style = [len(names)], figures.METHODS[model.method]
+    for whose, value in (('paper', middle), ('ours', ours and ours.mean)):
+      if value is not None:
+        label = f'{model.method}, {whose}'
+        series.append(Series(label, x, [value], *style, hollow=whose == 'paper'))
     if theirs or ours:
       names.append(model.method)
-    if theirs:
-      label = f'{model.method}, paper'
-      series.append(Series(label, x, [middle], *style, hollow=True))
-    if ours:
-      series.append(Series(f'{model.method}, ours', x, [ours.mean], *style))
   head = ['T5-Large to MQA by', 'paper, read off the chart', 'ours']
   part.doc.table(head, rows)
   part.figure(

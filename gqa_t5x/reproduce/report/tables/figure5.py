@@ -20,7 +20,8 @@ def write(part: Part) -> None:
     rows.append([base.label, *cells])
     points = {100 * a: n.mean for a, n in numbers.items() if n}
     if points:
-      x, y, style = list(points), list(points.values()), figures.style(base.label)
+      style = figures.heads_style(base.label)
+      x, y = list(points), list(points.values())
       series.append(Series(base.label, x, y, *style, line=True))
   part.doc.table(['model', *(f'alpha = {alpha:g}' for alpha in paper.ALPHAS)], rows)
   part.figure(

@@ -1,41 +1,84 @@
 """Figure 6: time per sample against key/value heads."""
 
+from collections.abc import Callable, Mapping
+
+from gqa_t5x.analysis.palette import BLUE, VERMILION
 from gqa_t5x.reproduce.experiments import paper
+from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
+from gqa_t5x.reproduce.results.reader import Measured
+from gqa_t5x.reproduce.results.rows import Row
 
 
 def write(part: Part) -> None:
   """Adds a line for each number of key/value heads, and the figure."""
-  public, timing = part.scale.public, part.scale.heads
-  if public:
+  if part.scale.public:
     part.doc.text(f'The paper: {paper.FIGURE6}')
-  path = part.plan.timing('figure6', timing).result
-  rows = part.found.rows(path, 'decode_benchmark', size=timing.size)
-  by_heads = {row['num_kv_heads']: row for row in rows}
-  table = []
-  for heads in timing.num_kv_heads:
-    row = by_heads.get(heads)
-    theirs = paper.FIGURE6_MHA_SECONDS if heads == 64 and public else None
-    text = f'about {theirs:g}' if theirs else 'a drawing'
-    seconds = part.number(row, 'seconds_per_sample', 3, theirs)
-    step = part.number(row, 'ms_per_step', 1)
-    table.append([str(heads), *([text] if public else []), seconds, step])
-  paper_head = ['paper, s/sample'] if public else []
-  part.doc.table(['key/value heads', *paper_head, 's/sample', 'ms/step'], table)
-  if not rows:
+  timing = part.scale.heads
+  by_heads = {row['num_kv_heads']: row for row in part.decode_rows('figure6', timing)}
+  columns = {'ms/step': lambda row: part.number(row, row['ms_per_step'], 1)}
+  add_table(part, {K: by_heads.get(K) for K in timing.num_kv_heads}, columns)
+  if not by_heads:
     return
-  seconds = {
-    heads: (
-      row['seconds_per_sample'],
-      row['ms_per_step'] / 1e3 * row['output_length'] / row['batch_size'],
-    )
-    for heads, row in by_heads.items()
-  }
-  row = rows[0]
+  row = next(iter(by_heads.values()))
   caption = (
     f'Figure 6: T5.1.1-{row["size"]}, {row["dtype"]}, batch {row["batch_size"]}, input'
     f' {row["input_length"]}, output {row["output_length"]}, on {row["device"]}'
     f' ({row["source"]}).'
   )
-  name = f'figure6_{part.scale.name}.png'
-  part.time_against_heads(name, caption, seconds, 'time per sample (s)')
+  decoder_ms = {
+    K: row['ms_per_step'] * row['output_length'] / row['batch_size']
+    for K, row in by_heads.items()
+  }
+  name, label = f'figure6_{part.scale.name}.png', 'time per sample (s)'
+  add_figure(part, name, caption, by_heads, decoder_ms, label)
+
+
+def add_table(
+  part: Part,
+  rows: Mapping[int, Row | None],
+  columns: Mapping[str, Callable[[Row], str]],
+) -> None:
+  """Adds the table of times per sample, at the papers' scale with theirs.
+
+  Args:
+    part: which it is added to.
+    rows: K -> row.
+    columns: head -> function of a row, for what else is told of it.
+  """
+  table = []
+  for num_kv_heads, row in rows.items():
+    is_mha = part.scale.public and num_kv_heads == paper.FIGURE6_HEADS[-1]
+    theirs = paper.FIGURE6_MHA_SECONDS if is_mha else None
+    text = [f'about {theirs:g}' if theirs else 'a drawing'] if part.scale.public else []
+    seconds = row and Measured.of(row, row['seconds_per_sample'])
+    cells = [part.doc.number(seconds, 3, theirs), *part.cells(row, columns.values())]
+    table.append([str(num_kv_heads), *text, *cells])
+  papers = ['paper, s/sample'] if part.scale.public else []
+  part.doc.table(['key/value heads', *papers, 's/sample', *columns], table)
+
+
+def add_figure(
+  part: Part,
+  name: str,
+  caption: str,
+  rows: Mapping[int, Row],
+  decoder_ms: Mapping[int, float],
+  label: str,
+) -> None:
+  """Adds the figure of times per sample.
+
+  Args:
+    part, name, caption, label: as of `Part.figure`.
+    rows: K -> row with the time of encoder and decoder.
+    decoder_ms: K -> time of the decoder alone, milliseconds per sample.
+  """
+  heads = sorted(rows)
+  total = [rows[K]['seconds_per_sample'] for K in heads]
+  decoder = [decoder_ms[K] / 1e3 for K in heads]
+  series = [
+    Series('with the encoder', heads, total, BLUE, 'o', line=True),
+    Series('decoder alone', heads, decoder, VERMILION, 's', line=True),
+  ]
+  options = {'x_ticks': heads, 'log': 'x', 'from_zero': True}
+  part.figure(name, caption, series, 'key/value heads', label, **options)

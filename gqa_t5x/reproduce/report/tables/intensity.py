@@ -4,7 +4,9 @@ from gqa_t5x.reproduce.experiments import targets
 from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
-from gqa_t5x.reproduce.results import intensity
+from gqa_t5x.reproduce.results.intensity import LENGTHS
+
+NAMES = {64: 'MHA', 8: 'GQA-8', 1: 'MQA'}
 
 
 def write(part: Part) -> None:
@@ -14,24 +16,26 @@ def write(part: Part) -> None:
   if not rows:
     part.doc.text(f'{part.doc.not_run().capitalize()}.')
     return
-  names = dict(zip(intensity.HEADS, ('MHA', 'GQA-8', 'MQA'), strict=True))
-  found = {
-    (heads, batch): [
-      row for row in rows if (row['num_kv_heads'], row['batch_size']) == (heads, batch)
-    ]
-    for heads in names
-    for batch in intensity.BATCHES
-  }
-  series = []
-  for heads, name in names.items():
-    for batch, hollow in ((intensity.BATCHES[-2], False), (8, True)):
-      x = [row['input_length'] for row in found[heads, batch]]
-      y = [row['intensity'] for row in found[heads, batch]]
-      label, style = f'{name}, batch {batch}', figures.style(name)
-      series.append(Series(label, x, y, *style, hollow=hollow, line=True))
+  found = {}
+  for row in rows:
+    label = f'{NAMES[row["num_kv_heads"]]}, batch {row["batch_size"]}'
+    found.setdefault(label, []).append(row)
+  series = [
+    Series(
+      label,
+      [row['input_length'] for row in found[label]],
+      [row['intensity'] for row in found[label]],
+      *figures.heads_style(name),
+      hollow=batch == 8,
+      line=True,
+    )
+    for name in NAMES.values()
+    for batch in (128, 8)
+    for label in [f'{name}, batch {batch}']
+  ]
   table = [
-    [f'{names[heads]}, batch {batch}', *(part.number(r, 'intensity', 1) for r in few)]
-    for (heads, batch), few in found.items()
+    [label, *(part.number(row, row['intensity'], 1) for row in few)]
+    for label, few in found.items()
   ]
   part.figure(
     'intensity.png',
@@ -40,7 +44,7 @@ def write(part: Part) -> None:
     series,
     'length (tokens)',
     'multiply-adds per number read',
-    x_ticks=intensity.LENGTHS,
+    x_ticks=LENGTHS,
     log='xy',
   )
-  part.doc.table(['model', *(f'length {n}' for n in intensity.LENGTHS)], table)
+  part.doc.table(['model', *(f'length {n}' for n in LENGTHS)], table)

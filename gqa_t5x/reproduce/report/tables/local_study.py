@@ -20,8 +20,6 @@ from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results.losses import Losses
 from gqa_t5x.reproduce.results.reader import Measured
 
-METHODS = (MEAN, FIRST, RANDOM, SVD)
-
 
 def write(part: Part) -> None:
   """Adds figures 4 and 5 of the local study of conversion."""
@@ -35,11 +33,10 @@ def write(part: Part) -> None:
     " figures 4 and 5, with a loss for a score. svd is this project's own method."
   )
   alphas = [f'alpha = {alpha:g}' for alpha in paper.ALPHAS]
-  for heads in losses.num_kv_heads:
-    doc.table(
-      [f'{losses.num_heads} heads to {heads_label(heads)} by', *alphas],
-      [[title(m), *_cells(doc, losses, m, heads)] for m in METHODS],
-    )
+  for K in losses.num_kv_heads:
+    methods = (MEAN, FIRST, RANDOM, SVD)
+    rows = [[title(m), *_cells(doc, losses, m, K)] for m in methods]
+    doc.table([f'{losses.num_heads} heads to {heads_label(K)} by', *alphas], rows)
   mha = _cells(doc, losses, MHA, losses.num_heads)
   doc.table(['not converted', *alphas], [['MHA, trained on', *mha]])
   conversion_figures.draw_losses(losses, part.path('conversion.png'))
@@ -54,25 +51,21 @@ def read_losses(part: Part) -> Losses | None:
   return Losses(rows) if rows else None
 
 
-def _cells(doc: Document, losses: Losses, method: Method, heads: int) -> list[str]:
-  cells = []
-  for alpha in paper.ALPHAS:
-    values = tuple(losses.of(method, heads, alpha).values())
-    number = Measured(values, 'measured', (losses.command,)) if values else None
-    cells.append(doc.number(number, 3))
-  return cells
+def _cells(doc: Document, losses: Losses, method: Method, K: int) -> list[str]:
+  seeds = [tuple(losses.of(method, K, alpha).values()) for alpha in paper.ALPHAS]
+  command = (losses.rows[0]['command'],)
+  numbers = [Measured(found, 'measured', command) if found else None for found in seeds]
+  return [doc.number(number, 3) for number in numbers]
 
 
 def _add_figure5(part: Part, losses: Losses) -> None:
   series = []
-  models = [('MHA', MHA, losses.num_heads)]
-  for heads in losses.num_kv_heads:
-    models.append((heads_label(heads), MEAN, heads))
-  for name, method, heads in models:
-    alphas = losses.alphas(method, heads)
-    values = [losses.mean(method, heads, alpha) + losses.base for alpha in alphas]
-    percent = [100 * alpha for alpha in alphas]
-    series.append(Series(name, percent, values, *figures.style(name), line=True))
+  converted = [(heads_label(K), MEAN, K) for K in losses.num_kv_heads]
+  for name, *model in [('MHA', MHA, losses.num_heads), *converted]:
+    alphas = losses.alphas(*model)
+    values = [losses.mean(*model, alpha) + losses.base for alpha in alphas]
+    percent, style = [100 * alpha for alpha in alphas], figures.heads_style(name)
+    series.append(Series(name, percent, values, *style, line=True))
   part.figure(
     'figure5_local.png',
     'Figure 5 at this scale: loss against alpha, converted by mean, as in the paper.',

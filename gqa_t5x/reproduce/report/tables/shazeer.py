@@ -4,22 +4,30 @@ from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments import paper, targets
 from gqa_t5x.reproduce.report.part import Part
-from gqa_t5x.reproduce.results.rows import Row
 
 
 def write(part: Part) -> None:
   """Adds microseconds per output token of encoder and decoder, and BLEU."""
-  head = ['model', 'F', 'parameters', 'beams', 'paper: encoder + decoder, µs/token']
+
+  def encoder(row):
+    per_token = row['encode_ms'] / row['batch_size'] / row['output_length']
+    return part.number(row, 1e3 * per_token, 1)
+
+  def decoder(row):
+    return part.number(row, 1e3 * row['ms_per_step'] / row['batch_size'], 1)
+
   table = []
   for name, facts in paper.SHAZEER.items():
     cfg = network.config(facts['size'])
     count = f'{formulas.num_parameters(cfg):,}'
     path = targets.shazeer_timing(part.plan, name).result
     rows = part.found.rows(path, 'decode_benchmark', size=facts['size'])
-    for beams, (encoder, decoder) in facts['infer_us'].items():
+    for beams, theirs in facts['infer_us'].items():
       row = next((row for row in rows if row['num_beams'] == beams), None)
-      cells = [name, str(cfg.mlp_dim), count, str(beams), f'{encoder:g} + {decoder:g}']
-      table.append([*cells, *_our_times(part, row)])
+      times = '{:g} + {:g}'.format(*theirs)
+      ours = part.cells(row, [encoder, decoder])
+      table.append([name, str(cfg.mlp_dim), count, str(beams), times, *ours])
+  head = ['model', 'F', 'parameters', 'beams', 'paper: encoder + decoder, µs/token']
   part.doc.table([*head, 'ours: encoder', 'ours: decoder'], table)
   timing = part.scale.shazeer
   part.doc.text(
@@ -30,14 +38,6 @@ def write(part: Part) -> None:
   )
   if part.scale.public:
     _write_bleu(part)
-
-
-def _our_times(part: Part, row: Row | None) -> list[str]:
-  if row is None:
-    return [part.doc.not_run(), part.doc.not_run()]
-  decoder = 1e3 * row['ms_per_step'] / row['batch_size']
-  encoder = 1e3 * row['encode_ms'] / row['batch_size'] / row['output_length']
-  return [part.computed(row, value, 1) for value in (encoder, decoder)]
 
 
 def _write_bleu(part: Part) -> None:

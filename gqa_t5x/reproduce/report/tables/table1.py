@@ -1,7 +1,7 @@
 """Table 1 and figure 3: scores and times of MHA, GQA and MQA."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gqa_t5x.analysis import palette
 from gqa_t5x.reproduce.experiments import paper, targets
@@ -12,6 +12,9 @@ from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results import reader
 from gqa_t5x.reproduce.results.reader import Measured
 
+Scores = Mapping[Model, Sequence[Measured | None]]
+Times = Mapping[Model, Measured | None]
+
 
 def write(part: Part) -> None:
   """Adds the table and the figure of one scale."""
@@ -20,10 +23,16 @@ def write(part: Part) -> None:
     model: [part.found.score(part.plan, model, task) for task in scale.tasks]
     for model in scale.models
   }
-  times = {model: seconds_per_sample(part, model) for model in scale.models}
+  times = {
+    model: reader.mean([_time(part, model, task) for task in scale.tasks])
+    for model in scale.models
+  }
   rows = []
   for model in scale.models:
-    rows += [*_paper_row(model), _our_row(part, model, scores[model], times[model])]
+    if model.label in paper.TABLE1:
+      rows.append([model.label, 'paper', *_paper_cells(model.label)])
+    ours = _our_cells(part, model, scores[model], times[model])
+    rows.append([model.label, 'ours', *ours])
   averaged = ['average'] if len(scale.tasks) > 1 else []
   doc.table(['model', '', 's/sample', *averaged, *titles(scale.tasks)], rows)
   doc.text(
@@ -42,41 +51,25 @@ def titles(tasks: Sequence[str]) -> list[str]:
   return [paper.TITLES.get(task, task) for task in tasks]
 
 
-def seconds_per_sample(part: Part, model: Model) -> Measured | None:
-  """Returns a model's time per sample, the mean over the tasks; None if not run."""
-  numbers = []
-  for task in part.scale.tasks:
-    lengths = part.plan.value('finetune', 'TASK_FEATURE_LENGTHS', task)
-    numbers.append(_time(part, model, lengths))
-  return reader.mean(numbers)
-
-
-def _time(part: Part, model: Model, lengths: dict[str, int]) -> Measured | None:
+def _time(part: Part, model: Model, task: str) -> Measured | None:
+  """Time per sample with a task's lengths; at the local scale, with others."""
+  lengths = part.plan.value('finetune', 'TASK_FEATURE_LENGTHS', task)
   for timing in part.scale.timings:
-    if timing.size != model.size:
-      continue
-    asked = (timing.input_length, timing.output_length)
-    if part.scale.public and asked != (lengths['inputs'], lengths['targets']):
-      continue
-    path = part.plan.timing(targets.timing_name(timing), timing).result
-    for row in part.found.rows(path, 'decode_benchmark', size=model.size):
-      if row['num_kv_heads'] == model.num_kv_heads:
-        seconds = (row['seconds_per_sample'],)
-        return Measured(seconds, row['source'], (row['command'],))
+    timed = {'inputs': timing.input_length, 'targets': timing.output_length}
+    if timing.size == model.size and (timed == lengths or not part.scale.public):
+      for row in part.decode_rows(targets.timing_name(timing), timing):
+        if row['num_kv_heads'] == model.num_kv_heads:
+          return Measured.of(row, row['seconds_per_sample'])
   return None
 
 
-def _paper_row(model: Model) -> list[list[str]]:
-  if model.label not in paper.TABLE1:
-    return []
-  scores = [f'{score}' for score in paper.TABLE1[model.label]]
-  seconds = f'{paper.SECONDS_PER_SAMPLE[model.label]:.2f}'
-  average = f'{paper.TABLE1_AVERAGE[model.label]}'
-  return [[model.label, 'paper', seconds, average, *scores]]
+def _paper_cells(label: str) -> list[str]:
+  numbers = (paper.TABLE1_AVERAGE[label], *paper.TABLE1[label])
+  return [f'{paper.SECONDS_PER_SAMPLE[label]:.2f}', *map(str, numbers)]
 
 
-def _our_row(
-  part: Part, model: Model, scores: list[Measured | None], time: Measured | None
+def _our_cells(
+  part: Part, model: Model, scores: Sequence[Measured | None], time: Measured | None
 ) -> list[str]:
   doc = part.doc
   theirs = paper.TABLE1.get(model.label, [None] * len(scores))
@@ -85,8 +78,7 @@ def _our_row(
   if len(scores) > 1:
     cells.insert(0, doc.number(reader.mean(scores), 1, average))
   digits = 2 if average else 4
-  time_cell = doc.number(time, digits, paper.SECONDS_PER_SAMPLE.get(model.label))
-  return [model.label, 'ours', time_cell, *cells]
+  return [doc.number(time, digits, paper.SECONDS_PER_SAMPLE.get(model.label)), *cells]
 
 
 def _local_text(part: Part) -> str:
@@ -101,28 +93,23 @@ def _local_text(part: Part) -> str:
   )
 
 
-def _figure(part: Part, scores, times) -> None:
+def _figure(part: Part, scores: Scores, times: Times) -> None:
   """Average score against time per sample: figure 3."""
   series = []
-  for model in part.scale.models:
-    color, marker = figures.style(model.label)
-    if model.size == 'large':
-      color = palette.PINK
-    if model.label in paper.TABLE1:
-      x, y = paper.SECONDS_PER_SAMPLE[model.label], paper.TABLE1_AVERAGE[model.label]
-      series.append(
-        Series(f'{model.label}, paper', [x], [y], color, marker, hollow=True)
-      )
+  for model, label in ((model, model.label) for model in part.scale.models):
+    color, marker = figures.heads_style(label)
+    style = palette.PINK if model.size == 'large' else color, marker
+    if label in paper.TABLE1:
+      x, y = paper.SECONDS_PER_SAMPLE[label], paper.TABLE1_AVERAGE[label]
+      series.append(Series(f'{label}, paper', [x], [y], *style, hollow=True))
     average, time = reader.mean(scores[model]), times[model]
     if average and time:
       seeds = [s.spread for s in scores[model] if s.spread is not None]
       errors = [statistics.fmean(seeds)] if seeds else None
-      label = f'{model.label}, ours'
       x, y = [time.mean], [average.mean]
-      series.append(Series(label, x, y, color, marker, errors=errors))
+      series.append(Series(f'{label}, ours', x, y, *style, errors=errors))
   if not series:
     part.doc.text(f'Figure 3: {part.doc.not_run()}.')
-    return
   part.figure(
     f'figure3_{part.scale.name}.png',
     'Figure 3: score against time per sample.',
