@@ -60,11 +60,7 @@ class Adafactor(OptimizerDef):
     super().__init__(types.SimpleNamespace(**hyper_params))
 
   def init_state(self, params) -> OptimizerState:
-    """Returns zero moments.
-
-    Raises:
-      ValueError: if a parameter has more than two dimensions.
-    """
+    """Returns zero moments; ValueError for more than two dimensions."""
     leaves, treedef = jax.tree.flatten(params)
     too_deep = [p.shape for p in leaves if p.ndim > 2]
     if too_deep:

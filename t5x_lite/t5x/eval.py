@@ -35,10 +35,7 @@ class InferenceEvaluator:
     partitioner: partitioning.PjitPartitioner,
     log_dir: str,
   ):
-    """Loads the targets.
-
-    Arguments are T5X's; the evaluator's loggers write to `log_dir`/inference_eval.
-    """
+    """Loads the targets. Loggers write to `log_dir`/inference_eval."""
     cfg = infer_eval_dataset_cfg
     data.verify_matching_vocabs(cfg, model)
     self._model, self._partitioner = model, partitioner
@@ -90,11 +87,7 @@ def evaluate(
   output_dir: str,
   inference_evaluator_cls: Callable[..., seqio.Evaluator] = seqio.Evaluator,
 ) -> None:
-  """Evaluates one checkpoint. Arguments are T5X's.
-
-  Raises:
-    ValueError: if there is no checkpoint or nothing to evaluate.
-  """
+  """Evaluates one checkpoint; ValueError if there is none. Arguments are T5X's."""
   gin_utils.summarize_gin_config(output_dir, summary_writer=None, step=0)
   evaluator = InferenceEvaluator(
     dataset_cfg, inference_evaluator_cls, model, partitioner, output_dir

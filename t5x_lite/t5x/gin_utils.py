@@ -25,11 +25,7 @@ def parse_gin_flags(
 
 
 def rewrite_gin_args(args: Sequence[str]) -> Sequence[str]:
-  """Turns each `--gin.NAME=VALUE` into `--gin_bindings=NAME = VALUE`.
-
-  Raises:
-    ValueError: if one has no `=`.
-  """
+  """Turns each `--gin.NAME=VALUE`, where `=` must not be missing, into a binding."""
 
   def rewrite(arg: str) -> str:
     if not arg.startswith('--gin.'):
@@ -88,16 +84,6 @@ def _define_flags_of_processes() -> None:
   flags.DEFINE_integer('initialization_timeout', 300, text, **own)
 
 
-def _join_processes() -> None:
-  values = flags.FLAGS
-  jax.distributed.initialize(
-    values.coordinator_address,
-    values.process_count,
-    values.process_index,
-    initialization_timeout=values.initialization_timeout,
-  )
-
-
 def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None:
   """Runs `train`, `evaluate` or `infer` from the command line, set up by gin.
 
@@ -116,7 +102,12 @@ def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None
     # JAX names each kind of device that it does not find.
     pylogging.getLogger('jax._src.xla_bridge').setLevel(pylogging.WARNING)
     if several_processes and values.multiprocess_gpu:
-      _join_processes()
+      jax.distributed.initialize(
+        values.coordinator_address,
+        values.process_count,
+        values.process_index,
+        initialization_timeout=values.initialization_timeout,
+      )
     if values.tfds_data_dir:
       seqio.set_tfds_data_dir_override(values.tfds_data_dir)
     seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)

@@ -98,11 +98,7 @@ def _infer_to_file(ds, infer_fn, chunk: int, write, path: str) -> None:
 
 
 def _merge(paths: list[str], path: str) -> None:
-  """Joins files under a temporary name, and renames it when it is complete.
-
-  Raises:
-    ValueError: if there are none.
-  """
+  """Joins files under a temporary name, and renames it when it is complete."""
   if not paths:
     raise ValueError(f'there are no examples for {path}; check the split')
   with tf.io.gfile.GFile(f'{path}.tmp', 'wb') as merged:
@@ -132,9 +128,6 @@ def infer(
     checkpoint_period: batches that are held in memory, and then written to a file; a
       run that was stopped goes on with the next of these.
     checkpoint_ds_iter: not used; what is written already is read again, and skipped.
-
-  Raises:
-    ValueError: if the mode is unknown, or there is no checkpoint or no data.
   """
   del checkpoint_ds_iter
   cfg, lengths = dataset_cfg, dataset_cfg.task_feature_lengths

@@ -74,13 +74,8 @@ def get_loss_normalizing_factor_and_weights(
 ):
   """Turns a factor, or the name of a special one, into a number and loss weights.
 
-  The batch has the model's features: `decoder_target_tokens` [B, T] at least.
-
   Returns:
     The number (or None) and the loss weights [B, T] (or None).
-
-  Raises:
-    ValueError: if the name is unknown.
   """
   factor, special = loss_normalizing_factor, SpecialLossNormalizingFactor
   weights = batch.get('decoder_loss_weights')

@@ -57,15 +57,10 @@ class EncoderDecoderModel:
     self._default_decoder_params = default_decoder_params or DecoderParams()
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """Initialises the module on ones.
+    """Initialises the module on ones; returns the variables, frozen.
 
-    Args:
-      rng: a key.
-      input_shapes: feature name to shape, [B, T] or [B, S].
-      input_types: feature name to dtype (default: float32 tokens, int32 otherwise).
-
-    Returns:
-      The variables, frozen.
+    `input_shapes` and `input_types` are by feature name; types are by default float32
+    for tokens, int32 otherwise.
     """
 
     def ones(feature):
