@@ -181,8 +181,8 @@ class DatasetArgs(ocp.args.CheckpointArgs):
 def restore_dataset(path: str, ds_iter: Any) -> None:
   """Moves a dataset iterator to where it was when the checkpoint was written.
 
-  As in T5X, a legacy checkpoint is passed over. An Orbax checkpoint without dataset
-  state is a ValueError.
+  As in T5X, a legacy checkpoint is passed over. Raises ValueError if an Orbax one holds
+  no dataset state.
   """
   folder = epath.Path(path)
   if (folder / _PREFIX).is_file():

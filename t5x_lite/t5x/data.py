@@ -18,10 +18,9 @@ from t5x import models
 
 @dataclasses.dataclass
 class DatasetConfig:
-  """A seqio task or mixture, and how it is fed.
+  """A seqio task or mixture, and how it is read. Attributes are T5X's.
 
-  Attributes are T5X's. The seed (None takes the time) is that of shuffling and
-  preprocessing; `module` is imported first, to register the task.
+  The seed (None: the time) is that of shuffling and preprocessing.
   """
 
   mixture_or_task_name: str

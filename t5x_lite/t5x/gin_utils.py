@@ -52,7 +52,7 @@ def summarize_gin_config(model_dir: str, summary_writer: Any, step: int) -> None
     summary_writer.flush()
 
 
-def _define_flags() -> None:
+def _define_flags(several_processes: bool) -> None:
   own = {'module_name': sys.argv[0]}  # so that --help lists them
   text = 'A gin file. May be repeated; later files override earlier ones.'
   flags.DEFINE_multi_string('gin_file', [], text, **own)
@@ -67,10 +67,8 @@ def _define_flags() -> None:
   flags.DEFINE_string('tfds_data_dir', None, text, **own)
   text = 'Further folders of tasks that seqio cached offline.'
   flags.DEFINE_list('seqio_additional_cache_dirs', [], text, **own)
-
-
-def _define_flags_of_processes() -> None:
-  own = {'module_name': sys.argv[0]}
+  if not several_processes:
+    return
   text = (
     'Whether this is one of several processes, which the next flags describe: a host '
     'of GPUs, say. They may be left out where JAX finds out by itself.'
@@ -89,9 +87,7 @@ def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None
 
   With `several_processes`, it can be one of several that work together.
   """
-  _define_flags()
-  if several_processes:
-    _define_flags_of_processes()
+  _define_flags(several_processes)
 
   def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:

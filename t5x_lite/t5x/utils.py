@@ -71,9 +71,6 @@ class CheckpointConfig:
   restore: RestoreCheckpointConfig | None = None
 
 
-_MIN_LEARNING_RATE = 1e-8  # T5X's
-
-
 def create_learning_rate_scheduler(
   factors: str,
   base_learning_rate: float = 0.5,
@@ -101,7 +98,7 @@ def create_learning_rate_scheduler(
 
   def learning_rate(step: jnp.ndarray) -> jnp.ndarray:
     rate = functools.reduce(lambda r, name: r * known[name](step), names, 1.0)
-    return jnp.asarray(jnp.maximum(rate, _MIN_LEARNING_RATE), jnp.float32)
+    return jnp.asarray(jnp.maximum(rate, 1e-8), jnp.float32)  # T5X's least rate.
 
   return learning_rate
 
@@ -193,11 +190,8 @@ def get_infer_fn(
 ):
   """Returns a function that runs a model's method over an enumerated dataset.
 
-  Arguments are T5X's; the last batch is filled up to `batch_size` with its own rows.
-
-  Returns:
-    `fn(ds, train_state, rng=None)` -> a list of (index, output), and with auxiliary
-    outputs also a dict of name -> list.
+  It takes (ds, train_state, rng=None), and returns a list of (index, output), and with
+  auxiliary outputs also a dict of name -> list. The last batch is filled up.
   """
   with_rng = 'rng' in inspect.signature(infer_step).parameters
 
