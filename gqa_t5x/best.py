@@ -5,7 +5,7 @@
 prints step, score and path. The scores are those that decoding the validation split
 gave while training (gin/runs/finetune.gin), in MODEL_DIR/inference_eval; the highest
 wins, the earliest of equal ones. To evaluate that checkpoint, or to decode with it, add
-gin/runs/best_checkpoint.gin to the other gin files. If its checkpoint was removed, that
+gin/runs/best_checkpoint.gin to the other gin files. If the checkpoint was removed, that
 is an error: train with KEEP_CHECKPOINTS = None.
 """
 
@@ -13,23 +13,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
-
 from gqa_t5x import command_line, files
-from gqa_t5x.checkpoints import folders
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import best_checkpoint
 
 
 def main(argv: Sequence[str]) -> int:
-  """The command.
-
-  Args:
-    argv: program name and flags.
-
-  Returns:
-    Exit code: 0, or 1 for bad input.
-  """
+  """Runs the command; returns its exit code."""
   command = command_line.Command('gqa_t5x.best', __doc__)
   command.text('model_dir', None, 'MODEL_DIR of the run.')
   help_text = 'Such as rouge1, bleu, f1; not needed if there is only one.'
@@ -44,7 +34,7 @@ def _print_best(args: Any) -> None:
   model_dir = files.absolute(args.model_dir)
   scores = best_checkpoint.scores(model_dir, args.metric, args.task)
   path = best_checkpoint.checkpoint(model_dir, args.metric, args.task)
-  step = folders.checkpoint_step(epath.Path(path))
+  step = best_checkpoint.select(scores)
   print(f'step {step}  score {scores[step]:.4f}  {path}')
 
 

@@ -20,7 +20,7 @@ from absl import flags, logging
 
 from gqa_t5x.errors import BadInput
 
-# What etils raises for buckets, without an import of TensorFlow to name it.
+# Packages of the errors that etils raises for buckets; importing them would be slow.
 _BUCKETS = ('tensorflow.', 'gcsfs.', 'google.')
 
 
@@ -33,7 +33,7 @@ class Command:
 
   `text`, `whole`, `switch`, `choice`, `words` and `texts` define a flag each; the last
   two take a list, comma-separated or by repeating the flag. Arguments: name, default,
-  help. `rewrite` may be set to what turns arguments into flags that are defined.
+  help. `rewrite`, if set, is applied to the command's arguments before they are parsed.
   """
 
   def __init__(self, module: str, doc: str, max_words: int = 0):
@@ -42,7 +42,7 @@ class Command:
     Args:
       module: as in `python -m MODULE`.
       doc: what --help begins with.
-      max_words: arguments besides the flags that are taken.
+      max_words: how many arguments that are no flags may be given.
     """
     self.values = flags.FlagValues()
     self.rewrite: Callable[[Sequence[str]], Sequence[str]] = list
@@ -78,10 +78,10 @@ class Command:
 
     Args:
       argv: program name and arguments.
-      act: from the parsed flags, and the words between them, to the exit code; None
-        is 0.
-      expected: exceptions whose message is for the user, besides bad input and what
-        the file system says.
+      act: takes the parsed flags and the arguments that are no flags, and returns the
+        exit code; None is 0.
+      expected: exceptions whose message is for the user, in addition to bad input and
+        errors of the file system.
       stopped: what to say after Ctrl-C or SIGTERM.
 
     Returns:
@@ -117,7 +117,7 @@ class Command:
 
 
 def is_of_file_system(error: Exception) -> bool:
-  """Whether an error is what a file system says, or a bucket by way of etils."""
+  """Whether an error comes from a file system, or from a bucket through etils."""
   return isinstance(error, OSError) or type(error).__module__.startswith(_BUCKETS)
 
 
@@ -127,11 +127,12 @@ def on_sigterm(
   """Calls `act` at the first SIGTERM; does nothing outside of the main thread.
 
   Args:
-    act: what to do, in the main thread, wherever that is.
-    ignore_others: whether later ones are ignored; they do what they did before if not.
+    act: runs in the main thread, between two of its instructions.
+    ignore_others: whether later signals are ignored; if not, the handler that was there
+      before gets them.
 
   Returns:
-    A function that gives the signal back.
+    A function that puts the handler back that was there before.
   """
   if threading.current_thread() is not threading.main_thread():
     return lambda: None
@@ -147,7 +148,7 @@ def on_sigterm(
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-  """Raises `Terminated` at SIGTERM; a second one does not stop the cleaning."""
+  """Raises `Terminated` at SIGTERM; a second one does not interrupt the clean-up."""
 
   def stop():
     raise Terminated

@@ -1,4 +1,4 @@
-"""What all writers share: absolute paths, whole files or none, and locks."""
+"""What all writers share: absolute paths, files that are never half-written, locks."""
 
 import contextlib
 import fcntl
@@ -15,13 +15,11 @@ _TEMPORARY = '.tmp-'
 
 
 def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
-  """Returns a path from gin or the command line as an absolute one.
-
-  T5X's Orbax checkpoints refuse relative paths.
+  """Makes a path absolute, as T5X's Orbax checkpoints need it.
 
   Args:
-    path: local (relative to the working directory, `~` allowed) or `gs://...`; or an
-      empty list, T5X's way to say "no checkpoint".
+    path: from gin or the command line: local (relative to the working directory, `~`
+      allowed) or `gs://...`; or an empty list, which is T5X's "no checkpoint".
 
   Returns:
     The absolute path; an empty list stays one.
@@ -44,10 +42,10 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
   next one overwrites.
 
   Args:
-    path: the file to come, local or gs://; its folder is made.
+    path: the file, local or gs://; its folder is made.
 
   Yields:
-    The temporary path beside it, of the same suffix. Nothing of it is left if the
+    The temporary path, in the same folder and of the same suffix. It is removed if the
     caller raises.
   """
   path = epath.Path(path)
@@ -63,33 +61,20 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-  """Writes a text file, whole or not at all.
-
-  Args:
-    path: the file, local or gs://.
-    text: all of it.
-  """
+  """Writes a text file, local or gs://, whole or not at all."""
   with whole(path) as temporary:
     temporary.write_text(text)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-  """Writes a JSON file, whole or not at all.
-
-  Args:
-    path: the file, local or gs://.
-    value: what `json.dumps` takes.
-  """
+  """Writes a JSON file, local or gs://, whole or not at all."""
   write_text(path, json.dumps(value, indent=1) + '\n')
 
 
 def check_folder_of(path: str) -> None:
-  """Raises BadInput if a file is to be written into a local folder that is not there.
+  """Raises BadInput if the folder of a local file does not exist.
 
-  A command asks before it begins to compute.
-
-  Args:
-    path: the file to come, local or gs://.
+  Commands that write a file at the end of a computation call this before it.
   """
   if '://' not in path and not epath.Path(path).absolute().parent.is_dir():
     raise BadInput(f'{path}: there is no such folder.')

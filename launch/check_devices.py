@@ -1,9 +1,8 @@
-"""Says how many devices each host of a TPU sees; fails unless it is all of them.
+"""Says how many devices each host of a TPU sees; fails if any are missing.
 
   python launch/check_devices.py 8
 
-runs on all hosts at once, and waits for them: what trains next would hang if one is
-missing.
+runs on all hosts at once, and waits for them: training would hang if one is missing.
 """
 
 import sys

@@ -1,17 +1,17 @@
 # shellcheck shell=bash disable=SC2016
-# What the scripts of launch/ need. Copy to launch/env.sh and fill in; a variable that is
-# exported already wins.
+# What the scripts of launch/ need. Copy to launch/env.sh and fill in; variables of the
+# environment override it.
 
 : "${PROJECT:=}"           # Google Cloud project
 : "${ZONE:=}"              # such as us-central2-b
 : "${NAME:=gqa-t5x}"       # of the queued resource and of its TPU
 : "${ACCELERATOR_TYPE:=}"  # v4-16, v5litepod-8, v5p-8, v6e-8, ...
-: "${DEVICES:=}"           # that JAX has to see on it: one a chip, on v3 two
+: "${DEVICES:=}"           # how many JAX has to see: one a chip, on v3 two
 : "${PROVISIONING:=spot}"  # spot, reserved or on-demand
 : "${BUCKET:=}"            # gs://... in the region of ZONE: data, checkpoints, logs
 : "${REPOSITORY:=}"        # git URL of this repository, as the TPU's hosts can read it
-: "${COMMIT:=}"            # of it
-# What runs on every host at once, until it ends well; '' for none (tpu.sh run).
+: "${COMMIT:=}"            # the commit to check out
+# What runs on every host at once, until it succeeds; '' for nothing (then: tpu.sh run).
 : "${TRAIN:=python -m t5x.train --multiprocess_gpu --gin_file=gin/uptrain_gqa8.gin \
 --tfds_data_dir=$BUCKET/tfds --gin.MODEL_DIR=\"'$BUCKET/uptrain_gqa8'\" \
 --gin.INITIAL_CHECKPOINT_PATH=\"'$BUCKET/xxl_gqa8/checkpoint_1000000'\" \

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What each host of a TPU does when it starts: install the pinned set, see that all devices
-# are there, and train until training is done. Runs again after a restart, and goes on.
-# launch/tpu.sh create sends it along; its metadata says what to do.
+# What each host of a TPU does when it starts: install the pinned packages, check that all
+# devices are there, and run TRAIN until it succeeds. After a restart it runs again, and
+# training goes on. launch/tpu.sh create sends it, with settings as metadata.
 set -euo pipefail
 
 FOLDER=/opt/gqa_t5x
 LOG=/var/log/gqa_t5x.log
-QUICK_S=${QUICK_S:-120}  # a run that ends badly sooner has not trained
-LIMIT=${LIMIT:-5}        # so many of these in a row are given up
-PAUSE_S=${PAUSE_S:-10}   # before the next; doubled after each
+QUICK_S=${QUICK_S:-120}  # a run that fails sooner than this has not trained
+LIMIT=${LIMIT:-5}        # give up after so many of these in a row
+PAUSE_S=${PAUSE_S:-10}   # before the next run; doubled after each
 
 attribute() {
   curl --silent --fail --header 'Metadata-Flavor: Google' \
@@ -37,7 +37,7 @@ install() {
   source .venv/bin/activate
 }
 
-# Runs a command as a child that gets our SIGTERM: it saves before the host goes.
+# Runs a command and passes SIGTERM on to it, so that it saves before the host goes.
 as_child() {
   "$@" &
   local child=$! code=0
@@ -51,8 +51,8 @@ as_child() {
   return "$code"
 }
 
-# Runs a command until it ends well. Another host that fails ends it, too, and it is run
-# again; one that fails at once again and again has a mistake in it.
+# Runs a command until it succeeds. It also fails when another host does, and is then run
+# again; a command that fails at once many times in a row is given up.
 until_done() {
   local quick=0 start
   while true; do
@@ -76,7 +76,7 @@ copy_log() {
 main() {
   exec >> "$LOG" 2>&1
   (while sleep 30; do copy_log || true; done) &
-  # shellcheck disable=SC2064  # now is when it is known
+  # shellcheck disable=SC2064  # $! is known now
   trap "kill $! || true; copy_log" EXIT
   install
   until_done python launch/check_devices.py "$(attribute devices)"

@@ -12,11 +12,11 @@ Usage: launch/tpu.sh [--dry_run] COMMAND
 
   create      request a TPU (queued resource); its hosts install everything and train
   watch       create, and create anew whenever it is taken away, until training is done
-  status      say where the request stands
-  check       have every host say how many devices it sees
+  status      show the state of the request
+  check       show how many devices every host sees
   run CMD...  check, then run a command on every host at once, in the repository
   benchmark FLAGS...  time decoding on a slice of one host, with a trace for xprof
-  logs [N]    print what host N (0) has logged, from the bucket
+  logs [N]    print the log of host N (0), from the bucket
   delete      delete the TPU and its request
   jobset      print a JobSet for GKE, the other way to run the same
 
@@ -80,7 +80,7 @@ create() {
     *) fail "PROVISIONING=$PROVISIONING; choose spot, reserved or on-demand." ;;
   esac
   version=$(runtime_version)
-  # ^|^: values are separated by |, for they hold commas.
+  # ^|^: values are separated by |, as they may contain commas.
   queued create "--node-id=$NAME" "--accelerator-type=$ACCELERATOR_TYPE" \
     "--runtime-version=$version" "${tier[@]}" --scopes=cloud-platform \
     "--metadata-from-file=startup-script=$here/startup.sh" \
@@ -99,7 +99,7 @@ done_marker() {
   run gcloud storage ls "$BUCKET/done/$NAME"
 }
 
-# A spot TPU that was taken away does not come back; a new one goes on with its work.
+# A spot TPU that was taken away does not come back; a new one continues.
 watch() {
   [[ -n "${TRAIN:-}" ]] || fail 'watch needs TRAIN: what is to be done.'
   if $dry_run; then

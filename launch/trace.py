@@ -11,11 +11,7 @@ from gqa_t5x import benchmark
 
 
 def main(argv: list[str]) -> int:
-  """Traces the benchmark; returns its exit code.
-
-  Args:
-    argv: program name, the trace's folder, and the benchmark's arguments.
-  """
+  """Traces the benchmark; returns its exit code."""
   if len(argv) < 3:
     print('Usage: python launch/trace.py FOLDER decode FLAGS...', file=sys.stderr)
     return 2

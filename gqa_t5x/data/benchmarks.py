@@ -1,29 +1,14 @@
 """The papers' benchmarks as seqio tasks; importing this file or `tasks` registers them.
 
-| task | data of TFDS | dev examples | metrics |
-|---|---|---|---|
-| `cnn_dailymail` | cnn_dailymail:3.4.0 | 13,368 | ROUGE |
-| `arxiv` | scientific_papers/arxiv:1.1.1 | 6,436 | ROUGE |
-| `pubmed` | scientific_papers/pubmed:1.1.1 | 6,633 | ROUGE |
-| `mediasum` | mediasum_json:1.0.0, in `mediasum` | 10,000 | ROUGE |
-| `multi_news` | multi_news:2.1.0 | 5,622 | ROUGE |
-| `wmt14_en_de` | wmt14_translate/de-en:1.0.0 | newstest2013, 3,000 | BLEU |
-| `trivia_qa` | trivia_qa/rc:1.1.0, Wikipedia domain | 7,993 | F1, exact match |
-| `wmt14_en_de_shazeer` | as `wmt14_en_de` | newstest2013, 3,000 | BLEU |
+docs/data.md has a table of them. Nothing is read before a dataset is asked for. Then
+the data must be in the folder of TFDS (`python -m gqa_t5x.data.prepare`), which T5X's
+flag --tfds_data_dir names, or gin: see `task`. C4 is a task of the package t5.
 
-Nothing is read before a dataset is asked for. Then the data must be in the folder of
-TFDS (`python -m gqa_t5x.data.prepare`), which T5X's flag --tfds_data_dir names, or gin:
-see `task`. docs/data.md says more on each; C4 is a task of the package t5.
+Texts stay as TFDS has them, after a prefix in T5's style; the "|||||" between the
+articles of Multi-News stays, too.
 
-Texts stay as TFDS has them, after a prefix in T5's style. Line breaks, which arXiv,
-PubMed and CNN have between sentences, and repeated spaces become one space in T5's
-vocabulary; to ROUGE-Lsum a line break ends a sentence. The "|||||" between the articles
-of Multi-News stays, for it says where one begins.
-
-`wmt14_en_de_shazeer` is translation as in Shazeer (2019): no prefix. The subword file
-of tensor2tensor that the paper used is no SentencePiece model; one of 32,768 pieces
-stands in for it, trained on the same text by `python -m gqa_t5x.data.wmt_vocabulary`,
-which gin/tasks/wmt14_en_de_shazeer.gin asks for. Without gin the task has T5's.
+`wmt14_en_de_shazeer` is translation as in Shazeer (2019): no prefix, and in gin the
+vocabulary of wmt_vocabulary.py. Without gin the task has T5's.
 """
 
 import dataclasses
@@ -40,19 +25,14 @@ from gqa_t5x import files
 from gqa_t5x.data import mediasum, metrics, preprocessors
 from gqa_t5x.errors import BadInput
 
-SPLITS = ('train', 'validation', 'test')
-
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
   """What a task is made of, apart from vocabulary and folder.
 
-  Attributes:
-    tfds_name: data set, config and version.
-    preprocessors: from the examples of TFDS to texts `inputs` and `targets`.
-    metric: the dev score, a function of targets and predictions.
-    features: those to read, if not all.
-    postprocess: from example to target of the metric, if that is not `targets`.
+  `preprocessors` turn examples of TFDS into texts `inputs` and `targets`. `features`
+  are those to read, if not all. `postprocess` gives the target of the metric for an
+  example, if that is not `targets`.
   """
 
   tfds_name: str
@@ -114,19 +94,13 @@ class PreparedSource(seqio.TfdsDataSource):
   """A TFDS data set that says what to do if it is not there yet."""
 
   def __init__(self, task_name: str, data_dir: str | None):
-    """Reads nothing.
-
-    Args:
-      task_name: a key of `BENCHMARKS`.
-      data_dir: TFDS's folder; None for its default.
-    """
     self._task_name = task_name
     benchmark = BENCHMARKS[task_name]
     features = benchmark.features
     super().__init__(
       benchmark.tfds_name,
       tfds_data_dir=data_dir,
-      splits=SPLITS,
+      splits=('train', 'validation', 'test'),
       decoders=tfds.decode.PartialDecoding(features) if features else None,
     )
 
@@ -160,20 +134,17 @@ _registered: dict[str, tuple] = {}
 def task(
   name: str, vocabulary: seqio.Vocabulary | None = None, data_dir: str | None = None
 ) -> str:
-  """Registers a benchmark with another vocabulary or folder, under the same name.
+  """Registers a benchmark with a vocabulary and a folder; returns its name.
 
-  The name stays, so that the folders of the metrics have the same names whatever the
-  vocabulary. Idempotent; the last call counts. gin/tasks/benchmark.gin calls it with
-  the macros TASK, VOCABULARY (the model's) and DATA_DIR.
+  The name is the same whatever these are, and so are the folders of the metrics. The
+  last call counts. gin/tasks/benchmark.gin calls it with the macros TASK, VOCABULARY
+  (the model's) and DATA_DIR.
 
   Args:
     name: a key of `BENCHMARKS`.
-    vocabulary: of inputs and targets, and the model's; None for T5's.
+    vocabulary: of inputs and targets; None for T5's.
     data_dir: TFDS's folder, which for MediaSum holds its JSON files, too; None for
       TFDS's default. T5X's flag --tfds_data_dir overrides it.
-
-  Returns:
-    The name: the task to give to T5X.
 
   Raises:
     BadInput: there is no benchmark of that name.
@@ -187,15 +158,11 @@ def task(
   if data_dir is not None:
     data_dir = files.absolute(data_dir)
   exists = name in seqio.TaskRegistry.names()
-  if not exists or _registered[name] != (vocabulary, data_dir):
-    if exists:
-      seqio.TaskRegistry.remove(name)
-    _add(name, vocabulary, data_dir)
-    _registered[name] = (vocabulary, data_dir)
-  return name
-
-
-def _add(name: str, vocabulary: seqio.Vocabulary, data_dir: str | None) -> None:
+  if exists and _registered[name] == (vocabulary, data_dir):
+    return name
+  if exists:
+    seqio.TaskRegistry.remove(name)
+  _registered[name] = (vocabulary, data_dir)
   benchmark = BENCHMARKS[name]
   seqio.TaskRegistry.add(
     name,
@@ -207,13 +174,13 @@ def _add(name: str, vocabulary: seqio.Vocabulary, data_dir: str | None) -> None:
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos_after_trim,
     ],
-    output_features={
-      feature: seqio.Feature(vocabulary, add_eos=True)
-      for feature in ('inputs', 'targets')
-    },
+    output_features=dict.fromkeys(
+      ('inputs', 'targets'), seqio.Feature(vocabulary, add_eos=True)
+    ),
     postprocess_fn=benchmark.postprocess,
     metric_fns=[benchmark.metric],
   )
+  return name
 
 
 for _name in BENCHMARKS:

@@ -4,9 +4,9 @@ The help topics of `pydoc` and the docstrings of installed packages are real pro
 ten million tokens of it, so the whole recipe runs on real text with no network.
 
 A corpus is one folder of the cache (`$GQA_T5X_CACHE`, else `~/.cache/gqa_t5x`). Its
-name carries a digest of all that its content depends on, so another Python or another
-version of a package is another corpus, next to the first. One text a line; line breaks
-inside a text are stored as `LINE_BREAK`, so that `tf.data` reads texts as lines.
+name has a digest of all that its content depends on, so another Python or another
+version of a package is another corpus. One text a line; line breaks inside a text are
+stored as `LINE_BREAK`, so that `tf.data` reads texts as lines.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 
+import tqdm
+
 from gqa_t5x.data import docstrings
 from gqa_t5x.data.docstrings import STDLIB, TOPICS
 from gqa_t5x.errors import BadInput
@@ -33,39 +35,24 @@ VERSION = 1
 LINE_BREAK = '\x1e'  # ASCII's record separator; `docstrings.clean` leaves none.
 # Files of each split: more than one for training, so that shuffle and hosts have files.
 SHARDS = {'train': 8, 'validation': 1, 'test': 1}
-VALIDATION_SHARE = 0.04
-TEST_SHARE = 0.02
+_VALIDATION_SHARE = 0.04
+_TEST_SHARE = 0.02
 MANIFEST = 'manifest.json'
 LEFTOVER_S = 3600  # Age at which a killed build's temporary folder is removed.
 
-# Packages that every installation of this project has, whichever T5X it runs on, and
-# the distributions that hold them.
-PACKAGES = {
-  'numpy': 'numpy',
-  'scipy': 'scipy',
-  'jax': 'jax',
-  'flax': 'flax',
-  'optax': 'optax',
-  'orbax': 'orbax-checkpoint',
-  'tensorflow': 'tensorflow',
-  'keras': 'keras',
-  'tensorflow_datasets': 'tensorflow-datasets',
-  'seqio': 'seqio',
-  't5': 't5',
-  'pandas': 'pandas',
-  'sklearn': 'scikit-learn',
-  'matplotlib': 'matplotlib',
-  'nltk': 'nltk',
-}
+# Packages that every installation of this project has, whichever T5X it runs on;
+# their distributions, where the name differs.
+PACKAGES = ('numpy', 'scipy', 'jax', 'flax', 'optax', 'orbax', 'tensorflow', 'keras')
+PACKAGES += ('tensorflow_datasets', 'seqio', 't5', 'pandas', 'sklearn', 'matplotlib')
+PACKAGES += ('nltk',)
+_DISTRIBUTIONS = {'orbax': 'orbax-checkpoint', 'sklearn': 'scikit-learn'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """A set of sources and the place of their texts.
+  """A set of sources and the place of their texts, which need not exist yet.
 
-  Attributes:
-    name: first part of the folder's name.
-    sources: `TOPICS`, `STDLIB` or importable packages; those absent are left out.
+  Sources are `TOPICS`, `STDLIB` or importable packages; those absent are left out.
   """
 
   name: str
@@ -73,11 +60,11 @@ class Corpus:
 
   @property
   def folder(self) -> pathlib.Path:
-    """The corpus's folder in the cache, which need not exist yet."""
+    """The corpus's folder in the cache."""
     return cache_folder() / f'{self.name}-{_digest(self.sources)}'
 
   def files(self, split: str) -> list[str]:
-    """The paths of one split's files, which need not exist yet."""
+    """The paths of one split's files."""
     n = SHARDS[split]
     return [str(self.folder / f'{split}-{i:02d}-of-{n:02d}.txt') for i in range(n)]
 
@@ -111,58 +98,43 @@ def _digest(sources: tuple[str, ...]) -> str:
 
 def _package_version(package: str) -> str:
   try:
-    return importlib.metadata.version(PACKAGES.get(package, package))
+    return importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
   except importlib.metadata.PackageNotFoundError:
     return 'unknown'
 
 
-def text_hash(text: str) -> str:
+def _text_hash(text: str) -> str:
   """Hashes a text so that texts equal but for case and white space hash alike."""
   return hashlib.sha256(' '.join(text.casefold().split()).encode()).hexdigest()
 
 
 def split_of(text: str) -> str:
   """Names the split of a text: "train", "validation" or "test", by its hash alone."""
-  return _split_of_hash(text_hash(text))
-
-
-def _split_of_hash(text_hash: str) -> str:
-  position = int(text_hash[:8], 16) / 2**32
-  if position < VALIDATION_SHARE:
+  position = int(_text_hash(text)[:8], 16) / 2**32
+  if position < _VALIDATION_SHARE:
     return 'validation'
-  return 'test' if position < VALIDATION_SHARE + TEST_SHARE else 'train'
+  return 'test' if position < _VALIDATION_SHARE + _TEST_SHARE else 'train'
 
 
 def split_texts(texts: Iterable[str]) -> dict[str, list[str]]:
-  """Removes duplicates and deals the texts to the splits.
+  """Removes duplicates, of which the first stays, and deals texts to the splits.
 
-  Args:
-    texts: cleaned texts; of those that hash alike the first is kept.
-
-  Returns:
-    The texts of each split, ordered by hash: an order that mixes the sources and does
-    not depend on theirs.
+  The texts of each split are ordered by hash, which mixes the sources.
   """
   unique: dict[str, str] = {}
   for text in texts:
-    unique.setdefault(text_hash(text), text)
+    unique.setdefault(_text_hash(text), text)
   splits: dict[str, list[str]] = {split: [] for split in SHARDS}
-  for key in sorted(unique):
-    splits[_split_of_hash(key)].append(unique[key])
+  for _, text in sorted(unique.items()):
+    splits[split_of(text)].append(text)
   return splits
 
 
 def ensure(corpus: Corpus) -> pathlib.Path:
-  """Builds the corpus unless the cache holds it, and checks the files.
+  """Builds the corpus unless the cache has it, checks its files, returns its folder.
 
   Safe in several processes at once: each writes a folder of its own, and the first to
   finish gives it its final name.
-
-  Args:
-    corpus: which one.
-
-  Returns:
-    Its folder, complete.
 
   Raises:
     OSError: the cache cannot be written.
@@ -187,33 +159,20 @@ def read(corpus: Corpus, split: str) -> Iterator[str]:
 
 
 def _collect_all(corpus: Corpus) -> Iterator[str]:
-  """Yields the texts of all sources and tells the terminal how far it is."""
-  start, count = time.monotonic(), 0
-  for i, source in enumerate(corpus.sources):
-    if sys.stderr.isatty():
-      progress = f'{i + 1}/{len(corpus.sources)} {source:<20} {count:6,} texts'
-      sys.stderr.write(f'\rcorpus {corpus.name!r} (made once): {progress}')
-      sys.stderr.flush()
-    texts = docstrings.collect(source)
-    count += len(texts)
-    yield from texts
+  start = time.monotonic()
+  title = f'corpus {corpus.name!r} (made once)'
+  for source in tqdm.tqdm(corpus.sources, title, leave=False, disable=None):
+    yield from docstrings.collect(source)
   seconds = time.monotonic() - start
-  end = '\r\033[K' if sys.stderr.isatty() else ''
-  print(f'{end}corpus {corpus.name!r}: read in {seconds:.0f} s', file=sys.stderr)
+  print(f'corpus {corpus.name!r}: read in {seconds:.0f} s', file=sys.stderr)
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Lets the caller write `path` under a temporary name and renames it at the end.
+  """Lets the caller create a file or folder under a temporary name, then renames it.
 
-  `files.whole` is for one writer; here several processes may write the same corpus.
-
-  Args:
-    path: the file or folder to come. A folder that another process finished first
-      stays as it is.
-
-  Yields:
-    A temporary path next to it, for the caller to create.
+  `files.whole` is for one writer; here several processes may write the same corpus, and
+  a folder that another process finished first stays as it is.
 
   Raises:
     OSError: the cache cannot be written; nothing is left behind.

@@ -37,12 +37,7 @@ def package_folder(package: str) -> pathlib.Path | None:
 def clean(text: str) -> str:
   """Removes a docstring's indentation, trailing blanks and control characters.
 
-  Args:
-    text: a docstring as it stands in the source.
-
-  Returns:
-    The text as `inspect.cleandoc` gives it, encodable as UTF-8, with line feeds for
-    line breaks and no other control character.
+  What is left can be encoded as UTF-8, with line feeds for line breaks.
   """
   text = text.encode('utf-8', 'ignore').decode('utf-8')
   text = text.replace('\r\n', '\n').replace('\r', '\n')
@@ -51,14 +46,9 @@ def clean(text: str) -> str:
 
 
 def docstrings(source: bytes | str) -> list[str]:
-  """Lists the cleaned docstrings of one Python file, in the file's order.
+  """Returns the cleaned docstrings of a Python file's content, in its order.
 
-  Args:
-    source: the file's content.
-
-  Returns:
-    The docstrings of the module, its classes and its functions, nested ones too;
-    none for a file that this Python cannot parse.
+  Those of nested functions and classes, too; none if this Python cannot parse it.
   """
   try:
     stack = [ast.parse(source)]
@@ -79,14 +69,7 @@ def docstrings(source: bytes | str) -> list[str]:
 
 
 def topics(source: bytes | str) -> list[str]:
-  """Lists the cleaned help topics of `pydoc_data/topics.py`.
-
-  Args:
-    source: that file's content: one assignment of a dict of strings.
-
-  Returns:
-    The dict's values, in the file's order.
-  """
+  """Returns the cleaned values of the dict that `pydoc_data/topics.py` assigns."""
   for node in ast.parse(source).body:
     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
       return [clean(text) for text in ast.literal_eval(node.value).values()]
@@ -94,13 +77,9 @@ def topics(source: bytes | str) -> list[str]:
 
 
 def collect(source: str) -> list[str]:
-  """Lists the texts of one source, duplicates included, in a fixed order.
+  """Returns the cleaned texts of a source, of at least `MIN_CHARS` characters.
 
-  Args:
-    source: `TOPICS`, `STDLIB` or the name of a package; nothing if that is absent.
-
-  Returns:
-    Cleaned texts of at least `MIN_CHARS` characters.
+  Duplicates are included; a package that is not installed has none.
   """
   stdlib = pathlib.Path(sysconfig.get_paths()['stdlib'])
   if source == TOPICS:

@@ -29,7 +29,7 @@ DIALOGUES = 'news_dialogue.json'
 SPLITS = 'train_val_test_split.json'
 HOMEPAGE = 'https://github.com/zcgzcgzcg1/MediaSum'
 # Our name of each split, and that of the published file.
-SPLIT_KEYS = {'train': 'train', 'validation': 'val', 'test': 'test'}
+_SPLIT_KEYS = {'train': 'train', 'validation': 'val', 'test': 'test'}
 CHUNK_BYTES = 1 << 20
 MAX_CHARS = 1 << 26  # of one dialogue; the longest have some hundred thousand
 _BETWEEN = re.compile(r'[\s,]*')
@@ -65,7 +65,7 @@ class MediasumJson(tfds.core.GeneratorBasedBuilder):
       )
     try:
       splits = json.loads((folder / SPLITS).read_text())
-      ids = {split: set(splits[key]) for split, key in SPLIT_KEYS.items()}
+      ids = {split: set(splits[key]) for split, key in _SPLIT_KEYS.items()}
     except (ValueError, KeyError, TypeError) as error:
       raise BadInput(
         f'{folder / SPLITS} is not the published one, with a list of ids for each of '
@@ -76,7 +76,6 @@ class MediasumJson(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, path: epath.Path, ids: set[str]):
-    """Yields the dialogues of one split."""
     size = len(ids)
     for dialogue in read_array(path):
       key, example = _to_example(dialogue, path)
@@ -106,13 +105,7 @@ def _to_example(dialogue: dict, path: epath.Path) -> tuple[str, dict]:
 
 
 def read_array(path: epath.Path) -> Iterator:
-  """Yields the elements of a JSON array one after another, in little memory.
-
-  Args:
-    path: a file that holds one array of objects, local or gs://.
-
-  Yields:
-    The parsed elements.
+  """Yields the elements of a file's JSON array one after another, in little memory.
 
   Raises:
     BadInput: the file is damaged or cut short.

@@ -1,8 +1,9 @@
 """The paper's metrics, as functions of targets and predictions for seqio tasks.
 
-All are in percent and the same on every run. Those of the package t5 are used where
-they do the job: its ROUGE draws bootstrap samples from NumPy's global generator, and
-its BLEU leaves out the signature.
+All are in percent, 0 to 100, the same on every run, and raise BadInput if there are no
+examples or the numbers of targets and predictions differ. The package t5 has them, too,
+but its ROUGE draws bootstrap samples from NumPy's global generator, and its BLEU leaves
+out the signature.
 """
 
 import re
@@ -16,11 +17,11 @@ from rouge_score import rouge_scorer
 
 from gqa_t5x.errors import BadInput
 
-ROUGE_TYPES = ('rouge1', 'rouge2', 'rougeLsum')
+_ROUGE_TYPES = ('rouge1', 'rouge2', 'rougeLsum')
 # The international tokenizer of mteval-v14. T5's metric has it, and so has
 # tensor2tensor's BLEU, in which Shazeer (2019) counts. "13a" scores German a little
 # lower, so the signature goes with the score.
-BLEU_TOKENIZER = 'intl'
+_BLEU_TOKENIZER = 'intl'
 _SENTENCE_END = re.compile(r'([.!?][\'")\]’”]*)\s+')
 
 
@@ -31,27 +32,20 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
   keeps a to z and 0 to 9: other letters count for nothing. Lsum compares line by line,
   and T5's vocabulary has no line breaks, so each sentence gets a line of its own.
 
-  Args:
-    targets: one summary an example, whole.
-    predictions: as many decoded summaries.
-
   Returns:
-    `rouge1`, `rouge2` and `rougeLsum`, 0 to 100; an empty text scores 0.
-
-  Raises:
-    BadInput: there are no examples, or the numbers differ.
+    `rouge1`, `rouge2` and `rougeLsum`; an empty text scores 0.
 
   Source: GQA section 3.1 (ROUGE-1); Lin (2004).
   """
   _check_lengths(targets, predictions)
-  scorer = rouge_scorer.RougeScorer(ROUGE_TYPES)
+  scorer = rouge_scorer.RougeScorer(_ROUGE_TYPES)
   scores = [
-    scorer.score(_one_sentence_a_line(target), _one_sentence_a_line(prediction))
-    for target, prediction in zip(targets, predictions, strict=True)
+    scorer.score(*(_SENTENCE_END.sub(r'\1\n', text) for text in pair))
+    for pair in zip(targets, predictions, strict=True)
   ]
   return {
     name: 100 * sum(score[name].fmeasure for score in scores) / len(scores)
-    for name in ROUGE_TYPES
+    for name in _ROUGE_TYPES
   }
 
 
@@ -60,21 +54,14 @@ def bleu(
 ) -> dict[str, float | seqio.metrics.Text]:
   """Returns corpus BLEU by sacrebleu, cased, and its signature.
 
-  Args:
-    targets: one reference an example.
-    predictions: as many decoded translations.
-
   Returns:
-    `bleu`, 0 to 100, and `bleu_signature`, which says how it was computed. seqio writes
-    both to its logs, to JSON and to TensorBoard.
-
-  Raises:
-    BadInput: there are no examples, or the numbers differ.
+    `bleu`, and `bleu_signature`, which says how it was computed. seqio writes both to
+    its logs, to JSON and to TensorBoard.
 
   Source: GQA section 3.1; Post (2018).
   """
   _check_lengths(targets, predictions)
-  metric = sacrebleu.metrics.BLEU(tokenize=BLEU_TOKENIZER)
+  metric = sacrebleu.metrics.BLEU(tokenize=_BLEU_TOKENIZER)
   score = metric.corpus_score(list(predictions), [list(targets)]).score
   signature = str(metric.get_signature())
   logging.info('BLEU = %.2f, signature %s', score, signature)
@@ -91,14 +78,13 @@ def trivia_qa(
 
   Args:
     targets: of each question all answers that count as right.
-    predictions: as many decoded answers.
+    predictions: one answer a question.
 
   Returns:
-    `em` and `f1`, 0 to 100.
+    `em` and `f1`.
 
   Raises:
-    BadInput: there are no examples, the numbers differ, or a question has no answers,
-      as in TriviaQA's test split.
+    BadInput: also if a question has no answers, as in TriviaQA's test split.
 
   Source: Joshi et al. (2017), the official evaluation script.
   """
@@ -118,7 +104,3 @@ def _check_lengths(targets: Sequence, predictions: Sequence) -> None:
       f'{len(targets)} targets and {len(predictions)} predictions: a metric needs as '
       'many of each, and at least one'
     )
-
-
-def _one_sentence_a_line(text: str) -> str:
-  return _SENTENCE_END.sub(r'\1\n', text)

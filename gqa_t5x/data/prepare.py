@@ -20,11 +20,7 @@ from gqa_t5x.errors import BadInput
 
 
 def prepare(names: Sequence[str], data_dir: str | None) -> None:
-  """Downloads and converts data sets.
-
-  Args:
-    names: keys of `benchmarks.BENCHMARKS`.
-    data_dir: TFDS's folder; None for its default.
+  """Downloads and converts the data sets of `benchmarks.BENCHMARKS` with these names.
 
   Raises:
     BadInput: a name is unknown, or files that are published by hand are missing.
@@ -46,14 +42,7 @@ def prepare(names: Sequence[str], data_dir: str | None) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  """The command.
-
-  Args:
-    argv: program name, flags, and the names of the benchmarks.
-
-  Returns:
-    Exit code: 0, or 1 for bad input.
-  """
+  """Runs the command; returns its exit code."""
   command = command_line.Command(
     'gqa_t5x.data.prepare', __doc__, max_words=len(benchmarks.BENCHMARKS)
   )

@@ -5,40 +5,22 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
-# No piece of a SentencePiece vocabulary is longer (its trainer's default, T5's, too), a
-# token of English is four or five: n tokens come from far less than 16 n characters.
-CHARS_PER_TOKEN = 16
+# A piece of a SentencePiece vocabulary has at most 16 characters (its default, and
+# T5's), an English one four or five: n tokens need far less than 16 n characters.
+_CHARS_PER_TOKEN = 16
 
 
 def wikipedia_domain(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """Keeps TriviaQA's Wikipedia domain: 61,888 training and 7,993 validation questions.
 
-  TFDS mixes the files of both domains and of the verified questions: a question is
-  there up to four times. Only questions of the Web domain have search results.
-
-  Args:
-    dataset: of `trivia_qa/rc`.
-
-  Returns:
-    The same examples, each question once.
+  TFDS mixes the files of both domains and of the verified questions: `trivia_qa/rc` has
+  a question up to four times. The first is kept, in order. Only questions of the Web
+  domain have search results.
   """
   dataset = dataset.filter(lambda e: tf.equal(tf.size(e['search_results']['rank']), 0))
-  return unique(dataset, 'question_id')
-
-
-def unique(dataset: tf.data.Dataset, key: str) -> tf.data.Dataset:
-  """Keeps the first of all examples that have the same text in one feature.
-
-  Args:
-    dataset: of dictionaries, finite: to be called before it is repeated.
-    key: names the feature, one string an example.
-
-  Returns:
-    The dataset without the later ones, in order.
-  """
 
   def compare(seen, example):
-    digest = tf.strings.to_hash_bucket_fast(example[key], 2**63 - 1)
+    digest = tf.strings.to_hash_bucket_fast(example['question_id'], 2**63 - 1)
     is_new = tf.reduce_all(seen != digest)
     return tf.concat([seen, [digest]], 0), (example, is_new)
 
@@ -52,9 +34,6 @@ def trivia_qa(example: Mapping) -> dict[str, tf.Tensor]:
 
   The package t5's own preprocessors repeat a question for each page and answer, drop
   those whose answer is not found, and cut around the answer: unusable for evaluation.
-
-  Args:
-    example: of `trivia_qa/rc`.
 
   Returns:
     `inputs`: "question: ... context: ...", where the context is title and text of all
@@ -74,14 +53,7 @@ def trivia_qa(example: Mapping) -> dict[str, tf.Tensor]:
 
 @seqio.map_over_dataset
 def mediasum(example: Mapping) -> dict[str, tf.Tensor]:
-  """Writes out a dialogue in reading order, one turn a line.
-
-  Args:
-    example: of `mediasum.MediasumJson`.
-
-  Returns:
-    `dialogue`: lines "SPEAKER: utterance"; `summary`.
-  """
+  """Returns `summary`, and `dialogue`: lines "SPEAKER: utterance" in reading order."""
   turns = example['turns']
   lines = tf.strings.join([turns['speaker'], turns['utt']], separator=': ')
   return {
@@ -93,25 +65,22 @@ def mediasum(example: Mapping) -> dict[str, tf.Tensor]:
 def cut_characters(
   dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None = None
 ) -> tf.data.Dataset:
-  """Cuts what no vocabulary would fit into the input, before it is tokenized and kept.
+  """Cuts `inputs` to 16 characters a token, before they are tokenized and kept.
 
   A page of Wikipedia or a paper may have a hundred times what is used of it, and seqio
-  keeps the text of each example in memory and in the log of predictions.
+  keeps the text of each example in memory and in the log of predictions. Summaries and
+  answers are compared whole, and so not cut.
 
   Args:
     dataset: of `inputs` and other features.
     sequence_length: tokens of each feature; seqio passes it. None cuts nothing.
-
-  Returns:
-    The dataset with `inputs` of at most `CHARS_PER_TOKEN` characters a token, all else
-    as it was: summaries and answers are compared whole.
   """
   tokens = (sequence_length or {}).get('inputs')
   if tokens is None:
     return dataset
 
   def cut(example):
-    length = tokens * CHARS_PER_TOKEN
+    length = tokens * _CHARS_PER_TOKEN
     inputs = tf.strings.substr(example['inputs'], 0, length, unit='UTF8_CHAR')
     return {**example, 'inputs': inputs}
 

@@ -1,14 +1,9 @@
 """All seqio tasks: importing this file registers them and builds nothing.
 
 Those of the papers are in benchmarks.py, which this file imports. Here are those of the
-offline corpus:
-
-| task | texts |
-|---|---|
-| `pydocs_span_corruption` | docstrings of the standard library and of dependencies |
-| `pydocs_stdlib_span_corruption` | those of the standard library alone: small, quick |
-| `pydocs_summarize` | from the body of a docstring to its first line; 24,700 pairs |
-| `pydocs_stdlib_summarize` | 1,800 pairs of the standard library alone |
+offline corpus: `pydocs_span_corruption` and `pydocs_summarize` (24,700 pairs) on the
+docstrings of the standard library and of dependencies, `pydocs_stdlib_span_corruption`
+and `pydocs_stdlib_summarize` (1,800 pairs) on those of the standard library alone.
 
 Each goes with the vocabulary of the same corpus, `vocabulary.pydocs_vocabulary`. The
 corpus is built by the first dataset or the first token, whichever comes first. C4 is
@@ -16,6 +11,7 @@ in the package t5: `import t5.data.mixtures`, task `c4_v220_span_corruption`.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import seqio
 import tensorflow as tf
@@ -29,29 +25,24 @@ from gqa_t5x.data.corpus import CORPORA, LINE_BREAK, SHARDS, Corpus
 from gqa_t5x.data.vocabulary import CorpusVocabulary
 
 # Shorter ones are a name or a remark: no summary, or nothing to sum up.
-MIN_SUMMARY_BYTES = 20
-MIN_BODY_BYTES = 80
+_MIN_SUMMARY_BYTES = 20
+_MIN_BODY_BYTES = 80
 # AutoGraph would look for loops over tensors in T5's code for seconds; there are none.
 _span_corruption = tf.autograph.experimental.do_not_convert(
   preprocessors.span_corruption
 )
 
 
-class CorpusSource(seqio.TextLineDataSource):
+class _CorpusSource(seqio.TextLineDataSource):
   """Reads an offline corpus line by line; builds it before the first line."""
 
   def __init__(self, vocabulary: CorpusVocabulary):
-    """Computes the files' paths; reads and writes nothing.
-
-    Args:
-      vocabulary: the corpus's vocabulary, which is built with it. Left to the tracing
-        of a `tf.data` function, its errors would be buried in a long trace.
-    """
     self._vocabulary = vocabulary
     super().__init__({split: vocabulary.corpus.files(split) for split in SHARDS})
 
   def list_shards(self, split: str) -> list[str]:
     """Returns the split's files, in order; seqio asks before it reads."""
+    # Built here: in the tracing of a `tf.data` function its errors would be buried.
     self._vocabulary.load_model()
     return super().list_shards(split)
 
@@ -65,47 +56,20 @@ def line_to_text(line: tf.Tensor) -> dict[str, tf.Tensor]:
 def add_span_corruption(name: str, corpus: Corpus) -> seqio.Task:
   """Registers T5's span corruption (as `c4_v220_span_corruption`) on a corpus.
 
-  Args:
-    name: the task's name.
-    corpus: where the texts come from; its vocabulary is the task's.
-
-  Returns:
-    The task, with splits train, validation and test and features inputs and targets.
-
-  Raises:
-    ValueError: a task of that name is registered already.
+  The task has the corpus's vocabulary, and splits train, validation and test.
   """
-  vocabulary = CorpusVocabulary(corpus)
-  feature = functools.partial(seqio.Feature, vocabulary=vocabulary, add_eos=True)
-  return seqio.TaskRegistry.add(
-    name,
-    source=CorpusSource(vocabulary),
-    preprocessors=[
-      line_to_text,
-      functools.partial(
-        preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
-      ),
-      seqio.preprocessors.tokenize,
-      seqio.CacheDatasetPlaceholder(),
-      _span_corruption,
-      seqio.preprocessors.append_eos_after_trim,
-    ],
-    output_features={'inputs': feature(required=False), 'targets': feature()},
-    metric_fns=[],
+  rekey = functools.partial(
+    preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
   )
+  return _add(name, corpus, before=[rekey], after=[_span_corruption])
 
 
 def split_summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """Turns docstrings into pairs of body and summary, and drops those that have none.
 
   By convention (PEP 257) a docstring begins with a summary of one line, which ends in
-  a period and is followed by an empty line.
-
-  Args:
-    dataset: of `{"text": docstring}`.
-
-  Returns:
-    A dataset of `{"article": what follows the empty line, "summary": the line}`.
+  a period and is followed by an empty line. From `{"text": docstring}` to `{"summary":
+  the line, "article": what follows the empty line}`.
   """
 
   def split(example):
@@ -117,8 +81,8 @@ def split_summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
     summary, article = pair['summary'], pair['article']
     return (
       tf.strings.regex_full_match(summary, r'[^\n]*\.')
-      & (tf.strings.length(summary) >= MIN_SUMMARY_BYTES)
-      & (tf.strings.length(article) >= MIN_BODY_BYTES)
+      & (tf.strings.length(summary) >= _MIN_SUMMARY_BYTES)
+      & (tf.strings.length(article) >= _MIN_BODY_BYTES)
     )
 
   return dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE).filter(is_pair)
@@ -127,37 +91,39 @@ def split_summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def add_summarize(name: str, corpus: Corpus) -> seqio.Task:
   """Registers summarization on a corpus: the body of a docstring to its first line.
 
-  Args:
-    name: the task's name.
-    corpus: where the docstrings come from; its vocabulary is the task's.
-
-  Returns:
-    The task, with splits train, validation and test, features inputs ("summarize: "
-    and the body, cut at its end) and targets, and ROUGE as its metric. The splits are
-    those of span corruption: what a model is tested on, it was not pre-trained on.
-
-  Raises:
-    ValueError: a task of that name is registered already.
+  Inputs are "summarize: " and the body, cut at its end; the metric is ROUGE. The splits
+  are those of span corruption: a model is not tested on what it was pre-trained on.
   """
+  summarize = functools.partial(
+    preprocessors.summarize, article_key='article', summary_key='summary'
+  )
+  before = [split_summary, summarize]
+  return _add(name, corpus, before, metric_fns=[metrics.rouge])
+
+
+def _add(
+  name: str,
+  corpus: Corpus,
+  before: Sequence[Callable],
+  after: Sequence[Callable] = (),
+  metric_fns: Sequence[Callable] = (),
+) -> seqio.Task:
+  """Registers a task on a corpus, preprocessed before and after it is tokenized."""
   vocabulary = CorpusVocabulary(corpus)
+  feature = functools.partial(seqio.Feature, vocabulary=vocabulary, add_eos=True)
   return seqio.TaskRegistry.add(
     name,
-    source=CorpusSource(vocabulary),
+    source=_CorpusSource(vocabulary),
     preprocessors=[
       line_to_text,
-      split_summary,
-      functools.partial(
-        preprocessors.summarize, article_key='article', summary_key='summary'
-      ),
+      *before,
       seqio.preprocessors.tokenize,
       seqio.CacheDatasetPlaceholder(),
+      *after,
       seqio.preprocessors.append_eos_after_trim,
     ],
-    output_features={
-      feature: seqio.Feature(vocabulary, add_eos=True)
-      for feature in ('inputs', 'targets')
-    },
-    metric_fns=[metrics.rouge],
+    output_features={'inputs': feature(required=not after), 'targets': feature()},
+    metric_fns=metric_fns,
   )
 
 

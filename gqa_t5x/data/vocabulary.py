@@ -11,6 +11,7 @@ import io
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 
 import sentencepiece
 import seqio
@@ -20,51 +21,32 @@ from sentencepiece import sentencepiece_model_pb2
 from gqa_t5x.data import corpus as corpus_lib
 from gqa_t5x.errors import BadInput
 
-EXTRA_IDS = 100  # T5's sentinels
-NUM_PIECES = 4096 - EXTRA_IDS  # with pad, end of sequence, unknown and 256 bytes
+_EXTRA_IDS = 100  # T5's sentinels
+_NUM_PIECES = 4096 - _EXTRA_IDS  # with pad, end of sequence, unknown and 256 bytes
 # The first texts of the train split up to this length. Its order is by hash, so they
 # are a fair sample; twice as much takes twice as long for 1% fewer tokens.
-TRAINING_CHARS = 2_000_000
+_TRAINING_CHARS = 2_000_000
 FILE = 'vocabulary.model'
-TRAINER_OPTIONS = {
-  'model_type': 'unigram',
-  'vocab_size': NUM_PIECES,
-  # T5's ids.
-  **{'pad_id': 0, 'eos_id': 1, 'unk_id': 2, 'bos_id': -1, 'pad_piece': '<pad>'},
-  # Unlike T5's vocabulary, this one gives every text back as it was: nothing is
-  # normalised, line breaks and indentation stay, rare characters become bytes.
-  'remove_extra_whitespaces': False,
-  'allow_whitespace_only_pieces': True,
-  'user_defined_symbols': ['\n'],
-  'byte_fallback': True,
-  'max_sentence_length': 1_000_000,
-  'num_threads': 2,  # The order of sums, and so the pieces, depends on it.
-  'minloglevel': 2,
-}
 
 
 class CorpusVocabulary(seqio.SentencePieceVocabulary):
   """A SentencePiece vocabulary that trains itself when its file is first read.
 
-  Equal to another one of the same corpus and cache folder, whether trained or not.
+  It is trained on the train split of `corpus`. Equal to another one of the same corpus
+  and cache folder, whether trained or not.
   """
 
   def __init__(self, corpus: corpus_lib.Corpus):
-    """Computes the file's path; reads and writes nothing.
-
-    Args:
-      corpus: the corpus on whose train split the vocabulary is trained.
-    """
     self.corpus = corpus
-    super().__init__(str(corpus.folder / FILE), extra_ids=EXTRA_IDS)
+    super().__init__(str(corpus.folder / FILE), extra_ids=_EXTRA_IDS)
 
   def _model_context(self):
     if self._model is None:
       path = ensure(self.corpus)
       try:
         size = super()._model_context().tokenizer.GetPieceSize()
-        if size != NUM_PIECES + EXTRA_IDS:
-          raise ValueError(f'{size} pieces, {NUM_PIECES + EXTRA_IDS} expected')
+        if size != _NUM_PIECES + _EXTRA_IDS:
+          raise ValueError(f'{size} pieces, {_NUM_PIECES + _EXTRA_IDS} expected')
       except (DecodeError, OSError, RuntimeError, ValueError) as error:
         self._model = None
         raise BadInput(
@@ -77,14 +59,11 @@ def pydocs_vocabulary(corpus: str = 'pydocs') -> CorpusVocabulary:
   """Returns the vocabulary of an offline corpus, for tasks and models alike.
 
   Args:
-    corpus: a name in `corpus.CORPORA`.
+    corpus: a name in `corpus.CORPORA`; BadInput for another.
 
   Returns:
-    4,096 ids: 0 pad, 1 end of sequence, 2 unknown (never met: rare characters become
-    bytes), and T5's 100 sentinels at the end. Line breaks and runs of spaces survive.
-
-  Raises:
-    BadInput: there is no corpus of that name.
+    4,096 ids: 0 pad, 1 end of sequence, 2 unknown (never used: rare characters become
+    bytes), and T5's 100 sentinels at the end. Line breaks and runs of spaces stay.
   """
   if corpus not in corpus_lib.CORPORA:
     raise BadInput(
@@ -94,11 +73,11 @@ def pydocs_vocabulary(corpus: str = 'pydocs') -> CorpusVocabulary:
 
 
 def ensure(corpus: corpus_lib.Corpus) -> str:
-  """Trains the corpus's vocabulary unless the cache holds it; returns its path.
+  """Trains the corpus's vocabulary unless the cache has it; returns its path.
 
   Raises:
     OSError: the cache cannot be written.
-    BadInput: the corpus is damaged, or too small for `NUM_PIECES` pieces.
+    BadInput: the corpus is damaged, or too small for `_NUM_PIECES` pieces.
   """
   path = corpus_lib.ensure(corpus) / FILE
   if not path.exists():
@@ -111,30 +90,55 @@ def ensure(corpus: corpus_lib.Corpus) -> str:
   return str(path)
 
 
+def train(texts: Iterable[str], num_pieces: int, **options) -> bytes:
+  """Returns the file of a SentencePiece model of `num_pieces`, trained on texts.
+
+  It has T5's ids (0 pad, 1 end of sequence, 2 unknown), and 256 bytes for characters
+  without a piece. Options are the trainer's, which raises a RuntimeError or ValueError
+  for too little text.
+  """
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts),
+    model_writer=model,
+    vocab_size=num_pieces,
+    **{'pad_id': 0, 'eos_id': 1, 'unk_id': 2, 'bos_id': -1, 'pad_piece': '<pad>'},
+    byte_fallback=True,
+    **options,
+  )
+  return model.getvalue()
+
+
 def _train(corpus: corpus_lib.Corpus) -> bytes:
   texts, chars = [], 0
   for text in corpus_lib.read(corpus, 'train'):
     texts.append(text)
     chars += len(text)
-    if chars > TRAINING_CHARS:
+    if chars > _TRAINING_CHARS:
       break
-  model = io.BytesIO()
   with tempfile.NamedTemporaryFile(suffix='.tsv') as rules:
     # One rule that no text meets: with none, each tokenizer logs that it has none.
     rules.write(f'{ord(corpus_lib.LINE_BREAK):X}\t{ord(" "):X}\n'.encode())
     rules.flush()
     try:
-      sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
+      model = train(
+        texts,
+        _NUM_PIECES,
+        # Unlike T5's vocabulary, this one gives every text back as it was: nothing is
+        # normalised, line breaks and indentation stay.
         normalization_rule_tsv=rules.name,
-        **TRAINER_OPTIONS,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=['\n'],
+        max_sentence_length=1_000_000,
+        num_threads=2,  # The order of sums, and so the pieces, depends on it.
+        minloglevel=2,
       )
     except (RuntimeError, ValueError) as error:
       raise BadInput(
         f'corpus {corpus.name!r}: {chars:,} characters are too few for a vocabulary of '
-        f'{NUM_PIECES} pieces ({error}); name more sources'
+        f'{_NUM_PIECES} pieces ({error}); name more sources'
       ) from error
-  proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model)
   proto.normalizer_spec.ClearField('normalization_rule_tsv')  # a random file name
   return proto.SerializeToString(deterministic=True)

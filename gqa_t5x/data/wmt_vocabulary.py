@@ -6,57 +6,38 @@ FOLDER is TFDS's, with the data of `python -m gqa_t5x.data.prepare wmt14_en_de`;
 may be gs://..., too, and is what gin calls VOCABULARY_FILE.
 
 Shazeer's models share one vocabulary of subwords between English and German, that of
-tensor2tensor, about 33,700 (their 211 million parameters tell). Its file is no
-SentencePiece model, which is what seqio reads. This one has 32,768 pieces, and as there
-no character is unknown: rare ones become bytes.
+tensor2tensor, of about 33,700 (computed from their 211 million parameters). seqio reads
+SentencePiece models alone, which its file is not. This one has 32,768 pieces. As in the
+original, no character is unknown: rare ones become bytes.
 """
 
-import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-import sentencepiece
 import seqio
 from etils import epath
 
 from gqa_t5x import command_line, files
-from gqa_t5x.data import benchmarks
+from gqa_t5x.data import benchmarks, vocabulary
 from gqa_t5x.errors import BadInput
 
 TASK = 'wmt14_en_de_shazeer'
 NUM_PIECES = 32_768
 # TFDS has shuffled them, so the first are a fair sample of the 4.5 million.
 NUM_PAIRS = 1_000_000
-NUM_THREADS = 16  # the order of sums, and so the pieces, depends on it
 
 
 def train(sentences: Iterable[str], num_pieces: int = NUM_PIECES) -> bytes:
-  """Trains a SentencePiece model with T5's ids: 0 pad, 1 end of sequence, 2 unknown.
-
-  Args:
-    sentences: the text; the same text gives the same model.
-    num_pieces: size, the three ids and 256 bytes included.
-
-  Returns:
-    The model's file.
+  """Returns the file of a vocabulary; the same sentences give the same one.
 
   Raises:
     BadInput: there is too little text for so many pieces.
   """
-  model = io.BytesIO()
   try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(sentences),
-      model_writer=model,
-      vocab_size=num_pieces,
-      byte_fallback=True,
-      **{'pad_id': 0, 'eos_id': 1, 'unk_id': 2, 'bos_id': -1, 'pad_piece': '<pad>'},
-      num_threads=NUM_THREADS,
-      minloglevel=1,
-    )
+    # The order of sums, and so the pieces, depends on the number of threads.
+    return vocabulary.train(sentences, num_pieces, num_threads=16, minloglevel=1)
   except RuntimeError as error:
     raise BadInput(f'no vocabulary of {num_pieces} pieces: {error}') from error
-  return model.getvalue()
 
 
 def sentences(num_pairs: int = NUM_PAIRS) -> Iterator[str]:
@@ -73,11 +54,6 @@ def write(
   output: str | None, data_dir: str | None, num_pieces: int = NUM_PIECES
 ) -> None:
   """Trains the vocabulary and writes its file.
-
-  Args:
-    output: the file, local or gs://, which must not exist yet.
-    data_dir: TFDS's folder; None for its default.
-    num_pieces: size of the vocabulary.
 
   Raises:
     BadInput: the file exists, or the data is not prepared or too little.
@@ -96,14 +72,7 @@ def write(
 
 
 def main(argv: Sequence[str]) -> int:
-  """The command.
-
-  Args:
-    argv: program name and flags.
-
-  Returns:
-    Exit code: 0, or 1 for bad input.
-  """
+  """Runs the command; returns its exit code."""
   command = command_line.Command('gqa_t5x.data.wmt_vocabulary', __doc__)
   command.text('output', None, 'The file to write, local or gs://.')
   command.text('data_dir', None, 'Folder of TensorFlow Datasets, local or gs://.')

@@ -1,12 +1,8 @@
-"""The checkpoint with the best dev score of a fine-tuning run.
-
-Scores are those that decoding the validation split gave while training, in
-MODEL_DIR/inference_eval; the highest wins, the earliest of equal ones.
-"""
+"""The checkpoint with the best dev score of a fine-tuning run; see gqa_t5x/best.py."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -15,28 +11,30 @@ from etils import epath
 from gqa_t5x.checkpoints import folders
 from gqa_t5x.errors import BadInput
 
-_FOLDER, _SUFFIX = 'inference_eval', '-metrics.jsonl'
+_SUFFIX = '-metrics.jsonl'
 
 
 def scores(
   model_dir: str, metric: str | None = None, task: str | None = None
 ) -> dict[int, float]:
-  """Reads the scores that a run's evaluations left.
+  """Returns step -> score, as a run's evaluations left them.
+
+  Of a step that was evaluated twice, as after a restart, the later score counts. Lines
+  that are damaged are skipped, with a warning.
 
   Args:
     model_dir: of the run, or of an evaluation (EVAL_OUTPUT_DIR), local or gs://.
     metric: e.g. 'rouge1'; None if there is only one.
     task: name of the seqio task; None if there is only one.
 
-  Returns:
-    Step -> score. Of a step that was evaluated twice, as after a restart, the later
-    score counts.
-
   Raises:
     BadInput: there are no scores, or not of that metric or task.
   """
-  file = _metrics_file(epath.Path(model_dir) / _FOLDER, task)
-  rows = [row for row in _rows(file) if row.keys() - {'step'}]
+  file, lines = _read(model_dir, task)
+  for number, row in enumerate(lines, 1):
+    if row is None:
+      logging.warning('%s, line %d is damaged, and skipped.', file, number)
+  rows = [row for row in lines if row and row.keys() - {'step'}]
   names = sorted({name for row in rows for name in row} - {'step'})
   if not rows:
     raise BadInput(f'{file} has no scores; evaluate again.')
@@ -49,25 +47,13 @@ def scores(
 
 
 def damaged_lines(model_dir: str, task: str | None = None) -> list[int]:
-  """Returns the numbers of the lines of scores that cannot be read, which are skipped.
-
-  Args:
-    model_dir: as in `scores`.
-    task: as in `scores`.
-
-  Raises:
-    BadInput: there are no scores, or not of that task.
-  """
-  file = _metrics_file(epath.Path(model_dir) / _FOLDER, task)
-  lines = file.read_bytes().splitlines()
-  return [number for number, line in enumerate(lines, 1) if _row(line) is None]
+  """Returns the numbers of the lines that `scores` skips; see there."""
+  _, lines = _read(model_dir, task)
+  return [number for number, row in enumerate(lines, 1) if row is None]
 
 
 def select(scores: Mapping[int, float]) -> int:
   """Returns the step of the highest score, the earliest of equal ones; never of NaN.
-
-  Args:
-    scores: step -> score.
 
   Raises:
     BadInput: no score is a number.
@@ -81,12 +67,7 @@ def select(scores: Mapping[int, float]) -> int:
 def checkpoint(
   model_dir: str, metric: str | None = None, task: str | None = None
 ) -> str:
-  """Returns the path of the checkpoint with the best score; no other will do.
-
-  Args:
-    model_dir: of the run.
-    metric: as in `scores`.
-    task: as in `scores`.
+  """Returns the path of the checkpoint with the best score; see `scores`.
 
   Raises:
     BadInput: there are no scores, or that checkpoint was removed.
@@ -114,8 +95,11 @@ def checkpoint(
   )
 
 
-def _metrics_file(folder: epath.Path, task: str | None) -> epath.Path:
-  """The file of a task, or the only one."""
+def _read(
+  model_dir: str, task: str | None
+) -> tuple[epath.Path, list[dict[str, Any] | None]]:
+  """The file of a task, or the only one, and its rows; None for a damaged line."""
+  folder = epath.Path(model_dir) / 'inference_eval'
   files = {path.name.removesuffix(_SUFFIX): path for path in folder.glob(f'*{_SUFFIX}')}
   if not files:
     raise BadInput(
@@ -123,21 +107,11 @@ def _metrics_file(folder: epath.Path, task: str | None) -> epath.Path:
       ' this is not its MODEL_DIR.'
     )
   if task is None and len(files) == 1:
-    return next(iter(files.values()))
+    (task,) = files
   if task not in files:
     asked = 'a task is needed' if task is None else f'there is no {task}'
     raise BadInput(f'{folder}: {asked}; choose one of {", ".join(sorted(files))}.')
-  return files[task]
-
-
-def _rows(file: epath.Path) -> Iterator[dict[str, Any]]:
-  """Steps and numbers of each line; skips, with a warning, what is damaged."""
-  for number, line in enumerate(file.read_bytes().splitlines(), 1):
-    row = _row(line)
-    if row is None:
-      logging.warning('%s, line %d is damaged, and skipped.', file, number)
-    else:
-      yield row
+  return files[task], [_row(line) for line in files[task].read_bytes().splitlines()]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

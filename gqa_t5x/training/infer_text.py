@@ -2,7 +2,7 @@
 
 `gin/infer_text.gin` gives `task` and `write` to `t5x.infer`. The inputs are read once,
 checked, and kept as a TFRecord file next to the results. Its name has a digest of the
-input, the settings and the checkpoint: a run that is stopped goes on with these alone.
+input, the settings and the checkpoint: only the same command goes on with its results.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,8 +21,7 @@ from jax.experimental import multihost_utils
 from gqa_t5x import files
 from gqa_t5x.errors import BadInput
 
-UNREADABLE = ('refuse', 'skip')
-SHOWN = 10  # unreadable lines that an error names
+_SHOWN = 10  # unreadable lines that an error names
 
 
 class Unreadable(BadInput):
@@ -39,30 +37,28 @@ def task(
   prefix: str = '',
   unreadable: str = 'refuse',
 ) -> str:
-  """Registers the lines of a file as a seqio task with the split `infer`.
+  """Registers the lines of a file as a seqio task, split `infer`; returns its name.
 
   Args:
     path: the file, local or gs://: JSON lines if its name ends in .jsonl, else text.
-    vocabulary: of the model.
-    output_dir: where results go.
-    checkpoint: that infers.
+    vocabulary: the model's.
+    output_dir: gets the TFRecord file.
+    checkpoint: the path of the checkpoint that infers; part of the digest alone.
     key: of JSON lines: where the text is.
     prefix: text that goes before each input, such as 'summarize: '.
     unreadable: 'refuse' the file if a line is unreadable, or 'skip' the line.
-
-  Returns:
-    The task's name.
 
   Raises:
     BadInput: for a file that is missing or has no input, an unknown `unreadable`, and
       unreadable lines that are not to be skipped.
   """
-  if unreadable not in UNREADABLE:
-    raise BadInput(f'UNREADABLE={unreadable!r}; choose one of {", ".join(UNREADABLE)}.')
+  if unreadable not in ('refuse', 'skip'):
+    raise BadInput(f'UNREADABLE={unreadable!r}; choose one of refuse, skip.')
   if not tf.io.gfile.exists(path):
     raise BadInput(f'INPUT_FILE={path}: there is no such file.')
   settings = json.dumps([checkpoint, key, prefix])
-  name = f'text_{_word(path)}_{_digest(path, settings)}'
+  word = re.sub(r'\W', '_', pathlib.PurePath(path).stem, flags=re.ASCII)
+  name = f'text_{word}_{_digest(path, settings)}'
   record = os.path.join(output_dir, f'{name}.tfrecord')
   if jax.process_index() == 0 and not tf.io.gfile.exists(record):
     _write_record(path, record, key, unreadable)
@@ -70,11 +66,6 @@ def task(
   if name not in seqio.TaskRegistry.names():
     _register(name, record, vocabulary, prefix)
   return name
-
-
-def _word(path: str) -> str:
-  """A file's name as part of a task's."""
-  return re.sub(r'\W', '_', pathlib.PurePath(path).stem, flags=re.ASCII)
 
 
 def _digest(path: str, settings: str) -> str:
@@ -89,9 +80,13 @@ def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
   """Writes the readable lines as examples; raises BadInput for those refused."""
   bad, count = [], 0
   with files.whole(record) as temporary:
-    with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
-      for number, line in _lines(path):
+    with (
+      tf.io.gfile.GFile(path, 'rb') as file,
+      tf.io.TFRecordWriter(os.fspath(temporary)) as writer,
+    ):
+      for number, line in enumerate(file, start=1):
         try:
+          line = line.rstrip(b'\r\n')
           text = read_line(line, key if path.endswith('.jsonl') else None)
         except Unreadable as why:
           bad.append(f'{number} ({why})')
@@ -100,9 +95,9 @@ def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
           count += 1
           writer.write(_example(number, text).SerializeToString())
     if bad and unreadable == 'refuse':
-      more = f' and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
+      more = f' and {len(bad) - _SHOWN} more' if len(bad) > _SHOWN else ''
       raise BadInput(
-        f'INPUT_FILE={path} has unreadable lines: {", ".join(bad[:SHOWN])}{more}. Mend'
+        f'INPUT_FILE={path} has unreadable lines: {", ".join(bad[:_SHOWN])}{more}. Mend'
         ' them, or leave them out by --gin.UNREADABLE="\'skip\'".'
       )
     if not count:
@@ -111,18 +106,8 @@ def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
     print(f'{path}: {len(bad)} unreadable lines are skipped, {count} are left.')
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-  with tf.io.gfile.GFile(path, 'rb') as file:
-    for number, line in enumerate(file, start=1):
-      yield number, line.rstrip(b'\r\n')
-
-
 def read_line(line: bytes, key: str | None) -> str:
-  """Returns the input of a line.
-
-  Args:
-    line: without its end.
-    key: where a JSON object has it; None for plain text.
+  """Returns the input of a line: under `key` of a JSON object; None for plain text.
 
   Raises:
     Unreadable: the message says why.
@@ -186,14 +171,11 @@ def write(
   With several decodes of an input, prediction and score are lists.
 
   Args:
-    path: the file.
+    path: of the file to write.
     inferences: tokens of each example, and their `scores`: log-probabilities.
-    task_ds: the examples.
-    mode: predict_with_aux.
+    task_ds: the examples, before they were turned into features.
+    mode: must be predict_with_aux, which alone has scores; BadInput for another.
     vocabulary: of the predictions.
-
-  Raises:
-    BadInput: for another mode.
   """
   if mode != 'predict_with_aux':
     raise BadInput(f'mode={mode!r}; scores need predict_with_aux.')

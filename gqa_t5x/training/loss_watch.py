@@ -1,4 +1,4 @@
-"""Finds spikes of the training loss, and divergence: while training, or afterwards.
+"""Finds spikes and divergence of the loss while a model trains.
 
 MQA trained from scratch has both (GQA, appendix A). The rule looks at the mean loss of
 each period of T5X's statistics, in nats per target token:
@@ -11,19 +11,19 @@ each period of T5X's statistics, in nats per target token:
               of the first period that is not finite, or of the last of the climb.
 
 The noise is the standard deviation of a period's mean, taken from the differences of
-neighbours: a slope of the curve does not count as noise. Medians, of losses and of
-differences, hardly see the spikes themselves. Nothing but losses that are not finite
-is found in the first LEAST periods. A run that is started again starts to look anew.
+neighbours, so that a slope of the curve does not count as noise. Spikes hardly move the
+medians, of losses and of differences. In the first LEAST periods, only losses that are
+not finite count. A run that is started again begins with no history.
 """
 
 import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-WINDOW = 50  # Periods. Of 100 steps: shorter than a run, longer than most spikes.
+WINDOW = 50  # Periods; of 100 steps each, longer than most spikes.
 LEAST = 10  # Fewer periods say little about the noise.
 # Means of many tokens are nearly normal: one in 1e9 is beyond 6 sigma, and a run of 1M
 # steps has 1e4. With an estimate a third too low, one run in three has a false alarm.
@@ -33,19 +33,16 @@ RISE = 0.1
 # Nats; a perplexity 1.6 times as high. A run that collapses goes back to the frequency
 # of single tokens, several nats above.
 CLIMB = 0.5
-PATIENCE = 20  # Periods. Of 100 steps: spikes are over sooner.
+PATIENCE = 20  # Periods; spikes are over sooner.
 _SIGMA_OF_MEDIAN = 1.4826  # Standard deviation by median deviation, for normal noise.
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """What was found.
+  """A 'spike' or a 'divergence', in the period that ends at `step`.
 
-  Attributes:
-    kind: 'spike' or 'divergence'.
-    step: the last step of the period.
-    loss: of the period, nats per target token.
-    median: that the loss is compared with; None before there is one.
+  Loss and median, with which it is compared, are in nats per target token. The median
+  is None before there is one.
   """
 
   kind: str
@@ -55,7 +52,7 @@ class Event:
 
 
 class Watch:
-  """Takes one period after the other."""
+  """What one run has seen so far."""
 
   def __init__(self):
     self._losses: list[float] = []  # the last finite ones
@@ -67,9 +64,7 @@ class Watch:
   def add(self, step: int, loss: float) -> list[Event]:
     """Returns what the next period shows: at most one event of each kind.
 
-    Args:
-      step: the period's last step.
-      loss: its mean, nats per target token.
+    `step` is the period's last, `loss` its mean in nats per target token.
     """
     was_finite, self._is_finite = self._is_finite, math.isfinite(loss)
     if not self._is_finite:
@@ -89,27 +84,12 @@ class Watch:
     return found
 
 
-def find(losses: Mapping[int, float] | Iterable[tuple[int, float]]) -> list[Event]:
-  """Returns the events of a finished series, in order.
-
-  Args:
-    losses: step -> loss, or pairs of them by rising step, nats per target token.
-  """
-  pairs = sorted(losses.items()) if isinstance(losses, Mapping) else losses
-  watch = Watch()
-  return [event for step, loss in pairs for event in watch.add(step, loss)]
-
-
 def nats_per_token(
   metrics: Mapping[str, Any], loss_normalizing_factor: float | None
 ) -> float:
   """Returns the cross-entropy of a target token from T5X's training metrics.
 
-  T5X's own `loss` is a sum over tokens, divided by a constant of the run.
-
-  Args:
-    metrics: name -> number, as T5X writes them.
-    loss_normalizing_factor: LOSS_NORMALIZING_FACTOR of the run, a number or None.
+  T5X's own `loss` is a sum over tokens, divided by LOSS_NORMALIZING_FACTOR.
   """
   per_position = metrics['cross_ent_loss_per_all_target_tokens']
   tokens = metrics['non_padding_fraction/loss_weights']

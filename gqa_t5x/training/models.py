@@ -51,8 +51,8 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     """Decodes a batch; see T5X's method for arguments and result.
 
     Raises:
-      ValueError: for parameters that do not fit the model, what the decode function
-        refuses, and two rngs.
+      ValueError: for parameters that do not fit the model, for two rngs, and for what
+        the decode function refuses.
     """
     check_params(self, params)
     defaults = self._default_decoder_params
@@ -81,11 +81,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     return decodes, {'scores': scores}
 
   def score_batch(self, params, batch, return_intermediates: bool = False):
-    """Returns the log-likelihood of the targets; see T5X's method.
-
-    Raises:
-      BadInput: for parameters that do not fit the model.
-    """
+    """Checks parameters, and then scores; see T5X's method."""
     check_params(self, params)
     return super().score_batch(params, batch, return_intermediates)
 
@@ -97,30 +93,24 @@ def check_params(
 ) -> None:
   """Checks that parameters have the model's names and shapes.
 
-  T5X's restoring checks no shapes: a checkpoint with other heads surfaces later, in
-  the middle of the network.
-
-  Args:
-    model: the model.
-    params: parameters (arrays, tracers or shapes).
-    source: where they are from, for the message.
-
-  Raises:
-    BadInput: listing every difference, and what to do.
+  T5X checks no shapes when it restores: a checkpoint with other heads would fail later,
+  in the middle of the network. Raises as `check_same_shapes`; `params` may be arrays,
+  tracers or shapes.
   """
-  check_same_shapes(_expected_params(model), params, f'parameters of {source}')
+  tokens = {'encoder_input_tokens': (1, 1), 'decoder_input_tokens': (1, 1)}
+  types = dict.fromkeys(tokens, jnp.int32)
+  expected = jax.eval_shape(
+    lambda rng: model.get_initial_variables(rng, tokens, types)['params'],
+    jax.random.PRNGKey(0),
+  )
+  check_same_shapes(expected, params, f'parameters of {source}')
 
 
 def check_same_shapes(expected: Any, got: Any, what: str) -> None:
-  """Checks that two trees agree in names and shapes.
-
-  Args:
-    expected: the model's tree of arrays or shapes.
-    got: the checkpoint's.
-    what: what the trees hold, for the message.
+  """Checks that trees of the model and of a checkpoint agree in names and shapes.
 
   Raises:
-    BadInput: listing every difference, and what to do.
+    BadInput: lists the differences, and says what to do.
   """
   expected, got = _flat_shapes(expected), _flat_shapes(got)
   differences = [
@@ -140,16 +130,6 @@ def check_same_shapes(expected: Any, got: Any, what: str) -> None:
       " checkpoint's heads, or convert it: python -m gqa_t5x.convert --help. If"
       ' others do, this is a checkpoint of another model size.'
     )
-
-
-def _expected_params(model: models.BaseTransformerModel) -> Any:
-  """Returns the shapes of the model's parameters."""
-  tokens = {'encoder_input_tokens': (1, 1), 'decoder_input_tokens': (1, 1)}
-  types = dict.fromkeys(tokens, jnp.int32)
-  return jax.eval_shape(
-    lambda rng: model.get_initial_variables(rng, tokens, types)['params'],
-    jax.random.PRNGKey(0),
-  )
 
 
 def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

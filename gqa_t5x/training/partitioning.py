@@ -19,11 +19,10 @@ from gqa_t5x.errors import BadInput
 class Partitioner(partitioning.PjitPartitioner):
   """T5X's PjitPartitioner on a mesh of `data` x `model`.
 
-  Neighbouring partitions of a model are neighbours in the TPU's network wherever they
-  can be, and the devices of a host are a block of the mesh, as T5X needs them.
+  Neighbouring partitions of a model are neighbours in the TPU's network where possible,
+  and the devices of a host are a block of the mesh, as T5X needs them.
 
   Attributes:
-    num_partitions, model_parallel_submesh: as given.
     devices: what the mesh is made of; None is `jax.devices()`. Set it before `mesh` is
       used, to compile for devices that are not here.
   """
@@ -40,8 +39,8 @@ class Partitioner(partitioning.PjitPartitioner):
 
     Args:
       num_partitions: devices that share a copy of the model.
-      model_parallel_submesh: of a TPU: its size along x, y, z and the cores of a chip,
-        where T5X shall make the mesh from that.
+      model_parallel_submesh: of a TPU, if T5X shall make the mesh: the size along x, y
+        and z, and the cores of a chip. None: the mesh is made here.
       logical_axis_rules: see T5X; `axes.kv_head_rules` must be among them.
 
     Raises:
@@ -63,12 +62,7 @@ class Partitioner(partitioning.PjitPartitioner):
 
   @functools.cached_property
   def mesh(self) -> Mesh:
-    """The mesh.
-
-    Raises:
-      BadInput: if the partitions do not divide the devices or a host, or `devices`
-        and a submesh are given.
-    """
+    """The mesh; BadInput if partitions do not divide the devices or a host."""
     if self.model_parallel_submesh and self.devices is None:
       return super().mesh
     if self.model_parallel_submesh:
@@ -104,8 +98,8 @@ def _on_first_host(devices: Sequence[jax.Device]) -> list[jax.Device]:
 def _place(devices: Sequence[jax.Device]):
   """Returns the key by which devices are sorted, so that each is next to the last.
 
-  On a TPU they go up and down the columns of a host, from host to host along x and
-  back, and so on along y and z: like a plough.
+  On a TPU the order goes up and down the columns of a host, from host to host along x
+  and back, and so on along y and z.
   """
   if devices[0].platform != 'tpu':
     return lambda device: (device.process_index, device.id)

@@ -1,8 +1,8 @@
 """Checks a checkpoint against the model before T5X opens it.
 
-T5X itself drops the layers that the model lacks without a word, and says of a missing
-or partial checkpoint neither which nor what to do. The gin files pass through here what
-they give to `utils.RestoreCheckpointConfig`; nothing is read but names and shapes.
+T5X silently drops layers that the model lacks, and its errors on a missing or partial
+checkpoint neither name it nor say what to do. The gin files pass the path through here
+before `utils.RestoreCheckpointConfig`. Nothing is read but names and shapes.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def checked_path(
   """Returns `path`, once the checkpoint that a run will restore fits its model.
 
   Args:
-    path: of one checkpoint; an empty list to start from scratch.
+    path: one checkpoint; an empty list to start from scratch.
     model: the run's model.
     model_dir: where a training run saves; its latest checkpoint, if there is one, is
       restored instead of `path` (resume.py). None for evaluation and inference.
@@ -37,15 +37,7 @@ def checked_path(
 
 
 def check_fits(path: epath.Path, model: Any) -> None:
-  """Checks a checkpoint's shapes; nothing but names and shapes is read.
-
-  Args:
-    path: of the checkpoint.
-    model: that will get its parameters.
-
-  Raises:
-    BadInput: a parameter is missing, too many, or of another shape.
-  """
+  """Raises BadInput if parameters are missing, unknown, or of another shape."""
   shapes = {
     name.removeprefix(tree.TARGET): tensor
     for name, tensor in folders.open_checkpoint(path).items()
@@ -67,14 +59,10 @@ def _checkpoint_folder(path: str) -> epath.Path:
 
 
 def step_after(checkpoint: str, num_steps: int) -> int:
-  """Returns the last step of a run that trains a checkpoint for some steps more.
+  """Returns the last step of a run that trains a checkpoint for `num_steps` more.
 
-  It depends on the checkpoint's name alone: a run that is started again ends at the
-  same step. No file is opened.
-
-  Args:
-    checkpoint: path of the folder checkpoint_<step>, local or gs://.
-    num_steps: steps to train for.
+  It depends on the checkpoint's name, checkpoint_<step>, alone: a run that is started
+  again ends at the same step. No file is opened.
 
   Raises:
     BadInput: if the name has no step, or there is nothing to train.

@@ -1,8 +1,8 @@
-"""What a training run does before the engine opens its checkpoints.
+"""What a training run does before T5X opens its checkpoints.
 
-Nobody else may be at work in its folder; a checkpoint that cannot be read is set aside,
-so that the engine takes the one before; and the data goes on where it was. The gin
-files give `get_dataset` to `t5x.train`, which calls it first.
+It locks the folder, sets checkpoints aside that cannot be read, so that T5X takes the
+one before, and goes on with the data where it was. The gin files give `get_dataset` to
+`t5x.train`, which calls it first.
 """
 
 import os
@@ -24,8 +24,6 @@ from gqa_t5x.checkpoints import folders
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import restore, run_lock
 
-_PARTS = ('.index', '.data-00000-of-00001')  # the files that tf.train.Checkpoint writes
-
 
 def get_dataset(
   cfg: utils.DatasetConfig,
@@ -39,11 +37,7 @@ def get_dataset(
 ) -> Any:
   """Prepares `model_dir`, and returns the training data.
 
-  Args:
-    cfg: T5X's, and so the next three.
-    shard_id: which part of the data this host reads.
-    num_shards: how many parts there are.
-    feature_converter_cls: of the model.
+  Args are those of T5X's `get_dataset`, and:
     model: that is trained.
     model_dir: the run's folder.
     save_dataset: whether checkpoints keep the position in the data.
@@ -65,10 +59,7 @@ def get_dataset(
 
 
 def claim(folder: epath.Path) -> None:
-  """Makes a folder, and keeps other runs out of it until this process ends.
-
-  Args:
-    folder: of the run.
+  """Makes a run's folder, and keeps other runs out of it until this process ends.
 
   Raises:
     BadInput: it is in use, or cannot be written.
@@ -90,15 +81,12 @@ def latest_readable(folder: epath.Path) -> epath.Path | None:
 
   Those after it are renamed. Each host reads its share of the tensors.
 
-  Args:
-    folder: of the run.
-
   Raises:
     BadInput: there are checkpoints, and none can be read.
   """
   problems = []
   for path in reversed(folders.list_checkpoints(folder)):
-    problem = damage(path)
+    problem = _damage(path)
     if problem is None:
       if problems:
         _set_aside([bad for bad, _ in problems], path)
@@ -113,12 +101,8 @@ def latest_readable(folder: epath.Path) -> epath.Path | None:
   return None
 
 
-def damage(path: epath.Path) -> str | None:
-  """Returns what is wrong with a checkpoint, or None; reads all of it.
-
-  Args:
-    path: of the checkpoint.
-  """
+def _damage(path: epath.Path) -> str | None:
+  """Returns what is wrong with a checkpoint, or None; reads all of it."""
   problem = ''
   try:
     tensors = folders.open_checkpoint(path)
@@ -133,11 +117,7 @@ def damage(path: epath.Path) -> str | None:
 
 
 def _read_position(path: epath.Path) -> None:
-  """Reads where this host's data was, if the checkpoint says so.
-
-  Raises:
-    BadInput: the files are damaged.
-  """
+  """Reads where this host's data was, if saved; raises BadInput if it is damaged."""
   folder, count = path / 'dataset', jax.process_count()
   if count > 1:
     folder /= f'process_{jax.process_index()}-of-{count}'
@@ -172,19 +152,13 @@ def _set_aside(damaged: list[epath.Path], good: epath.Path) -> None:
 class Batches(clu.data.TfDatasetIterator):
   """Training data whose position a checkpoint of its own run keeps.
 
-  It differs from clu's iterator in two things. A position is read from checkpoints of
-  this run alone: a converted checkpoint has none, and one of another run is of other
-  data. And the first save of a run that begins is of the beginning: by then, engines
-  have drawn a batch ahead, and trained on none.
+  It differs from clu's iterator in two things. A position is read from checkpoints in
+  the run's `folder` alone: a converted checkpoint has none, and that of another run is
+  of other data. And a run that begins saves the beginning first: by then, T5X has drawn
+  a batch ahead, but trained on none.
   """
 
   def __init__(self, dataset: Any, folder: epath.Path):
-    """Starts at the beginning.
-
-    Args:
-      dataset: batches.
-      folder: of the run.
-    """
     super().__init__(dataset, checkpoint=True)
     self._folder = folder
     self._beginning = tempfile.TemporaryDirectory()
@@ -195,13 +169,13 @@ class Batches(clu.data.TfDatasetIterator):
     if self._beginning is None:
       super().save(filename)
       return
-    for part in _PARTS:
+    for part in ('.index', '.data-00000-of-00001'):  # tf.train.Checkpoint's files
       start = epath.Path(self._beginning.name) / f'position{part}'
       start.copy(epath.Path(f'{os.fspath(filename)}{part}'), overwrite=True)
     self._beginning = None
 
   def restore(self, filename: epath.Path) -> None:
-    """Goes to the position of a checkpoint of this run; else stays; see clu's method.
+    """Goes to the position of a checkpoint, if it is of this run; see clu's method.
 
     Raises:
       BadInput: this run's checkpoint has no position.

@@ -2,13 +2,13 @@
 
 Two runs in one folder would remove each other's unfinished checkpoints. Locally the
 operating system holds the lock, and releases it however a process ends. A bucket has
-no locks: there, a run writes a file with its name again every `BEAT_S` seconds, and
+no locks: there, a run rewrites a file with its name every `_BEAT_S` seconds, and
 another run that finds such a file watches whether it changes.
 
-In a bucket the folder belongs to the run whose name is in the file, the last that was
-written. A run reads the file before it writes it again; if it finds another name, it
-leaves the file alone, and `check` ends it before its next step. So of several runs
-exactly one goes on, provided that a request to the bucket takes less than `BEAT_S`.
+In a bucket the folder belongs to the run whose name is in the file. A run reads the
+file before it writes it again; if it finds another name, it leaves the file alone, and
+`check` ends it before its next step. So of several runs exactly one goes on, provided
+that a request to the bucket takes less than `_BEAT_S`.
 """
 
 import atexit
@@ -27,7 +27,7 @@ from gqa_t5x import files
 from gqa_t5x.errors import BadInput
 
 NAME = 'in_use'
-BEAT_S = 15.0  # between two signs of life in a bucket
+_BEAT_S = 15.0  # between two writes of the file in a bucket
 _held: dict[str, Any] = {}  # folder -> its lock, until this process ends
 
 
@@ -36,10 +36,7 @@ class InUse(BadInput):
 
 
 def hold(folder: epath.Path) -> None:
-  """Locks a folder until this process ends; does nothing if it holds it already.
-
-  Args:
-    folder: an existing folder.
+  """Locks an existing folder until this process ends; again does nothing.
 
   Raises:
     InUse: another process holds it.
@@ -53,11 +50,7 @@ def hold(folder: epath.Path) -> None:
 
 
 def check() -> None:
-  """Ends a run whose folder belongs to another one now; called before each step.
-
-  Raises:
-    InUse: another run has written its name into the file of a bucket.
-  """
+  """Raises InUse if another run has taken the folder, in a bucket; before each step."""
   for lock in _held.values():
     if isinstance(lock, Heartbeat):
       lock.check()
@@ -78,9 +71,9 @@ def _lock(path: epath.Path) -> int:
 
 
 class Heartbeat:
-  """A file in a bucket that shows that its writer is alive."""
+  """A file in a bucket, rewritten every `beat_s` seconds while its writer lives."""
 
-  def __init__(self, path: epath.Path, beat_s: float = BEAT_S):
+  def __init__(self, path: epath.Path, beat_s: float = _BEAT_S):
     """Takes the file, or waits until its owner is known to be gone.
 
     A file that is there is watched for three beats: its owner writes in each. Then this
@@ -88,19 +81,14 @@ class Heartbeat:
     at the same moment saw no file either, and has written its own name by then. Whose
     name is there goes on.
 
-    Args:
-      path: the file.
-      beat_s: seconds between two signs of life, longer than a request takes.
-
     Raises:
       InUse: another run is alive.
     """
     self._path, self._beat_s = path, beat_s
     self._owner, self._count, self._taken = _owner(), 0, ''
-    before = self._read()
-    if before:
+    if before := self._read():
       print(f'{path} is there: waiting {3 * beat_s:.0f} s to see whether its run lives')
-      self._refuse_if_changed(before, 3 * beat_s)
+      self._refuse_if_changed(before)
     self._write()
     time.sleep(beat_s)
     if not self._is_mine(now := self._read()):
@@ -121,8 +109,8 @@ class Heartbeat:
       if self._is_mine(self._read()):
         self._path.unlink()
 
-  def _refuse_if_changed(self, before: str, seconds: float) -> None:
-    end = time.monotonic() + seconds
+  def _refuse_if_changed(self, before: str) -> None:
+    end = time.monotonic() + 3 * self._beat_s
     while time.monotonic() < end:
       time.sleep(self._beat_s / 5)
       now = self._read()

@@ -1,9 +1,9 @@
-"""T5X's Trainer with what a long uptraining run needs around it.
+"""T5X's Trainer with what a long run needs.
 
-It checks a restored checkpoint against the model before the first step and the
-first save, shows progress with the time to go, watches the loss (loss_watch.py), stops
-to be saved when the machine is taken away (preemption.py), and ends when another run
-has taken its folder (run_lock.py).
+It checks a restored checkpoint against the model before the first step, shows progress
+with the time to go, watches the loss (loss_watch.py), stops to be saved when the
+machine is taken away (preemption.py), and ends when another run has taken its folder
+(run_lock.py).
 """
 
 import os
@@ -27,7 +27,7 @@ from gqa_t5x.training import loss_watch, models, preemption, run_lock
 _INTERVAL = (
   {} if sys.stderr.isatty() or 'TQDM_MININTERVAL' in os.environ else {'mininterval': 10}
 )
-# In TensorBoard's `train`: how many there were since the start.
+# Names in TensorBoard's `train` of the number of events since the start.
 _SCALARS = {'spike': 'stability/spikes', 'divergence': 'stability/divergences'}
 
 
@@ -37,27 +37,22 @@ class Trainer(trainer.Trainer):
   Args are T5X's, and:
     total_steps: the last step of the run, for the progress bar and to refuse a
       checkpoint of a later step; None for neither.
-    loss_normalizing_factor: the model's. With one of T5X's names, instead of a number
-      or None, nothing says what a token loses, and the loss is not watched.
+    loss_normalizing_factor: the model's: a number or None. With one of T5X's names the
+      loss of a token is unknown, and is not watched.
     save_period: steps between checkpoints, each of which needs room on a local disk;
       None if none is saved.
 
   Raises:
-    BadInput: if restored parameters or optimizer moments do not fit the model, or
-      are of a later step than the last of the run.
+    BadInput: restored parameters or optimizer moments do not fit the model, or are of a
+      later step than the last of the run.
   """
 
   def __init__(
     self,
+    *,
     model: Any,
     train_state: Any,
-    partitioner: Any,
-    eval_names: Any,
     summary_dir: str | None,
-    train_state_axes: Any,
-    rng: jax.Array,
-    learning_rate_fn: Any,
-    num_microbatches: int | None,
     total_steps: int | None = None,
     loss_normalizing_factor: float | str | None = None,
     save_period: int | None = None,
@@ -65,16 +60,7 @@ class Trainer(trainer.Trainer):
   ):
     _check_train_state(model, train_state, total_steps)
     super().__init__(
-      model=model,
-      train_state=train_state,
-      partitioner=partitioner,
-      eval_names=eval_names,
-      summary_dir=summary_dir,
-      train_state_axes=train_state_axes,
-      rng=rng,
-      learning_rate_fn=learning_rate_fn,
-      num_microbatches=num_microbatches,
-      **kwargs,
+      model=model, train_state=train_state, summary_dir=summary_dir, **kwargs
     )
     self._total_steps, self._model_dir = total_steps, summary_dir
     self._bar, self._newest = None, None
@@ -87,9 +73,9 @@ class Trainer(trainer.Trainer):
     """Trains for `num_steps`; see T5X's method.
 
     Raises:
-      PreemptionError: the machine has to go; `train_state` is that of the step reached,
-        which T5X saves.
-      SystemExit: the same, and this step is saved already.
+      PreemptionError: the machine is taken away; T5X saves `train_state`, which is that
+        of the step reached.
+      SystemExit: the same, if this step is saved already.
       InUse: another run has taken the folder; nothing more is saved.
       OSError: the next checkpoint would not fit on the disk.
     """
@@ -97,12 +83,11 @@ class Trainer(trainer.Trainer):
     if start_step is None:
       start_step = int(self.train_state.step)
     self._begin_bar(start_step)
+    batches = self._until_preempted(batch_iter, start_step)
     try:
-      summary = super().train(
-        self._until_preempted(batch_iter, start_step), num_steps, start_step
-      )
+      summary = super().train(batches, num_steps, start_step)
     except trainer.PreemptionError:
-      if self._newest is not None:  # T5X keeps the state to itself until it is through.
+      if self._newest is not None:  # T5X sets train_state after the last step alone.
         self.train_state = self._newest
       raise
     if not jax.process_index() and not isinstance(self._loss_normalizing_factor, str):
@@ -112,7 +97,7 @@ class Trainer(trainer.Trainer):
     return summary
 
   def compile_train(self, batch: Any) -> None:
-    """Compiles the training step; see T5X's method."""
+    """Compiles the training step, and has it remember its result; see T5X's method."""
     super().compile_train(batch)
     step = self._compiled_train_step
 
@@ -137,13 +122,8 @@ class Trainer(trainer.Trainer):
   def _begin_bar(self, start_step: int) -> None:
     if self._total_steps is None or self._bar is not None or jax.process_index():
       return
-    self._bar = tqdm.tqdm(
-      total=self._total_steps,
-      initial=start_step,
-      desc='train',
-      unit='step',
-      **_INTERVAL,
-    )
+    progress = {'total': self._total_steps, 'initial': start_step}
+    self._bar = tqdm.tqdm(desc='train', unit='step', **progress, **_INTERVAL)
 
   def _until_preempted(self, batch_iter: Iterator[Any], step: int) -> Iterator[Any]:
     """Yields batches until the run has to stop; each one drawn is trained on."""
@@ -158,7 +138,7 @@ class Trainer(trainer.Trainer):
       step += 1
 
   def _stop(self, step: int) -> None:
-    """Leaves training at a step that is not done yet."""
+    """Raises what ends training before `step`."""
     again = 'the same command, run again, goes on from there'
     folder = epath.Path(self._model_dir or '') / f'checkpoint_{step}'
     saved = bool(self._model_dir) and folder.exists()
@@ -168,7 +148,7 @@ class Trainer(trainer.Trainer):
     raise trainer.PreemptionError(f'SIGTERM at step {step}: saved, if it can; {again}.')
 
   def _look(self, step: int, summary: Any) -> None:
-    """Says and writes whether the loss of a period is out of the ordinary."""
+    """Logs spikes and divergence in the period that ends at `step`; writes counts."""
     if summary.exception():
       return  # T5X raises it.
     values = {name: metric.value for name, metric in summary.result().items()}
@@ -200,11 +180,8 @@ class Trainer(trainer.Trainer):
 def _check_train_state(model: Any, train_state: Any, total_steps: int | None) -> None:
   models.check_params(model, train_state.params)
   expected = jax.eval_shape(model.optimizer_def.init_state, train_state.params)
-  models.check_same_shapes(
-    expected.param_states,
-    train_state.param_states,
-    'optimizer moments of the checkpoint',
-  )
+  what = 'optimizer moments of the checkpoint'
+  models.check_same_shapes(expected.param_states, train_state.param_states, what)
   step = int(train_state.step)
   if total_steps is not None and total_steps < step:
     raise BadInput(

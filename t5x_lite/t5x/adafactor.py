@@ -1,6 +1,7 @@
 """Adafactor with T5X's arguments and state layout; the mathematics is optax's."""
 
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,16 @@ import optax
 from flax import struct
 from optax import tree_utils
 
-from t5x.optimizers import OptimizerDef, OptimizerState
-
 _MOMENTS = ('v_row', 'v_col', 'v')
 _MIN_DIM_SIZE_TO_FACTOR = 128
+
+
+@struct.dataclass
+class OptimizerState:
+  """Step count (scalar int32) and one state per parameter, in the parameters' tree."""
+
+  step: jnp.ndarray
+  param_states: Any
 
 
 @struct.dataclass
@@ -40,11 +47,10 @@ def _transformation(hp) -> optax.GradientTransformation:
   )
 
 
-class Adafactor(OptimizerDef):
+class Adafactor:
   """Adafactor (https://arxiv.org/abs/1804.04235) for vectors and matrices.
 
-  Arguments are T5X's. It has no rules by logical axis: T5X, too, factors vectors and
-  matrices by shape.
+  Arguments are T5X's. T5X, too, factors vectors and matrices by shape, without rules.
   """
 
   def __init__(
@@ -56,15 +62,15 @@ class Adafactor(OptimizerDef):
     step_offset: int = 0,
     clipping_threshold: float | None = 1.0,
   ):
-    hyper_params = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
-    super().__init__(types.SimpleNamespace(**hyper_params))
+    hyper_params = {k: v for k, v in locals().items() if k != 'self'}
+    self.hyper_params = types.SimpleNamespace(**hyper_params)
+
+  def update_hyper_params(self, **overrides):
+    """Returns the hyper-parameters with some of them replaced."""
+    return types.SimpleNamespace(**{**vars(self.hyper_params), **overrides})
 
   def init_state(self, params) -> OptimizerState:
-    """Returns zero moments.
-
-    Raises:
-      ValueError: if a parameter has more than two dimensions.
-    """
+    """Returns zero moments; ValueError for more than two dimensions."""
     leaves, treedef = jax.tree.flatten(params)
     too_deep = [p.shape for p in leaves if p.ndim > 2]
     if too_deep:
@@ -102,14 +108,15 @@ class Adafactor(OptimizerDef):
 
   def derive_logical_axes(self, state: OptimizerState, param_logical_axes):
     """Full moments are laid out like their parameter, everything else replicated."""
-    momentum = self.hyper_params.beta1 is not None
 
     def axes_of(axes, s):
-      v, m = s.v.shape != (1,), momentum
-      return AdafactorParamState(None, None, axes if v else None, axes if m else None)
+      v, m = (axes if x.shape != (1,) else None for x in (s.v, s.m))
+      return AdafactorParamState(None, None, v, m)
 
-    is_axes = lambda x: isinstance(x, jax.sharding.PartitionSpec)  # noqa: E731
     states = jax.tree.map(
-      axes_of, param_logical_axes, state.param_states, is_leaf=is_axes
+      axes_of,
+      param_logical_axes,
+      state.param_states,
+      is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
     )
     return OptimizerState(None, states)

@@ -79,14 +79,11 @@ def _read_orbax(folder: epath.Path, with_moments: bool) -> dict[str, Any]:
 
 
 def load_t5x_checkpoint(path: str, with_moments: bool = True) -> dict[str, Any]:
-  """Reads a checkpoint of either layout without a model.
-
-  Args:
-    path: a checkpoint's folder.
-    with_moments: whether the optimizer's moments are wanted (not in T5X).
+  """Reads a checkpoint's folder, of either layout.
 
   Returns:
-    Nested dicts of NumPy arrays: `target`, `state/step`, `state/param_states`.
+    Nested dicts of NumPy arrays: `target`, `state/step`, `state/param_states`; Orbax's
+    without the latter unless `with_moments` (not in T5X).
 
   Raises:
     ValueError: if there is no such checkpoint, or it is incomplete.
@@ -125,13 +122,9 @@ def restore_train_state(
   partitioner: partitioning.PjitPartitioner,
   dtype: Any = None,
 ) -> train_state_lib.TrainState:
-  """Restores a state onto the devices.
+  """Restores a state, given as `jax.ShapeDtypeStruct`s, onto the devices.
 
-  Args:
-    path: a checkpoint's folder, in either layout.
-    train_state: shapes (`jax.ShapeDtypeStruct`) of what is wanted.
-    partitioner: lays the arrays out.
-    dtype: dtype of the parameters, or None for the saved one.
+  Parameters get `dtype`; None keeps the saved one.
 
   Raises:
     ValueError: if the checkpoint is missing, incomplete, or does not fit.
@@ -188,10 +181,8 @@ class DatasetArgs(ocp.args.CheckpointArgs):
 def restore_dataset(path: str, ds_iter: Any) -> None:
   """Moves a dataset iterator to where it was when the checkpoint was written.
 
-  A legacy checkpoint without dataset state is passed over, as in T5X.
-
-  Raises:
-    ValueError: if an Orbax checkpoint holds no dataset state.
+  As in T5X, a legacy checkpoint is passed over. Raises ValueError if an Orbax one holds
+  no dataset state.
   """
   folder = epath.Path(path)
   if (folder / _PREFIX).is_file():
@@ -221,9 +212,7 @@ class OrbaxCheckpointManagerInterface(ocp.CheckpointManager):
   ):
     """Opens (and cleans up after a crash) the folder of a run, which must exist.
 
-    The position of `dataset_iterator` is saved along if it is given; `save_dtype` is
-    that of the saved parameters (None: their own); None for `keep` keeps all, and any
-    step that `force_keep_period` divides stays.
+    See `SaveCheckpointConfig`; any step that `force_keep_period` divides stays, too.
     """
     self._dataset_iterator, self._save_dtype = dataset_iterator, save_dtype
     options = ocp.CheckpointManagerOptions(

@@ -18,10 +18,9 @@ from t5x import models
 
 @dataclasses.dataclass
 class DatasetConfig:
-  """A seqio task or mixture, and how it is fed.
+  """A seqio task or mixture, and how it is read. Attributes are T5X's.
 
-  Attributes are T5X's. The seed (None takes the time) is that of shuffling and
-  preprocessing; `module` is imported first, to register the task.
+  The seed (None: the time) is that of shuffling and preprocessing.
   """
 
   mixture_or_task_name: str
@@ -43,11 +42,7 @@ def get_task(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
 
 
 def get_vocabulary(cfg: DatasetConfig) -> tuple[seqio.Vocabulary, seqio.Vocabulary]:
-  """Returns the vocabularies of a task's inputs and targets.
-
-  Raises:
-    ValueError: if it lacks one of the two.
-  """
+  """Returns the vocabularies of a task's inputs and targets, which it must have."""
   features = get_task(cfg).output_features
   if not {'inputs', 'targets'} <= set(features):
     raise ValueError(
@@ -80,11 +75,7 @@ def get_dataset(
   feature_converter_cls: Callable[..., seqio.FeatureConverter],
   num_epochs: int | None = None,
 ) -> tf.data.Dataset:
-  """Returns a dataset of this host's part of each batch of model features.
-
-  Raises:
-    ValueError: if the split is unknown.
-  """
+  """Returns this host's part of each batch; ValueError for an unknown split."""
   task = get_task(cfg)
   if cfg.split not in task.splits:
     raise ValueError(
@@ -111,10 +102,7 @@ def get_training_eval_datasets(
   eval_steps: int,
   feature_converter_cls: Callable[..., seqio.FeatureConverter],
 ) -> Mapping[str, tf.data.Dataset]:
-  """Returns `eval_steps` batches of each task that has the split, by task name.
-
-  They are this host's part.
-  """
+  """Returns this host's part of `eval_steps` batches, by task that has the split."""
   task = get_task(cfg)
   names = [t.name for t in seqio.get_subtasks(task) if cfg.split in t.splits]
   if isinstance(task, seqio.Mixture):
@@ -132,10 +120,7 @@ def get_training_eval_datasets(
 
 
 def prepare_train_iter(ds: Any) -> clu.data.PeekableDatasetIterator:
-  """Returns an iterator of batches whose position can be saved.
-
-  `ds` is a `tf.data.Dataset`, or an iterator of clu's.
-  """
+  """Makes a `tf.data.Dataset`, or clu's iterator, one whose position can be saved."""
   if isinstance(ds, tf.data.Dataset):
     ds = clu.data.TfDatasetIterator(ds, checkpoint=True)
   return clu.data.PeekableDatasetIterator(ds)

@@ -35,10 +35,7 @@ class InferenceEvaluator:
     partitioner: partitioning.PjitPartitioner,
     log_dir: str,
   ):
-    """Loads the targets.
-
-    Arguments are T5X's; the evaluator's loggers write to `log_dir`/inference_eval.
-    """
+    """Loads the targets. Loggers write to `log_dir`/inference_eval."""
     cfg = infer_eval_dataset_cfg
     data.verify_matching_vocabs(cfg, model)
     self._model, self._partitioner = model, partitioner
@@ -57,26 +54,20 @@ class InferenceEvaluator:
     self.close = self._evaluator.close
 
   def evaluate(self, train_state: train_state_lib.TrainState, train_state_axes: Any):
-    """Runs the model over the data; returns a future of task -> metrics.
-
-    The first process has the metrics, the others None.
-    """
+    """Returns a future of task -> metrics; None but on the first process."""
     if self._fns is None:  # compiled once, used at every evaluation
       model = self._model
       steps = (model.predict_batch, model.predict_batch_with_aux, model.score_batch)
       rest = (self._batch_size, train_state_axes, self._partitioner)
       self._fns = [utils.get_infer_fn(step, *rest) for step in steps]
-    bind = functools.partial
-    predict, predict_with_aux, score = (
-      bind(f, train_state=train_state) for f in self._fns
-    )
-    rng = jax.random.PRNGKey(0)
+    bind, rng = functools.partial, jax.random.PRNGKey(0)
+    predict, with_aux, score = (bind(f, train_state=train_state) for f in self._fns)
     metrics, _ = self._evaluator.evaluate(
       compute_metrics=jax.process_index() == 0,
       step=int(train_state.step),
       predict_fn=bind(predict, rng=rng),
       score_fn=score,
-      predict_with_aux_fn=bind(predict_with_aux, rng=rng),
+      predict_with_aux_fn=bind(with_aux, rng=rng),
     )
     return metrics
 
@@ -90,20 +81,17 @@ def evaluate(
   output_dir: str,
   inference_evaluator_cls: Callable[..., seqio.Evaluator] = seqio.Evaluator,
 ) -> None:
-  """Evaluates one checkpoint. Arguments are T5X's.
-
-  Raises:
-    ValueError: if there is no checkpoint or nothing to evaluate.
-  """
+  """Evaluates one checkpoint; ValueError if there is none. Arguments are T5X's."""
   gin_utils.summarize_gin_config(output_dir, summary_writer=None, step=0)
+  cfg = dataset_cfg
   evaluator = InferenceEvaluator(
-    dataset_cfg, inference_evaluator_cls, model, partitioner, output_dir
+    cfg, inference_evaluator_cls, model, partitioner, output_dir
   )
   if not evaluator.eval_tasks:
-    name, split = dataset_cfg.mixture_or_task_name, dataset_cfg.split
-    raise ValueError(f'{name} has no metrics, or no split {split!r}')
+    name = cfg.mixture_or_task_name
+    raise ValueError(f'{name} has no metrics, or no split {cfg.split!r}')
   features = evaluator.model_feature_shapes.items()
-  shapes = {name: (dataset_cfg.batch_size, *shape) for name, shape in features}
+  shapes = {name: (cfg.batch_size, *shape) for name, shape in features}
   state, axes = utils.restore_for_inference(
     model, partitioner, shapes, None, restore_checkpoint_cfg, output_dir
   )

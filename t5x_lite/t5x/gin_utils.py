@@ -25,11 +25,7 @@ def parse_gin_flags(
 
 
 def rewrite_gin_args(args: Sequence[str]) -> Sequence[str]:
-  """Turns each `--gin.NAME=VALUE` into `--gin_bindings=NAME = VALUE`.
-
-  Raises:
-    ValueError: if one has no `=`.
-  """
+  """Turns each `--gin.NAME=VALUE`, where `=` must not be missing, into a binding."""
 
   def rewrite(arg: str) -> str:
     if not arg.startswith('--gin.'):
@@ -56,7 +52,7 @@ def summarize_gin_config(model_dir: str, summary_writer: Any, step: int) -> None
     summary_writer.flush()
 
 
-def _define_flags() -> None:
+def _define_flags(several_processes: bool) -> None:
   own = {'module_name': sys.argv[0]}  # so that --help lists them
   text = 'A gin file. May be repeated; later files override earlier ones.'
   flags.DEFINE_multi_string('gin_file', [], text, **own)
@@ -71,10 +67,8 @@ def _define_flags() -> None:
   flags.DEFINE_string('tfds_data_dir', None, text, **own)
   text = 'Further folders of tasks that seqio cached offline.'
   flags.DEFINE_list('seqio_additional_cache_dirs', [], text, **own)
-
-
-def _define_flags_of_processes() -> None:
-  own = {'module_name': sys.argv[0]}
+  if not several_processes:
+    return
   text = (
     'Whether this is one of several processes, which the next flags describe: a host '
     'of GPUs, say. They may be left out where JAX finds out by itself.'
@@ -88,24 +82,12 @@ def _define_flags_of_processes() -> None:
   flags.DEFINE_integer('initialization_timeout', 300, text, **own)
 
 
-def _join_processes() -> None:
-  values = flags.FLAGS
-  jax.distributed.initialize(
-    values.coordinator_address,
-    values.process_count,
-    values.process_index,
-    initialization_timeout=values.initialization_timeout,
-  )
-
-
 def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None:
   """Runs `train`, `evaluate` or `infer` from the command line, set up by gin.
 
   With `several_processes`, it can be one of several that work together.
   """
-  _define_flags()
-  if several_processes:
-    _define_flags_of_processes()
+  _define_flags(several_processes)
 
   def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
@@ -116,7 +98,12 @@ def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None
     # JAX names each kind of device that it does not find.
     pylogging.getLogger('jax._src.xla_bridge').setLevel(pylogging.WARNING)
     if several_processes and values.multiprocess_gpu:
-      _join_processes()
+      jax.distributed.initialize(
+        values.coordinator_address,
+        values.process_count,
+        values.process_index,
+        initialization_timeout=values.initialization_timeout,
+      )
     if values.tfds_data_dir:
       seqio.set_tfds_data_dir_override(values.tfds_data_dir)
     seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)

@@ -48,10 +48,9 @@ def write_inferences_to_file(
   mode: str,
   vocabulary,
 ) -> None:
-  """Writes one JSON object an example.
+  """Writes one JSON object an example of `task_ds`, which no converter has changed.
 
-  `inferences` are the outputs in order, and name -> auxiliary outputs; `task_ds` has
-  the examples before the feature converter.
+  `inferences` are the outputs in order, and name -> auxiliary outputs.
   """
   outputs, aux = inferences
   with tf.io.gfile.GFile(path, 'w') as f:
@@ -71,8 +70,7 @@ def write_inferences_to_file(
 def _infer_to_file(ds, infer_fn, chunk: int, write, path: str) -> None:
   """Writes a file, unless it is there, by a part for each `chunk` examples.
 
-  `ds` has pairs of examples before and after the feature converter; `infer_fn` is that
-  of `utils.get_infer_fn`; `write` takes a path, inferences and examples.
+  `ds` has pairs of examples before and after the feature converter.
   """
   if tf.io.gfile.exists(path):
     logging.info('%s is complete; skipped.', path)
@@ -98,11 +96,7 @@ def _infer_to_file(ds, infer_fn, chunk: int, write, path: str) -> None:
 
 
 def _merge(paths: list[str], path: str) -> None:
-  """Joins files under a temporary name, and renames it when it is complete.
-
-  Raises:
-    ValueError: if there are none.
-  """
+  """Joins files under a temporary name, and renames it when it is complete."""
   if not paths:
     raise ValueError(f'there are no examples for {path}; check the split')
   with tf.io.gfile.GFile(f'{path}.tmp', 'wb') as merged:
@@ -132,11 +126,7 @@ def infer(
     checkpoint_period: batches that are held in memory, and then written to a file; a
       run that was stopped goes on with the next of these.
     checkpoint_ds_iter: not used; what is written already is read again, and skipped.
-
-  Raises:
-    ValueError: if the mode is unknown, or there is no checkpoint or no data.
   """
-  del checkpoint_ds_iter
   cfg, lengths = dataset_cfg, dataset_cfg.task_feature_lengths
   if mode not in _MODES:
     raise ValueError(f'mode={mode!r}; choose one of {sorted(_MODES)}')

@@ -12,10 +12,8 @@ import optax
 def cross_entropy_with_logits(logits, targets, z_loss: float):
   """Cross entropy plus `z_loss * log(Z)^2`, which keeps logits near log-probabilities.
 
-  Both are [B, T, V] floats, `targets` a distribution over the vocabulary per position.
-
-  Returns:
-    The loss per token with the auxiliary term, and that term alone, both [B, T].
+  From logits and target distributions, both [B, T, V], to the loss per token with the
+  auxiliary term, and that term alone, both [B, T].
   """
   cross_entropy = optax.losses.softmax_cross_entropy(logits, targets)
   auxiliary = z_loss * jnp.square(jax.scipy.special.logsumexp(logits, axis=-1))
@@ -31,14 +29,11 @@ def compute_weighted_cross_entropy(
   z_loss: float = 0.0,
   loss_normalizing_factor: float | None = None,
 ) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
-  """Sums the loss over a batch.
+  """Returns scalars: the loss of a batch (with z-loss), z-loss, sum of the weights.
 
-  Args are T5X's: logits [B, T, V], targets [B, T], weights [B, T] (None: ones), and
-    label_smoothing: probability that is spread over the other tokens. The entropy of
-      the smoothed target is subtracted, so that a perfect model has loss 0.
-
-  Returns:
-    Scalars: loss (with z-loss), z-loss, sum of the weights.
+  Logits are [B, T, V], targets and weights (None: ones) [B, T]. Label smoothing spreads
+  that probability over the other tokens; the entropy of the smoothed target is
+  subtracted, so that a perfect model has loss 0.
   """
   vocab_size = logits.shape[-1]
   on = 1.0 - label_smoothing
@@ -62,25 +57,14 @@ class SpecialLossNormalizingFactor(enum.Enum):
   AVERAGE_PER_SEQUENCE = 3
 
 
-def _weights_of_own_sequence(segment_ids, weights):
-  """Sum of the weights in the sequence of each token; both and the result [B, T]."""
-  same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  return jnp.einsum('bts,bs->bt', same.astype(weights.dtype), weights)
-
-
 def get_loss_normalizing_factor_and_weights(
   loss_normalizing_factor: float | str | SpecialLossNormalizingFactor | None,
   batch: Mapping[str, jnp.ndarray],
 ):
   """Turns a factor, or the name of a special one, into a number and loss weights.
 
-  The batch has the model's features: `decoder_target_tokens` [B, T] at least.
-
   Returns:
     The number (or None) and the loss weights [B, T] (or None).
-
-  Raises:
-    ValueError: if the name is unknown.
   """
   factor, special = loss_normalizing_factor, SpecialLossNormalizingFactor
   weights = batch.get('decoder_loss_weights')
@@ -97,9 +81,9 @@ def get_loss_normalizing_factor_and_weights(
   if special[name] is special.NUM_TOTAL_TARGET_TOKENS:
     return targets.size, weights
   if special[name] is special.AVERAGE_PER_SEQUENCE:
-    if 'decoder_segment_ids' in batch:
-      total = _weights_of_own_sequence(batch['decoder_segment_ids'], weights)
-    else:
-      total = jnp.sum(weights, axis=-1, keepdims=True)
+    ids = batch.get('decoder_segment_ids', jnp.zeros_like(targets))
+    same = ids[:, :, None] == ids[:, None, :]
+    # Of the weights in the sequence of each token.
+    total = jnp.einsum('bts,bs->bt', same.astype(weights.dtype), weights)
     weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0)
   return jnp.sum(weights), weights

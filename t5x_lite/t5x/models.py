@@ -14,7 +14,7 @@ from clu import metrics as clu_metrics
 from flax import linen as nn
 from flax.core import freeze
 
-from t5x import losses, optimizers
+from t5x import adafactor, losses
 from t5x import metrics as metrics_lib
 
 Batch = Mapping[str, jnp.ndarray]
@@ -29,9 +29,8 @@ class DecoderParams:
 
 
 class EncoderDecoderModel:
-  """A T5: encoder and decoder, trained on targets given inputs.
+  """A T5: encoder and decoder, trained on targets given inputs. Arguments are T5X's.
 
-  Arguments are T5X's. The module has T5X's `__call__`, `encode` and `decode`;
   `decode_fn` and `default_decoder_params` are kept for subclasses that decode.
   """
 
@@ -42,7 +41,7 @@ class EncoderDecoderModel:
     module: nn.Module,
     input_vocabulary: seqio.Vocabulary,
     output_vocabulary: seqio.Vocabulary,
-    optimizer_def: optimizers.OptimizerDef,
+    optimizer_def: adafactor.Adafactor,
     decode_fn: Callable[..., Any] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -57,15 +56,10 @@ class EncoderDecoderModel:
     self._default_decoder_params = default_decoder_params or DecoderParams()
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """Initialises the module on ones.
+    """Initialises the module on ones; returns the variables, frozen.
 
-    Args:
-      rng: a key.
-      input_shapes: feature name to shape, [B, T] or [B, S].
-      input_types: feature name to dtype (default: float32 tokens, int32 otherwise).
-
-    Returns:
-      The variables, frozen.
+    `input_shapes` and `input_types` are by feature name; types are by default float32
+    for tokens, int32 otherwise.
     """
 
     def ones(feature):
@@ -132,11 +126,7 @@ class EncoderDecoderModel:
     )
 
   def score_batch(self, params, batch: Batch, return_intermediates: bool = False):
-    """Log-likelihood of the targets, summed over their weighted tokens: [B].
-
-    Raises:
-      NotImplementedError: if intermediates are asked for.
-    """
+    """Log-likelihood of the targets, summed over their weighted tokens: [B]."""
     if return_intermediates:
       raise NotImplementedError('return_intermediates needs the real T5X')
     logits = self._compute_logits(params, batch)
@@ -146,12 +136,6 @@ class EncoderDecoderModel:
 
 
 BaseTransformerModel = EncoderDecoderModel  # T5X has others, too.
-
-
-def _count_sequences(segment_ids: jnp.ndarray) -> jnp.ndarray:
-  """Number of packed sequences in [B, L] segment ids (0 is padding)."""
-  previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
-  return jnp.sum((segment_ids != previous) & (segment_ids != 0))
 
 
 def compute_base_metrics(
@@ -164,13 +148,8 @@ def compute_base_metrics(
 ) -> metrics_lib.MetricsMap:
   """T5X's metrics of a batch.
 
-  Args:
-    logits: [B, T, V].
-    targets: [B, T] token ids.
-    mask: [B, T] of 0 and 1, or None for all ones.
-    loss: summed loss, a scalar; z_loss is a part of it.
-    z_loss: a scalar.
-    segment_ids: feature name to [B, L] segment ids (0 is padding).
+  Logits are [B, T, V], targets and mask (0 or 1; None: all ones) [B, T], segment ids by
+  feature [B, L] (0 is padding); the loss is a sum, and `z_loss` a part of it.
   """
   average, rate = clu_metrics.Average, metrics_lib.TimeRate
   sequences, tokens = jnp.array(targets.shape[0]), jnp.array(targets.size)
@@ -199,8 +178,9 @@ def compute_base_metrics(
   for name, ids in segment_ids.items():
     part = average(total=jnp.sum(ids != 0), count=jnp.array(ids.size))
     metrics[f'non_padding_fraction/{name}'] = part
-    batch_size = metrics_lib.AveragePerStep(_count_sequences(ids))
-    metrics[f'effective_batch_size/{name}'] = batch_size
+    previous = jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1]
+    sequences = jnp.sum((ids != previous) & (ids != 0))
+    metrics[f'effective_batch_size/{name}'] = metrics_lib.AveragePerStep(sequences)
     overall = overall.merge(part)
   metrics['non_padding_fraction/overall'] = overall
   return metrics

@@ -15,30 +15,6 @@ from t5x import train_state as train_state_lib
 LogicalAxisRules = Sequence[tuple[str, str | None]]
 
 
-def default_mesh(
-  num_partitions: int | None, model_parallel_submesh: Sequence[int] | None = None
-) -> Mesh:
-  """Splits the devices into `data` x `model`.
-
-  Like T5X, on CPU without a submesh all devices of a host go to `model`.
-
-  Raises:
-    ValueError: if the partitions do not divide the devices.
-  """
-  devices = np.array(jax.devices())
-  if model_parallel_submesh:
-    model = int(np.prod(model_parallel_submesh))
-  else:
-    on_cpu = devices[0].platform == 'cpu'
-    model = jax.local_device_count() if on_cpu else num_partitions
-  if len(devices) % model:
-    raise ValueError(
-      f'{model} model partitions do not divide {len(devices)} devices; choose '
-      'num_partitions among the divisors of the number of devices'
-    )
-  return Mesh(devices.reshape(-1, model), ('data', 'model'))
-
-
 def standard_logical_axis_rules(
   activation_partitioning_dims: int = 1,
   parameter_partitioning_dims: int = 1,
@@ -46,13 +22,8 @@ def standard_logical_axis_rules(
 ) -> LogicalAxisRules:
   """T5X's rules from logical to mesh axes.
 
-  Args:
-    activation_partitioning_dims: 2 also splits activations' `embed` over `model`.
-    parameter_partitioning_dims: 2 also splits parameters' `embed` over `data`.
-    additional_rules: appended, so that they yield to the standard ones.
-
-  Raises:
-    ValueError: if a number of dimensions is not 1 or 2.
+  Dimensions of 2 also split `embed`: of activations over `model`, of parameters over
+  `data`. Additional rules yield to the standard ones.
   """
   dims = (activation_partitioning_dims, parameter_partitioning_dims)
   if not set(dims) <= {1, 2}:
@@ -74,7 +45,7 @@ def standard_logical_axis_rules(
 
 
 def with_sharding_constraint(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  """Shards an array within a jitted function; like T5X's, not on CPUs."""
+  """Shards an array within a jitted function; as in T5X, not on CPUs."""
   if jax.default_backend() == 'cpu':
     return x
   return jax.lax.with_sharding_constraint(x, spec)
@@ -107,10 +78,7 @@ class PartitionedFunction:
 class PjitPartitioner:
   """Partitions functions and states by logical axis rules.
 
-  Arguments are T5X's; `num_partitions` is the size of the `model` axis (off CPU).
-
-  Raises:
-    ValueError: if not exactly one of the two sizes is given.
+  Arguments are T5X's: exactly one of the two sizes is given.
   """
 
   def __init__(
@@ -136,7 +104,18 @@ class PjitPartitioner:
 
   @functools.cached_property
   def mesh(self) -> Mesh:
-    return default_mesh(self._num_partitions, self._model_parallel_submesh)
+    """Devices as `data` x `model`; on CPU, as in T5X, all of a host go to `model`."""
+    devices, model = np.array(jax.devices()), self._num_partitions
+    if self._model_parallel_submesh:
+      model = int(np.prod(self._model_parallel_submesh))
+    elif devices[0].platform == 'cpu':
+      model = jax.local_device_count()
+    if len(devices) % model:
+      raise ValueError(
+        f'{model} model partitions do not divide {len(devices)} devices; choose '
+        'num_partitions among the divisors of the number of devices'
+      )
+    return Mesh(devices.reshape(-1, model), ('data', 'model'))
 
   def check_batch_size(self, batch_size: int) -> None:
     """Raises a ValueError if a batch does not divide over the mesh's data axis."""

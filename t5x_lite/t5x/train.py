@@ -47,7 +47,7 @@ def _smallest_period(total_steps: int, **periods: int | None) -> int:
 
 
 class _Run:
-  """One run: what `train` was given (`a`), what is made of it, and the loop."""
+  """One run: the arguments of `train` (`a`), what is made of them, and the loop."""
 
   def __init__(self, a: types.SimpleNamespace):
     self.a, self.save_cfg = a, a.checkpoint_cfg.save
@@ -82,7 +82,12 @@ class _Run:
     writer = self.trainer.train_metrics_manager.summary_writer
     a.summarize_config_fn(a.model_dir, writer, self.step)
     self._write('init_or_restore_seconds', seconds)
-    self._make_evaluator()
+    self.evaluator = None
+    if cfg := a.infer_eval_dataset_cfg:
+      evaluator = eval_lib.InferenceEvaluator(
+        cfg, a.inference_evaluator_cls, a.model, a.partitioner, a.model_dir
+      )
+      self.evaluator = evaluator if evaluator.eval_tasks else None
 
   def _load_data(self) -> None:
     a, self.eval_datasets, self.eval_is_compiled = self.a, {}, False
@@ -130,18 +135,6 @@ class _Run:
     )
     self.first_batch = self.train_iter.peek_async()  # after the iterator's restore
     return jax.block_until_ready(state)
-
-  def _make_evaluator(self) -> None:
-    a, self.evaluator = self.a, None
-    if a.infer_eval_dataset_cfg is not None:
-      evaluator = eval_lib.InferenceEvaluator(
-        a.infer_eval_dataset_cfg,
-        a.inference_evaluator_cls,
-        a.model,
-        a.partitioner,
-        a.model_dir,
-      )
-      self.evaluator = evaluator if evaluator.eval_tasks else None
 
   def _write(self, name: str, value: float) -> None:
     self.trainer.train_metrics_manager.write_scalar(f'timing/{name}', value, self.step)
@@ -196,7 +189,7 @@ class _Run:
         self.evaluate()
 
   def run(self):
-    """Does it all; returns the last step and the last state."""
+    """Returns the last step and the last state."""
     if self.a.run_eval_before_training:
       self.evaluate()
     self.save()

@@ -9,7 +9,7 @@ from flax.core import FrozenDict, freeze, unfreeze
 from flax.linen.partitioning import get_axis_names
 from flax.serialization import from_state_dict, to_state_dict
 
-from t5x import optimizers
+from t5x import adafactor
 
 
 def _split_variables(model_variables: Mapping[str, Any]) -> tuple[FrozenDict, Any]:
@@ -35,13 +35,13 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
   """
 
   params: Any
-  optimizer_state: optimizers.OptimizerState
+  optimizer_state: adafactor.OptimizerState
   optimizer_def: Any = flax.struct.field(pytree_node=False, default=None)
   params_axes: Optional[FrozenDict] = None  # noqa: UP045 (flax reads annotations)
 
   @classmethod
   def create(cls, optimizer_def, model_variables) -> 'FlaxOptimTrainState':
-    """Makes the state before the first step from `module.init`'s variables."""
+    """Makes the first state from `module.init`'s variables."""
     params, params_axes = _split_variables(model_variables)
     return cls(params, optimizer_def.init_state(params), optimizer_def, params_axes)
 

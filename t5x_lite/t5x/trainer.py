@@ -89,11 +89,7 @@ class Trainer:
     learning_rate_fn: Callable[[jnp.ndarray], jnp.ndarray],
     num_microbatches: int | None = None,
   ):
-    """Keeps its arguments, which are T5X's, and opens the metric writers.
-
-    They write to `summary_dir`, in `train` and `training_eval/<name>`. `rng`, together
-    with the step, gives the dropout. A batch has `num_microbatches` parts (None: 1).
-    """
+    """Opens metric writers in `summary_dir`: `train` and `training_eval/<name>`."""
     self.train_state, self._train_state_axes = train_state, train_state_axes
     self._model, self._partitioner, self._base_rng = model, partitioner, rng
     self._learning_rate_fn = learning_rate_fn
@@ -115,10 +111,7 @@ class Trainer:
   def train(
     self, batch_iter: Iterator[BatchType], num_steps: int, start_step: int | None = None
   ):
-    """Trains for some steps; returns a future of name -> metric value over them.
-
-    `start_step` is the state's step, if known (saves a transfer).
-    """
+    """Trains for some steps; returns a future of name -> metric value over them."""
     step_fn = self._compiled_train_step or self._partitioned_train_step
     metrics = None
     start = int(self.train_state.step if start_step is None else start_step)
@@ -159,11 +152,7 @@ class Trainer:
       self._compiled_eval_steps[name] = done[key]
 
   def eval(self, batch_iters: Mapping[str, Iterator[BatchType]]):
-    """Evaluates datasets, given by name; returns name -> metric -> value.
-
-    Raises:
-      ValueError: if a dataset yields no batch.
-    """
+    """Evaluates datasets by name, none empty; returns name -> metric -> value."""
     state, summaries = self.train_state, {}
     for name, batches in batch_iters.items():
       logging.info('Evaluating: %s.', name)

@@ -25,13 +25,9 @@ from t5x.data import verify_matching_vocabs as verify_matching_vocabs
 
 @dataclasses.dataclass
 class SaveCheckpointConfig:
-  """How checkpoints are saved.
+  """How checkpoints are saved: with parameters of `dtype` (None: as they are).
 
-  Attributes:
-    dtype: of the saved parameters; None keeps theirs.
-    period: steps between two checkpoints.
-    keep: how many of the last checkpoints stay; None keeps all.
-    save_dataset: whether the position in the training data is saved.
+  `period` is in steps; the last `keep` checkpoints stay (None: all).
   """
 
   dtype: str | None = 'float32'
@@ -44,11 +40,8 @@ class SaveCheckpointConfig:
 class RestoreCheckpointConfig:
   """Which checkpoint is restored, and how.
 
-  Attributes:
-    path: of a checkpoint, or of the folder that holds it; empty for none.
-    mode: specific (`path` is the checkpoint) or latest (in the folder `path`).
-    dtype: of the restored parameters; None for the saved one.
-    restore_dataset: whether training continues at the saved position in the data.
+  Attributes are T5X's; the mode is specific (`path` is the checkpoint) or latest (in
+  the folder `path`). An empty path is for none.
   """
 
   path: Any = ()
@@ -63,7 +56,7 @@ class RestoreCheckpointConfig:
       raise ValueError(f'path={self.path!r}; give the path of one checkpoint')
 
   def find(self) -> str | None:
-    """Returns the checkpoint's folder, or None if there is none."""
+    """Returns the checkpoint's folder, or None (not in T5X)."""
     if self.mode == 'specific' or not self.path:
       return self.path or None
     steps = checkpoints.all_steps(self.path)
@@ -78,22 +71,13 @@ class CheckpointConfig:
   restore: RestoreCheckpointConfig | None = None
 
 
-_MIN_LEARNING_RATE = 1e-8  # T5X's
-
-
 def create_learning_rate_scheduler(
   factors: str,
   base_learning_rate: float = 0.5,
   warmup_steps: int = 1000,
   steps_per_cycle: int = 100000,
 ) -> Callable[[jnp.ndarray], jnp.ndarray]:
-  """Returns step -> learning rate, a product of named factors.
-
-  Arguments are T5X's. `factors` are joined by `*`: constant, rsqrt_decay, cosine_decay.
-
-  Raises:
-    ValueError: if a factor is not here.
-  """
+  """Returns step -> learning rate, a product of factors joined by `*`, named below."""
 
   def cosine_decay(s):
     progress = jnp.maximum(0.0, (s - warmup_steps) / float(steps_per_cycle)) % 1.0
@@ -114,7 +98,7 @@ def create_learning_rate_scheduler(
 
   def learning_rate(step: jnp.ndarray) -> jnp.ndarray:
     rate = functools.reduce(lambda r, name: r * known[name](step), names, 1.0)
-    return jnp.asarray(jnp.maximum(rate, _MIN_LEARNING_RATE), jnp.float32)
+    return jnp.asarray(jnp.maximum(rate, 1e-8), jnp.float32)  # T5X's least rate.
 
   return learning_rate
 
@@ -137,8 +121,7 @@ class TrainStateInitializer:
   ):
     """Works out shapes and layout of a state (without optimizer if that is None).
 
-    `init_fn`, `input_shapes` and `input_types`: see
-    `EncoderDecoderModel.get_initial_variables`.
+    `init_fn` is `EncoderDecoderModel.get_initial_variables`; see there.
     """
 
     def initialize(rng):
@@ -188,9 +171,6 @@ def restore_for_inference(model, partitioner, shapes, types, cfg, output_dir: st
   """Returns a state without optimizer, and its layout (not in T5X).
 
   `shapes` and `types` are those of a batch; `cfg` is a `RestoreCheckpointConfig`.
-
-  Raises:
-    ValueError: if there is no checkpoint, or it does not fit.
   """
   initializer = TrainStateInitializer(
     None, model.get_initial_variables, shapes, partitioner, types
@@ -210,11 +190,8 @@ def get_infer_fn(
 ):
   """Returns a function that runs a model's method over an enumerated dataset.
 
-  Arguments are T5X's; the last batch is filled up to `batch_size` with its own rows.
-
-  Returns:
-    `fn(ds, train_state, rng=None)` -> a list of (index, output), and with auxiliary
-    outputs also a dict of name -> list.
+  It takes (ds, train_state, rng=None), and returns a list of (index, output), and with
+  auxiliary outputs also a dict of name -> list. The last batch is filled up.
   """
   with_rng = 'rng' in inspect.signature(infer_step).parameters
 

@@ -24,10 +24,10 @@ def flat(n: int, level: float = 2.0, noise: float = 0.01) -> list[float]:
   return list(level + noise * np.random.default_rng(1).standard_normal(n))
 
 
-def found(losses) -> list[tuple[str, int]]:
-  """(kind, index of the period) of each event."""
-  series = {PERIOD * (i + 1): loss for i, loss in enumerate(losses)}
-  return [(event.kind, event.step // PERIOD - 1) for event in loss_watch.find(series)]
+def found(losses) -> list[loss_watch.Event]:
+  """The events of a series; steps are indices of the periods."""
+  watch = loss_watch.Watch()
+  return [event for i, loss in enumerate(losses) for event in watch.add(i, loss)]
 
 
 def changed(losses, at: int, values) -> list[float]:
@@ -79,13 +79,13 @@ HIGH = [5.0, 7.0, 4.0, 3.0, 2.5]
   ],
 )
 def test_find(losses, expected):
-  assert found(losses) == expected
+  assert [(event.kind, event.step) for event in found(losses)] == expected
 
 
 def test_an_event_says_what_was_seen():
   losses = changed([2.0] * 100, 60, [4.5])
   losses[80] = NAN
-  spike, divergence = loss_watch.find(enumerate(losses))
+  spike, divergence = found(losses)
   assert spike == loss_watch.Event('spike', 60, 4.5, 2.0)
   assert (divergence.kind, divergence.step, divergence.median) == (
     'divergence',
@@ -93,23 +93,7 @@ def test_an_event_says_what_was_seen():
     2.0,
   )
   assert math.isnan(divergence.loss)
-  (first,) = loss_watch.find([(7, INF)])
-  assert first == loss_watch.Event('divergence', 7, INF, None)
-
-
-def test_steps_of_a_mapping_are_sorted():
-  series = {step: 2.0 for step in range(50)} | {30: 9.0}
-  backwards = dict(sorted(series.items(), reverse=True))
-  assert loss_watch.find(backwards) == loss_watch.find(sorted(series.items()))
-  assert [event.step for event in loss_watch.find(backwards)] == [30]
-
-
-def test_watching_is_finding():
-  losses = changed(flat(300), 100, [4.0] * 30)
-  watch = loss_watch.Watch()
-  seen = [e for step, loss in enumerate(losses) for e in watch.add(step, loss)]
-  assert seen == loss_watch.find(enumerate(losses))
-  assert [event.kind for event in seen] == ['spike', 'divergence']
+  assert found([INF]) == [loss_watch.Event('divergence', 0, INF, None)]
 
 
 @pytest.mark.parametrize(
