@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core as jax_core
+from jax.interpreters import partial_eval
 
 from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.decoding import generate
@@ -63,23 +64,17 @@ def read_by_a_step(path):
   return not re.fullmatch(f'{made_once}|token_embedder/.*', path)
 
 
-@pytest.mark.parametrize('fields', CONFIGS)
-@pytest.mark.parametrize('param_itemsize', [2, 4])
-def test_param_bytes_are_those_of_the_tree(fields, param_itemsize):
+@pytest.mark.parametrize('fields', [*CONFIGS, TIED])
+def test_param_bytes_are_those_of_the_tree(fields):
+  """Of the table, an embedding for each row of 3 inputs and 2 beams; or all of it."""
   cfg = oracle.config(**fields)
   shapes = parameter_shapes(cfg)
   read = elements(leaf for path, leaf in shapes.items() if read_by_a_step(path))
-  read += 6 * oracle.D  # An embedding for each row of 3 inputs and 2 beams.
-  step = formulas.decode_step(cfg, 3, S, P, num_beams=2, param_itemsize=param_itemsize)
-  assert step.param_bytes == param_itemsize * read
-
-
-def test_a_tied_table_is_read_whole():
-  shapes = parameter_shapes(oracle.config(**TIED))
-  read = elements(leaf for path, leaf in shapes.items() if read_by_a_step(path))
-  expected = read + oracle.V * oracle.D
-  step = formulas.decode_step(oracle.config(**TIED), 4, S, P, param_itemsize=1)
-  assert step.param_bytes == expected
+  read += (oracle.V if fields is TIED else 6) * oracle.D
+  step = formulas.decode_step(cfg, 3, S, P, num_beams=2)
+  assert step.param_bytes == 4 * read
+  step = formulas.decode_step(cfg, 3, S, P, num_beams=2, param_itemsize=2)
+  assert step.param_bytes == 2 * read
 
 
 @functools.cache
@@ -137,8 +132,10 @@ def products(jaxpr):
 
 def count_products(function, shapes):
   """Returns FLOPs and bytes of the matrix products that JAX writes down."""
+  jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   flops = touched = 0
-  for arrays, summed in products(jax.make_jaxpr(function)(*shapes).jaxpr):
+  for arrays, summed in products(jaxpr):
     flops += 2 * arrays[2].size * summed
     touched += sum(array.size * array.dtype.itemsize for array in arrays)
   return flops, touched
@@ -148,40 +145,52 @@ def run_step(cfg, cache_length):
   return lambda *arrays: generate.step(network.Transformer(cfg), *arrays, cache_length)
 
 
-@pytest.mark.parametrize('fields', [*CONFIGS, TIED])
-@pytest.mark.parametrize('lengths', [(B, S, P), (B + 2, S + 12, P + 4)])
-def test_a_step_is_exactly_its_matrix_products(fields, lengths):
-  cfg, (batch_size, _, cache_length) = oracle.config(**fields), lengths
-  newest = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-  shapes = *step_shapes(cfg, *lengths), newest
-  flops, _ = count_products(run_step(cfg, cache_length), shapes)
-  assert formulas.decode_step(cfg, *lengths).flops == flops
+def exact_prepare(cfg, lengths):
+  """Returns FLOPs before the first step, by JAX and by formula."""
+  params, _, _, tokens = step_shapes(cfg, *lengths)
+  module = network.Transformer(cfg)
+  prepare = functools.partial(generate.prepare, module, max_length=lengths[-1])
+  flops, _ = count_products(prepare, (params, tokens))
+  return flops, formulas.prepare_flops(cfg, *lengths[:2])
 
 
-def xla_flops(function, *shapes):
-  """Returns XLA's count of what it runs in the end."""
-  compiled = oracle.jit(function).lower(*shapes).compile()
-  return compiled.cost_analysis()['flops']
+def exact_step(cfg, lengths):
+  """Returns FLOPs of a step, by JAX and by formula."""
+  newest = jax.ShapeDtypeStruct((lengths[0],), jnp.int32)
+  flops, _ = count_products(
+    run_step(cfg, lengths[-1]), (*step_shapes(cfg, *lengths), newest)
+  )
+  return flops, formulas.decode_step(cfg, *lengths).flops
 
 
-@pytest.mark.parametrize('what', ['step', 'prepare'])
-def test_flops_are_xlas(what):
+LONGER = B + 2, S + 12, P + 4
+
+
+@pytest.mark.parametrize(
+  ('count', 'fields', 'lengths'),
+  [
+    *((exact_step, fields, (B, S, P)) for fields in [*CONFIGS, TIED]),
+    (exact_step, MIXED_HEADS, LONGER),
+    (exact_prepare, MIXED_HEADS, (B, S, P)),
+    (exact_prepare, {'num_kv_heads': 1}, LONGER),
+  ],
+)
+def test_decoding_is_exactly_its_matrix_products(count, fields, lengths):
+  counted_by_jax, by_formula = count(oracle.config(**fields), lengths)
+  assert counted_by_jax == by_formula
+
+
+def test_flops_of_a_step_are_xlas():
   """XLA counts up to 2% more, norms, softmax and GELU: equally much for every K."""
   xla, formula = [], []
   for K in (1, oracle.N):
     # Wide enough for matrix products to be nearly all of the arithmetic.
     cfg = oracle.config(K, vocab_size=600, emb_dim=120, mlp_dim=280, head_dim=64)
-    params, kept, cache, tokens = step_shapes(cfg, B, S, P)
-    if what == 'step':
-      newest = jax.ShapeDtypeStruct((B,), jnp.int32)
-      shapes = params, kept, cache, tokens, newest
-      xla.append(xla_flops(run_step(cfg, P), *shapes))
-      formula.append(formulas.decode_step(cfg, B, S, P).flops)
-    else:
-      module = network.Transformer(cfg)
-      prepare = functools.partial(generate.prepare, module, max_length=P)
-      xla.append(xla_flops(prepare, params, tokens))
-      formula.append(formulas.prepare_flops(cfg, B, S))
+    newest = jax.ShapeDtypeStruct((B,), jnp.int32)
+    shapes = *step_shapes(cfg, B, S, P), newest
+    compiled = oracle.jit(run_step(cfg, P)).lower(*shapes).compile()
+    xla.append(compiled.cost_analysis()['flops'])
+    formula.append(formulas.decode_step(cfg, B, S, P).flops)
   rest = np.array(xla) - formula
   assert (rest > 0).all()
   assert (rest < 0.02 * np.array(formula)).all()
@@ -223,26 +232,22 @@ def test_bytes_of_a_bfloat16_forward_pass(float32_logits):
   assert 2 * step.weights + step.activation_bytes + float32 == 3 * touched
 
 
-CFG = oracle.config(2)
-POSITIVE = [
-  (
-    functools.partial(formulas.decode_step, CFG),
-    ('batch_size', 'input_length', 'self_positions', 'num_beams', 'param_itemsize'),
-  ),
-  (functools.partial(formulas.prepare_flops, CFG), ('batch_size', 'input_length')),
-  (
-    functools.partial(formulas.training_step, CFG),
-    ('batch_size', 'input_length', 'target_length'),
-  ),
-  (functools.partial(formulas.shazeer_decoding_ratio, h=4, g=2), ('b', 'n', 'd')),
-]
-
-
 @pytest.mark.parametrize(
-  ('function', 'names', 'name'),
-  [(function, names, name) for function, names in POSITIVE for name in names],
+  ('function', 'names'),
+  [
+    (
+      formulas.decode_step,
+      'batch_size input_length self_positions num_beams param_itemsize',
+    ),
+    (formulas.prepare_flops, 'batch_size input_length'),
+    (formulas.training_step, 'batch_size input_length target_length'),
+    (formulas.shazeer_decoding_ratio, 'b n d'),
+  ],
 )
 @pytest.mark.parametrize('number', [0, -1])
-def test_numbers_that_cannot_be(function, names, name, number):
-  with pytest.raises(ValueError, match=f'^{name}={number} must be at least 1\\.$'):
-    function(**(dict.fromkeys(names, 1) | {name: number}))
+def test_numbers_that_cannot_be(function, names, number):
+  others = dict.fromkeys(names.split(), 1)
+  others |= {'h': 4, 'g': 2} if 'b' in others else {'cfg': oracle.config(2)}
+  for name in names.split():
+    with pytest.raises(ValueError, match=f'^{name}={number} must be at least 1\\.$'):
+      function(**others | {name: number})

@@ -20,6 +20,7 @@ from gqa_t5x.model import network
 
 pytestmark = pytest.mark.tpu
 
+TINY, GIN = '--size=tiny', '--gin_file=gin/local/uptrain_gqa2.gin'
 XXL = ['--size=xxl', '--num_layers=1', '--batch_size=64', '--input_length=2048']
 
 
@@ -33,9 +34,7 @@ def compiled(folder, *args, code=0):
 
 @pytest.mark.parametrize('chips', ['v4:2x2x1', 'v5e:2x2'])
 def test_training(tmp_path, chips):
-  row, text = compiled(
-    tmp_path, f'--topology={chips}', '--gin_file=gin/local/uptrain_gqa2.gin'
-  )
+  row, text = compiled(tmp_path, f'--topology={chips}', GIN)
   assert text.startswith('HloModule')
   assert row['fits']
   assert row['source'] == 'compiled'
@@ -59,13 +58,8 @@ def test_training(tmp_path, chips):
 
 @pytest.mark.parametrize('chips', ['v4:2x2x1', 'v5e:2x2'])
 def test_decoding(tmp_path, chips):
-  row, _ = compiled(
-    tmp_path,
-    f'--topology={chips}',
-    '--size=tiny',
-    '--num_kv_heads=4',
-    '--num_layers=2',
-  )
+  words = f'--topology={chips}', TINY, '--num_kv_heads=4', '--num_layers=2'
+  row, _ = compiled(tmp_path, *words)
   assert row['fits']
   assert (row['data_partitions'], row['model_partitions']) == (1, 4)
   assert row['cache_bytes'] == 2 * 2 * 4 * 16 * 2 * 8 * (512 + 64) / 4
@@ -131,14 +125,8 @@ def test_what_does_not_fit(tmp_path, capsys):
 
 
 def test_search(tmp_path, capsys):
-  row, _ = compiled(
-    tmp_path,
-    '--topology=v5e:2x2',
-    '--size=tiny',
-    '--num_layers=1',
-    '--search',
-    '--max_batch_per_chip=2',
-  )
+  words = '--topology=v5e:2x2', TINY, '--num_layers=1', '--max_batch_per_chip=2'
+  row, _ = compiled(tmp_path, *words, '--search')
   tried = capsys.readouterr().err.strip().split('\n')
   assert [line.partition(',')[0] for line in tried] == [
     'model 4 x data 1',
@@ -174,39 +162,28 @@ def test_flops_are_those_of_the_compiler(chips, expression, left, right):
   ('args', 'message'),
   [
     (
-      ['--topology=v4:3x5x7', '--size=tiny'],
+      [TINY, '--topology=v4:3x5x7'],
       'topology=v4:3x5x7: the compiler knows no such slice',
     ),
     (
-      ['--topology=v4:2x2x1', '--size=tiny', '--model_partitions=3'],
+      [TINY, '--model_partitions=3'],
       'model_partitions=3 does not divide the 4 devices of v4:2x2x1.',
     ),
     (
-      ['--topology=v4:2x2x1', '--size=tiny', '--model_partitions=1', '--batch_size=6'],
+      [TINY, '--model_partitions=1', '--batch_size=6'],
       'batch_size=6 is not divisible by the 4 copies of the model',
     ),
+    ([TINY, '--num_kv_heads=3'], 'num_heads=8 is not divisible by num_kv_heads=3'),
+    ([TINY, '--num_kv_heads=2', '--kv_sharding=heads'], "kv_sharding='heads'"),
+    ([GIN, '--gin.MODEL_PARTITIONS=3'], 'num_partitions=3'),
     (
-      ['--topology=v4:2x2x1', '--size=tiny', '--num_kv_heads=3'],
-      'num_heads=8 is not divisible by num_kv_heads=3',
-    ),
-    (
-      ['--topology=v4:2x2x1', '--size=tiny', '--num_kv_heads=2', '--kv_sharding=heads'],
-      "kv_sharding='heads'",
-    ),
-    (
-      ['--topology=v4:2x2x1', '--gin_file=gin/local/uptrain_gqa2.gin',
-       '--gin.MODEL_PARTITIONS=3'],
-      'num_partitions=3',
-    ),
-    (
-      ['--topology=v4:2x2x1', '--gin_file=gin/local/uptrain_gqa2.gin',
-       '--gin.BATCH_SIZE=6'],
+      [GIN, '--gin.BATCH_SIZE=6'],
       'BATCH_SIZE=6 is not divisible by the 4 copies of the model on v4:2x2x1',
     ),
   ],
-)  # fmt: skip
+)
 def test_bad_input(capsys, args, message):
-  assert tpu_compile.main(['tpu_compile', *args]) == 1
+  assert tpu_compile.main(['tpu_compile', '--topology=v4:2x2x1', *args]) == 1
   error = capsys.readouterr().err
   assert error.startswith('error: ')
   assert message in error

@@ -44,20 +44,19 @@ class Setting(DecodeSetting):
 
     The encoder's attention counts with logits in float32 and probabilities.
     """
-    cfg, rows = self.config, self.batch_size * self.num_beams
+    cfg, B, S = self.config, self.batch_size, self.input_length
     itemsize = jnp.dtype(cfg.dtype).itemsize
-    cache_bytes = self.cost.cache_bytes  # Of numbers below 1 it is refused.
-    ours, together = self.system == 'gqa_t5x', self.batch_size
-    if ours:
-      together = generate.encoded_together(self.batch_size, self.input_length)
+    cache_bytes = self.cost.cache_bytes  # First: it refuses numbers below 1.
+    ours = self.system == 'gqa_t5x'
+    together = generate.encoded_together(B, S) if ours else B
     # On CPUs, `generate` keeps the kernels of a step transposed as well.
     twice = ours and jax.default_backend() == 'cpu'
     return (
       formulas.num_parameters(cfg) * itemsize
       + twice * formulas.step_kernels(cfg) * itemsize
       + cache_bytes
-      + 4 * rows * cfg.vocab_size
-      + together * cfg.num_heads * self.input_length**2 * (4 + itemsize)
+      + 4 * B * self.num_beams * cfg.vocab_size
+      + together * cfg.num_heads * S**2 * (4 + itemsize)
     )
 
   def filled(self) -> 'Setting':
