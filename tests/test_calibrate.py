@@ -321,9 +321,11 @@ def test_command_fails(saved, tmp_path, monkeypatch, capsys, macros, message):
   monkeypatch.setattr(__main__, 'calibrate', calibrate.calibrate, raising=False)
   monkeypatch.setattr(gin.config, '_LOCATION_PREFIXES', [])
   gin.clear_config()
+  gin.enter_interactive_mode()  # Another test may have registered its own `calibrate`.
   try:
     assert calibrate.main(args) == 1
   finally:
+    gin.exit_interactive_mode()
     gin.clear_config()
   (error,) = re.findall('^error: .*$', capsys.readouterr().err, flags=re.MULTILINE)
   assert re.search(message, error)
