@@ -5,13 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
+from jax import Array, lax
 
 from gqa_t5x.decoding import loop
 from gqa_t5x.decoding.loop import NEG_INF, DecodingState, TokensToLogits
 from gqa_t5x.model import decode_cache
-
-Array = jax.Array
 
 
 @struct.dataclass

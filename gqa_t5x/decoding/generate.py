@@ -3,9 +3,7 @@
 T5X's own loop leaves that to every step (t5x#1261). Here the encoder runs once, cross
 K and V are kept at K heads and shared by all beams and samples of an input, and a step
 reads them, the parameters and the self-attention cache, which is updated in place.
-
-The decode functions of sampling.py and beam_search.py have the names, arguments and
-results of T5X's, and T5X's own can take their place.
+T5X's own decode functions can take the place of sampling.py's and beam_search.py's.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from jax import lax
+from jax import Array, lax
 
 from gqa_t5x.decoding.loop import DecodingState
 from gqa_t5x.model import decode_cache, dense, sharding
 
-Array = jax.Array
 Params = Mapping[str, Any]
 
 # Most tokens that a copy of the model encodes together: attention among more would take

@@ -3,14 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
+from jax import Array, lax
 
 from gqa_t5x.model import decode_cache, sharding
-
-Array = jax.Array
 
 # T5X's: log-probability of what must not be chosen.
 NEG_INF = -1.0e7

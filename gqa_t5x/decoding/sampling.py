@@ -5,13 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
+from jax import Array, lax
 
 from gqa_t5x.decoding import loop
 from gqa_t5x.decoding.loop import DecodingState, TokensToLogits
 from gqa_t5x.model import decode_cache
-
-Array = jax.Array
 
 MIN_TEMPERATURE = 1e-4  # T5X's: temperatures below are 0.
 

@@ -10,12 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from gqa_t5x.model import axes, decode_cache, sharding, tpu_matvec
 from gqa_t5x.model.dense import Dense
-
-Array = jax.Array
-DType = Any
 
 KERNEL_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 # Masked logits get this value, as in T5X: a fully masked row stays finite.
@@ -75,7 +73,7 @@ def grouped_attention(
   return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
 
 
-def _logits(q_BKGTH: Array, k_BKHS: Array, dtype: DType) -> Array:
+def _logits(q_BKGTH: Array, k_BKHS: Array, dtype: Any) -> Array:
   if tpu_matvec.is_matvec(q_BKGTH):
     return tpu_matvec.logits(q_BKGTH, k_BKHS, dtype)
   return jnp.einsum('BKGTH,BKHS->BKGTS', q_BKGTH, k_BKHS, preferred_element_type=dtype)
@@ -93,7 +91,7 @@ class GroupedQueryAttention(nn.Module):
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  dtype: DType = jnp.float32
+  dtype: Any = jnp.float32
   dropout_rate: float = 0.0  # On the probabilities, broadcast over query length.
   float32_logits: bool = False  # While decoding in any case.
 

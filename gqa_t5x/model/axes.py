@@ -58,13 +58,10 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 
 def kv_axes(num_heads: int, num_kv_heads: int) -> tuple[str, str, str]:
-  """Returns the logical axes of heads that depend on there being fewer K/V heads.
+  """Returns the axes of K, of K*H, and of N where queries meet kept keys and values.
 
   With as many K/V heads as query heads these are T5X's own names, so that an MHA
   model is sharded exactly as T5X's.
-
-  Returns:
-    (that of K, that of K*H, that of N where queries meet kept keys and values).
   """
   if num_kv_heads == num_heads:
     return HEADS, JOINED_HEADS, HEADS

@@ -35,11 +35,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
+from jax import Array, lax
 
 from gqa_t5x.model import axes, sharding
-
-Array = jax.Array
 
 CACHE, ENCODED_KV = 'cache', 'encoded_kv'
 MAX_PENDING = 16  # Most positions that are pending.
@@ -256,14 +254,14 @@ def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:
 def with_beams(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
   """Returns an empty cache with a slot for every beam at every position."""
 
+  B, K, S, H = _shape(cache)
+
   def widen(layer):
-    B, K, S, H = layer['cached_value'].shape
     return layer | {
       'cached_key': jnp.zeros((B, K, H, S * beams), layer['cached_key'].dtype),
       'cached_value': jnp.zeros((B, K, S * beams, H), layer['cached_value'].dtype),
     }
 
-  B, _, S, _ = _shape(cache)
   return _set(_in_each_layer(cache, widen), slots=_own_slots(B, beams, S))
 
 

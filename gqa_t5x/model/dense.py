@@ -3,13 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning as nn_partitioning
-from jax import lax
+from flax.linen.partitioning import param_with_axes
+from jax import Array, lax
 
-Array = jax.Array
 TRANSPOSED = 'transposed'  # The collection of kernels `[out, in]`.
 
 
@@ -35,7 +33,7 @@ class Dense(nn.Module):
       y_FR = self._dot(kernel_FD, x.reshape(-1, x.shape[-1]).T)
       # Without the barrier the compiler would undo the transposition.
       return lax.optimization_barrier(y_FR).T.reshape(*x.shape[:-1], self.features)
-    kernel = nn_partitioning.param_with_axes(
+    kernel = param_with_axes(
       'kernel',
       self.kernel_init,
       (x.shape[-1], self.features),

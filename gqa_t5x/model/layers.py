@@ -9,28 +9,22 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen import partitioning as nn_partitioning
-from jax import lax
+from flax.linen.partitioning import param_with_axes
+from jax import Array, lax
 
 from gqa_t5x.model import attention, axes, sharding
 from gqa_t5x.model.dense import Dense
 
-Array = jax.Array
-DType = Any
-
 NUM_BUCKETS, MAX_DISTANCE = 32, 128  # Of relative positions (tokens), in every T5.
-
-param_with_axes = nn_partitioning.param_with_axes
 
 
 class LayerNorm(nn.Module):
   """T5's layer norm of `[..., D]`: root mean square only, no bias; float32 inside."""
 
-  dtype: DType = jnp.float32
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -49,7 +43,7 @@ class MlpBlock(nn.Module):
   mlp_dim: int
   activations: Sequence[str]  # Of each map: 'linear', or a function of `flax.linen`.
   dropout_rate: float = 0.0  # On the hidden units, broadcast over length.
-  dtype: DType = jnp.float32
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x_BTD: Array, deterministic: bool = False) -> Array:
@@ -71,7 +65,7 @@ class Embed(nn.Module):
 
   vocab_size: int
   emb_dim: int
-  dtype: DType = jnp.float32
+  dtype: Any = jnp.float32
 
   def setup(self):
     self.embedding = param_with_axes(
@@ -127,7 +121,7 @@ class RelativePositionBiases(nn.Module):
 
   num_heads: int
   bidirectional: bool
-  dtype: DType = jnp.float32
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, query_positions_BT: Array, key_positions_S: Array) -> Array:

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax import Array
 
 from gqa_t5x.model import axes, decode_cache, layers, sharding
 from gqa_t5x.model.dense import Dense
 from gqa_t5x.model.sizes import SIZES, VOCAB_SIZE
-
-Array = jax.Array
 
 REMAT_POLICIES = {
   'none': None,

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import jax
 from flax.linen import partitioning as nn_partitioning
+from jax import Array
 from jax.interpreters import pxla
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-
-Array = jax.Array
 
 
 def current_mesh() -> Mesh | AbstractMesh | None:

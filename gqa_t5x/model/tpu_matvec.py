@@ -12,12 +12,10 @@ unit gains (docs/tpu.md).
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from gqa_t5x.model import axes, sharding
-
-Array = jax.Array
 
 ROWS = 8  # that a matrix unit works on together
 

@@ -1,4 +1,4 @@
-"""Step by step equals all at once; greedy decoding equals a plain loop."""
+"""Step by step equals all at once."""
 
 import functools
 
@@ -284,42 +284,6 @@ def test_encoding_in_parts_changes_nothing(monkeypatch):
   assert jax.tree.structure(whole) == jax.tree.structure(parts)
   for a, b in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
-
-
-# Greedy decoding.
-
-LENGTH = oracle.DECODE_LENGTH
-
-
-def greedy_loop(cfg, eos_id):
-  """The oracle: the whole forward pass anew for every token; `[B, 1, T]` and scores."""
-  tokens, scores = np.zeros((B, 1, LENGTH), int), np.zeros((B, 1))
-  for b in range(B):
-    prefix = ()
-    for t in range(LENGTH):
-      log_probs = oracle.next_log_probs(cfg, b, prefix)
-      tokens[b, 0, t] = best = int(np.argmax(log_probs))
-      scores[b] += log_probs[best]
-      prefix += (best,)
-      if best == eos_id:
-        break
-  return tokens, scores
-
-
-def test_greedy_equals_a_loop_over_the_forward_pass():
-  """Without an end marker, and with one that some row emits early."""
-  cfg = oracle.config(2)
-  unended, _ = greedy_loop(cfg, -1)
-  assert len(np.unique(unended)) > 4  # The model does not repeat itself only.
-  for eos_id in (-1, int(unended[0, 0, 1])):
-    expected_tokens, expected_scores = greedy_loop(cfg, eos_id)
-    tokens, scores = oracle.decode(cfg)(
-      oracle.params(cfg), oracle.prompt_batch(), eos_id
-    )
-    assert (expected_tokens[0, 0, 2:] == 0).all() == (eos_id != -1)
-    assert (tokens.dtype, scores.dtype) == (jnp.int32, jnp.float32)
-    np.testing.assert_array_equal(tokens, expected_tokens)
-    np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
 
 
 def test_no_room_for_a_token():

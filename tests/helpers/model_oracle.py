@@ -53,22 +53,16 @@ def config(num_kv_heads=None, **overrides):
   return network.T5Config(**(SIZES | overrides), num_kv_heads=num_kv_heads)
 
 
-def ones_batch():
-  ones = jnp.ones((1, 1), jnp.int32)
-  return dict.fromkeys(
-    ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens'), ones
-  )
-
-
 def init(module, rng=0):
   """Returns T5X's initial variables of the module, as plain dicts."""
-  variables = module.init(jax.random.PRNGKey(rng), **ones_batch(), enable_dropout=False)
-  return core.unfreeze(variables)
+  ones = jnp.ones((1, 1), jnp.int32)
+  key = jax.random.PRNGKey(rng)
+  return core.unfreeze(module.init(key, ones, ones, ones, enable_dropout=False))
 
 
 @functools.cache
-def initial_shapes(cfg, module_class=network.Transformer):
-  return core.unfreeze(jax.eval_shape(lambda: init(module_class(cfg))))
+def initial_shapes(cfg):
+  return core.unfreeze(jax.eval_shape(lambda: init(network.Transformer(cfg))))
 
 
 def flat(tree):
@@ -101,7 +95,7 @@ def params(cfg):
   return traverse_util.unflatten_dict(values, sep='/')
 
 
-def repeat_kv_heads(tree, num_kv_heads, num_heads=N):
+def repeat_kv_heads(tree, num_kv_heads):
   """Returns the MHA decoder whose K and V heads are equal within each group."""
 
   def repeat(path, value):
@@ -109,7 +103,7 @@ def repeat_kv_heads(tree, num_kv_heads, num_heads=N):
     if not is_kv:
       return value
     heads = np.asarray(value).reshape(value.shape[0], num_kv_heads, -1)
-    repeated = np.repeat(heads, num_heads // num_kv_heads, axis=1)
+    repeated = np.repeat(heads, N // num_kv_heads, axis=1)
     return repeated.reshape(value.shape[0], -1)
 
   values = {path: repeat(path, value) for path, value in flat(tree).items()}
@@ -121,9 +115,9 @@ def _padded(rows, length):
 
 
 @functools.cache
-def examples(seed=0):
+def examples():
   """Returns B pairs of unpadded inputs and targets; no token is 0 (pad) or 1 (end)."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   return [
     (rng.integers(2, V, s), rng.integers(2, V, t))
     for s, t in zip(INPUT_LENGTHS, TARGET_LENGTHS, strict=True)
@@ -172,9 +166,9 @@ def packed_batch():
 
 
 @functools.cache
-def forward(cfg, module_class=network.Transformer):
+def forward(cfg):
   """Returns the compiled `(params, batch) -> logits`."""
-  module = module_class(cfg)
+  module = network.Transformer(cfg)
   return jit(
     lambda params, batch: module.apply(
       {'params': params}, **batch, enable_dropout=False
@@ -241,9 +235,9 @@ def attend(q_TNH, k_SKH, v_SKH, bias_NTS=None):
   return out
 
 
-def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
+def bucket(distance, bidirectional):
   """T5's bucket of key position minus query position, for one integer."""
-  offset = 0
+  offset, num_buckets, max_distance = 0, 32, 128
   if bidirectional:
     num_buckets //= 2
     offset = num_buckets if distance > 0 else 0

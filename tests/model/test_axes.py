@@ -29,19 +29,6 @@ def resolve(names, *args):
   return tuple(nn_partitioning.logical_to_mesh_axes(names, rules(*args)))
 
 
-@pytest.mark.parametrize(
-  ('num_heads', 'num_kv_heads', 'expected'),
-  [
-    (8, 8, ('heads', 'joined_kv', 'heads')),
-    (8, 4, ('kv_heads', 'joined_kv_heads', 'cache_heads')),
-    (8, 1, ('kv_heads', 'joined_kv_heads', 'cache_heads')),
-    (1, 1, ('heads', 'joined_kv', 'heads')),
-  ],
-)
-def test_kv_axes(num_heads, num_kv_heads, expected):
-  assert axes.kv_axes(num_heads, num_kv_heads) == expected
-
-
 # What splits keys and values -> mesh axes of: the kernel; keys in training; keys that
 # are kept; queries that meet them.
 BOTH = ('data', 'model')
