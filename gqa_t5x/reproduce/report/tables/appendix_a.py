@@ -28,8 +28,8 @@ def write(part: Part) -> None:
   part.doc.table(['model', *before, *tasks, *after], rows)
   part.doc.text(
     'Spikes and divergences of the training loss by the rule of'
-    ' `gqa_t5x/training/loss_watch.py`: before, in pre-training from scratch or in uptraining;'
-    ' and in all runs of fine-tuning together.'
+    ' `gqa_t5x/training/loss_watch.py`: before, in pre-training from scratch or in'
+    ' uptraining; and in all runs of fine-tuning together.'
   )
 
 
