@@ -166,6 +166,11 @@ class _Run:
       # Trainings of one shape compile the same programs: the first compiles for all.
       'JAX_COMPILATION_CACHE_DIR': str((folder / 'compilation_cache').absolute()),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+      # The arrays of a step come from the heap again, not page by page from the kernel:
+      # 27% less CPU time a training step of the tiny model. Of glibc alone.
+      'MALLOC_ARENA_MAX': '1',
+      'MALLOC_MMAP_THRESHOLD_': '4000000000',  # bytes, as the next
+      'MALLOC_TRIM_THRESHOLD_': '8000000000',
     }
     self._waiting = missing(stages)
     # Task -> its stage, and its cores; None: it is alone and has all of them.
