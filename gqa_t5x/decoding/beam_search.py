@@ -84,19 +84,21 @@ def beam_search(
     state = state.replace(cache=cache)
     return _extend(state, log_probs_BnV, forced_B[:, None], eos_id, alpha)
 
-  start = _start(B, n, T, decode_cache.with_beams(cache, n))
+  start = _start(inputs, n, decode_cache.with_beams(cache, n))
   return _result(loop.while_loop(may_improve, decode_one, start, beams=n))
 
 
-def _start(B: int, n: int, T: int, cache: Any) -> _BeamState:
+def _start(inputs_BT: Array, n: int, cache: Any) -> _BeamState:
   """Returns the state before the first step: of equal beams, one is alive."""
-  tokens_BnT = jnp.zeros((B, n, T + 1), jnp.int32)
+  B, T = inputs_BT.shape
+  first_Bn1 = jnp.broadcast_to(inputs_BT[:, :1, None], (B, n, 1)).astype(jnp.int32)
+  tokens_BnT = jnp.pad(first_Bn1, ((0, 0), (0, 0), (0, T)))
   only_one = jnp.where(jnp.arange(n) == 0, 0.0, NEG_INF)
   return _BeamState(
     step=jnp.zeros((), jnp.int32),
     live_tokens_BnT=tokens_BnT,
     live_log_probs_Bn=jnp.broadcast_to(only_one, (B, n)),
-    ended_tokens_BnT=tokens_BnT,
+    ended_tokens_BnT=jnp.zeros_like(tokens_BnT),
     ended_scores_Bn=jnp.full((B, n), NEG_INF),
     ended_Bn=jnp.zeros((B, n), bool),
     cache=cache,

@@ -52,6 +52,15 @@ def generate(
   """
   if prompts.shape[1] < 1:
     raise ValueError(f'prompts of shape {prompts.shape} leave no token to decode.')
+  if not len(prompts):
+    # As many dimensions as one input would have.
+    rows = [
+      jnp.zeros((1, x.shape[1]), x.dtype) for x in (encoder_input_tokens, prompts)
+    ]
+    of_one = jax.eval_shape(
+      lambda: generate(module, params, *rows, decode_fn, **decoder_params)
+    )
+    return tuple(jnp.zeros((0, *x.shape[1:]), x.dtype) for x in of_one)
   cache, kept = prepare(module, params, encoder_input_tokens, prompts.shape[1])
 
   def tokens_to_logits(state: DecodingState) -> tuple[Array, Any]:

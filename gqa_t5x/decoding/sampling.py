@@ -46,7 +46,6 @@ def greedy(
     temperature=0.0,
     cache_offset=cache_offset,
     max_decode_steps=max_decode_steps,
-    rescale_log_probs=False,
   )
 
 
@@ -89,7 +88,8 @@ def temperature_sample(
     topp: draw from the smallest set of tokens with at least this probability; 0: all.
     cache_offset: 0: layers are not scanned.
     max_decode_steps: most tokens after the forced ones; None: as many as fit.
-    rescale_log_probs: score by the distribution drawn from (greedy: 0), or the model's.
+    rescale_log_probs: score by the distribution drawn from, or the model's. Greedy
+      decoding draws from none: the model's always, where T5X gives 0.
 
   Returns:
     (tokens int32 `[B, num_decodes, T]`, 0 after the end marker; float32
@@ -98,7 +98,7 @@ def temperature_sample(
   Raises:
     ValueError: for topk and topp together, or numbers that make no sense.
   """
-  _check_sampling(num_decodes, topk, topp, cache_offset)
+  _check_sampling(num_decodes, temperature, topk, topp, cache_offset)
   B, T = inputs.shape
   forced_RT = jnp.repeat(loop.next_inputs(inputs), num_decodes, axis=0)
   limit_R = jnp.full(B * num_decodes, T)
@@ -118,9 +118,10 @@ def temperature_sample(
     return _append(state, *drawn, forced_RT[:, state.step], limit_R, eos_id)
 
   R, cache = B * num_decodes, decode_cache.repeat_rows(cache, num_decodes)
+  first_R1 = jnp.repeat(inputs[:, :1], num_decodes, axis=0).astype(jnp.int32)
   start = _SamplingState(
     step=jnp.zeros((), jnp.int32),
-    sequences_RT=jnp.zeros((R, T + 1), jnp.int32),  # Token 0 starts every row.
+    sequences_RT=jnp.pad(first_R1, ((0, 0), (0, T))),
     scores_R=jnp.zeros(R, jnp.float32),
     ended_R=jnp.zeros(R, bool),
     rng=jax.random.PRNGKey(0) if decode_rng is None else decode_rng,
@@ -165,7 +166,9 @@ def _by_score(state: _SamplingState, B: int) -> tuple[Array, Array]:
   )
 
 
-def _check_sampling(num_decodes, topk, topp, cache_offset) -> None:
+def _check_sampling(num_decodes, temperature, topk, topp, cache_offset) -> None:
+  if isinstance(temperature, int | float) and not temperature >= 0:
+    raise ValueError(f'temperature={temperature} must be 0 (greedy) or more.')
   if topk and topp:
     raise ValueError(f'topk={topk} and topp={topp} were given; set one of them to 0.')
   if topk < 0 or not 0 <= topp <= 1:
@@ -186,15 +189,14 @@ def _draw(
   best_R = jnp.argmax(logits_RV, axis=-1)
   is_number = isinstance(temperature, int | float)
   if topk == 1 or (is_number and temperature <= MIN_TEMPERATURE):
-    token_R, scaled_RV = best_R, logits_RV
-    rescaled_R = jnp.zeros(best_R.shape)
-  else:
-    cold = jnp.asarray(temperature) <= MIN_TEMPERATURE
-    divisor = jnp.maximum(temperature, MIN_TEMPERATURE)
-    scaled_RV = _keep_likeliest(logits_RV / jnp.reshape(divisor, (-1, 1)), topk, topp)
-    token_R = jnp.where(cold, best_R, jax.random.categorical(rng, scaled_RV))
-    rescaled_R = jnp.where(cold, 0.0, _log_prob(scaled_RV, token_R))
-  log_prob_R = rescaled_R if rescale_log_probs else _log_prob(logits_RV, token_R)
+    return best_R.astype(jnp.int32), _log_prob(logits_RV, best_R)
+  divisor_R1 = jnp.reshape(jnp.maximum(temperature, MIN_TEMPERATURE), (-1, 1))
+  drawn_from_RV = _keep_likeliest(logits_RV / divisor_R1, topk, topp)
+  cold = jnp.asarray(temperature) <= MIN_TEMPERATURE
+  token_R = jnp.where(cold, best_R, jax.random.categorical(rng, drawn_from_RV))
+  log_prob_R = _log_prob(logits_RV, token_R)
+  if rescale_log_probs:
+    log_prob_R = jnp.where(cold, log_prob_R, _log_prob(drawn_from_RV, token_R))
   return token_R.astype(jnp.int32), log_prob_R
 
 

@@ -16,7 +16,8 @@ from gqa_t5x.model import axes, decode_cache, sharding, tpu_matvec
 from gqa_t5x.model.dense import Dense
 
 KERNEL_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-# Masked logits get this value, as in T5X: a fully masked row stays finite.
+# Masked logits get this value, as in T5X, or the least of their dtype: a fully masked
+# row stays finite.
 MASKED_LOGIT = -1e10
 INPUT_AXES = (axes.BATCH, axes.LENGTH, axes.EMBED)
 QUERY_AXES = (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
@@ -64,7 +65,8 @@ def grouped_attention(
     bias_BKGTS = bias.reshape(-1, K, N // K, *bias.shape[2:])
     logits_BKGTS += bias_BKGTS.astype(logits_BKGTS.dtype)
   if mask is not None:
-    logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, MASKED_LOGIT)
+    masked = max(MASKED_LOGIT, float(jnp.finfo(logits_BKGTS.dtype).min))
+    logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, masked)
   probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS).astype(q_BTNH.dtype))
   S = v_BKSH.shape[2]
   out_BKGTH = _weighted_sum(probs_BKGTS[..., :S], v_BKSH)

@@ -18,13 +18,12 @@ from jax import Array, lax
 from gqa_t5x.model import attention, axes, sharding
 from gqa_t5x.model.dense import Dense
 
-NUM_BUCKETS, MAX_DISTANCE = 32, 128  # Of relative positions (tokens), in every T5.
-
 
 class LayerNorm(nn.Module):
   """T5's layer norm of `[..., D]`: root mean square only, no bias; float32 inside."""
 
   dtype: Any = jnp.float32
+  epsilon: float = 1e-6  # Added to the mean square.
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -33,7 +32,7 @@ class LayerNorm(nn.Module):
       'scale', nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=(axes.EMBED,)
     )
     mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
-    y = (x * lax.rsqrt(mean_square + 1e-6)).astype(self.dtype)
+    y = (x * lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
     return y * scale.astype(self.dtype)
 
 
@@ -87,28 +86,30 @@ class Embed(nn.Module):
     return jnp.dot(x_BTD.astype(jnp.float32), self.embedding.T)
 
 
-def relative_position_buckets(bidirectional: bool) -> np.ndarray:
+def relative_position_buckets(
+  bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> np.ndarray:
   """Returns the bucket of every relative position, as a table made once in NumPy.
 
   Half of the buckets hold one distance each, the rest grow logarithmically; all
-  distances of MAX_DISTANCE and more share the last. Bidirectional attention splits
-  the buckets between the two directions; causal attention has none for the future
-  (bucket 0).
+  distances of `max_distance` tokens and more share the last. Bidirectional attention
+  splits the buckets between the two directions; causal attention has none for the
+  future (bucket 0).
 
   Returns:
-    int32 `[2 * MAX_DISTANCE + 1]`; entry `MAX_DISTANCE + d` is the bucket of key
-    position minus query position = d, d clipped to +-MAX_DISTANCE.
+    int32 `[2 * max_distance + 1]`; entry `max_distance + d` is the bucket of key
+    position minus query position = d, d clipped to +-max_distance.
 
   Source: T5 (Raffel et al. 2020, section 2.1).
   """
-  d = np.arange(-MAX_DISTANCE, MAX_DISTANCE + 1, dtype=np.int32)
-  half = NUM_BUCKETS // 2 if bidirectional else NUM_BUCKETS
+  d = np.arange(-max_distance, max_distance + 1, dtype=np.int32)
+  half = num_buckets // 2 if bidirectional else num_buckets
   distance = np.abs(d) if bidirectional else np.maximum(-d, 0)
   exact = half // 2
   # float32 and the epsilon are T5X's: they decide on which side a boundary falls.
   log_ratio = np.log(
     distance.astype(np.float32) / exact + np.finfo(np.float32).eps
-  ) / np.log(MAX_DISTANCE / exact)
+  ) / np.log(max_distance / exact)
   far = np.minimum(exact + (log_ratio * (half - exact)).astype(np.int32), half - 1)
   bucket = np.where(distance < exact, distance, far)
   if bidirectional:
@@ -122,6 +123,8 @@ class RelativePositionBiases(nn.Module):
   num_heads: int
   bidirectional: bool
   dtype: Any = jnp.float32
+  num_buckets: int = 32
+  max_distance: int = 128  # tokens
 
   @nn.compact
   def __call__(self, query_positions_BT: Array, key_positions_S: Array) -> Array:
@@ -129,14 +132,14 @@ class RelativePositionBiases(nn.Module):
     table_NR = param_with_axes(
       'rel_embedding',
       nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
-      (self.num_heads, NUM_BUCKETS),
+      (self.num_heads, self.num_buckets),
       jnp.float32,
       axes=(axes.HEADS, axes.RELPOS_BUCKETS),
     )
     distance_BTS = key_positions_S - query_positions_BT[..., None]
-    buckets = jnp.asarray(relative_position_buckets(self.bidirectional))
-    clipped = jnp.clip(distance_BTS, -MAX_DISTANCE, MAX_DISTANCE)
-    bucket_BTS = jnp.take(buckets, clipped + MAX_DISTANCE)
+    most = self.max_distance
+    table = relative_position_buckets(self.bidirectional, self.num_buckets, most)
+    bucket_BTS = jnp.take(table, jnp.clip(distance_BTS, -most, most) + most)
     bias_NBTS = jnp.take(table_NR.astype(self.dtype), bucket_BTS, axis=1)
     return jnp.swapaxes(bias_NBTS, 0, 1)
 
@@ -149,7 +152,7 @@ class EncoderLayer(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, mask, bias, deterministic):
     cfg = self.config
-    y = LayerNorm(cfg.dtype, name='pre_attention_layer_norm')(x_BTD)
+    y = layer_norm(cfg, 'pre_attention_layer_norm')(x_BTD)
     y = _attention(cfg, cfg.encoder_kv, 'attention')(
       y, y, mask, bias, deterministic=deterministic
     )
@@ -166,12 +169,12 @@ class DecoderLayer(nn.Module):
   def __call__(self, x_BTD, encoded_BSD, masks, bias, cache_index, deterministic):
     cfg = self.config
     self_mask, cross_mask = masks
-    y = LayerNorm(cfg.dtype, name='pre_self_attention_layer_norm')(x_BTD)
+    y = layer_norm(cfg, 'pre_self_attention_layer_norm')(x_BTD)
     y = _attention(cfg, cfg.self_kv, 'self_attention')(
       y, y, self_mask, bias, cache_index=cache_index, deterministic=deterministic
     )
     x_BTD = x_BTD + dropout(cfg, y, deterministic)
-    y = LayerNorm(cfg.dtype, name='pre_cross_attention_layer_norm')(x_BTD)
+    y = layer_norm(cfg, 'pre_cross_attention_layer_norm')(x_BTD)
     y = _attention(cfg, cfg.cross_kv, 'encoder_decoder_attention')(
       y, encoded_BSD, cross_mask, deterministic=deterministic
     )
@@ -191,8 +194,23 @@ def _attention(cfg: Any, num_kv_heads: int, name: str) -> nn.Module:
   )
 
 
+def layer_norm(cfg: Any, name: str) -> nn.Module:
+  return LayerNorm(cfg.dtype, cfg.layer_norm_epsilon, name=name)
+
+
+def relative_position_biases(cfg: Any, bidirectional: bool) -> nn.Module:
+  return RelativePositionBiases(
+    num_heads=cfg.num_heads,
+    bidirectional=bidirectional,
+    num_buckets=cfg.relpos_num_buckets,
+    max_distance=cfg.relpos_max_distance,
+    dtype=cfg.dtype,
+    name='relpos_bias',
+  )
+
+
 def _mlp(cfg: Any, x_BTD: Array, deterministic: bool) -> Array:
-  y = LayerNorm(cfg.dtype, name='pre_mlp_layer_norm')(x_BTD)
+  y = layer_norm(cfg, 'pre_mlp_layer_norm')(x_BTD)
   y = MlpBlock(
     cfg.mlp_dim, cfg.mlp_activations, cfg.dropout_rate, cfg.dtype, name='mlp'
   )(y, deterministic)

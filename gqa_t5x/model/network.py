@@ -24,6 +24,10 @@ REMAT_POLICIES = {
 }
 
 
+_COUNTS = ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim')
+_COUNTS += ('num_encoder_layers', 'num_decoder_layers')
+
+
 @struct.dataclass
 class T5Config:
   """Hyperparameters: T5X's fields under T5X's names, then those of this project.
@@ -33,11 +37,15 @@ class T5Config:
     self_attention_num_kv_heads, cross_attention_num_kv_heads: K of one kind, if it
       differs.
     encoder_num_kv_heads: K of the encoder; None means all heads, as in the paper.
+    relpos_num_buckets, relpos_max_distance: of relative positions, the latter in
+      tokens; Hugging Face's relative_attention_num_buckets and _max_distance.
+    layer_norm_epsilon: added to the mean square.
     remat_policy: 'none' recomputes nothing in the backward pass, 'minimal' keeps the
       results of weight matrix products, 'full' keeps only each layer's input.
 
   Raises:
-    ValueError: for heads that do not divide, or an unknown policy.
+    ValueError: for heads that do not divide, an unknown policy, and numbers that make
+      no sense.
   """
 
   vocab_size: int
@@ -56,9 +64,20 @@ class T5Config:
   self_attention_num_kv_heads: int | None = None
   cross_attention_num_kv_heads: int | None = None
   encoder_num_kv_heads: int | None = None
+  relpos_num_buckets: int = 32
+  relpos_max_distance: int = 128
+  layer_norm_epsilon: float = 1e-6
   remat_policy: str = 'none'
 
   def __post_init__(self):
+    for name in _COUNTS:
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
+    if not 4 <= self.relpos_num_buckets < 2 * self.relpos_max_distance:
+      raise ValueError(
+        f'relpos_num_buckets={self.relpos_num_buckets} must be at least 4, and below'
+        f' twice relpos_max_distance={self.relpos_max_distance}.'
+      )
     for num_kv_heads in (self.encoder_kv, self.self_kv, self.cross_kv):
       axes.check_heads(self.num_heads, num_kv_heads)
     if self.remat_policy not in REMAT_POLICIES:
@@ -68,15 +87,20 @@ class T5Config:
   # K of each attention kind.
   @property
   def self_kv(self) -> int:
-    return self.self_attention_num_kv_heads or self.num_kv_heads or self.num_heads
+    return _first(self.self_attention_num_kv_heads, self.num_kv_heads, self.num_heads)
 
   @property
   def cross_kv(self) -> int:
-    return self.cross_attention_num_kv_heads or self.num_kv_heads or self.num_heads
+    return _first(self.cross_attention_num_kv_heads, self.num_kv_heads, self.num_heads)
 
   @property
   def encoder_kv(self) -> int:
-    return self.encoder_num_kv_heads or self.num_heads
+    return _first(self.encoder_num_kv_heads, self.num_heads)
+
+
+def _first(*numbers: int | None) -> int:
+  """Returns the first number that is given; 0 is given, too, and refused."""
+  return next(n for n in numbers if n is not None)
 
 
 def config(size: str, **overrides) -> T5Config:
@@ -109,14 +133,14 @@ class Encoder(nn.Module):
     """Encodes int `[B, S]` under a bool mask `[B, 1, S, S]` to `[B, S, D]`."""
     cfg = self.config
     length = tokens_BS.shape[1]
-    bias = layers.RelativePositionBiases(
-      cfg.num_heads, bidirectional=True, dtype=cfg.dtype, name='relpos_bias'
-    )(jnp.arange(length)[None], jnp.arange(length))
+    bias = layers.relative_position_biases(cfg, bidirectional=True)(
+      jnp.arange(length)[None], jnp.arange(length)
+    )
     x_BSD = layers.dropout(cfg, self.shared_embedding(tokens_BS), deterministic)
     layer = _remat(layers.EncoderLayer, cfg, static_argnum=4)
     for i in range(cfg.num_encoder_layers):
       x_BSD = layer(cfg, name=f'layers_{i}')(x_BSD, mask, bias, deterministic)
-    x_BSD = layers.LayerNorm(cfg.dtype, name='encoder_norm')(x_BSD)
+    x_BSD = layers.layer_norm(cfg, 'encoder_norm')(x_BSD)
     # Here T5X drops single units, not whole columns.
     return nn.Dropout(cfg.dropout_rate)(x_BSD, deterministic=deterministic)
 
@@ -147,9 +171,9 @@ class Decoder(nn.Module):
       at = decode_cache.advance(self, T, max_decode_length, prefill_lengths)
     else:
       at = decode_cache.Positions(jnp.arange(T)[None], jnp.arange(T), self_mask)
-    bias = layers.RelativePositionBiases(
-      cfg.num_heads, bidirectional=False, dtype=cfg.dtype, name='relpos_bias'
-    )(at.queries_BT, at.keys_S)
+    bias = layers.relative_position_biases(cfg, bidirectional=False)(
+      at.queries_BT, at.keys_S
+    )
     mask, bias = at.by_slot(bias)
     if decode:  # Once for all layers.
       _, _, heads = axes.kv_axes(cfg.num_heads, cfg.self_kv)
@@ -162,7 +186,7 @@ class Decoder(nn.Module):
       x_BTD = layer(cfg, name=f'layers_{i}')(
         x_BTD, encoded_BSD, (mask, cross_mask), bias, at.index, deterministic
       )
-    x_BTD = layers.LayerNorm(cfg.dtype, name='decoder_norm')(x_BTD)
+    x_BTD = layers.layer_norm(cfg, 'decoder_norm')(x_BTD)
     x_BTD = layers.dropout(cfg, x_BTD, deterministic)
     if cfg.logits_via_embedding:
       return self.shared_embedding.attend(x_BTD) / jnp.sqrt(cfg.emb_dim)
