@@ -11,7 +11,8 @@
 : "${BUCKET:=}"            # gs://... in the region of ZONE: data, checkpoints, logs
 : "${REPOSITORY:=}"        # git URL of this repository, as the TPU's hosts can read it
 : "${COMMIT:=}"            # the commit to check out
-# What runs on every host at once, until it succeeds; '' for nothing (then: tpu.sh run).
+# What a shell runs on every host at once, again until it succeeds: lines, pipes and && as
+# in a script, which ends at the first that fails. '' for nothing (then: tpu.sh run).
 : "${TRAIN:=python -m t5x.train --multiprocess_gpu --gin_file=gin/uptrain_gqa8.gin \
 --tfds_data_dir=$BUCKET/tfds --gin.MODEL_DIR=\"'$BUCKET/uptrain_gqa8'\" \
 --gin.INITIAL_CHECKPOINT_PATH=\"'$BUCKET/xxl_gqa8/checkpoint_1000000'\" \

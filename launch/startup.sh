@@ -37,11 +37,14 @@ install() {
   source .venv/bin/activate
 }
 
-# Runs a command and passes SIGTERM on to it, so that it saves before the host goes.
+# Runs a command and passes SIGTERM on to it and to what it started, so that training
+# saves before the host goes.
 as_child() {
+  set -m # The child leads a process group of its own.
   "$@" &
+  set +m
   local child=$! code=0
-  trap 'kill -TERM "$child" 2> /dev/null' TERM
+  trap 'kill -TERM -- "-$child" 2> /dev/null' TERM
   wait "$child" || code=$?
   while kill -0 "$child" 2> /dev/null; do # The trap ended the first wait, not the child.
     code=0
@@ -51,13 +54,19 @@ as_child() {
   return "$code"
 }
 
+# Runs TRAIN as a shell does: lines, pipes, variables. The first command that fails ends
+# it; on SIGTERM, the one that is at work ends, and none follows.
+train() {
+  as_child bash -e -o pipefail -c $'trap "exit 143" TERM\n'"$1"
+}
+
 # Runs a command until it succeeds. It also fails when another host does, and is then run
 # again; a command that fails at once many times in a row is given up.
 until_done() {
   local quick=0 start
   while true; do
     start=$SECONDS
-    if as_child "$@"; then return 0; fi
+    if "$@"; then return 0; fi
     if ((SECONDS - start < QUICK_S)); then quick=$((quick + 1)); else quick=0; fi
     if ((quick >= LIMIT)); then
       say "given up after $quick quick failures in a row: $*"
@@ -79,11 +88,11 @@ main() {
   # shellcheck disable=SC2064  # $! is known now
   trap "kill $! || true; copy_log" EXIT
   install
-  until_done python launch/check_devices.py "$(attribute devices)"
-  local train
-  train=$(attribute train)
-  [[ -n "$train" ]] || return 0
-  until_done bash -c "exec $train"
+  until_done as_child python launch/check_devices.py "$(attribute devices)"
+  local commands
+  commands=$(attribute train)
+  [[ -n "$commands" ]] || return 0
+  until_done train "$commands"
   say 'training is done'
   if [[ "$(attribute agent-worker-number)" == 0 ]]; then
     date | gcloud storage cp - "$(attribute bucket)/done/$(attribute name)"

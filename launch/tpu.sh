@@ -80,11 +80,18 @@ create() {
     *) fail "PROVISIONING=$PROVISIONING; choose spot, reserved or on-demand." ;;
   esac
   version=$(runtime_version)
-  # ^|^: values are separated by |, as they may contain commas.
+  # gcloud's ^X^: values are separated by X, a mark that TRAIN does not have.
+  local x='|' metadata pair
+  while [[ "${TRAIN:-}" == *"$x"* ]]; do x+='|'; done
+  metadata="^$x^bucket=$BUCKET"
+  for pair in "name=$NAME" "repository=$REPOSITORY" "commit=$COMMIT" \
+    "devices=$DEVICES" "train=${TRAIN:-}"; do
+    metadata+="$x$pair"
+  done
   queued create "--node-id=$NAME" "--accelerator-type=$ACCELERATOR_TYPE" \
     "--runtime-version=$version" "${tier[@]}" --scopes=cloud-platform \
     "--metadata-from-file=startup-script=$here/startup.sh" \
-    "--metadata=^|^bucket=$BUCKET|name=$NAME|repository=$REPOSITORY|commit=$COMMIT|devices=$DEVICES|train=${TRAIN:-}"
+    "--metadata=$metadata"
 }
 
 state() {
@@ -148,9 +155,11 @@ jobset() {
   local name text
   text=$(< "$here/jobset.yaml")
   for name in NAME REPOSITORY COMMIT GKE_ACCELERATOR GKE_TOPOLOGY GKE_HOSTS \
-    GKE_CHIPS_A_HOST TRAIN; do
+    GKE_CHIPS_A_HOST; do
     text=${text//"{$name}"/"${!name}"}
   done
+  # Its lines go into a block of YAML, each as far in as the first.
+  text=${text//"{TRAIN}"/"${TRAIN//$'\n'/$'\n                  '}"}
   printf '%s\n' "$text"
 }
 
@@ -172,6 +181,11 @@ main() {
   if [[ -f "$file" ]]; then source "$file"; fi
   require PROJECT ZONE NAME ACCELERATOR_TYPE PROVISIONING BUCKET
   [[ "$BUCKET" == gs://* ]] || fail "BUCKET=$BUCKET is no bucket; write gs://NAME."
+  case "$command" in
+    run | benchmark) ;;
+    logs) (($# < 2)) && [[ "${1:-0}" =~ ^[0-9]+$ ]] || fail "logs takes a host's number, not: $*" ;;
+    *) (($# == 0)) || fail "$command takes nothing more, not: $* (--dry_run goes first)" ;;
+  esac
   case "$command" in
     status) state ;;
     run)

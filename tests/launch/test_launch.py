@@ -186,6 +186,9 @@ VERBS = ('ls', 'describe', 'create', 'delete')
     (['status'], {'BUCKET': 'bucket'}, 'BUCKET=bucket is no bucket; write gs://NAME'),
     (['start'], {}, 'start is no command; see launch/tpu.sh --help'),
     (['run'], {}, 'run what?'),
+    (['create', '--dry_run'], {}, 'create takes nothing more, not: --dry_run'),
+    (['delete', 'other'], {}, 'delete takes nothing more, not: other'),
+    (['logs', 'x'], {}, "logs takes a host's number, not: x"),
     (['watch'], {'TRAIN': ' ', 'NAME': None, 'PROJECT': None}, 'not set: PROJECT.'),
   ],
 )
@@ -211,8 +214,11 @@ def test_a_file_of_ones_own_and_the_environment_before_it(tmp_path):
   assert '--project=from-file --zone=us-central2-b' in done.stdout
 
 
+TRAIN = 'A=1\npython -m t5x.train --gin.X="\'gs://b\'" |\n  tee "log"'
+
+
 def test_jobset():
-  done = tpu('jobset', TRAIN='python -m t5x.train --gin.X="\'gs://b\'"', GKE_HOSTS='4')
+  done = tpu('jobset', TRAIN=TRAIN, GKE_HOSTS='4')
   assert done.returncode == 0, done.stderr
   jobset = yaml.safe_load(done.stdout)
   assert (jobset['apiVersion'], jobset['kind']) == (
@@ -235,8 +241,9 @@ def test_jobset():
   script = container['args'][0].splitlines()
   assert script[0].startswith('git clone https://host/gqa_t5x.git ')
   assert script[1] == 'git checkout 0123abc'
-  # exec: so SIGTERM reaches training.
-  assert script[-1] == 'exec python -m t5x.train --gin.X="\'gs://b\'"'
+  # `train` passes SIGTERM on.
+  assert script[-2:] == ['source launch/startup.sh', 'train "$TRAIN"']
+  assert container['env'] == [{'name': 'TRAIN', 'value': TRAIN}]
   assert '{' not in done.stdout
 
 
@@ -257,6 +264,14 @@ def test_the_commands_train_as_gin_reads_them():
   assert f'--gin.INITIAL_CHECKPOINT_PATH={checkpoint}' in args
 
 
+@pytest.mark.parametrize('train', ['a | tee b', 'a || b', 'x && y, z'])
+def test_metadata_of_any_command(train):
+  (words,) = printed('create', TRAIN=train)
+  _, mark, values = words[-1].removeprefix('--metadata=').split('^')
+  assert values.split(mark)[-1] == f'train={train}'
+  assert len(values.split(mark)) == 6
+
+
 # --- The loop of the hosts ------------------------------------------------------
 
 
@@ -264,7 +279,7 @@ def hosts_loop(folder, script, command):
   """Starts until_done of startup.sh on a script; it counts its starts in a file."""
   job = folder / 'job.sh'
   job.write_text(f'echo x >> {folder}/starts\nn=$(wc -l < {folder}/starts)\n{script}\n')
-  text = f'source {LAUNCH}/startup.sh; {command} bash {job}'
+  text = f'source {LAUNCH}/startup.sh; {command} "bash {job}; touch {folder}/next"'
   return subprocess.Popen(
     ['bash', '-c', text],
     env={'PATH': os.environ['PATH'], 'PAUSE_S': '0', 'LIMIT': '3', 'QUICK_S': '1'},
@@ -273,12 +288,35 @@ def hosts_loop(folder, script, command):
   )
 
 
+@pytest.mark.parametrize(
+  ('commands', 'code', 'written'),
+  [
+    ('echo a > x && echo b >> x', 0, 'a\nb\n'),
+    ('echo a > x\necho b >> x', 0, 'a\nb\n'),
+    ("A=1 bash -c 'echo $A > x'", 0, '1\n'),
+    ('mkdir d; cd d && echo a > ../x', 0, 'a\n'),
+    ('echo a > x\nfalse\necho b >> x', 1, 'a\n'),
+    ('echo a > x; false | cat; echo b >> x', 1, 'a\n'),
+    ('echo a > x; (exit 7) && echo b >> x', 7, 'a\n'),
+  ],
+)
+def test_commands_are_run_as_a_shell_does(commands, code, written, tmp_path):
+  done = subprocess.run(
+    ['bash', '-c', f'source {LAUNCH}/startup.sh; train "$1"', '-', commands],
+    cwd=tmp_path,
+    check=False,
+    timeout=30,
+  )
+  assert done.returncode == code
+  assert (tmp_path / 'x').read_text() == written
+
+
 def starts(folder) -> int:
   return len((folder / 'starts').read_text().splitlines())
 
 
 def test_training_is_run_again_until_it_is_done(tmp_path):
-  process = hosts_loop(tmp_path, '(( n > 2 ))', 'until_done')
+  process = hosts_loop(tmp_path, '(( n > 2 ))', 'until_done train')
   said, _ = process.communicate(timeout=30)
   assert process.returncode == 0
   assert starts(tmp_path) == 3
@@ -286,7 +324,7 @@ def test_training_is_run_again_until_it_is_done(tmp_path):
 
 
 def test_a_mistake_is_not_run_for_ever(tmp_path):
-  process = hosts_loop(tmp_path, 'exit 1', 'until_done')
+  process = hosts_loop(tmp_path, 'exit 1', 'until_done train')
   said, _ = process.communicate(timeout=30)
   assert process.returncode == 1
   assert starts(tmp_path) == 3
@@ -295,7 +333,7 @@ def test_a_mistake_is_not_run_for_ever(tmp_path):
 
 def test_slow_failures_do_not_count(tmp_path):
   script = '(( n == 3 )) && sleep 1.2 && exit 1; (( n > 5 ))'
-  process = hosts_loop(tmp_path, script, 'until_done')
+  process = hosts_loop(tmp_path, script, 'until_done train')
   process.communicate(timeout=30)
   assert process.returncode == 0  # two quick ones, a slow one, two quick ones, success
   assert starts(tmp_path) == 6
@@ -304,12 +342,13 @@ def test_slow_failures_do_not_count(tmp_path):
 def test_training_gets_the_signal_and_time_to_save(tmp_path):
   script = f'trap "sleep 0.5; echo saved > {tmp_path}/saved; exit 7" TERM\n'
   script += f'echo > {tmp_path}/ready; while true; do sleep 0.1; done'
-  process = hosts_loop(tmp_path, script, 'as_child')
+  process = hosts_loop(tmp_path, script, 'train')
   while not (tmp_path / 'ready').exists():
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
-  assert process.wait(timeout=30) == 7
+  assert process.wait(timeout=30) == 143  # SIGTERM's, whatever it ends with
   assert (tmp_path / 'saved').read_text() == 'saved\n'
+  assert not (tmp_path / 'next').exists()
 
 
 # --- Python, and style ----------------------------------------------------------
