@@ -282,7 +282,7 @@ def hosts_loop(folder, script, command):
   text = f'source {LAUNCH}/startup.sh; {command} "bash {job}; touch {folder}/next"'
   return subprocess.Popen(
     ['bash', '-c', text],
-    env={'PATH': os.environ['PATH'], 'PAUSE_S': '0', 'LIMIT': '3', 'QUICK_S': '1'},
+    env={'PATH': os.environ['PATH'], 'PAUSE_S': '0', 'LIMIT': '3', 'QUICK_S': '2'},
     stdout=subprocess.PIPE,
     text=True,
   )
@@ -332,7 +332,7 @@ def test_a_mistake_is_not_run_for_ever(tmp_path):
 
 
 def test_slow_failures_do_not_count(tmp_path):
-  script = '(( n == 3 )) && sleep 1.2 && exit 1; (( n > 5 ))'
+  script = '(( n == 3 )) && sleep 2.2 && exit 1; (( n > 5 ))'
   process = hosts_loop(tmp_path, script, 'until_done train')
   process.communicate(timeout=30)
   assert process.returncode == 0  # two quick ones, a slow one, two quick ones, success
