@@ -13,7 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from gqa_t5x.checkpoints import huggingface, t5x_layouts
+from gqa_t5x.checkpoints import config, huggingface, t5x_layouts
+from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.t5x_layouts import METADATA, MSGPACK, STATE
 from gqa_t5x.checkpoints.tree import (
@@ -52,7 +53,9 @@ def find_checkpoint(path: epath.Path) -> epath.Path:
     BadInput: there is none, or two in one folder.
   """
   if not path.exists():
-    raise BadInput(f'there is no checkpoint at {path}: no such file or folder')
+    raise BadInput(
+      f'there is no checkpoint at {path}: no such file or folder{_of_hub(path)}'
+    )
   names = {MSGPACK, huggingface.CONFIG, *sum(huggingface.WEIGHTS, ())}
   if path.name in names and not path.is_dir():
     path = path.parent
@@ -64,8 +67,31 @@ def find_checkpoint(path: epath.Path) -> epath.Path:
   raise BadInput(
     f'there is no T5X checkpoint in {path}: expected a file named checkpoint, a folder'
     ' named state, or folders named checkpoint_<step>; nor is there a Hugging Face'
-    ' model: model.safetensors or pytorch_model.bin, or an index of such files; it may'
-    ' be only partly copied'
+    ' model: model.safetensors or pytorch_model.bin, or an index of such files; '
+    + _what_is_there(path)
+  )
+
+
+def _of_hub(path: epath.Path) -> str:
+  """What to add for `google/flan-t5-small`, a name of the Hugging Face hub."""
+  if '://' in str(path) or path.parent.exists():
+    return ''
+  name = f'{path.parent.name}/{path.name}'
+  return (
+    f'. If {name} is a name of the Hugging Face hub, download it first: hf download'
+    f' {name} --local-dir {path.name}'
+  )
+
+
+def _what_is_there(path: epath.Path) -> str:
+  """Names the weights that have another name; or why there may be none."""
+  files = [path] if path.is_file() else path.iterdir() if path.is_dir() else ()
+  weights = sorted(f.name for f in files if f.suffix in ('.safetensors', '.bin', '.pt'))
+  if not weights:
+    return 'it may be only partly copied'
+  return (
+    f'{", ".join(weights)} is there under another name: rename it to one of these, with'
+    f' its {huggingface.CONFIG} beside it'
   )
 
 
@@ -85,6 +111,17 @@ def _entry(path: epath.Path) -> epath.Path | None:
   if len(found) > 1:
     raise BadInput(f'{path} has two checkpoints, {found[0]} and {found[1]}; keep one')
   return found[0] if found else None
+
+
+def read_config(path: epath.Path) -> ModelConfig:
+  """Reads what a checkpoint folder says of its model beyond the shapes of its tensors.
+
+  Raises:
+    BadInput: it is damaged, or a value is one that this project cannot compute with.
+  """
+  if huggingface.weights_file(path) is not None:
+    return huggingface.read_config(path)
+  return config.read(path) or ModelConfig()
 
 
 def dataset_state(path: epath.Path) -> list[str]:

@@ -5,6 +5,9 @@
                                   the files that it names
   pytorch_model.bin               the same in PyTorch's format, or with an index
 
+The logits are those of `lm_head.weight`; where that is missing, of the embedding, and
+the config says whether divided by sqrt(D). T5X's kernel is the same.
+
 A linear layer's weight is [out, in] there and [in, out] in T5X, the relative position
 bias [buckets, heads] there and [heads, buckets] in T5X. No step is kept: it reads as 0.
 
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.safetensors import dtype_of, read_index
 from gqa_t5x.checkpoints.tree import KINDS, TARGET, Architecture
@@ -34,10 +38,19 @@ _OTHER_WEIGHTS = ('flax_model.msgpack', 'tf_model.h5')
 _SAVE = 'save the model as safetensors: model.save_pretrained(FOLDER)'
 # PyTorch's names of dtypes -> those of safetensors.
 _KINDS = {'float16': 'F16', 'bfloat16': 'BF16', 'float32': 'F32', 'float64': 'F64'}
-_EMBEDDING = 'shared.weight'
+_EMBEDDING, _LOGITS = 'shared.weight', 'lm_head.weight'
 # Copies of the embedding; and a bias that old checkpoints keep, but no model uses.
 _EMBEDDING_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 _UNUSED = ('decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',)
+_POINTER = b'version https://git-lfs'
+# Values of config.json that decide what is computed -> those that are computed here.
+# `gelu_new` is the tanh approximation, T5X's `gelu`.
+_WANTED = {
+  'feed_forward_proj': ('gated-gelu', 'gated-gelu_new'),
+  'dense_act_fn': ('gelu_new', 'gelu_pytorch_tanh'),
+  'is_gated_act': (True,),
+  'is_encoder_decoder': (True,),
+}
 # T5X's modules -> Hugging Face's, whose sublayers have numbers.
 _IN_LAYERS = {
   'encoder': {
@@ -96,11 +109,14 @@ def open_folder(file: epath.Path) -> dict[str, LazyTensor]:
   Raises:
     BadInput: it is another model, or a part is missing or damaged.
   """
-  shapes = _read_config(file.parent / CONFIG).shapes()
-  tensors = _open_weights(file)
-  for copy in _EMBEDDING_COPIES:
-    if copy in tensors:
-      tensors.setdefault(_EMBEDDING, tensors[copy])
+  config = _read_json(file.parent / CONFIG)
+  architecture = _architecture(file.parent / CONFIG, config)
+  shapes, tensors = architecture.shapes(), _open_weights(file)
+  tensors |= _embedding(file, tensors)
+  if _LOGITS not in tensors and _EMBEDDING in tensors:
+    tensors[_LOGITS] = tensors[_EMBEDDING]
+  if _is_scaled(config) and _LOGITS in tensors:
+    tensors[_LOGITS] = _divided(tensors[_LOGITS], architecture.emb_dim**0.5)
   names = {path: _name(path) for path in shapes}
   expected = {
     n: shapes[p] if n == _EMBEDDING else shapes[p][::-1] for p, n in names.items()
@@ -108,6 +124,61 @@ def open_folder(file: epath.Path) -> dict[str, LazyTensor]:
   _check_shapes(file, tensors, expected)
   result = {f'{TARGET}{p}': _in_t5x_layout(n, tensors[n]) for p, n in names.items()}
   return result | {'state/step': LazyTensor.of(np.zeros((), np.int32))}
+
+
+def _embedding(
+  file: epath.Path, tensors: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+  """The embedding, by any of its names; reading it compares it with its copies.
+
+  Raises:
+    BadInput: encoder and decoder have embeddings of different shapes.
+  """
+  there = [n for n in (_EMBEDDING, *_EMBEDDING_COPIES) if n in tensors]
+  if not there:
+    return {}
+  first = tensors[there[0]]
+
+  def differ(name: str) -> BadInput:
+    return BadInput(
+      f'{file}: {there[0]} and {name} differ; a T5 of this project has one embedding,'
+      ' for encoder and decoder'
+    )
+
+  for name in there[1:]:
+    if tensors[name].shape != first.shape:
+      raise differ(name)
+
+  def read() -> np.ndarray:
+    embedding = first.read()
+    for name in there[1:]:
+      if not np.array_equal(embedding, tensors[name].read()):
+        raise differ(name)
+    return embedding
+
+  return {_EMBEDDING: LazyTensor(first.shape, first.dtype, read)}
+
+
+def _is_scaled(config: Mapping[str, Any]) -> bool:
+  """Whether logits are divided by sqrt(D), as transformers 4 and 5 write it.
+
+  transformers 5 has a name for it; before, it was so for a T5 whose output was tied.
+  """
+  if config.get('scale_decoder_outputs') is not None:
+    return bool(config['scale_decoder_outputs'])
+  return (
+    config.get('model_type') == 't5' and config.get('tie_word_embeddings') is not False
+  )
+
+
+def _divided(tensor: LazyTensor, divisor: float) -> LazyTensor:
+  """Divides a tensor once it is read; the result is float32."""
+  dtype = np.dtype(np.float32)
+
+  def read() -> np.ndarray:
+    return np.divide(tensor.read(), divisor, dtype=np.float32)
+
+  return LazyTensor(tensor.shape, dtype, read)
 
 
 def _name(path: str) -> str:
@@ -149,24 +220,48 @@ def _check_shapes(
     raise BadInput(f'{file} does not fit {CONFIG} beside it: {"; ".join(problems)}')
 
 
-def _read_config(file: epath.Path) -> Architecture:
+def read_config(folder: epath.Path) -> ModelConfig:
+  """Reads what the shapes do not show from the folder's config.json.
+
+  Raises:
+    BadInput: a value is no number, or one that this project cannot compute with.
+  """
+  file = folder / CONFIG
   config = _read_json(file)
+  pad = _number(file, config, 'pad_token_id', 0)
+  if pad != 0:
+    raise BadInput(
+      f'{file} has pad_token_id {pad!r}; here padding is 0, as in every T5'
+    )
+  start = _number(file, config, 'decoder_start_token_id', pad)
+  return ModelConfig(
+    relpos_num_buckets=_number(file, config, 'relative_attention_num_buckets', 32),
+    relpos_max_distance=_number(file, config, 'relative_attention_max_distance', 128),
+    layer_norm_epsilon=_number(file, config, 'layer_norm_epsilon', 1e-6),
+    decoder_start_token_id=start,
+    eos_token_id=_number(file, config, 'eos_token_id', 1),
+  )
+
+
+def _architecture(file: epath.Path, config: Mapping[str, Any]) -> Architecture:
+  """Reads the sizes, and refuses by name what this project does not compute."""
   kind = config.get('model_type')
   if kind not in ('t5', 'mt5'):
     raise BadInput(f'{file} has model_type {kind!r}; T5 v1.1, flan-t5 or mT5 is needed')
-  activation = config.get('feed_forward_proj')
-  gated = config.get('is_gated_act', True)
-  # transformers 5 always ties, and says by a second name what the first one meant.
-  tied = config.get('scale_decoder_outputs', config.get('tie_word_embeddings', True))
-  if activation != 'gated-gelu' or not gated or tied:
+  for name, wanted in _WANTED.items():
+    if config.get(name, wanted[0]) not in wanted:
+      raise BadInput(
+        f'{file} is of another T5: it has {name} {config[name]!r}; T5 v1.1, flan-t5 or'
+        f' mT5 is needed, with {wanted[0]!r}'
+      )
+  if 'feed_forward_proj' not in config and kind == 't5':
     raise BadInput(
-      f'{file} is of another T5 (feed_forward_proj {activation!r}, tied output'
-      f' embedding {bool(tied)}); T5 v1.1 or flan-t5 is needed, with gated-gelu and an'
-      ' output projection of its own'
+      f'{file} is of another T5: without feed_forward_proj it is of T5 1.0 (relu); T5'
+      " v1.1, flan-t5 or mT5 is needed, with 'gated-gelu'"
     )
 
   def size(name: str, default: int | None = None) -> int:
-    value = default if config.get(name) is None else config[name]
+    value = _number(file, config, name, default)
     if type(value) is not int or value < 1:
       raise BadInput(f'{file} has {name} {value!r}, expected a number')
     return value
@@ -184,6 +279,15 @@ def _read_config(file: epath.Path) -> Architecture:
   )
 
 
+def _number(
+  file: epath.Path, config: Mapping[str, Any], name: str, default: Any
+) -> Any:
+  value = default if config.get(name) is None else config[name]
+  if type(value) not in (int, float) or value < 0:
+    raise BadInput(f'{file} has {name} {value!r}, expected a number')
+  return value
+
+
 def _read_json(file: epath.Path) -> dict[str, Any]:
   if not file.exists():
     raise BadInput(f'{file} is missing: the folder is only partly copied')
@@ -198,7 +302,16 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
 
 def _open_weights(file: epath.Path) -> dict[str, LazyTensor]:
   """Opens one file, or an index and all files that it names."""
-  opener = _open_torch if file.name.startswith('pytorch') else read_index
+  read = _open_torch if file.name.startswith('pytorch') else read_index
+
+  def opener(file: epath.Path) -> dict[str, LazyTensor]:
+    with file.open('rb') as handle:
+      if handle.read(len(_POINTER)) == _POINTER:
+        raise BadInput(
+          f'{file} is a pointer of Git LFS, not the weights; get them: git lfs pull'
+        )
+    return read(file)
+
   if file.suffix != '.json':
     return opener(file)
   shard_of = _read_json(file).get('weight_map')

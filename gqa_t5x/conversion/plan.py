@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
 from gqa_t5x.checkpoints.tree import (
   PARAM_STATES,
@@ -197,7 +199,8 @@ def _module_unit(
     statistics.check(module.path, width=shapes[paths['query']][0])
   outputs, notes = {}, {}
   for path in paths.values():
-    outputs[TARGET + path] = TensorSpec(shapes[path], tensors[TARGET + path].dtype)
+    dtype = _at_least_float32(tensors[TARGET + path].dtype)
+    outputs[TARGET + path] = TensorSpec(shapes[path], dtype)
     if moments := _adafactor_moments(tensors, path):
       old = {n: moment.shape for n, moment in moments.items()}
       new = adafactor_moments.converted_shapes(old, shapes[path])
@@ -207,6 +210,7 @@ def _module_unit(
 
   def compute():
     kernels = {name: tensors[TARGET + path].read() for name, path in paths.items()}
+    kernels = {n: k.astype(_at_least_float32(k.dtype)) for n, k in kernels.items()}
     inputs = None
     if uses_inputs and statistics:
       inputs = statistics.read(module.path)
@@ -228,6 +232,11 @@ def _module_unit(
     return results
 
   return Unit(outputs, compute), notes
+
+
+def _at_least_float32(dtype: np.dtype) -> np.dtype:
+  """The dtype of a kernel that is changed: 16 bits would round a mean once more."""
+  return np.promote_types(dtype, np.float32)
 
 
 def _adafactor_moments(tensors: Tensors, parameter: str) -> dict[str, LazyTensor]:

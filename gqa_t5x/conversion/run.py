@@ -11,7 +11,7 @@ from etils import epath
 from tqdm import tqdm
 
 from gqa_t5x import files
-from gqa_t5x.checkpoints import folders, t5x_layouts, writer
+from gqa_t5x.checkpoints import config, folders, t5x_layouts, writer
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
 from gqa_t5x.checkpoints.tree import PARAM_STATES, TARGET
 from gqa_t5x.conversion import manifest
@@ -54,7 +54,9 @@ def convert(request: Request) -> None:
     _preview(plan, source, target, tensors)
     return
 
-  def write_manifest(folder: epath.Path, changed: writer.Changed) -> None:
+  model_config = folders.read_config(source)
+
+  def write_records(folder: epath.Path, changed: writer.Changed) -> None:
     record = manifest.make_manifest(
       plan,
       source=str(source),
@@ -64,6 +66,7 @@ def convert(request: Request) -> None:
       changed=changed,
     )
     files.write_json(folder / manifest.NAME, record)
+    config.write(folder, model_config)
 
   writer.check_space(target, plan.nbytes)
   with tqdm(
@@ -75,7 +78,7 @@ def convert(request: Request) -> None:
       progress.update,
       source=tensors,
       compression=request.compression,
-      add_files=write_manifest,
+      add_files=write_records,
     )
   _report(request, plan, source, target)
 
@@ -96,9 +99,17 @@ def verify(path: str) -> None:
 
 
 def _absolute(text: str) -> epath.Path:
-  """A path as T5X wants it: absolute and, if local, without symbolic links."""
+  """A path as T5X wants it: absolute and, if local, without symbolic links.
+
+  A file stays under its own name: in a cache of the Hugging Face hub it is a link.
+  """
   path = epath.Path(text)
-  return path if '://' in text else epath.Path(os.path.realpath(path.expanduser()))
+  if '://' in text:
+    return path
+  path = path.expanduser()
+  if path.is_file():
+    return epath.Path(os.path.realpath(path.parent)) / path.name
+  return epath.Path(os.path.realpath(path))
 
 
 def _open_source(request: Request) -> tuple[epath.Path, int, dict[str, LazyTensor]]:

@@ -1,0 +1,228 @@
+"""Hugging Face's folders compute what transformers computes: its logits, to 1e-4."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+from safetensors import numpy as safetensors
+
+from gqa_t5x.checkpoints import folders
+from gqa_t5x.checkpoints.config import ModelConfig
+from gqa_t5x.model import network
+from helpers import huggingface_folders as by_hand
+from helpers.trees import run_convert as run
+
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'golden' / 'huggingface.npz')
+CASES = sorted(name.removesuffix('/logits') for name in GOLDEN if 'logits' in name)
+
+
+def write(folder, case, dtype=np.float32, **changes):
+  """Writes the folder that transformers wrote, with other values in config.json."""
+  facts, values = json.loads(str(GOLDEN[f'{case}/facts'])), GOLDEN[f'{case}/weights']
+  tensors, start = {}, 0
+  for name, shape in facts['shapes'].items():
+    end = start + int(np.prod(shape))
+    tensors[name] = values[start:end].reshape(shape).astype(dtype)
+    start = end
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps(facts['config'] | changes))
+  safetensors.save_file(tensors, folder / 'model.safetensors')
+  return folder
+
+
+def convert(source, output, *flags):
+  """Converts as a user does; returns the checkpoint."""
+  assert run(f'--input={source}', f'--output={output}', *flags) == 0
+  return output / 'checkpoint_0'
+
+
+def logits(folder, kv_heads=None):
+  """The logits of a checkpoint by this project's network."""
+  folder = folders.find_checkpoint(epath.Path(folder))
+  params, sizes = folders.read_params(folder)
+  values = folders.read_config(folder)
+  config = network.T5Config(
+    vocab_size=sizes.vocab_size,
+    emb_dim=sizes.emb_dim,
+    num_heads=sizes.num_heads,
+    num_encoder_layers=sizes.num_layers['encoder'],
+    num_decoder_layers=sizes.num_layers['decoder'],
+    head_dim=sizes.head_dim,
+    mlp_dim=sizes.mlp_dim,
+    mlp_activations=('gelu', 'linear'),
+    num_kv_heads=kv_heads,
+    relpos_num_buckets=values.relpos_num_buckets,
+    relpos_max_distance=values.relpos_max_distance,
+    layer_norm_epsilon=values.layer_norm_epsilon,
+  )
+  targets = jnp.asarray(GOLDEN['decoder_inputs'])
+  return network.Transformer(config).apply(
+    {'params': params},
+    jnp.asarray(GOLDEN['inputs']),
+    targets,
+    jnp.ones_like(targets),
+    enable_dropout=False,
+  )
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_logits_are_those_of_transformers(case, tmp_path):
+  folder = write(tmp_path / 'there', case)
+  np.testing.assert_allclose(logits(folder), GOLDEN[f'{case}/logits'], atol=1e-4)
+  # And after a conversion that keeps all heads, and another one of its result.
+  flags = ('--num_kv_heads=2', '--compression=none')
+  here = convert(folder, tmp_path / 'here', *flags)
+  again = convert(here, tmp_path / 'again', *flags)
+  np.testing.assert_allclose(logits(again), GOLDEN[f'{case}/logits'], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('relative_attention_max_distance', 128),
+    ('relative_attention_num_buckets', 8.5),
+    ('layer_norm_epsilon', 1e-6),
+  ],
+)
+def test_each_number_counts(name, value, tmp_path):
+  folder = write(tmp_path / 'there', 'other_numbers', **{name: value})
+  if name.endswith('buckets'):
+    assert name in by_hand.refused(folder)
+  else:
+    difference = np.abs(logits(folder) - GOLDEN['other_numbers/logits'])
+    assert difference.max() > 0.05
+
+
+def test_ids_are_read_and_kept(tmp_path):
+  there = write(tmp_path / 'a', 'mt5', decoder_start_token_id=5, eos_token_id=3)
+  folder = convert(there, tmp_path / 'b', '--num_kv_heads=1')
+  config = folders.read_config(epath.Path(folder))
+  assert config == ModelConfig(decoder_start_token_id=5, eos_token_id=3)
+
+
+def test_no_file_is_added_to_a_model_as_published(tmp_path):
+  folder = convert(write(tmp_path / 'a', 'mt5'), tmp_path / 'b', '--num_kv_heads=1')
+  assert not (folder / 'gqa_t5x_config.json').exists()
+  assert folders.read_config(epath.Path(folder)) == ModelConfig()
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"width": 3}', '{"eos_token_id": "1"}'])
+def test_damaged_file(text, tmp_path):
+  folder = convert(write(tmp_path / 'a', 'mt5'), tmp_path / 'b', '--num_kv_heads=1')
+  (folder / 'gqa_t5x_config.json').write_text(text)
+  flags = (f'--input={folder}', f'--output={tmp_path / "c"}', '--num_kv_heads=1')
+  assert run(*flags) == 1
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'pad_token_id': 3},
+    {'eos_token_id': [1, 2]},
+    {'dense_act_fn': 'gelu'},
+    {'is_gated_act': False},
+    {'feed_forward_proj': 'gated-silu'},
+    {'feed_forward_proj': 'relu'},
+    {'d_kv': '4'},
+    {'num_decoder_layers': 0},
+    {'layer_norm_epsilon': 'small'},
+    {'is_encoder_decoder': False},
+  ],
+)
+def test_what_is_not_computed_is_refused_by_name(changes, tmp_path, capsys):
+  folder = write(tmp_path / 'a', 'mt5', **changes)
+  flags = (f'--input={folder}', f'--output={tmp_path / "b"}', '--num_kv_heads=1')
+  assert run(*flags) == 1
+  error = capsys.readouterr().err
+  assert all(name in error for name in changes)
+  assert not (tmp_path / 'b').exists()
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('method', ['mean', 'svd', 'first'])
+def test_kernels_that_change_are_not_rounded_again(dtype, method, tmp_path):
+  """To 16 bits: what is written is float32, and what float32 weights would give."""
+  narrow = write(tmp_path / 'narrow', 'mt5', dtype)
+  flags = ('--num_kv_heads=1', f'--method={method}', '--compression=none')
+  got, _ = folders.read_params(convert(narrow, tmp_path / 'a', *flags))
+  values = safetensors.load_file(narrow / 'model.safetensors')
+  wide = tmp_path / 'wide'
+  wide.mkdir()
+  (wide / 'config.json').write_bytes((narrow / 'config.json').read_bytes())
+  values = {name: value.astype(np.float32) for name, value in values.items()}
+  safetensors.save_file(values, wide / 'model.safetensors')
+  expected, _ = folders.read_params(convert(wide, tmp_path / 'b', *flags))
+  for name in ('key', 'value'):
+    kernels = [
+      tree['decoder']['layers_0']['self_attention'][name]['kernel']
+      for tree in (got, expected)
+    ]
+    assert kernels[0].dtype == np.float32
+    np.testing.assert_array_equal(*kernels)
+  assert got['token_embedder']['embedding'].dtype == dtype
+
+
+@pytest.mark.parametrize('rows', [0, -3])
+def test_an_embedding_that_differs_is_refused(rows, tmp_path, capsys):
+  """In one number, or in how many rows there are."""
+  tensors = by_hand.weights()
+  other = tensors['shared.weight'].copy()
+  other[2, 1] += 1e-3
+  tensors['decoder.embed_tokens.weight'] = other[: len(other) + rows]
+  folder = by_hand.write(tmp_path / 'a', tensors)
+  flags = (f'--input={folder}', f'--output={tmp_path / "b"}', '--num_kv_heads=1')
+  assert run(*flags) == 1
+  assert (
+    'shared.weight and decoder.embed_tokens.weight differ' in capsys.readouterr().err
+  )
+  assert not (tmp_path / 'b').exists()
+
+
+@pytest.mark.parametrize(
+  'name', ['model.safetensors', 'model-00002-of-00003.safetensors']
+)
+def test_a_pointer_of_git_lfs(name, tmp_path):
+  folder = by_hand.write(tmp_path / 'a')
+  if '00002' in name:
+    by_hand.shard(folder, by_hand.weights())
+  pointer = 'version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n'
+  (folder / name).write_text(pointer)
+  assert f'{name} is a pointer of Git LFS' in by_hand.refused(folder)
+
+
+def test_a_link_into_the_cache_of_the_hub(tmp_path):
+  folder = by_hand.write(tmp_path / 'blobs')
+  snapshot = tmp_path / 'snapshots' / 'x'
+  snapshot.mkdir(parents=True)
+  for name, blob in (('model.safetensors', 'ab12'), ('config.json', 'cd34')):
+    (folder / name).rename(folder / blob)
+    (snapshot / name).symlink_to(folder / blob)
+  for path in (snapshot, snapshot / 'model.safetensors'):
+    output = tmp_path / f'out_{path.name}'
+    assert run(f'--input={path}', f'--output={output}', '--num_kv_heads=1') == 0
+
+
+@pytest.mark.parametrize(
+  ('path', 'said'),
+  [
+    (
+      'google/flan-t5-small',
+      'hf download google/flan-t5-small --local-dir flan-t5-small',
+    ),
+    (
+      'there/model.fp16.safetensors',
+      'model.fp16.safetensors is there under another name',
+    ),
+    ('there', 'model.fp16.safetensors is there under another name'),
+  ],
+)
+def test_hints(path, said, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  folder = by_hand.write(tmp_path / 'there')
+  (folder / 'model.safetensors').rename(folder / 'model.fp16.safetensors')
+  assert run(f'--input={path}', '--output=out', '--num_kv_heads=1') == 1
+  assert said in capsys.readouterr().err
