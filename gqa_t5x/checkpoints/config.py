@@ -49,8 +49,10 @@ def read(folder: epath.Path) -> ModelConfig | None:
 
 
 def write(folder: epath.Path, config: ModelConfig) -> None:
-  """Writes the file, unless the model is as published."""
-  if config != ModelConfig():
+  """Writes the file; of a model as published there is none."""
+  if config == ModelConfig():
+    (folder / NAME).unlink(missing_ok=True)
+  else:
     files.write_json(folder / NAME, dataclasses.asdict(config))
 
 

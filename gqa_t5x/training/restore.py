@@ -5,12 +5,13 @@ checkpoint neither name it nor say what to do. The gin files pass the path throu
 before `utils.RestoreCheckpointConfig`. Nothing is read but names and shapes.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from gqa_t5x.checkpoints import folders, tree
+from gqa_t5x.checkpoints import config, folders, tree
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import models
 
@@ -37,13 +38,42 @@ def checked_path(
 
 
 def check_fits(path: epath.Path, model: Any) -> None:
-  """Raises BadInput if parameters are missing, unknown, or of another shape."""
+  """Raises BadInput if a checkpoint is not of the model.
+
+  That is if parameters are missing, unknown, or of another shape, or if its file of the
+  configuration (checkpoints/config.py) has other values than the model.
+  """
   shapes = {
     name.removeprefix(tree.TARGET): tensor
     for name, tensor in folders.open_checkpoint(path).items()
     if name.startswith(tree.TARGET)
   }
   models.check_params(model, shapes, str(path))
+  theirs, ours = config.read(path), config_of(model)
+  for name, value in dataclasses.asdict(theirs).items() if theirs else ():
+    if value != getattr(ours, name):
+      remedy = _REMEDIES.get(name, _OF_NETWORK).format(name, value)
+      raise BadInput(
+        f'{path} was made with {name}={value!r}, and the model of this run has'
+        f' {getattr(ours, name)!r}{remedy}.'
+      )
+
+
+# What to do where a value of a checkpoint is not the model's.
+_OF_NETWORK = '; give --gin.network.config.{}={}'
+_REMEDIES = {
+  'decoder_start_token_id': ', as T5X trains and decodes; it can only be converted',
+  'eos_token_id': ", as its vocabulary says; choose the checkpoint's VOCABULARY",
+}
+
+
+def config_of(model: Any) -> config.ModelConfig:
+  """Returns what a checkpoint of the model has in its file of the configuration."""
+  module = getattr(model.module, 'config', None)
+  fields = dataclasses.asdict(config.ModelConfig())
+  values = {name: getattr(module, name, value) for name, value in fields.items()}
+  eos_id = getattr(model.output_vocabulary, 'eos_id', None)
+  return config.ModelConfig(**values | ({'eos_token_id': eos_id} if eos_id else {}))
 
 
 def _checkpoint_folder(path: str) -> epath.Path:

@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from t5x import utils
 
-from gqa_t5x.checkpoints import folders
+from gqa_t5x.checkpoints import config, folders
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import restore, run_lock
 
@@ -54,6 +54,8 @@ def get_dataset(
   latest = latest_readable(folder)
   if latest is not None:
     restore.check_fits(latest, model)
+  if not jax.process_index():
+    config.write(folder, restore.config_of(model))
   dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
   return Batches(dataset, folder) if save_dataset else dataset
 

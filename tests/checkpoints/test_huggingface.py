@@ -15,7 +15,7 @@ from gqa_t5x.checkpoints import folders
 from gqa_t5x.checkpoints.tree import read_architecture
 from gqa_t5x.errors import BadInput
 from helpers.huggingface_folders import TABLE, opened, refused, shard, weights, write
-from helpers.trees import STEP, D, N, V, tiny_shapes, tiny_state, write_msgpack
+from helpers.trees import STEP, N, tiny_shapes, tiny_state, write_msgpack
 
 
 def assert_equals(tensors, expected):
@@ -70,8 +70,8 @@ def test_step_of_t5x_is_known(tmp_path):
 
 def test_copies_of_the_embedding_and_an_unused_bias_are_ignored(tmp_path):
   extra = {
-    'encoder.embed_tokens.weight': np.zeros((V, D), np.float32),
-    'decoder.embed_tokens.weight': np.zeros((V, D), np.float32),
+    'encoder.embed_tokens.weight': weights()['shared.weight'],
+    'decoder.embed_tokens.weight': weights()['shared.weight'],
     'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight': np.zeros(
       (32, N), np.float32
     ),
