@@ -1,12 +1,73 @@
-"""Gin on the command line, for commands of this project that gin sets up."""
+"""Gin on the command line, and what a configuration must be before anything runs.
 
-from collections.abc import Sequence
+The checks are a hook of gin's `finalize`, which T5X's commands and those of this
+project call once all files and flags are parsed.
+"""
 
-from t5x import gin_utils
+import difflib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import gin
 import gqa_t5x
 from gqa_t5x.command_line import Command
 from gqa_t5x.errors import BadInput
+
+# Macros that count something; None, where a file allows it, is not checked.
+_COUNTS = (
+  'BATCH_SIZE',
+  'TRAIN_STEPS',
+  'FINETUNE_STEPS',
+  'WARMUP_STEPS',
+  'NUM_SEQUENCES',
+)
+_COUNTS += ('EVAL_PERIOD', 'EVAL_STEPS', 'STATS_PERIOD', 'CHECKPOINT_PERIOD')
+_COUNTS += ('KEEP_CHECKPOINTS', 'KEEP_PERIOD', 'NUM_MICROBATCHES', 'MODEL_PARTITIONS')
+_COUNTS += ('NUM_KV_HEADS', 'ENCODER_NUM_KV_HEADS', 'NUM_DECODES')
+# A macro of the command line, whose name has no dot.
+_GIVEN = re.compile(r'--gin(?:\.|_bindings=\s*)(\w+)\s*=')
+
+
+@gin.config.register_finalize_hook
+def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+  """Checks the macros of gin's configuration: (scope, selector) -> parameters.
+
+  Raises:
+    BadInput: a macro of the command line has a name that nothing uses, or a count is
+      no whole number above 0.
+  """
+  macros = {
+    scope: parameters['value']
+    for (scope, selector), parameters in bindings.items()
+    if selector == 'gin.macro' and 'value' in parameters
+  }
+  used = {ref.config_key[0] for ref in gin.config.iterate_references(bindings)}
+  for name in filter(None, map(_given_macro, sys.argv[1:])):
+    if name in macros and name not in used:
+      near = difflib.get_close_matches(name, used, 1)
+      hint = f'; do you mean {near[0]}?' if near else ''
+      raise BadInput(f'--gin.{name}: no gin file of this run uses {name}{hint}')
+  counts = {name: macros[name] for name in _COUNTS if name in macros}
+  lengths = macros.get('TASK_FEATURE_LENGTHS')
+  if isinstance(lengths, Mapping):
+    counts |= {f'TASK_FEATURE_LENGTHS[{k!r}]': n for k, n in lengths.items()}
+  for name, value in counts.items():
+    is_number = isinstance(value, int | float | str)
+    if is_number and (type(value) is not int or value < 1):
+      raise BadInput(f'{name}={value!r} must be a whole number, at least 1.')
+  parts, rows = counts.get('NUM_MICROBATCHES'), counts.get('BATCH_SIZE')
+  if type(parts) is int and type(rows) is int and rows % parts:
+    raise BadInput(
+      f'BATCH_SIZE={rows} is not divisible by NUM_MICROBATCHES={parts}; choose a'
+      ' divisor.'
+    )
+
+
+def _given_macro(word: str) -> str | None:
+  match = _GIVEN.match(word)
+  return match[1] if match else None
 
 
 def gin_flags(command: Command) -> None:
@@ -34,11 +95,17 @@ def parse(
     ValueError: from gin.
     OSError: a file is not there.
   """
+  from t5x import gin_utils
+
   folders = [*search_paths, gqa_t5x.gin_search_path()]
   gin_utils.parse_gin_flags(folders, files, bindings)
 
 
 def _rewrite(argv: Sequence[str]) -> list[str]:
+  if not any(word.startswith('--gin.') for word in argv):
+    return list(argv)  # Such as --help, which need not wait for T5X.
+  from t5x import gin_utils
+
   try:
     return list(gin_utils.rewrite_gin_args(argv))
   except ValueError as error:

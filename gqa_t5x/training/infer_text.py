@@ -13,15 +13,18 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
 from jax.experimental import multihost_utils
 
 from gqa_t5x import files
-from gqa_t5x.errors import BadInput
+from gqa_t5x.errors import BadInput, first_line
 
 _SHOWN = 10  # unreadable lines that an error names
+_NAME = 80  # most characters of the file's name in those of the results
+_BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 
 
 class Unreadable(BadInput):
@@ -54,10 +57,9 @@ def task(
   """
   if unreadable not in ('refuse', 'skip'):
     raise BadInput(f'UNREADABLE={unreadable!r}; choose one of refuse, skip.')
-  if not tf.io.gfile.exists(path):
-    raise BadInput(f'INPUT_FILE={path}: there is no such file.')
+  _check_input_file(path)
   settings = json.dumps([checkpoint, key, prefix])
-  word = re.sub(r'\W', '_', pathlib.PurePath(path).stem, flags=re.ASCII)
+  word = re.sub(r'\W', '_', pathlib.PurePath(path).stem, flags=re.ASCII)[:_NAME]
   name = f'text_{word}_{_digest(path, settings)}'
   record = os.path.join(output_dir, f'{name}.tfrecord')
   if jax.process_index() == 0 and not tf.io.gfile.exists(record):
@@ -66,6 +68,21 @@ def task(
   if name not in seqio.TaskRegistry.names():
     _register(name, record, vocabulary, prefix)
   return name
+
+
+def _check_input_file(path: str) -> None:
+  try:
+    is_file = tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path)
+  except (tf.errors.OpError, OSError) as error:
+    raise BadInput(f'INPUT_FILE={path} cannot be read: {first_line(error)}') from error
+  if not is_file:
+    there = 'it is a folder' if tf.io.gfile.exists(path) else 'there is no such file'
+    raise BadInput(f'INPUT_FILE={path}: {there}.')
+  if path.lower().endswith('.json'):
+    raise BadInput(
+      f'INPUT_FILE={path}: is it text, or JSON? Name it .txt, or .jsonl if each line is'
+      ' a JSON object.'
+    )
 
 
 def _digest(path: str, settings: str) -> str:
@@ -87,7 +104,9 @@ def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
       for number, line in enumerate(file, start=1):
         try:
           line = line.rstrip(b'\r\n')
-          text = read_line(line, key if path.endswith('.jsonl') else None)
+          if number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+          text = read_line(line, key if path.lower().endswith('.jsonl') else None)
         except Unreadable as why:
           bad.append(f'{number} ({why})')
           logging.warning('%s, line %d is unreadable: %s.', path, number, why)
@@ -126,6 +145,10 @@ def read_line(line: bytes, key: str | None) -> str:
     text = value[key]
   if not text.strip():
     raise Unreadable('empty')
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise Unreadable(f'half a character (a surrogate) at {error.start}') from error
   return text
 
 
@@ -154,7 +177,11 @@ def _register(
         'line': tf.io.FixedLenFeature([], tf.int64),
       },
     ),
-    preprocessors=[with_prefix, seqio.preprocessors.tokenize_and_append_eos],
+    preprocessors=[
+      with_prefix,
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,  # Cut inputs, too, have an end marker.
+    ],
     output_features={'inputs': feature, 'targets': feature},
   )
 
@@ -176,6 +203,9 @@ def write(
     task_ds: the examples, before they were turned into features.
     mode: must be predict_with_aux, which alone has scores; BadInput for another.
     vocabulary: of the predictions.
+
+  Raises:
+    BadInput: a score is no number: the checkpoint has values that are not finite.
   """
   if mode != 'predict_with_aux':
     raise BadInput(f'mode={mode!r}; scores need predict_with_aux.')
@@ -188,6 +218,11 @@ def write(
         'prediction': _decode(outputs[i], vocabulary),
         'score': tf.nest.map_structure(float, scores[i]),
       }
+      if not np.all(np.isfinite(row['score'])):
+        raise BadInput(
+          f'The score of line {row["line"]} is {row["score"]}: the checkpoint has'
+          ' values that are not finite, or the dtype is too narrow for them.'
+        )
       file.write(json.dumps(row, ensure_ascii=False) + '\n')
 
 

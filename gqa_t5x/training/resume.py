@@ -20,6 +20,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from t5x import utils
 
+import gin
+from gqa_t5x import files
 from gqa_t5x.checkpoints import config, folders
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import restore, run_lock
@@ -60,7 +62,7 @@ def get_dataset(
   return Batches(dataset, folder) if save_dataset else dataset
 
 
-def claim(folder: epath.Path) -> None:
+def claim(folder: epath.Path, macro: str = 'MODEL_DIR') -> None:
   """Makes a run's folder, and keeps other runs out of it until this process ends.
 
   Raises:
@@ -73,9 +75,64 @@ def claim(folder: epath.Path) -> None:
     run_lock.hold(folder)
   except OSError as error:
     raise BadInput(
-      f'MODEL_DIR={folder} cannot be written ({error.strerror or error}); give a folder'
+      f'{macro}={folder} cannot be written ({error.strerror or error}); give a folder'
       ' that can.'
     ) from error
+
+
+SETTINGS = 'gqa_t5x_settings.gin'  # Next to predictions: what they were made with.
+
+
+def inference_folder(path: str) -> str:
+  """Makes the folder of a run of inference, and keeps other runs out of it.
+
+  A run goes on with the parts that another one left, so that both must be the same:
+  gin's configuration, all of it, is kept in a file of the folder.
+
+  Args:
+    path: of the folder, local or gs://.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    BadInput: the folder is in use, cannot be written, or has the predictions of other
+      settings; the message names those.
+  """
+  folder = epath.Path(files.absolute(path))
+  claim(folder, 'INFER_OUTPUT_DIR')
+  if jax.process_index() == 0:
+    now = gin.config_str(max_line_length=10**6)
+    file = folder / SETTINGS
+    if file.exists():
+      _check_settings(folder, file.read_text(), now)
+    elif there := sorted(x.name for x in folder.glob('*.jsonl*')):
+      raise BadInput(
+        f'{folder} has predictions ({there[0]}) of unknown settings; give another'
+        ' INFER_OUTPUT_DIR, or remove them.'
+      )
+    files.write_text(file, now)
+  return str(folder)
+
+
+def _check_settings(folder: epath.Path, before: str, now: str) -> None:
+  old, new = _bindings(before), _bindings(now)
+  changes = [
+    f'{name} was {old.get(name, "not set")}, is {new.get(name, "not set")}'
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  ]
+  if changes:
+    raise BadInput(
+      f'{folder} has predictions of other settings: {"; ".join(changes[:5])}. Give'
+      ' another INFER_OUTPUT_DIR, or the same settings to go on.'
+    )
+
+
+def _bindings(text: str) -> dict[str, str]:
+  """Name -> value, as gin writes them; without the folder itself, by whatever path."""
+  lines = (line.partition(' = ') for line in text.splitlines() if ' = ' in line)
+  return {name: value for name, _, value in lines if name != 'INFER_OUTPUT_DIR'}
 
 
 def latest_readable(folder: epath.Path) -> epath.Path | None:
