@@ -4,7 +4,6 @@ Around the network it is compared with T5X's in test_golden.py.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -142,49 +141,6 @@ def test_many_small_models():
     ended.append(sum(score > NONE for row in expected for score, _ in row))
   assert len(set(steps)) > 3  # Some searches stop early, some do not.
   assert len(set(ended)) > 2
-
-
-@pytest.mark.parametrize(('ratio', 'steps'), [(1.62, 2), (1.70, 1)])
-def test_the_bound_on_what_live_beams_may_reach(ratio, steps):
-  """It has the penalty of 9 tokens, ((5 + 9) / 6)^0.6 = 1.66, where 8 fit; T5X's rule.
-
-  The first step ends a beam; the live one has `ratio` times its log-probability.
-  """
-  ends, goes_on, eos_id = 0.3, 0.3**ratio, 6
-  probabilities = np.full((7, 7), 0.098)
-  probabilities[:, [1, eos_id]] = 0.5, 0.01
-  probabilities[0] = (1 - ends - goes_on) / 5
-  probabilities[0, [1, eos_id]] = goes_on, ends
-  tokens, scores, taken = table_search(1)(
-    np.log([probabilities] * 2), table_prompts([(), ()], LENGTH), eos_id, alpha=0.6
-  )
-  assert taken == steps
-  np.testing.assert_array_equal(tokens[:, 0], [[eos_id, *[0] * (LENGTH - 1)]] * 2)
-  np.testing.assert_allclose(scores, np.log([[ends]] * 2), rtol=1e-5)
-
-
-@pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
-def test_no_beam_is_lost_among_enough(alpha):
-  """With five tokens, 40 beams hold all sequences of three: 21 of them end."""
-  eos_id, size, length = 3, 5, 3
-  log_probs = table(3, 2, size)
-  tokens, scores, _ = table_search(40)(
-    log_probs, table_prompts([(), ()], length), eos_id, alpha=alpha
-  )
-  for b in range(2):
-    every = []
-    for count in range(1, length + 1):
-      for start in itertools.product(range(size), repeat=count - 1):
-        if eos_id not in start:
-          row = [0, *start, eos_id]
-          total = sum(log_probs[b, x, y] for x, y in itertools.pairwise(row))
-          padded = [*row[1:], *[0] * (length - count)]
-          every.append((total / ((5 + count) / 6) ** alpha, padded))
-    every.sort()
-    assert len(every) == 1 + 4 + 16
-    np.testing.assert_array_equal(tokens[b, -21:], [x for _, x in every])
-    np.testing.assert_allclose(scores[b, -21:], [s for s, _ in every], rtol=1e-5)
-    assert (scores[b, :-21] < NONE / 5).all()
 
 
 @pytest.mark.parametrize(

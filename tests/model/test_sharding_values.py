@@ -106,8 +106,7 @@ def found_collectives(compiled) -> list[tuple[str, int]]:
   [
     (2, 2, None, 'greedy', B, 'cpu', 0),
     # Where rows are split, queries go to them and outputs back, in two attentions.
-    (2, 4, None, 'greedy', B, 'cpu', 4),
-    # As on a TPU: new keys and values are pending.
+    # And on a TPU new keys and values are pending.
     (2, 4, None, 'greedy', B, 'tpu', 4),
     (2, 4, 'replicated', 'greedy', B, 'tpu', 0),
     (8, 4, None, 'greedy', B, 'tpu', 0),
