@@ -232,9 +232,7 @@ def test_packed_examples_cannot_be_decoded():
     (8, 512, 1, 8),
     (64, 2048, 1, 8),
     (60, 2048, 1, 6),
-    (7, 4096, 1, 1),
     (4, 2**15, 1, 1),
-    (64, 2048, 2, 16),
     (64, 2048, 8, 64),
     (60, 2048, 8, 6),  # Does not divide: as if there were one copy.
   ],
