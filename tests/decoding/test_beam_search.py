@@ -166,23 +166,14 @@ def test_the_bound_on_what_live_beams_may_reach(ratio, steps):
   ('limit', 'steps'), [(-1, LENGTH), (3, 3), (1, 1), (99, LENGTH)]
 )
 def test_most_steps(limit, steps):
-  """Forced tokens count as steps."""
-  log_probs, prompts = table(0, 2, 7), [(4, 2), ()]
-  tokens, _, taken = table_search(3)(
+  """As if results were that long; forced tokens count as steps."""
+  run, log_probs, prompts = table_search(3), table(0, 2, 7), [(4, 2), ()]
+  tokens, _, taken = run(
     log_probs, table_prompts(prompts, LENGTH), -1, alpha=0.6, max_decode_step=limit
   )
-  expected, _ = search(
-    lambda b, tokens: log_probs[b, tokens[-1] if tokens else 0],
-    [prompt[:steps] for prompt in prompts],
-    steps,
-    3,
-    -1,
-    0.6,
-  )
+  expected, _, _ = run(log_probs, table_prompts(prompts, steps), -1, alpha=0.6)
   assert taken == steps
-  for b in range(2):
-    real = [tokens for score, tokens in expected[b] if score > NONE]
-    np.testing.assert_array_equal(tokens[b, -len(real) :, :steps], real)
+  np.testing.assert_array_equal(tokens[:, :, :steps], expected)
   assert not tokens[:, :, steps:].any()
 
 

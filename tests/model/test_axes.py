@@ -112,14 +112,9 @@ def test_kv_head_rules_of_bad_input(arguments, message):
 
 def test_no_head_is_cut():
   """Over all counts: a partition gets a whole number of K/V heads, or all of them."""
-  split = set()
   for K, partitions in itertools.product(range(1, 17), range(1, 17)):
     _, mesh_axis = resolve(('embed', 'joined_kv_heads'), K, partitions)
-    if mesh_axis is None:
-      assert K % partitions
-    else:
-      split.add((K, partitions))
-  assert split == {(K, p) for p in range(1, 17) for K in range(p, 17, p)}
+    assert mesh_axis == (None if K % partitions else 'model')
 
 
 def test_every_name_has_a_rule():

@@ -59,12 +59,10 @@ def test_initial_variables():
   [
     ({}, (4, 4, 4)),
     ({'num_kv_heads': 2}, (4, 2, 2)),
-    ({'num_kv_heads': 1}, (4, 1, 1)),
     ({'self_attention_num_kv_heads': 2}, (4, 2, 4)),
     ({'cross_attention_num_kv_heads': 1}, (4, 4, 1)),
     ({'encoder_num_kv_heads': 2}, (2, 4, 4)),
     ({'num_kv_heads': 2, 'self_attention_num_kv_heads': 4}, (4, 4, 2)),
-    ({'num_kv_heads': 1, 'cross_attention_num_kv_heads': 2}, (4, 1, 2)),
     ({'num_kv_heads': 1, 'encoder_num_kv_heads': 1}, (1, 1, 1)),
   ],
 )
