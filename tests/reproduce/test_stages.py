@@ -281,18 +281,13 @@ def test_faulty_plans_are_refused(tmp_path, capsys, jobs, names, message):
   assert not (tmp_path / 'a').exists()
 
 
-PRINT = r"""
-import sys
-print('to stdout')
-sys.stderr.write('train: 50%|##\rnoise\n')
-sys.stderr.write('train: 75%|### | 3/4 [00:01<00:00, 2step/s]no backend\n')
-sys.stderr.write('train: 100%|####\n')
-open(sys.argv[1], 'w')
-"""
-
-
 def test_a_bar_that_is_redrawn_is_no_line_of_the_log(tmp_path, capsys):
-  stage = Stage('a', tmp_path / 'a', ('-c', PRINT, str(tmp_path / 'a')))
+  code = (
+    'import sys; print("to stdout"); '
+    'sys.stderr.write("train: 50%|##\\rtrain: 75%|### | 3/4 [00:01<00:00]no backend\\n'
+    'train: 100%|####\\nnoise\\n"); open(sys.argv[1], "w")'
+  )
+  stage = Stage('a', tmp_path / 'a', ('-c', code, str(tmp_path / 'a')))
   assert stages.run([stage], tmp_path, jobs=1) == 0
   err = capsys.readouterr().err
   assert '0 of 1 done, a' in err
