@@ -47,17 +47,19 @@ def grouped_attention(q_BTNH, k_BKSH, v_BKSH, **options):
 
 
 @pytest.mark.parametrize('K', KV_HEADS)
-@pytest.mark.parametrize('shared', ['nothing', 'everything'])
-def test_equals_jax(K, shared):
-  """Bias and mask of every row and query, or of all alike; and neither."""
+@pytest.mark.parametrize('given', ['for each query', 'for all alike', 'not at all'])
+def test_equals_jax(K, given):
+  """Bias and mask."""
   q, k, v, bias, mask = inputs(K)
-  if shared == 'everything':
-    bias, mask = bias[:1, :, 1:2], mask[:1, :, 1:2]
-  for options in ({'bias': bias, 'mask': mask}, {})[: 1 if shared == 'nothing' else 2]:
-    got = grouped_attention(q, k, v, **options)
-    assert got.shape == (B, T, N, H)
-    expected = jax_attention(q, k, v, **options)
-    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+  options = {
+    'for each query': {'bias': bias, 'mask': mask},
+    'for all alike': {'bias': bias[:1, :, 1:2], 'mask': mask[:1, :, 1:2]},
+    'not at all': {},
+  }
+  got = grouped_attention(q, k, v, **options[given])
+  assert got.shape == (B, T, N, H)
+  expected = jax_attention(q, k, v, **options[given])
+  np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_fully_masked_rows_are_the_mean_of_the_values():

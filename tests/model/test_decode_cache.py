@@ -23,14 +23,11 @@ class Decoder(nn.Module):
     return decode_cache.advance(self, *args)
 
 
-def advance(length, S=None, prefill_lengths=None, slots_of_cache=0, **cache):
+def advance(length, S, slots_of_cache, **cache):
   """Returns the positions of a call, and the counter after it."""
   cache = {name: jnp.asarray(value) for name, value in cache.items()}
-  if cache:
-    cache['layer'] = {'cached_value': jnp.zeros((1, 1, slots_of_cache, 1))}
-  at, variables = Decoder().apply(
-    {'cache': cache}, length, S, prefill_lengths, mutable=['cache']
-  )
+  cache['layer'] = {'cached_value': jnp.zeros((1, 1, slots_of_cache, 1))}
+  at, variables = Decoder().apply({'cache': cache}, length, S, None, mutable=['cache'])
   return at, variables['cache']['cache_index']
 
 
