@@ -163,7 +163,7 @@ def test_the_bound_on_what_live_beams_may_reach(ratio, steps):
 
 
 @pytest.mark.parametrize(
-  ('limit', 'steps'), [(-1, LENGTH), (3, 3), (1, 1), (99, LENGTH)]
+  ('limit', 'steps'), [(-1, LENGTH), (3, 3), (4, 4), (99, LENGTH)]
 )
 def test_most_steps(limit, steps):
   """As if results were that long; forced tokens count as steps."""
