@@ -42,16 +42,16 @@ def test_macros_are_read_as_gin_reads_them(tmp_path):
 
 # --- The papers' experiments ----------------------------------------------------
 
-# 7 tasks x (MHA-Large, MHA-XXL, 3 seeds of MQA, GQA-8), and two uptrainings; times of
-# two sizes at three pairs of lengths.
-TABLE1 = {'t5x.train': 7 * 6 + 2, 'gqa_t5x.convert': 2, 'gqa_t5x.benchmark': 6}
-
 
 @pytest.mark.parametrize(
   ('target', 'expected'),
   [
-    ('table1', TABLE1),
-    ('figure3', TABLE1),
+    # 7 tasks x (MHA-Large, MHA-XXL, 3 seeds of MQA, GQA-8), and two uptrainings; times
+    # of two sizes at three pairs of lengths.
+    (
+      'table1',
+      {'t5x.train': 7 * 6 + 2, 'gqa_t5x.convert': 2, 'gqa_t5x.benchmark': 6},
+    ),
     # Four methods: each converted, uptrained, fine-tuned on three tasks.
     (
       'figure4',
@@ -185,15 +185,7 @@ def test_shazeer_is_evaluated_with_one_beam_and_four():
 
 
 def test_compilation_commands():
-  # Four models of table 1, and figure 6.
-  models = {('large', 16), ('xxl', 64), ('xxl', 1), ('xxl', 8)}
-  decoding = {
-    (*model, *lengths)
-    for model in models
-    for lengths in ((512, 256), (2048, 512), (2048, 32))
-  }
-  decoding |= {('xxl', K, 2048, 512) for K in (1, 4, 8, 16, 32, 64)}
-  seen = set()
+  """Lengths and heads are those of the report's tables (test_compiled.py)."""
   for stage in make_plan('compiled', 'local', 'runs/here').stages:
     command = tpu_compile.define_flags()
     args = command.values
@@ -205,11 +197,9 @@ def test_compilation_commands():
       bound = [binding.partition(' = ')[0] for binding in args.gin_bindings]
       assert bound == ['MODEL_PARTITIONS', 'NUM_MICROBATCHES']
     else:
-      seen.add((args.size, args.num_kv_heads, args.input_length, args.output_length))
       # Eight chips and at most 32 inputs each: the paper's rule.
       assert (args.topology, args.model_partitions) == ('v4:2x2x2', 8)
       assert (args.search, args.max_batch_per_chip) == (True, 32)
-  assert seen == decoding
 
 
 # --- Estimates ------------------------------------------------------------------
