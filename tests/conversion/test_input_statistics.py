@@ -140,7 +140,6 @@ def check_and_read(path) -> None:
       lambda path: path.write_bytes(path.read_bytes()[:-40]),
       'cannot read its index .File is not a zip file',
     ),
-    (lambda path: path.write_bytes(b''), 'cannot read its index .File is not a zip'),
     (
       lambda path: np.savez(path, x=ARRAYS['x']),
       "cannot read its index .*no item named 'index.json'",
@@ -167,13 +166,7 @@ def test_damage_is_said(path, damage, message):
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-  ('module', 'width', 'message'),
-  [
-    ('encoder/layers_0/attention', D, 'no statistics of encoder/.*3 modules of step 7'),
-    (SELF, 4, rf'{SELF} are of shape \(3, 3\), .* with D=4'),
-  ],
-)
-def test_statistics_of_another_model(path, module, width, message):
+def test_statistics_of_another_model(path):
+  message = 'no statistics of encoder/.*3 modules of step 7'
   with pytest.raises(BadInput, match=re.escape(str(path)) + '.*' + message):
-    input_statistics.open_statistics(path).check(module, width)
+    input_statistics.open_statistics(path).check('encoder/layers_0/attention', D)
