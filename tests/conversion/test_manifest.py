@@ -114,10 +114,6 @@ def truncate(checkpoint):
   chunk.write_bytes(chunk.read_bytes()[:10])
 
 
-def lose_a_chunk(checkpoint):
-  (folder_of(checkpoint, MOMENT) / '0.0').unlink()
-
-
 def lose_a_copied_tensor(checkpoint):
   shutil.rmtree(folder_of(checkpoint, COPIED))
 
@@ -157,8 +153,10 @@ def lose_the_manifest(checkpoint):
 DAMAGE = [
   (flip_a_bit, [f'{KEY} has another checksum', f'{MOMENT} has another checksum']),
   (truncate, [f'{KEY} cannot be read (cannot read the tensor {KEY} of {{path}}']),
-  (lose_a_chunk, [f'{MOMENT} cannot be read']),
-  (lose_a_copied_tensor, ['cannot open 1 of', COPIED]),
+  (
+    lose_a_copied_tensor,
+    ['{path} is only partly written or copied: cannot open 1 of', COPIED],
+  ),
   (
     rewrite(lambda tree: tree['target']['decoder']['layers_0']['mlp'].pop('wo')),
     [f'says, convert again: {COPIED} is missing'],
