@@ -4,7 +4,6 @@ import contextlib
 import functools
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import t5.data.mixtures  # noqa: F401
 from t5x import utils
@@ -111,20 +110,3 @@ def state_shapes(name: str, arguments):
     partitioner=arguments['partitioner'],
   )
   return initializer.global_train_state_shape, initializer.train_state_axes
-
-
-_shapes = {}
-
-
-def known_shapes(name: str, arguments):
-  """The state's shapes; computed once a model, with and without optimizer."""
-  config = arguments['model'].module.config
-  shaping = config.replace(dropout_rate=0.0, remat_policy='none', dtype=None)
-  key = shaping, name == 'train'
-  if key not in _shapes:
-    _shapes[key] = state_shapes(name, arguments)[0]
-  return _shapes[key]
-
-
-def count(tree) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
