@@ -11,11 +11,9 @@ import seqio
 import t5.data.mixtures  # noqa: F401 (registers C4)
 import tensorflow as tf
 
-import gin
 from gqa_t5x.data import benchmarks, tasks
 from gqa_t5x.data import corpus as corpus_lib
 from gqa_t5x.data import vocabulary as vocabulary_lib
-from helpers import commands
 
 TINY = corpus_lib.Corpus('tiny', ('topics', 'asyncio', 'email', 'logging', 'unittest'))
 TASK = 'tiny_span_corruption'
@@ -116,36 +114,19 @@ def test_model_and_task_have_the_same_vocabulary(task, vocabulary):
   assert vocabulary_lib.CorpusVocabulary(other) != vocabulary
 
 
-def test_registered_tasks_have_the_vocabulary_that_gin_gives_the_model(monkeypatch):
+def test_registered_tasks_have_the_vocabulary_of_the_model(monkeypatch):
   features = seqio.get_mixture_or_task('pydocs_span_corruption').output_features
   path = pathlib.Path(features['targets'].vocabulary.sentencepiece_model_file)
   monkeypatch.setenv('GQA_T5X_CACHE', str(path.parents[1]))  # as at the import
   for corpus in corpus_lib.CORPORA:
-    gin.clear_config()
-    gin.parse_config(
-      'from __gin__ import dynamic_registration\n'
-      'from gqa_t5x.data import vocabulary\n'
-      'VOCABULARY = @vocabulary.pydocs_vocabulary()\n'
-      f"vocabulary.pydocs_vocabulary.corpus = '{corpus}'\n"
-    )
-    given = gin.query_parameter('VOCABULARY/gin.macro.value').scoped_configurable_fn()
+    given = vocabulary_lib.pydocs_vocabulary(corpus)
     task = seqio.get_mixture_or_task(f'{corpus}_span_corruption')
     assert task.splits == ('train', 'validation', 'test')
     assert {f.vocabulary == given for f in task.output_features.values()} == {True}
-  gin.clear_config()
-  assert given != vocabulary_lib.pydocs_vocabulary('pydocs')
+  assert given != vocabulary_lib.pydocs_vocabulary()
+  assert tasks.benchmarks is benchmarks  # The papers' tasks are registered, too.
   with pytest.raises(ValueError, match="named 'c4'; choose one of pydocs, pydocs_std"):
     vocabulary_lib.pydocs_vocabulary('c4')
-
-
-@pytest.mark.slow
-def test_one_import_registers_all_tasks(tmp_path):
-  names = sorted(['pydocs_span_corruption', 'pydocs_summarize', *benchmarks.BENCHMARKS])
-  code = 'import sys, seqio, gqa_t5x.data.tasks\n'
-  code += 'print([seqio.get_mixture_or_task(name).name for name in sys.argv[1:]])'
-  done = commands.run(tmp_path, '-c', code, *names)
-  assert done.stdout.splitlines()[-1] == str(names)
-  assert list(tmp_path.iterdir()) == []
 
 
 def test_the_task_corrupts_spans_as_c4_does():
