@@ -114,10 +114,6 @@ def truncate(checkpoint):
   chunk.write_bytes(chunk.read_bytes()[:10])
 
 
-def lose_a_copied_tensor(checkpoint):
-  shutil.rmtree(folder_of(checkpoint, COPIED))
-
-
 def rewrite(edit):
   """What changes the tree of the msgpack."""
 
@@ -137,24 +133,21 @@ def another_shape(tree):
   key['kernel'] = np.ones((D, H), np.float32)
 
 
-def damage_the_manifest(checkpoint):
-  file = checkpoint / manifest.NAME
-  file.write_text(file.read_text()[:100])
+def rewrite_manifest(edit):
+  """What changes the text of the manifest."""
 
+  def damage(checkpoint):
+    file = checkpoint / manifest.NAME
+    file.write_text(edit(file.read_text()))
 
-def of_the_future(checkpoint):
-  (checkpoint / manifest.NAME).write_text('{"format": 2}')
-
-
-def lose_the_manifest(checkpoint):
-  (checkpoint / manifest.NAME).unlink()
+  return damage
 
 
 DAMAGE = [
   (flip_a_bit, [f'{KEY} has another checksum', f'{MOMENT} has another checksum']),
   (truncate, [f'{KEY} cannot be read (cannot read the tensor {KEY} of {{path}}']),
   (
-    lose_a_copied_tensor,
+    lambda checkpoint: shutil.rmtree(folder_of(checkpoint, COPIED)),
     ['{path} is only partly written or copied: cannot open 1 of', COPIED],
   ),
   (
@@ -176,9 +169,18 @@ DAMAGE = [
       f'{KEY} is float32 [6, 2], not float32 [6, 4]',
     ],
   ),
-  (damage_the_manifest, [f'{{path}}/{manifest.NAME} is truncated or damaged: ']),
-  (of_the_future, ['is of format 2, this version of gqa_t5x reads 1']),
-  (lose_the_manifest, [f'{{path}} has no {manifest.NAME}: only what this version']),
+  (
+    rewrite_manifest(lambda text: text[:100]),
+    [f'{{path}}/{manifest.NAME} is truncated or damaged: '],
+  ),
+  (
+    rewrite_manifest(lambda text: '{"format": 2}'),
+    ['is of format 2, this version of gqa_t5x reads 1'],
+  ),
+  (
+    lambda checkpoint: (checkpoint / manifest.NAME).unlink(),
+    [f'{{path}} has no {manifest.NAME}: only what this version'],
+  ),
 ]
 
 

@@ -119,25 +119,17 @@ def test_texts(name):
     assert set(example) == {'inputs', 'targets'}
 
 
-def test_without_lengths_nothing_is_cut(vocabulary):
-  raw = {'article': 'word ' * 5000, 'highlights': 'end ' * 500}
-  benchmarks.task('cnn_dailymail', vocabulary)
-  example = seqio.test_utils.test_preprocessing_single('cnn_dailymail', {'train': raw})
-  text = 'summarize: ' + 'word ' * 5000
-  assert example['inputs_pretokenized'].decode() == text
-  assert example['inputs'].tolist() == [*vocabulary.encode(text), 1]
-  assert example['targets'].tolist() == [*vocabulary.encode('end ' * 500), 1]
-
-
 @pytest.mark.parametrize(
   ('text', 'expected'),
   [('', ''), ('日本語é' * 20, '日本語é' * 8), ('x' * 32, 'x' * 32)],
 )
-def test_characters_are_cut_whole(text, expected):
+def test_characters_are_cut_whole_and_only_to_a_length(text, expected):
   dataset = tf.data.Dataset.from_tensors({'inputs': text, 'targets': text})
   cut = preprocessors.cut_characters(dataset, {'inputs': 2, 'targets': 1})
   (example,) = cut.as_numpy_iterator()
   assert decoded(example) == {'inputs': expected, 'targets': text}
+  (example,) = preprocessors.cut_characters(dataset).as_numpy_iterator()
+  assert decoded(example) == {'inputs': text, 'targets': text}
 
 
 @pytest.mark.parametrize('name', ['mediasum', 'trivia_qa'])

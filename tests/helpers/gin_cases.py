@@ -47,13 +47,12 @@ def bindings(values) -> list[str]:
 
 
 @contextlib.contextmanager
-def parsed(gin_files, given, list_checkpoints=lambda folder: []):
+def parsed(gin_files, given):
   """As `commands.gin_config`, where no checkpoint is there to be checked.
 
   Args:
     gin_files: as given to `--gin_file`.
     given: macro -> value, as given on the command line.
-    list_checkpoints: stands for the function of gqa_t5x.conversion.checkpoint.
 
   Yields:
     The function of `commands.gin_config`, with a list `checked` of (model, path): which
@@ -69,7 +68,6 @@ def parsed(gin_files, given, list_checkpoints=lambda folder: []):
   with contextlib.ExitStack() as stack:
     stack.callback(_register_as_at_import)
     for module, name, stand_in in (
-      (folders, 'list_checkpoints', list_checkpoints),
       (folders, 'find_checkpoint', lambda path: path),
       (folders, 'open_checkpoint', lambda path: {}),
       (folders, 'step_is_known', lambda path: True),
