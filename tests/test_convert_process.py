@@ -1,7 +1,6 @@
 """The command as a process: killed at any moment, in little memory."""
 
 import contextlib
-import json
 import multiprocessing
 import os
 import random
@@ -16,36 +15,29 @@ import pytest
 
 from gqa_t5x.checkpoints import writer
 from helpers import commands
-from helpers.trees import convert, nest, tiny_shapes, tiny_state, write_msgpack
+from helpers.trees import (
+  convert,
+  nest,
+  tiny_shapes,
+  tiny_state,
+  write_msgpack,
+  write_t5x,
+)
 from helpers.trees import run_convert as run
 
 WIDTH, MLP, VOCABULARY, HEADS, HEAD_DIM = 320, 1024, 1000, 8, 40
 
 
 def write_wide(folder, num_layers):
-  """An uncompressed checkpoint in the legacy layout: zarr's files written by hand."""
-  from flax import serialization
-
+  """An uncompressed checkpoint of 7 MB a layer."""
   sizes = {6: WIDTH, 5: MLP, 11: VOCABULARY, 4: HEADS, 8: WIDTH, 32: 32}
-  rng, leaves = np.random.default_rng(0), {}
-  noise = rng.standard_normal(MLP * WIDTH, np.float32)
-  for path, shape in tiny_shapes(decoder_layers=num_layers).items():
-    shape = [sizes[n] for n in shape]  # N * H = 8 there, D here
-    key = f'target.{path.replace("/", ".")}'
-    zarray = {'chunks': shape, 'shape': shape, 'dtype': '<f4', 'order': 'C'}
-    zarray |= {'compressor': None, 'fill_value': None, 'filters': None}
-    (folder / key).mkdir(parents=True)
-    (folder / key / '.zarray').write_text(json.dumps({**zarray, 'zarr_format': 2}))
-    noise[: int(np.prod(shape))].tofile(folder / key / '.'.join('0' * len(shape)))
-    leaves[f'target/{path}'] = {
-      'driver': 'zarr',
-      'dtype': 'float32',
-      'kvstore': {'driver': 'file', 'path': f'{key}/'},
-      'metadata': {'shape': shape, 'chunks': shape, 'compressor': None},
-    }
-  leaves['state/step'] = np.asarray(1000, np.int32)
-  data = serialization.msgpack_serialize({'version': 3, 'optimizer': nest(leaves)})
-  (folder / 'checkpoint').write_bytes(data)
+  noise = np.random.default_rng(0).standard_normal(MLP * WIDTH, np.float32)
+  tree = {
+    f'target/{path}': np.resize(noise, [sizes[n] for n in shape])  # N * H = 8 there
+    for path, shape in tiny_shapes(decoder_layers=num_layers).items()
+  }
+  tree['state/step'] = np.asarray(1000, np.int32)
+  write_t5x(folder, nest(tree), compression='none')
 
 
 # --- Stopped and killed ---------------------------------------------------------

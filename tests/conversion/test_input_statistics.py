@@ -119,14 +119,6 @@ def rewrite(*moments):
   return lambda path: input_statistics.write_statistics(path, statistics, INFO)
 
 
-def newer(path) -> None:
-  rewrite_index(path, lambda index: index.update(format=9))
-
-
-def unlisted(path) -> None:
-  rewrite_index(path, lambda index: index['modules'][SELF].update(key='gone.npy'))
-
-
 def check_and_read(path) -> None:
   opened = input_statistics.open_statistics(path)
   opened.check(SELF, D)
@@ -144,8 +136,16 @@ def check_and_read(path) -> None:
       lambda path: np.savez(path, x=ARRAYS['x']),
       "cannot read its index .*no item named 'index.json'",
     ),
-    (newer, 'cannot read its index .format 9, expected 1'),
-    (unlisted, f'cannot read the statistics of {SELF} .*gone.npy'),
+    (
+      lambda path: rewrite_index(path, lambda index: index.update(format=9)),
+      'cannot read its index .format 9, expected 1',
+    ),
+    (
+      lambda path: rewrite_index(
+        path, lambda i: i['modules'][SELF].update(key='gone.npy')
+      ),
+      f'cannot read the statistics of {SELF} .*gone.npy',
+    ),
     (
       rewrite(ARRAYS['x'], np.ones((2, 2)), ARRAYS['x']),
       r'are of shape \(2, 2\), expected .* with D=3',

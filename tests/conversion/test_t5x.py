@@ -144,24 +144,13 @@ def check_same(got, wanted):
     np.testing.assert_allclose(got[path], wanted[path], 1e-5, 1e-7, err_msg=path)
 
 
-def convert_and_load(source, output, num_kv_heads):
-  from t5x import checkpoints
-
-  from gqa_t5x import convert
-
-  flags = [f'--input={source}', f'--output={output}', f'--num_kv_heads={num_kv_heads}']
-  assert convert.main(['convert', *flags]) == 0
-  path = f'{output}/checkpoint_{STEP}'
-  loaded = checkpoints.load_t5x_checkpoint(path)
-  assert loaded['state']['step'] == STEP
-  return path, loaded
-
-
 def main(layout, folder):
   import jax
   import numpy as np
   from absl import logging
-  from t5x import adafactor, partitioning, train_state
+  from t5x import adafactor, checkpoints, partitioning, train_state
+
+  from gqa_t5x import convert
 
   logging.set_verbosity(logging.ERROR)
   optimizer = adafactor.Adafactor(decay_rate=0.8, step_offset=0)
@@ -172,7 +161,11 @@ def main(layout, folder):
   save(mha, f'{folder}/mha', layout, partitioner)
   for num_kv_heads in (1, 2, 8):
     output = f'{folder}/gqa{num_kv_heads}'
-    path, loaded = convert_and_load(f'{folder}/mha', output, num_kv_heads)
+    flags = f'--input={folder}/mha', f'--output={output}'
+    assert convert.main(['convert', *flags, f'--num_kv_heads={num_kv_heads}']) == 0
+    path = f'{output}/checkpoint_{STEP}'
+    loaded = checkpoints.load_t5x_checkpoint(path)
+    assert loaded['state']['step'] == STEP
     check_same(flat(loaded['target']), mean_params(mha, num_kv_heads))
     for use_orbax in (True, False):
       run = f'{output}_{use_orbax}'

@@ -121,10 +121,6 @@ def test_the_published_split_and_turns_in_order(tmp_path, capsys, registered):
 
 # (dialogues, splits) -> what the error says.
 BAD = {
-  'no files': (
-    (None, None),
-    'lacks news_dialogue.json and train_val_test_split.json. ',
-  ),
   'no dialogues': ((None, SPLITS), 'lacks news_dialogue.json. MediaSum is downloaded'),
   'no split': ((DIALOGUES, None), 'lacks train_val_test_split.json. MediaSum is down'),
   'another split': (

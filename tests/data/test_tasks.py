@@ -1,4 +1,4 @@
-"""The vocabulary and the span corruption task of the offline corpus."""
+"""The offline corpus: its vocabulary, span corruption and summarization."""
 
 import copy
 import itertools
@@ -9,12 +9,12 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from gqa_t5x.data import benchmarks, tasks
+from gqa_t5x.data import benchmarks, metrics, tasks
 from gqa_t5x.data import corpus as corpus_lib
 from gqa_t5x.data import vocabulary as vocabulary_lib
 
 TINY = corpus_lib.Corpus('tiny', ('topics', 'asyncio', 'email', 'logging', 'unittest'))
-TASK = 'tiny_span_corruption'
+TASK, SUMMARIZE = 'tiny_span_corruption', 'tiny_summarize'
 LENGTHS = {'inputs': 128, 'targets': 32}
 EXTRA_IDS = 100
 LAST_ID = 4095
@@ -32,40 +32,24 @@ TEXTS = [
 
 @pytest.fixture(scope='module')
 def task(tmp_path_factory):
-  """The registered task of a tiny corpus in a cache of this file's own."""
+  """The registered task of a tiny corpus in a cache of this file's own.
+
+  The task of summaries is registered, too.
+  """
   with pytest.MonkeyPatch.context() as monkeypatch:
     cache = tmp_path_factory.mktemp('cache') / 'not_there_yet'
     monkeypatch.setenv('GQA_T5X_CACHE', str(cache))
     task = tasks.add_span_corruption(TASK, TINY)
+    tasks.add_summarize(SUMMARIZE, TINY)
     assert not cache.exists()  # Registering builds nothing.
     yield task
     seqio.TaskRegistry.remove(TASK)
+    seqio.TaskRegistry.remove(SUMMARIZE)
 
 
 @pytest.fixture(scope='module')
 def vocabulary(task):
   return vocabulary_lib.CorpusVocabulary(TINY)
-
-
-def _batches(split='train', seed=42, shuffle=True, num_epochs=1, **kwargs):
-  return seqio.get_dataset(
-    TASK,
-    LENGTHS,
-    seqio.EncDecFeatureConverter(pack=True),
-    dataset_split=split,
-    shuffle=shuffle,
-    seed=seed,
-    batch_size=4,
-    num_epochs=num_epochs,
-    **kwargs,
-  )
-
-
-def _arrays(dataset, n):
-  return [
-    {name: array.tolist() for name, array in batch.items()}
-    for batch in dataset.take(n).as_numpy_iterator()
-  ]
 
 
 def test_vocabulary_ids(vocabulary):
@@ -118,9 +102,11 @@ def test_registered_tasks_have_the_vocabulary_of_the_model(monkeypatch):
   monkeypatch.setenv('GQA_T5X_CACHE', str(path.parents[1]))  # as at the import
   for corpus in corpus_lib.CORPORA:
     given = vocabulary_lib.pydocs_vocabulary(corpus)
-    task = seqio.get_mixture_or_task(f'{corpus}_span_corruption')
-    assert task.splits == ('train', 'validation', 'test')
-    assert {f.vocabulary == given for f in task.output_features.values()} == {True}
+    for name in (f'{corpus}_span_corruption', f'{corpus}_summarize'):
+      task = seqio.get_mixture_or_task(name)
+      assert task.splits == ('train', 'validation', 'test')
+      assert {f.vocabulary == given for f in task.output_features.values()} == {True}
+    assert task.metric_fns == [metrics.rouge]
   assert given != vocabulary_lib.pydocs_vocabulary()
   assert tasks.benchmarks is benchmarks  # The papers' tasks are registered, too.
   with pytest.raises(ValueError, match="named 'c4'; choose one of pydocs, pydocs_std"):
@@ -157,11 +143,24 @@ def test_inputs_and_targets_hold_the_whole_text(task, vocabulary, split):
 
 
 def test_evaluation_is_deterministic_and_epochs_differ(task):
-  once = _arrays(_batches('validation', shuffle=False), 1000)
+  def rows(num_epochs):
+    dataset = seqio.get_dataset(
+      TASK,
+      LENGTHS,
+      seqio.EncDecFeatureConverter(pack=True),
+      dataset_split='validation',
+      shuffle=False,
+      seed=42,
+      batch_size=4,
+      num_epochs=num_epochs,
+    )
+    for batch in dataset.as_numpy_iterator():
+      assert batch['encoder_input_tokens'].shape[1] == 128
+      assert batch['decoder_target_tokens'].shape[1] == 32
+      yield {name: array.tolist() for name, array in batch.items()}
+
+  once, twice = list(rows(1)), list(rows(2))
   assert len(once) > 1
-  assert {len(row) for batch in once for row in batch['encoder_input_tokens']} == {128}
-  assert {len(row) for batch in once for row in batch['decoder_target_tokens']} == {32}
-  twice = _arrays(_batches('validation', shuffle=False, num_epochs=2), 2 * len(once))
   assert len(twice) == 2 * len(once)
   assert twice[: len(once) - 1] == once[:-1]
   assert twice[len(once) :] != once
@@ -206,3 +205,59 @@ def test_a_corpus_too_small_for_the_vocabulary_is_named(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"'small'.* characters are too few"):
     vocabulary_lib.ensure(small)
   assert not (small.folder / vocabulary_lib.FILE).exists()
+
+
+# --- Summarization ---
+
+BODY = ' '.join(['The body says at length what it does.'] * 3)
+
+
+@pytest.mark.parametrize(
+  ('text', 'pair'),
+  [
+    (f'Return the value of x.\n\n{BODY}\n', ('Return the value of x.', BODY)),
+    # Line breaks and empty lines of the body stay.
+    (
+      f'Grüße an alle, naïvement.\n\n\n  {BODY}\n\nArgs:\n  x: one.\n',
+      ('Grüße an alle, naïvement.', f'{BODY}\n\nArgs:\n  x: one.'),
+    ),
+    # No summary of one line, no period, too short, no body, a short body.
+    (f'Return the value\nof x and of y.\n\n{BODY}', None),
+    (f'Return the value of x\n\n{BODY}', None),
+    (f'Return the value.\n\n{BODY}', None),
+    ('Return the value of x, and of nothing else but x.', None),
+    ('Return the value of x.\n\nThe value.', None),
+    (f'\n\n{BODY}', None),
+    ('', None),
+  ],
+)
+def test_pairs(text, pair):
+  dataset = tf.data.Dataset.from_tensor_slices({'text': [text]})
+  found = [
+    (example['summary'].decode(), example['article'].decode())
+    for example in tasks.split_summary(dataset).as_numpy_iterator()
+  ]
+  assert found == ([pair] if pair else [])
+
+
+def test_summaries_are_those_of_the_split(task, vocabulary):
+  dataset = seqio.TaskRegistry.get(SUMMARIZE).get_dataset(
+    {'inputs': 48, 'targets': 24}, 'validation', shuffle=False
+  )
+  examples = list(dataset.as_numpy_iterator())
+  expected = []
+  for text in corpus_lib.read(TINY, 'validation'):
+    summary, _, body = (part.strip() for part in text.partition('\n\n'))
+    one_line = '\n' not in summary and summary.endswith('.')
+    if one_line and len(summary.encode()) >= 20 and len(body.encode()) >= 80:
+      expected.append((summary, body))
+  assert len(examples) == len(expected) > 5
+  for example, (summary, body) in zip(examples, expected, strict=True):
+    inputs, targets = example['inputs'], example['targets']
+    assert len(inputs) <= 48
+    assert len(targets) <= 24
+    assert inputs[-1] == targets[-1] == 1
+    assert f'summarize: {body}'.startswith(vocabulary.decode(inputs[:-1].tolist()))
+    assert summary.startswith(vocabulary.decode(targets[:-1].tolist()))
+    assert example['targets_pretokenized'].decode() == summary
+  assert any(len(example['inputs']) == 48 for example in examples)

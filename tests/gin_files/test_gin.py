@@ -32,8 +32,6 @@ RUNNABLE = {
 }
 # File of gin/models -> size.
 MODELS = {s if 'shazeer' in s else f't5_1_1_{s}': s for s in sizes.SIZES}
-# What other files include.
-PARTS = {'train', 'checkpoint', 'decoded_eval'}
 BEST = 'gin/runs/best_checkpoint.gin'
 INFER_TEXT = 'gin/infer_text.gin'  # reads its input: test_infer_text.py
 # Name -> files, function, required values, size, key/value heads.
@@ -69,14 +67,6 @@ def is_runnable(file: str) -> bool:
 
 def test_every_runnable_file_has_a_row():
   assert {file for file in commands.gin_files() if is_runnable(file)} == set(RUNNABLE)
-
-
-def test_every_model_and_run_is_combined():
-  folder = pathlib.Path(commands.ROOT, 'gin')
-  names = {path.stem for path in (folder / 'models').glob('*.gin')}
-  assert names - {'encoder_decoder', 't5_1_1'} == MODELS.keys()
-  runs = {path.stem for path in (folder / 'runs').glob('*.gin')}
-  assert runs == {*RUNS, *PARTS, 'best_checkpoint'}
 
 
 def test_every_part_is_used():
@@ -171,6 +161,22 @@ def test_calibration_is_on_packed_training_data(file, task, lengths):
   assert (data.split, data.pack, data.shuffle) == ('train', True, False)
   assert (arguments['num_sequences'], arguments['include_encoder']) == (512, False)
   utils.verify_matching_vocabs(data, arguments['model'])
+
+
+def test_local_fine_tuning():
+  given = TRAIN | {'INITIAL_CHECKPOINT_PATH': 'gs://bucket/checkpoint_2400'}
+  with gin_cases.parsed(['gin/local/finetune.gin'], given) as arguments_of:
+    found = arguments_of('train')
+    metric = gin.query_parameter('METRIC/macro.value')
+    schedule = gin.query_parameter('gqa_t5x.training.trainer.Trainer.learning_rate_fn')
+    rates = [float(schedule.scoped_configurable_fn()(s)) for s in (2401, 3601, 4800)]
+  assert found['total_steps'] == 2400 + 2400
+  data = found['infer_eval_dataset_cfg']
+  assert data.mixture_or_task_name == 'pydocs_summarize'
+  assert (data.split, data.pack) == ('validation', False)
+  assert metric == 'rouge1'
+  # From 0.03, half of it half-way, to nothing at the end.
+  assert rates == pytest.approx([0.03, 0.015, 0.0], abs=1e-6)
 
 
 # --- The commands in the files ------------------------------------------------

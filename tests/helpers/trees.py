@@ -130,11 +130,11 @@ def write_orbax(folder: pathlib.Path, tree):
   return folder
 
 
-def write_t5x(folder: pathlib.Path, tree):
+def write_t5x(folder: pathlib.Path, tree, **kwargs):
   """T5X's legacy layout by this project's writer, one unit a tensor."""
   tensors = {path: LazyTensor.of(array) for path, array in flat(tree)}
   units = [Unit({p: t}, lambda p=p, t=t: {p: t.read()}) for p, t in tensors.items()]
   sizes = []
-  writer.write_checkpoint(epath.Path(folder), units, sizes.append)
+  writer.write_checkpoint(epath.Path(folder), units, sizes.append, **kwargs)
   assert sum(sizes) == sum(array.nbytes for _, array in flat(tree))
   return folder
