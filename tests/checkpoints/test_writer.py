@@ -6,7 +6,6 @@ What it takes from the system, and leaves when killed: tests/test_convert_proces
 import json
 import os
 import pathlib
-import random
 import threading
 import time
 
@@ -222,23 +221,6 @@ def files(folder) -> dict[str, bytes]:
 @pytest.fixture
 def mha(tmp_path):
   return write_msgpack(tmp_path / 'mha' / 'checkpoint_1000', tiny_state())
-
-
-def test_files_do_not_depend_on_timing(mha, tmp_path, monkeypatch):
-  """Byte for byte: with one thread, and with four that end in a random order."""
-  write = writer._TensorWriter.__call__
-
-  def jittery(*args):
-    time.sleep(random.random() / 100)
-    return write(*args)
-
-  found = []
-  for processors in (1, 4, 4):
-    monkeypatch.setattr(writer._TensorWriter, '__call__', jittery)
-    monkeypatch.setattr(os, 'cpu_count', lambda n=processors: n)
-    found.append(files(convert(mha, tmp_path / f'out{len(found)}')))
-  assert len(found[0]) == 2 * NUM_ARRAYS + 1
-  assert found[0] == found[1] == found[2]
 
 
 @pytest.fixture

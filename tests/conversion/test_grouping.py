@@ -6,7 +6,6 @@ import pytest
 
 from gqa_t5x.conversion.grouping import similar_heads
 from gqa_t5x.conversion.input_statistics import InputStatistics
-from gqa_t5x.conversion.kernels import permute_heads
 from gqa_t5x.conversion.methods import METHODS, convert_module
 from helpers.module_oracle import (
   FEWER,
@@ -100,21 +99,6 @@ def test_four_heads_in_two_groups_are_split_in_the_best_of_the_three_ways():
       losses[frozenset(as_sets([0, partner, *others], 2))] = loss
     order = similar_heads(kernels, inputs, 2, H)
     assert as_sets(order, 2) == min(losses, key=losses.get)
-
-
-def test_permute_heads_by_hand():
-  # Two key/value heads of size 1, each read by two query heads.
-  kernels = {
-    'query': np.array([[1, 2, 3, 4], [5, 6, 7, 8]]),
-    'key': np.array([[1, 2], [3, 4]]),
-    'value': np.array([[5, 6], [7, 8]]),
-    'out': np.array([[1, 5], [2, 6], [3, 7], [4, 8]]),
-  }
-  got = permute_heads(kernels, np.array([1, 0]))
-  np.testing.assert_array_equal(got['query'], [[3, 4, 1, 2], [7, 8, 5, 6]])
-  np.testing.assert_array_equal(got['key'], [[2, 1], [4, 3]])
-  np.testing.assert_array_equal(got['value'], [[6, 5], [8, 7]])
-  np.testing.assert_array_equal(got['out'], [[3, 7], [4, 8], [1, 5], [2, 6]])
 
 
 # Little to go by: few digits, zeros, inputs of few dimensions.

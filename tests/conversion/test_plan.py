@@ -20,12 +20,6 @@ from helpers.trees import D, H, N, flat, tiny_params
 # Two rows (D = 2), four heads of size two: row 0 counts, row 1 does not.
 KEY = np.float32([[1, 2, 3, 4, 5, 6, 7, 8], [10, -10, 0, 4, 8, 1, -2, 3]])
 VALUE = np.float32([[2, 0, 0, 2, 4, 4, 8, 8], [1, 1, 3, 5, -1, -1, -1, -3]])
-CHANGED = [
-  f'decoder/layers_{i}/{a}/{k}/kernel'
-  for i in (0, 1)
-  for a in ('self_attention', 'encoder_decoder_attention')
-  for k in ('key', 'value')
-]
 
 
 def module(num_kv_heads):
@@ -95,22 +89,6 @@ def test_random_has_the_standard_deviation_of_t5():
 
 
 class TestWholeModel:
-  @pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
-  def test_mean_against_a_loop_over_heads(self, num_kv_heads):
-    params = tiny_params()
-    got = dict(flat(convert_params(params, num_kv_heads=num_kv_heads, method='mean')))
-    group = N // num_kv_heads
-    for path, before in flat(params):
-      expected = before
-      if path in CHANGED:
-        expected = np.zeros((D, num_kv_heads * H))
-        for n in range(N):
-          k = n // group
-          expected[:, k * H : (k + 1) * H] += before[:, n * H : (n + 1) * H] / group
-      np.testing.assert_allclose(got[path], expected, rtol=1e-6, atol=1e-7)
-      assert got[path].dtype == np.float32
-    assert list(got) == [path for path, _ in flat(params)]
-
   @pytest.mark.parametrize(
     ('flags', 'expected'),
     [

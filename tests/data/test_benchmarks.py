@@ -230,25 +230,6 @@ def test_as_registered_at_import(name):
   assert task.source.tfds_dataset.data_dir is None
 
 
-def test_another_vocabulary_and_folder_keep_the_name(tmp_path, vocabulary, model_file):
-  before = seqio.TaskRegistry.get('arxiv')
-  assert benchmarks.task('arxiv') == 'arxiv'
-  assert seqio.TaskRegistry.get('arxiv') is before
-  for _ in range(2):
-    assert benchmarks.task('arxiv', vocabulary, str(tmp_path)) == 'arxiv'
-  changed = seqio.TaskRegistry.get('arxiv')
-  assert changed is not before
-  assert changed.output_features['inputs'].vocabulary == vocabulary
-  assert changed.output_features['targets'].vocabulary == vocabulary
-  assert changed.source.tfds_dataset.data_dir == str(tmp_path)
-  # An equal vocabulary, made anew as gin does, changes nothing.
-  equal = seqio.SentencePieceVocabulary(model_file, extra_ids=100)
-  benchmarks.task('arxiv', equal, str(tmp_path))
-  assert seqio.TaskRegistry.get('arxiv') is changed
-  benchmarks.task('arxiv')
-  assert seqio.TaskRegistry.get('arxiv').source.tfds_dataset.data_dir is None
-
-
 def test_errors_say_what_to_do(tmp_path):
   with pytest.raises(
     ValueError, match="named 'c4'; choose one of cnn_dailymail, arxiv"
