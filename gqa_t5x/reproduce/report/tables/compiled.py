@@ -131,9 +131,9 @@ def _uptraining(part: Part) -> None:
     'chip-days': chip_days,
   }
   table = []
-  for training in compiled.TRAININGS:
-    path = compiled.uptraining(part.plan.output_dir, training).result
+  for slice_name, (partitions, microbatches) in compiled.TRAININGS.items():
+    path = compiled.uptraining(part.plan.output_dir, slice_name).result
     cells = part.cells(part.found.row(path, KIND, fits=True), columns.values())
-    layout = f'{training.partitions} devices, {training.microbatches}'
-    table.append([training.slice_name, layout, *cells])
+    layout = f'{partitions} devices, {microbatches}'
+    table.append([slice_name, layout, *cells])
   part.doc.table(['slice', 'a model on, microbatches', *columns], table)

@@ -48,7 +48,7 @@ def write(part: Part) -> None:
 
 def titles(tasks: Sequence[str]) -> list[str]:
   """Returns what the paper calls tasks; those that it has not, by their own names."""
-  return [paper.TITLES.get(task, task) for task in tasks]
+  return [paper.TASKS.get(task, [task])[0] for task in tasks]
 
 
 def _time(part: Part, model: Model, task: str) -> Measured | None:
@@ -64,17 +64,15 @@ def _time(part: Part, model: Model, task: str) -> Measured | None:
 
 
 def _paper_cells(label: str) -> list[str]:
-  numbers = (paper.TABLE1_AVERAGE[label], *paper.TABLE1[label])
-  return [f'{paper.SECONDS_PER_SAMPLE[label]:.2f}', *map(str, numbers)]
+  return [f'{paper.SECONDS_PER_SAMPLE[label]:.2f}', *map(str, paper.TABLE1[label])]
 
 
 def _our_cells(
   part: Part, model: Model, scores: Sequence[Measured | None], time: Measured | None
 ) -> list[str]:
   doc = part.doc
-  theirs = paper.TABLE1.get(model.label, [None] * len(scores))
+  average, *theirs = paper.TABLE1.get(model.label, [None] * (1 + len(scores)))
   cells = [doc.number(x, 1, y) for x, y in zip(scores, theirs, strict=True)]
-  average = paper.TABLE1_AVERAGE.get(model.label)
   if len(scores) > 1:
     cells.insert(0, doc.number(reader.mean(scores), 1, average))
   digits = 2 if average else 4
@@ -100,7 +98,7 @@ def _figure(part: Part, scores: Scores, times: Times) -> None:
     color, marker = figures.heads_style(label)
     style = palette.PINK if model.size == 'large' else color, marker
     if label in paper.TABLE1:
-      x, y = paper.SECONDS_PER_SAMPLE[label], paper.TABLE1_AVERAGE[label]
+      x, y = paper.SECONDS_PER_SAMPLE[label], paper.TABLE1[label][0]
       series.append(Series(f'{label}, paper', [x], [y], *style, hollow=True))
     average, time = reader.mean(scores[model]), times[model]
     if average and time:
