@@ -10,7 +10,6 @@ from gqa_t5x.reproduce.experiments.models import (
   MEAN,
   SCRATCH,
   Model,
-  converted,
 )
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.scales import LOCAL, PAPER
@@ -128,7 +127,7 @@ def test_fine_tuning_commands(scale):
 
 def test_one_run_of_uptraining_passes_all_alphas():
   plan = make_plan('figure5', 'paper', BUCKET)
-  model = converted('xxl', 8, MEAN, 0.1)
+  model = Model('xxl', 8, MEAN, 0.1)
   (longest,) = (s for s in plan.stages if s.result == plan.path_of(model))
   found = check_training(longest, model, NUM_MICROBATCHES=4, CHECKPOINT_PERIOD=5000)
   assert found['total_steps'] == 1_100_000

@@ -12,7 +12,7 @@ from etils import epath
 
 from gqa_t5x.reproduce.experiments import commands, estimates, gin_files
 from gqa_t5x.reproduce.experiments.experiment import Experiment, Timing
-from gqa_t5x.reproduce.experiments.models import PRETRAINED, SCRATCH, Model, mha
+from gqa_t5x.reproduce.experiments.models import MHA, SCRATCH, Model, mha
 from gqa_t5x.reproduce.runner import stages
 from gqa_t5x.reproduce.runner.stages import Stage
 
@@ -133,7 +133,7 @@ class Planner:
     result, files = self.folder / path, self.experiment.gin_files['pretrain']
     macros = {'MODEL_DIR': result.parent}
     return Stage(
-      names.pretrain_title.format(steps=steps),
+      f'pre-train MHA, {steps:,} steps',
       result,
       commands.engine('t5x.train', files, self.experiment.flags, **macros),
       work=steps,
@@ -170,20 +170,21 @@ class Planner:
   def conversion(self, model: Model) -> Stage:
     """A model right after conversion; of MHA, the one pre-trained."""
     source, names = self.pretraining(model.size), self.experiment.names
-    if model.method == PRETRAINED:
+    if model.method == MHA:
       return source
     path = names.converted.format(model=model, step=step_of(source.result))
     result = self.folder / path
-    calibrated = model.statistics == 'calibrated'
+    method = model.method
+    calibrated = method.statistics == 'calibrated'
     statistics = [self.statistics(model.size)] if calibrated else []
     command = commands.module(
       'gqa_t5x.convert',
       input=source.result,
       output=result.parent,
       num_kv_heads=model.num_kv_heads,
-      method=model.method,
+      method=method.name,
       statistics=statistics[0].result if calibrated else None,
-      grouping=None if model.grouping == 'contiguous' else model.grouping,
+      grouping=None if method.grouping == 'contiguous' else method.grouping,
       seed=model.seed if model.is_seeded else None,
     )
     title = names.convert_title.format(model=model)

@@ -18,7 +18,6 @@ from gqa_t5x.reproduce.experiments.models import (
   SVD,
   Method,
   Model,
-  converted,
   mha,
 )
 from gqa_t5x.reproduce.experiments.studies import QUICK
@@ -72,7 +71,7 @@ def _paper_timings(size: str, num_kv_heads: tuple[int, ...]) -> tuple[Timing, ..
 
 
 def _uptrained(size: str, num_kv_heads: int, method: Method = MEAN) -> Model:
-  return converted(size, num_kv_heads, method, paper.ALPHA)
+  return Model(size, num_kv_heads, method, paper.ALPHA)
 
 
 def _names(pretrained: str) -> Names:
@@ -82,8 +81,10 @@ def _names(pretrained: str) -> Names:
     converted='converted/{model.origin}/checkpoint_{step}',
     uptrained='uptrained/{model.origin}/checkpoint_{step}',
     statistics_title='collect statistics of MHA-{model.size}',
-    convert_title='convert to {model.label} by {model.method}',
-    uptrain_title='uptrain {model.label} by {model.method} to alpha = {model.alpha:g}',
+    convert_title='convert to {model.label} by {model.method.name}',
+    uptrain_title=(
+      'uptrain {model.label} by {model.method.name} to alpha = {model.alpha:g}'
+    ),
   )
 
 
@@ -110,8 +111,8 @@ PAPER = Scale(
   ablation_tasks=paper.ABLATION_TASKS,
   alphas={
     mha('xxl'): (0.0,),
-    converted('xxl', 1, MEAN, 0.0): paper.ALPHAS,
-    converted('xxl', 8, MEAN, 0.0): paper.ALPHAS,
+    Model('xxl', 1, MEAN): paper.ALPHAS,
+    Model('xxl', 8, MEAN): paper.ALPHAS,
   },
   scratch=APPENDIX_A,
   gin_files={

@@ -23,8 +23,9 @@ from gqa_t5x.reproduce.experiments.models import (
   METHODS,
   RANDOM,
   SVD,
+  SVD_BY_WEIGHTS,
   Method,
-  converted,
+  Model,
   mha,
 )
 from gqa_t5x.reproduce.experiments.planner import Planner
@@ -51,10 +52,10 @@ def _study(
   """
   models = [mha(size, alpha, seed) for seed in sorted(set().union(*seeds.values()))]
   models += [
-    converted(size, num_kv_heads, method, alpha, seed)
+    Model(size, num_kv_heads, method, alpha, seed)
     for num_kv_heads, several in seeds.items()
     for method in methods
-    if num_kv_heads > 1 or method[2] != 'similarity'
+    if num_kv_heads > 1 or method.grouping != 'similarity'
     for seed in several
   ]
   return Experiment(
@@ -89,7 +90,7 @@ def _study(
 
 # The paper's three, and the best; the paper's three, and svd without statistics, too.
 _FOUR = (MEAN, FIRST, RANDOM, SVD)
-_MAIN = (MEAN, FIRST, RANDOM, ('svd', 'weights', 'contiguous'), SVD)
+_MAIN = (MEAN, FIRST, RANDOM, SVD_BY_WEIGHTS, SVD)
 STUDIES = {
   study.name: study
   for study in (
@@ -103,7 +104,7 @@ QUICK = STUDIES['quick']
 
 def _miniature(alpha: float) -> Experiment:
   def models(methods: tuple[Method, ...], alpha: float):
-    return [converted('tiny', heads, m, alpha) for m in methods for heads in (2, 1)]
+    return [Model('tiny', heads, m, alpha) for m in methods for heads in (2, 1)]
 
   return Experiment(
     name='uptrain',
@@ -117,7 +118,7 @@ def _miniature(alpha: float) -> Experiment:
     names=Names(
       pretrained='mha/checkpoint_{step}',
       statistics='mha/checkpoint_{step}.statistics.npz',
-      converted='converted/{model.method}_{model.num_kv_heads}/checkpoint_{step}',
+      converted='converted/{model.method.name}_{model.num_kv_heads}/checkpoint_{step}',
       uptrained='uptrain_{model.heads}{model.method_suffix}/checkpoint_{step}',
     ),
     gin_files={

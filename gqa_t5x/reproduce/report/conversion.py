@@ -12,7 +12,6 @@ from gqa_t5x.reproduce.experiments.models import (
   MHA,
   RANDOM,
   SVD,
-  title,
 )
 from gqa_t5x.reproduce.experiments.paper import ALPHAS
 from gqa_t5x.reproduce.experiments.planner import Planner
@@ -88,9 +87,9 @@ def _conditions(losses: Losses, unigram: Row) -> str:
 
 def _add_losses(doc: Document, losses: Losses, num_kv_heads: int) -> None:
   found = {
-    title(method): [losses.of(method, num_kv_heads, alpha) for alpha in ALPHAS]
+    method.title: [losses.of(method, num_kv_heads, alpha) for alpha in ALPHAS]
     for method in METHODS
-    if num_kv_heads > 1 or method[2] != 'similarity'  # One group holds all heads.
+    if num_kv_heads > 1 or method.grouping != 'similarity'  # One group holds all heads.
   }
   seeds = set().union(*(by_alpha[0] for by_alpha in found.values()))
   mha = [

@@ -16,7 +16,7 @@ from gqa_t5x.reproduce.experiments.models import (
   MHA,
   RANDOM,
   SVD,
-  title,
+  SVD_BY_WEIGHTS,
 )
 from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.figures import Series
@@ -27,7 +27,7 @@ CURVES = {
   RANDOM: figures.METHODS['random'],
   FIRST: figures.METHODS['first'],
   MEAN: figures.METHODS['mean'],
-  ('svd', 'weights', 'contiguous'): (GREEN, 'v'),
+  SVD_BY_WEIGHTS: (GREEN, 'v'),
   SVD: figures.METHODS['svd'],
 }
 HEADS = {4: (SKY, 'o'), 2: (BLUE, 's'), 1: (VERMILION, '^')}
@@ -72,7 +72,7 @@ def _draw_methods(axis: Any, losses: Losses) -> None:
     label = f'{num_kv_heads} of {losses.num_heads} K/V heads'
     marks = Series(label, list(places.values()), list(places), color, marker)
     figures.plot(axis, [marks], mec='black', mew=0.5)
-  axis.set_yticks(range(len(ran)), [title(method) for method in ran])
+  axis.set_yticks(range(len(ran)), [method.title for method in ran])
   axis.set_ylim(len(ran) - 0.5, -0.5)
   limits = axis.get_xlim()
   axis.axvspan(-SMALL, SMALL, color='0.95', lw=0)
@@ -90,7 +90,7 @@ def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[Series]:
     values = [losses.over_mha(method, num_kv_heads, alpha) for alpha in alphas]
     if values and None not in values:
       percent = [100 * alpha for alpha in alphas]
-      series.append(Series(title(method), percent, values, *style, line=True))
+      series.append(Series(method.title, percent, values, *style, line=True))
   longest = max(losses.alphas(MHA, losses.num_heads))
   series.append(Series('MHA', [0, 100 * longest], [0, 0], marker='', line=True))
   figures.plot(axis, series, ms=4, mew=1)

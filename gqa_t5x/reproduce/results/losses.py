@@ -15,11 +15,11 @@ class Losses:
     self._values: dict[tuple[Method, int, int], dict[int, float]] = {}
     self.rows = rows
     for row in rows:
-      method = row['method'], row['statistics'], row['grouping']
+      method = Method(row['method'], row['statistics'], row['grouping'])
       key = method, row['num_kv_heads'], row['uptrain_steps']
       self._values.setdefault(key, {})[row['seed']] = row['excess_loss']
     self.size, self.pretrain_steps = rows[0]['size'], rows[0]['pretrain_steps']
-    mha = [row for row in rows if row['method'] == MHA[0]]
+    mha = [row for row in rows if row['method'] == MHA.name]
     self.num_heads = mha[0]['num_kv_heads']
     self.base = min(mha, key=lambda row: row['uptrain_steps'])['validation_loss']
     heads = {row['num_kv_heads'] for row in rows} - {self.num_heads}

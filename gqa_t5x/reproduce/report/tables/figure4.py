@@ -13,17 +13,18 @@ def write(part: Part) -> None:
   """Adds the paper's figure 4 and our scores of the same models."""
   rows, series, names = [], [], []
   for model in part.scale.ablation:
-    ours, theirs = average_score(part, model), paper.FIGURE4.get(model.method)
+    method = model.method.name
+    ours, theirs = average_score(part, model), paper.FIGURE4.get(method)
     text = f'{theirs[0]} to {theirs[1]}' if theirs else 'not in the paper'
     middle = sum(theirs) / 2 if theirs else None
-    rows.append([model.method, text, part.doc.number(ours, 1, middle)])
-    x, style = [len(names)], figures.METHODS[model.method]
+    rows.append([method, text, part.doc.number(ours, 1, middle)])
+    x, style = [len(names)], figures.METHODS[method]
     for whose, value in (('paper', middle), ('ours', ours and ours.mean)):
       if value is not None:
-        label = f'{model.method}, {whose}'
+        label = f'{method}, {whose}'
         series.append(Series(label, x, [value], *style, hollow=whose == 'paper'))
     if theirs or ours:
-      names.append(model.method)
+      names.append(method)
   head = ['T5-Large to MQA by', 'paper, read off the chart', 'ours']
   part.doc.table(head, rows)
   part.figure(

@@ -9,7 +9,6 @@ from gqa_t5x.reproduce.experiments.models import (
   SVD,
   Method,
   heads_label,
-  title,
 )
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import QUICK
@@ -35,7 +34,7 @@ def write(part: Part) -> None:
   alphas = [f'alpha = {alpha:g}' for alpha in paper.ALPHAS]
   for K in losses.num_kv_heads:
     methods = (MEAN, FIRST, RANDOM, SVD)
-    rows = [[title(m), *_cells(doc, losses, m, K)] for m in methods]
+    rows = [[m.title, *_cells(doc, losses, m, K)] for m in methods]
     doc.table([f'{losses.num_heads} heads to {heads_label(K)} by', *alphas], rows)
   mha = _cells(doc, losses, MHA, losses.num_heads)
   doc.table(['not converted', *alphas], [['MHA, trained on', *mha]])
