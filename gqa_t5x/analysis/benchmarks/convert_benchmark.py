@@ -155,7 +155,7 @@ def _row(
   """Returns a row; `python -m gqa_t5x.benchmark convert --help` explains its keys."""
   seconds, cp_seconds, peak, written = (float(x) for x in np.median(rounds, axis=0))
   nbytes = _size(source)
-  return workload.common_keys('convert_benchmark', command, setting) | {
+  return workload.common_keys('convert_benchmark', command, vars(setting)) | {
     'seconds': seconds,
     'cp_seconds': cp_seconds,
     'cp_fraction': cp_seconds / seconds,

@@ -32,11 +32,10 @@ class Method(NamedTuple):
 MHA = Method('none')  # no conversion: as pre-trained
 SCRATCH = Method('scratch')  # pre-trained with few heads from the first step
 MEAN, FIRST, RANDOM = Method('mean'), Method('first'), Method('random')
+PAPER_METHODS = (MEAN, FIRST, RANDOM)
 SVD, SVD_BY_WEIGHTS = Method('svd', 'calibrated'), Method('svd', 'weights')
 METHODS = (
-  MEAN,
-  FIRST,
-  RANDOM,
+  *PAPER_METHODS,
   Method('procrustes', 'calibrated'),
   Method('procrustes_rms', 'calibrated'),
   Method('refit', 'calibrated'),

@@ -11,9 +11,8 @@ from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.experiments.commands import QUIET
 from gqa_t5x.reproduce.experiments.experiment import Experiment, Names, Timing
 from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
   MEAN,
-  RANDOM,
+  PAPER_METHODS,
   SCRATCH,
   SVD,
   Method,
@@ -105,9 +104,7 @@ PAPER = Scale(
   models=(mha('large'), mha('xxl'), _uptrained('xxl', 1), _uptrained('xxl', 8)),
   tasks=tuple(paper.TASKS),
   seeds={None: (1,)} | dict.fromkeys(UNSTABLE, (1, 2, 3)),
-  ablation=tuple(
-    _uptrained('large', 1, method) for method in (MEAN, FIRST, RANDOM, SVD)
-  ),
+  ablation=tuple(_uptrained('large', 1, method) for method in (*PAPER_METHODS, SVD)),
   ablation_tasks=paper.ABLATION_TASKS,
   alphas={
     mha('xxl'): (0.0,),

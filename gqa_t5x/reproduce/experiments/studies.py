@@ -18,10 +18,9 @@ from gqa_t5x.reproduce.experiments import commands
 from gqa_t5x.reproduce.experiments.commands import QUIET
 from gqa_t5x.reproduce.experiments.experiment import Conclusion, Experiment, Names
 from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
   MEAN,
   METHODS,
-  RANDOM,
+  PAPER_METHODS,
   SVD,
   SVD_BY_WEIGHTS,
   Method,
@@ -89,8 +88,8 @@ def _study(
 
 
 # The paper's three, and the best; the paper's three, and svd without statistics, too.
-_FOUR = (MEAN, FIRST, RANDOM, SVD)
-_MAIN = (MEAN, FIRST, RANDOM, SVD_BY_WEIGHTS, SVD)
+_FOUR = (*PAPER_METHODS, SVD)
+_MAIN = (*PAPER_METHODS, SVD_BY_WEIGHTS, SVD)
 STUDIES = {
   study.name: study
   for study in (
@@ -102,44 +101,41 @@ STUDIES = {
 QUICK = STUDIES['quick']
 
 
-def _miniature(alpha: float) -> Experiment:
-  def models(methods: tuple[Method, ...], alpha: float):
-    return [Model('tiny', heads, m, alpha) for m in methods for heads in (2, 1)]
-
-  return Experiment(
-    name='uptrain',
-    folder='',
-    models=(
-      mha('tiny'),
-      *models(_FOUR, 0.0),
-      mha('tiny', alpha),
-      *models((MEAN, SVD), alpha),
-    ),
-    names=Names(
-      pretrained='mha/checkpoint_{step}',
-      statistics='mha/checkpoint_{step}.statistics.npz',
-      converted='converted/{model.method.name}_{model.num_kv_heads}/checkpoint_{step}',
-      uptrained='uptrain_{model.heads}{model.method_suffix}/checkpoint_{step}',
-    ),
-    gin_files={
-      'pretrain': ('gin/local/pretrain_mha.gin',),
-      'calibrate': ('gin/local/calibrate.gin',),
-      'uptrain': ('gin/local/uptrain_{model.heads}.gin',),
-    },
-    macros={},
-    given=('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'),
-    flags=(QUIET,),
-    conclusion=Conclusion(
-      'uptrain',
-      {},
-      'evaluate on the validation split, time decoding',
-      'report.md',
-      'report',
-    ),
-  )
+def _converted(methods: tuple[Method, ...], alpha: float) -> list[Model]:
+  return [Model('tiny', heads, m, alpha) for m in methods for heads in (2, 1)]
 
 
-MINIATURE = _miniature(alpha=0.05)
+MINIATURE = Experiment(
+  name='uptrain',
+  folder='',
+  models=(
+    mha('tiny'),
+    *_converted(_FOUR, 0.0),
+    mha('tiny', 0.05),
+    *_converted((MEAN, SVD), 0.05),
+  ),
+  names=Names(
+    pretrained='mha/checkpoint_{step}',
+    statistics='mha/checkpoint_{step}.statistics.npz',
+    converted='converted/{model.method.name}_{model.num_kv_heads}/checkpoint_{step}',
+    uptrained='uptrain_{model.heads}{model.method_suffix}/checkpoint_{step}',
+  ),
+  gin_files={
+    'pretrain': ('gin/local/pretrain_mha.gin',),
+    'calibrate': ('gin/local/calibrate.gin',),
+    'uptrain': ('gin/local/uptrain_{model.heads}.gin',),
+  },
+  macros={},
+  given=('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'),
+  flags=(QUIET,),
+  conclusion=Conclusion(
+    'uptrain',
+    {},
+    'evaluate on the validation split, time decoding',
+    'report.md',
+    'report',
+  ),
+)
 
 
 def make_plan(experiment: Experiment, output_dir: str) -> Planner:

@@ -5,14 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 from gqa_t5x import files
-from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
-  MEAN,
-  METHODS,
-  MHA,
-  RANDOM,
-  SVD,
-)
+from gqa_t5x.reproduce.experiments.models import MEAN, METHODS, MHA, PAPER_METHODS, SVD
 from gqa_t5x.reproduce.experiments.paper import ALPHAS
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
@@ -137,7 +130,7 @@ Verdict = tuple[bool, str] | None
 
 def _check_order(losses: Losses, num_kv_heads: int, *, alpha: float) -> Verdict:
   """Whether mean loses least of the paper's three, and random most."""
-  values = [losses.mean(x, num_kv_heads, alpha) for x in (MEAN, FIRST, RANDOM)]
+  values = [losses.mean(x, num_kv_heads, alpha) for x in PAPER_METHODS]
   if None in values:
     return None
   return values[0] < values[1] < values[2], ' < '.join(map(_number, values))

@@ -8,30 +8,24 @@ from typing import Any
 import numpy as np
 from matplotlib import ticker
 
-from gqa_t5x.analysis.palette import BLUE, GREEN, SKY, VERMILION
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
-  MEAN,
   METHODS,
   MHA,
-  RANDOM,
+  PAPER_METHODS,
   SVD,
   SVD_BY_WEIGHTS,
 )
-from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.results.losses import Losses
 from gqa_t5x.reproduce.results.rows import Row
 
 CURVES = {
-  RANDOM: figures.METHODS['random'],
-  FIRST: figures.METHODS['first'],
-  MEAN: figures.METHODS['mean'],
-  SVD_BY_WEIGHTS: (GREEN, 'v'),
+  **{method: figures.METHODS[method.name] for method in PAPER_METHODS[::-1]},
+  SVD_BY_WEIGHTS: (figures.GREEN, 'v'),
   SVD: figures.METHODS['svd'],
 }
-HEADS = {4: (SKY, 'o'), 2: (BLUE, 's'), 1: (VERMILION, '^')}
-SIDES = {'key': (BLUE, 'o'), 'value': (VERMILION, 's')}
+HEADS = {4: (figures.SKY, 'o'), 2: (figures.BLUE, 's'), 1: (figures.VERMILION, '^')}
+SIDES = {'key': (figures.BLUE, 'o'), 'value': (figures.VERMILION, 's')}
 KINDS = ('self_attention', 'cross_attention')
 # Losses span three decades and may be negative: linear below this (shaded).
 LINEAR = 0.01
@@ -70,7 +64,7 @@ def _draw_methods(axis: Any, losses: Losses) -> None:
     places = {y: mean for y, mean in enumerate(means) if mean is not None}
     color, marker = HEADS.get(num_kv_heads, ('black', 'x'))
     label = f'{num_kv_heads} of {losses.num_heads} K/V heads'
-    marks = Series(label, list(places.values()), list(places), color, marker)
+    marks = figures.Series(label, list(places.values()), list(places), color, marker)
     figures.plot(axis, [marks], mec='black', mew=0.5)
   axis.set_yticks(range(len(ran)), [method.title for method in ran])
   axis.set_ylim(len(ran) - 0.5, -0.5)
@@ -82,7 +76,7 @@ def _draw_methods(axis: Any, losses: Losses) -> None:
   figures.legend(axis, loc='upper left', bbox_to_anchor=(1, 1))
 
 
-def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[Series]:
+def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[figures.Series]:
   """Loss against uptraining, one line a method, over MHA after as many steps."""
   series = []
   for method, style in CURVES.items():
@@ -90,9 +84,9 @@ def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[Series]:
     values = [losses.over_mha(method, num_kv_heads, alpha) for alpha in alphas]
     if values and None not in values:
       percent = [100 * alpha for alpha in alphas]
-      series.append(Series(method.title, percent, values, *style, line=True))
+      series.append(figures.Series(method.title, percent, values, *style, line=True))
   longest = max(losses.alphas(MHA, losses.num_heads))
-  series.append(Series('MHA', [0, 100 * longest], [0, 0], marker='', line=True))
+  series.append(figures.Series('MHA', [0, 100 * longest], [0, 0], marker='', line=True))
   figures.plot(axis, series, ms=4, mew=1)
   axis.set_yscale('symlog', linthresh=LINEAR)
   axis.xaxis.set_major_locator(ticker.MaxNLocator(nbins=4, steps=[1, 5, 10]))
@@ -102,7 +96,7 @@ def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[Series]:
   return series
 
 
-def _label_ends(axis: Any, series: Sequence[Series]) -> None:
+def _label_ends(axis: Any, series: Sequence[figures.Series]) -> None:
   """Names lines at their right ends, moved apart where they would overlap."""
   to_axes = axis.transData + axis.transAxes.inverted()
   ends = [(to_axes.transform((one.x[-1], one.y[-1]))[1], one) for one in series]
@@ -166,7 +160,7 @@ def _draw_layers(axis: Any, rows: Sequence[Row]) -> None:
         for f in (min, statistics.fmean, max)
       )
       hollow, errors = kind == 'weights', (means - low, high - means)
-      one = Series(
+      one = figures.Series(
         f'{side}, {name}', layers, means, color, marker, hollow, True, errors
       )
       style = {'ls': ':' if hollow else '-', 'ms': 5, 'mew': 1}

@@ -4,11 +4,10 @@ import pathlib
 from typing import Any
 
 from gqa_t5x import files
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import MINIATURE
-from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.document import NOT_RUN, Document
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.results.rows import Row, read_rows, versions
 
 NAMES = {8: 'MHA', 2: 'GQA-2', 1: 'MQA'}
@@ -101,7 +100,9 @@ def _draw_losses(axis: Any, rows: list[Row]) -> None:
       if not losses:
         continue
       label = f'{method}, {"uptrained" if after else "at conversion"}'
-      marks = Series(label, list(losses), list(losses.values()), *style, hollow=after)
+      marks = figures.Series(
+        label, list(losses), list(losses.values()), *style, hollow=after
+      )
       figures.plot(axis, [marks], ms=8, mew=1.8)
       # Below and above, for svd's two marks are close to each other.
       place = {'textcoords': 'offset points', 'xytext': (7, -9 if after else 2)}

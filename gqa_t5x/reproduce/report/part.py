@@ -5,11 +5,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments.experiment import Timing
 from gqa_t5x.reproduce.experiments.planner import Planner
-from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.document import FIGURES, Document
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.results.reader import Measured, Reader
 from gqa_t5x.reproduce.results.rows import Row
 
@@ -60,7 +59,7 @@ class Part:
     self,
     name: str,
     caption: str,
-    series: Sequence[Series],
+    series: Sequence[figures.Series],
     x_label: str,
     y_label: str,
     *,

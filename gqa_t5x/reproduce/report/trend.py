@@ -5,22 +5,21 @@ import pathlib
 import statistics
 from collections.abc import Mapping
 
-from gqa_t5x.analysis.palette import BLUE, GREEN, PINK, VERMILION
+from gqa_t5x.analysis import figures
 from gqa_t5x.model import network, sizes
 from gqa_t5x.reproduce.experiments.models import MEAN, SVD
-from gqa_t5x.reproduce.report import figures
+from gqa_t5x.reproduce.report import conversion_figures
 from gqa_t5x.reproduce.report.document import Document
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.results.losses import Losses
 from gqa_t5x.reproduce.results.rows import read_rows
 
-SIDES = (
-  ('self_attention', 'key'),
-  ('self_attention', 'value'),
-  ('cross_attention', 'key'),
-  ('cross_attention', 'value'),
+SIDES = tuple(itertools.product(conversion_figures.KINDS, conversion_figures.SIDES))
+STYLES = (
+  (figures.BLUE, 'o'),
+  (figures.VERMILION, 's'),
+  (figures.GREEN, 'D'),
+  (figures.PINK, '^'),
 )
-STYLES = ((BLUE, 'o'), (VERMILION, 's'), (GREEN, 'D'), (PINK, '^'))
 Shares = dict[tuple[str, str], float]  # side -> mean over layers and groups
 
 
@@ -95,7 +94,7 @@ def _draw(
       for size, (losses, shares) in studies.items():
         x = [losses.num_heads // K for K in shares]
         y = [100 * by_side[kind, side] for by_side in shares.values()]
-        one = Series(size, x, y, *next(styles), line=True)
+        one = figures.Series(size, x, y, *next(styles), line=True)
         figures.plot(axis, [one], log_x=True, ms=6, mew=1, lw=1.5)
       axis.xaxis.set_major_formatter('{x:.0f}')
       name = f'{kind.replace("_", "-")}, {side}s'

@@ -1,9 +1,8 @@
 """Figure 4: how to convert."""
 
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.experiments.models import Model
-from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results import reader
 from gqa_t5x.reproduce.results.reader import Measured
@@ -22,7 +21,9 @@ def write(part: Part) -> None:
     for whose, value in (('paper', middle), ('ours', ours and ours.mean)):
       if value is not None:
         label = f'{method}, {whose}'
-        series.append(Series(label, x, [value], *style, hollow=whose == 'paper'))
+        series.append(
+          figures.Series(label, x, [value], *style, hollow=whose == 'paper')
+        )
     if theirs or ours:
       names.append(method)
   head = ['T5-Large to MQA by', 'paper, read off the chart', 'ours']

@@ -1,8 +1,7 @@
 """Figure 5: how long to uptrain."""
 
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import paper, targets
-from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.report.tables.figure4 import average_score
 
@@ -22,7 +21,7 @@ def write(part: Part) -> None:
     if points:
       style = figures.heads_style(base.label)
       x, y = list(points), list(points.values())
-      series.append(Series(base.label, x, y, *style, line=True))
+      series.append(figures.Series(base.label, x, y, *style, line=True))
   part.doc.table(['model', *(f'alpha = {alpha:g}' for alpha in paper.ALPHAS)], rows)
   part.figure(
     'figure5_paper.png',

@@ -1,20 +1,19 @@
 """Figures 4 and 5 on one machine: the quick study of conversion."""
 
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
   MEAN,
   MHA,
-  RANDOM,
+  PAPER_METHODS,
   SVD,
   Method,
   heads_label,
 )
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import QUICK
-from gqa_t5x.reproduce.report import conversion_figures, figures
+from gqa_t5x.reproduce.report import conversion_figures
 from gqa_t5x.reproduce.report.document import Document
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results.losses import Losses
 from gqa_t5x.reproduce.results.reader import Measured
@@ -33,7 +32,7 @@ def write(part: Part) -> None:
   )
   alphas = [f'alpha = {alpha:g}' for alpha in paper.ALPHAS]
   for K in losses.num_kv_heads:
-    methods = (MEAN, FIRST, RANDOM, SVD)
+    methods = (*PAPER_METHODS, SVD)
     rows = [[m.title, *_cells(doc, losses, m, K)] for m in methods]
     doc.table([f'{losses.num_heads} heads to {heads_label(K)} by', *alphas], rows)
   mha = _cells(doc, losses, MHA, losses.num_heads)
@@ -64,7 +63,7 @@ def _add_figure5(part: Part, losses: Losses) -> None:
     alphas = losses.alphas(*model)
     values = [losses.mean(*model, alpha) + losses.base for alpha in alphas]
     percent, style = [100 * alpha for alpha in alphas], figures.heads_style(name)
-    series.append(Series(name, percent, values, *style, line=True))
+    series.append(figures.Series(name, percent, values, *style, line=True))
   part.figure(
     'figure5_local.png',
     'Figure 5 at this scale: loss against alpha, converted by mean, as in the paper.',
