@@ -89,12 +89,11 @@ def _entry(path: epath.Path) -> epath.Path | None:
 
 def dataset_state(path: epath.Path) -> list[str]:
   """Names of the data pipeline's saved state in a checkpoint folder, if any."""
-  files = [p.name for p in path.iterdir() if p.name.startswith('train_ds')]
-  folder = path / 'dataset'
-  if folder.is_dir():
-    inside = (p.name for p in folder.iterdir())
-    files += [f'dataset/{n}' for n in inside if n.startswith('train_ds')]
-  return sorted(files)
+  there = [folder for folder in (path, path / 'dataset') if folder.is_dir()]
+  files = [file for folder in there for file in folder.iterdir()]
+  return sorted(
+    str(file.relative_to(path)) for file in files if file.name.startswith('train_ds')
+  )
 
 
 def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:

@@ -114,7 +114,6 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
       continue
     module = AttentionModule(
       path=path,
-      num_heads=source.num_heads,
       source_num_kv_heads=source.num_kv_heads[kind],
       num_kv_heads=new_heads[kind],
       head_dim=source.head_dim,

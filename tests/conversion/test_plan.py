@@ -32,7 +32,7 @@ CHANGED = [
 
 
 def module(num_kv_heads):
-  return AttentionModule('decoder/layers_0/self_attention', 4, 4, num_kv_heads, 2)
+  return AttentionModule('decoder/layers_0/self_attention', 4, num_kv_heads, 2)
 
 
 def kernels(key=KEY, value=VALUE):
@@ -62,7 +62,7 @@ def test_by_hand(method, num_kv_heads, key, value):
 
 
 def mean_of(kernels, source_heads, num_kv_heads):
-  heads = AttentionModule('decoder/x', 64, source_heads, num_kv_heads, head_dim=4)
+  heads = AttentionModule('decoder/x', source_heads, num_kv_heads, head_dim=4)
   return convert_module(kernels, heads, 'mean')
 
 

@@ -15,7 +15,6 @@ All numbers of the runs are in the gin files; alphas agree with them.
 from collections.abc import Mapping
 
 from gqa_t5x.reproduce.experiments import commands
-from gqa_t5x.reproduce.experiments.commands import QUIET
 from gqa_t5x.reproduce.experiments.experiment import Conclusion, Experiment, Names
 from gqa_t5x.reproduce.experiments.models import (
   MEAN,
@@ -75,7 +74,7 @@ def _study(
     },
     macros={'calibrate': {'MODEL_SIZE': size}},
     given=('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH', 'NUM_KV_HEADS', 'RANDOM_SEED'),
-    flags=(QUIET,),
+    flags=(commands.QUIET,),
     begin_anew=('uptrain',),
     conclusion=Conclusion(
       'conversion',
@@ -127,7 +126,7 @@ MINIATURE = Experiment(
   },
   macros={},
   given=('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'),
-  flags=(QUIET,),
+  flags=(commands.QUIET,),
   conclusion=Conclusion(
     'uptrain',
     {},

@@ -39,11 +39,9 @@ class Part:
     path = self.plan.timing(name, timing).result
     return self.found.rows(path, 'decode_benchmark', size=timing.size)
 
-  def number(
-    self, row: Row, value: float, digits: int, paper: float | None = None
-  ) -> str:
+  def number(self, row: Row, value: float, digits: int) -> str:
     """Returns the cell of a row's value, or of one computed from it."""
-    return self.doc.number(Measured.of(row, value), digits, paper)
+    return self.doc.number(Measured.of(row, value), digits)
 
   def cells(
     self, row: Row | None, columns: Iterable[Callable[[Row], str]]
