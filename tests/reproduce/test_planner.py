@@ -110,7 +110,7 @@ def test_reading_changes_nothing():
 
 @pytest.mark.parametrize('scale', [PAPER, LOCAL], ids=lambda scale: scale.name)
 def test_fine_tuning_commands(scale):
-  plan, task = Planner(scale, BUCKET), scale.tasks[-1]
+  plan, task = Planner(scale, BUCKET), [*scale.tasks][-1]
   for model in scale.models:
     for seed in scale.seeds_of(model):
       stage = plan.finetuning(model, task, seed)

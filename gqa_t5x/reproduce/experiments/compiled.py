@@ -8,7 +8,6 @@ from gqa_t5x.reproduce.runner.stages import Stage
 
 FOLDER = 'compiled'
 SLICE, PARTITIONS = 'v4:2x2x2', 8  # GQA, section 3.1: eight TPUv4 chips
-LENGTHS = tuple(dict.fromkeys(task[1:] for task in paper.TASKS.values()))
 FIGURE6_LENGTHS = (2048, 512)
 
 
@@ -31,7 +30,7 @@ def stages(output_dir: Any) -> list[Stage]:
   decoded = [
     (model.size, model.num_kv_heads, lengths)
     for model in PAPER.models
-    for lengths in LENGTHS
+    for lengths in paper.LENGTHS
   ]
   decoded += [('xxl', heads, FIGURE6_LENGTHS) for heads in paper.FIGURE6_HEADS]
   return [

@@ -77,9 +77,7 @@ class Model:
   @property
   def heads(self) -> str:
     """'mha', 'mqa' or 'gqa8': in names of folders."""
-    if self.is_mha:
-      return 'mha'
-    return 'mqa' if self.num_kv_heads == 1 else f'gqa{self.num_kv_heads}'
+    return heads_label(self.num_kv_heads, self.is_mha).lower().replace('-', '')
 
   @property
   def origin(self) -> str:

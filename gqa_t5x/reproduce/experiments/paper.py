@@ -13,6 +13,8 @@ TASKS = {
   'wmt14_en_de': ('WMT', 512, 256),
   'trivia_qa': ('TriviaQA', 2048, 32),
 }
+# Their pairs of lengths, each once.
+LENGTHS = tuple(dict.fromkeys(task[1:] for task in TASKS.values()))
 # The tasks of figures 4 and 5; GQA, section 3.3.
 ABLATION_TASKS = ('cnn_dailymail', 'multi_news', 'trivia_qa')
 

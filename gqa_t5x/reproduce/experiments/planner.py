@@ -339,7 +339,7 @@ class Planner:
     hours = estimates.training_hours(*what, steps)
     if task:
       evaluations = steps // self.value(kind, 'EVAL_PERIOD', task)
-      examples = evaluations * self.experiment.dev_examples[task]
+      examples = evaluations * self.experiment.tasks[task]
       hours += estimates.decoding_hours(*what, examples)
     return hours
 

@@ -46,7 +46,7 @@ def _table1(part: Part) -> None:
   rows = {
     model.label: {
       lengths: _row(part, model.size, model.num_kv_heads, lengths)
-      for lengths in compiled.LENGTHS
+      for lengths in paper.LENGTHS
     }
     for model in PAPER.models
   }
@@ -60,7 +60,7 @@ def _table1(part: Part) -> None:
     cells = [part.cells(row, [with_batch])[0] for row in by_lengths.values()]
     cells += [doc.number(times[label], 2, theirs), f'{theirs:.2f}', over_gqa]
     table.append([label, *cells, f'{theirs / paper.SECONDS_PER_SAMPLE[gqa]:.2f}'])
-  heads = [f'{i} to {o}: s/sample, batch' for i, o in compiled.LENGTHS]
+  heads = [f'{i} to {o}: s/sample, batch' for i, o in paper.LENGTHS]
   means = ['mean of the tasks', 'paper', 'over GQA-8', 'paper']
   doc.table(['model', *heads, *means], table)
 

@@ -76,7 +76,7 @@ def _our_cells(
 
 def _local_text(part: Part) -> str:
   timing = part.scale.timings[0]
-  steps = part.plan.value('finetune', 'FINETUNE_STEPS', part.scale.tasks[0])
+  steps = part.plan.value('finetune', 'FINETUNE_STEPS', *part.scale.tasks)
   return (
     'ROUGE-1 of the validation split of `pydocs_summarize` (the first line of a'
     f' docstring from its body), the best checkpoint of {steps} steps of fine-tuning.'
