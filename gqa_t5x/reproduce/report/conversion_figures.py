@@ -1,8 +1,9 @@
-"""Figures of a study of conversion: losses by method and alpha, spectra by layer."""
+"""Figures of a study of conversion: losses, spectra by layer, and sizes compared."""
 
+import itertools
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ CURVES = {
 HEADS = {4: (figures.SKY, 'o'), 2: (figures.BLUE, 's'), 1: (figures.VERMILION, '^')}
 SIDES = {'key': (figures.BLUE, 'o'), 'value': (figures.VERMILION, 's')}
 KINDS = ('self_attention', 'cross_attention')
+MODULE_SIDES = tuple(itertools.product(KINDS, SIDES))
+# Styles of sizes, in order.
+SIZES = (*SIDES.values(), (figures.GREEN, 'D'), (figures.PINK, '^'))
+Shares = dict[tuple[str, str], float]  # side of a module -> mean over layers and groups
 # Losses span three decades and may be negative: linear below this (shaded).
 LINEAR = 0.01
 SMALL = 0.001  # The same right after conversion, where nothing but svd comes close.
@@ -166,3 +171,24 @@ def _draw_layers(axis: Any, rows: Sequence[Row]) -> None:
       style = {'ls': ':' if hollow else '-', 'ms': 5, 'mew': 1}
       figures.plot(axis, [one], **style, elinewidth=0.6, capsize=0)
   axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_trend(
+  studies: Mapping[str, tuple[Losses, Mapping[int, Shares]]], path: pathlib.Path
+) -> None:
+  """Draws the dropped share against the number of heads that share one."""
+  with figures.figure(path, 10, 2.9) as fig:
+    axes = fig.subplots(1, len(MODULE_SIDES), sharey=True)
+    for axis, (kind, side) in zip(axes, MODULE_SIDES, strict=True):
+      styles = itertools.cycle(SIZES)
+      for size, (losses, shares) in studies.items():
+        x = [losses.num_heads // K for K in shares]
+        y = [100 * by_side[kind, side] for by_side in shares.values()]
+        one = figures.Series(size, x, y, *next(styles), line=True)
+        figures.plot(axis, [one], log_x=True, ms=6, mew=1, lw=1.5)
+      axis.xaxis.set_major_formatter('{x:.0f}')
+      name = f'{kind.replace("_", "-")}, {side}s'
+      figures.tidy(axis, 'y', name, xlabel='heads that share one')
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel('dropped share, %')
+    figures.legend(axes[0])
