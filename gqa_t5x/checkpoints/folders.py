@@ -13,15 +13,9 @@ from typing import Any
 
 from etils import epath
 
-from gqa_t5x.checkpoints import huggingface, t5x_layouts
+from gqa_t5x.checkpoints import huggingface, t5x_layouts, tree
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.t5x_layouts import METADATA, MSGPACK, STATE
-from gqa_t5x.checkpoints.tree import (
-  Architecture,
-  parameters,
-  read_architecture,
-  unflatten,
-)
 from gqa_t5x.errors import BadInput
 
 _STEP = re.compile(r'checkpoint_(\d+)')
@@ -116,12 +110,12 @@ def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
   return huggingface.open_folder(file)
 
 
-def read_params(path: epath.PathLike) -> tuple[dict[str, Any], Architecture]:
+def read_params(path: epath.PathLike) -> tuple[dict[str, Any], tree.Architecture]:
   """Reads the parameters of a checkpoint of any layout into memory, and its sizes.
 
   Raises:
     BadInput: a part is missing or damaged, or it is not of T5.1.1.
   """
-  tensors = parameters(open_checkpoint(epath.Path(path)))
-  architecture = read_architecture({name: t.shape for name, t in tensors.items()})
-  return unflatten({name: t.read() for name, t in tensors.items()}), architecture
+  tensors = tree.parameters(open_checkpoint(epath.Path(path)))
+  architecture = tree.read_architecture({name: t.shape for name, t in tensors.items()})
+  return tree.unflatten({name: t.read() for name, t in tensors.items()}), architecture

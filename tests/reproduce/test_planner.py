@@ -215,13 +215,13 @@ def test_compilation_commands():
 
 
 def test_the_estimate_is_the_papers_own():
-  hours = estimates.training_hours('xxl', 8, 'v3', 2048, 512, 114, 50_000)
+  hours = estimates.Run('xxl', 8, 'v3', 2048, 512, 114).training_hours(50_000)
   assert hours / 24 == pytest.approx(paper.UPTRAIN_CHIP_DAYS, rel=0.05)
 
 
 def test_more_heads_take_longer_to_decode():
   hours = [
-    estimates.decoding_hours('xxl', heads, 'v4', 32, 2048, 512, num_samples=1000)
+    estimates.Run('xxl', heads, 'v4', 32, 2048, 512).decoding_hours(1000)
     for heads in (1, 8, 64)
   ]
   assert hours == sorted(hours)

@@ -335,12 +335,12 @@ class Planner:
     lengths = self.value(kind, 'TASK_FEATURE_LENGTHS', task)
     batch_size = self.value(kind, 'BATCH_SIZE', task)
     what = (model.size, model.num_kv_heads, self.experiment.chip)
-    what += (batch_size, lengths['inputs'], lengths['targets'])
-    hours = estimates.training_hours(*what, steps)
+    run = estimates.Run(*what, batch_size, lengths['inputs'], lengths['targets'])
+    hours = run.training_hours(steps)
     if task:
       evaluations = steps // self.value(kind, 'EVAL_PERIOD', task)
       examples = evaluations * self.experiment.tasks[task]
-      hours += estimates.decoding_hours(*what, examples)
+      hours += run.decoding_hours(examples)
     return hours
 
 

@@ -10,20 +10,14 @@ import numpy as np
 from matplotlib import ticker
 
 from gqa_t5x.analysis import figures
-from gqa_t5x.reproduce.experiments.models import (
-  METHODS,
-  MHA,
-  PAPER_METHODS,
-  SVD,
-  SVD_BY_WEIGHTS,
-)
+from gqa_t5x.reproduce.experiments import models
 from gqa_t5x.reproduce.results.losses import Losses
 from gqa_t5x.reproduce.results.rows import Row
 
 CURVES = {
-  **{method: figures.METHODS[method.name] for method in PAPER_METHODS[::-1]},
-  SVD_BY_WEIGHTS: (figures.GREEN, 'v'),
-  SVD: figures.METHODS['svd'],
+  **{method: figures.METHODS[method.name] for method in models.PAPER_METHODS[::-1]},
+  models.SVD_BY_WEIGHTS: (figures.GREEN, 'v'),
+  models.SVD: figures.METHODS['svd'],
 }
 HEADS = {4: (figures.SKY, 'o'), 2: (figures.BLUE, 's'), 1: (figures.VERMILION, '^')}
 SIDES = {'key': (figures.BLUE, 'o'), 'value': (figures.VERMILION, 's')}
@@ -63,7 +57,7 @@ def _draw_methods(axis: Any, losses: Losses) -> None:
   """A line a method, a mark for each number of key/value heads, at step 0."""
   axis.set_xscale('symlog', linthresh=SMALL)  # First, for the margins.
   heads = losses.num_kv_heads
-  ran = [m for m in METHODS if any(losses.of(m, K, 0.0) for K in heads)]
+  ran = [m for m in models.METHODS if any(losses.of(m, K, 0.0) for K in heads)]
   for num_kv_heads in heads:
     means = [losses.mean(method, num_kv_heads, 0.0) for method in ran]
     places = {y: mean for y, mean in enumerate(means) if mean is not None}
@@ -90,7 +84,7 @@ def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[figures.S
     if values and None not in values:
       percent = [100 * alpha for alpha in alphas]
       series.append(figures.Series(method.title, percent, values, *style, line=True))
-  longest = max(losses.alphas(MHA, losses.num_heads))
+  longest = max(losses.alphas(models.MHA, losses.num_heads))
   series.append(figures.Series('MHA', [0, 100 * longest], [0, 0], marker='', line=True))
   figures.plot(axis, series, ms=4, mew=1)
   axis.set_yscale('symlog', linthresh=LINEAR)
