@@ -89,8 +89,8 @@ def _add_losses(doc: Document, losses: Losses, num_kv_heads: int) -> None:
   }
   seeds = set().union(*(by_alpha[0] for by_alpha in found.values()))
   mha = [
-    {seed: loss for seed, loss in losses.of_mha(alpha).items() if seed in seeds}
-    for alpha in ALPHAS
+    {seed: loss for seed, loss in found_mha.items() if seed in seeds}
+    for found_mha in (losses.of(MHA, losses.num_heads, alpha) for alpha in ALPHAS)
   ]
   rows = [
     [name, str(len(by_alpha[0])), *(_cell(list(x.values())) for x in by_alpha)]

@@ -37,13 +37,10 @@ class Losses:
 
   def over_mha(self, method: Method, num_kv_heads: int, alpha: float) -> float | None:
     """Mean loss over that of MHA trained as long on the same data, seed by seed."""
-    values, mha = self.of(method, num_kv_heads, alpha), self.of_mha(alpha)
+    values = self.of(method, num_kv_heads, alpha)
+    mha = self.of(MHA, self.num_heads, alpha)
     pairs = [value - mha[seed] for seed, value in values.items() if seed in mha]
     return statistics.fmean(pairs) if pairs else None
-
-  def of_mha(self, alpha: float) -> dict[int, float]:
-    """Seed -> excess loss of MHA trained on: below 0 if it gains."""
-    return self.of(MHA, self.num_heads, alpha)
 
   def alphas(self, method: Method, num_kv_heads: int) -> list[float]:
     """When it was evaluated, in order."""
