@@ -104,8 +104,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axis.set_xticks(heads, [str(k) for k in heads])
     axis.minorticks_off()
     axis.set_ylim(0, 1.08 * max(row['seconds_per_sample'] for row in rows))
-    labels = {'xlabel': 'key/value heads', 'ylabel': 'time per sample (s)'}
-    figures.tidy(axis, 'y', **labels)
+    figures.tidy(axis, 'y', xlabel='key/value heads', ylabel='time per sample (s)')
     axis.set_title('\n'.join(filter(None, title)), fontsize=9)
     figures.legend(axis)
 

@@ -70,11 +70,6 @@ class Model:
     return self.num_kv_heads == sizes.SIZES[self.size]['num_heads']
 
   @property
-  def is_seeded(self) -> bool:
-    """Whether its conversion draws numbers."""
-    return self.method == RANDOM
-
-  @property
   def heads(self) -> str:
     """'mha', 'mqa' or 'gqa8': in names of folders."""
     return heads_label(self.num_kv_heads, self.is_mha).lower().replace('-', '')
@@ -104,14 +99,14 @@ class Model:
     name, *more = self.method
     words = [name, *(word for word in more if word not in ('none', 'contiguous'))]
     words.append(str(self.num_kv_heads))
-    words += [f'seed{self.seed}'] if self.is_seeded else []
+    words += [f'seed{self.seed}'] if self.method == RANDOM else []
     return '_'.join(words)
 
   @property
   def run_name(self) -> str:
     """Name of the uptraining run, which tells seeds apart."""
     name = self.conversion_name
-    return name if self.is_seeded else f'{name}_seed{self.seed}'
+    return name if self.method == RANDOM else f'{name}_seed{self.seed}'
 
   @property
   def method_suffix(self) -> str:

@@ -12,7 +12,7 @@ from etils import epath
 
 from gqa_t5x.reproduce.experiments import commands, estimates, gin_files
 from gqa_t5x.reproduce.experiments.experiment import Experiment, Timing
-from gqa_t5x.reproduce.experiments.models import MHA, SCRATCH, Model, mha
+from gqa_t5x.reproduce.experiments.models import MHA, RANDOM, SCRATCH, Model, mha
 from gqa_t5x.reproduce.runner import stages
 from gqa_t5x.reproduce.runner.stages import Stage
 
@@ -87,19 +87,12 @@ class Planner:
   # --- Numbers ------------------------------------------------------------------
 
   def value(self, kind: str, name: str, task: str = '') -> Any:
-    """Returns a macro's value as a kind of run, a key of `gin_files`, has it.
-
-    Raises:
-      ValueError: no file of that kind sets it.
-    """
+    """Returns a macro's value as a kind of run, a key of `gin_files`, has it."""
     files = reversed(self.experiment.gin_files[kind])
     read = (
       gin_files.macros(file.format(task=task)) for file in files if '{model' not in file
     )
-    found = collections.ChainMap(self.experiment.macros.get(kind, {}), *read)
-    if name not in found:
-      raise ValueError(f'no gin file of {kind} sets {name}.')
-    return found[name]
+    return collections.ChainMap(self.experiment.macros.get(kind, {}), *read)[name]
 
   @property
   def pretrain_steps(self) -> int:
@@ -185,7 +178,7 @@ class Planner:
       method=method.name,
       statistics=statistics[0].result if calibrated else None,
       grouping=None if method.grouping == 'contiguous' else method.grouping,
-      seed=model.seed if model.is_seeded else None,
+      seed=model.seed if method == RANDOM else None,
     )
     title = names.convert_title.format(model=model)
     return Stage(title, result, command, needs=(source, *statistics))

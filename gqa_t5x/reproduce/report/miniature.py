@@ -1,5 +1,6 @@
 """The report of the miniature: a table and a figure."""
 
+import operator
 import pathlib
 from typing import Any
 
@@ -31,7 +32,8 @@ def write(output_dir: str) -> None:
 
 def _add_table(doc: Document, losses: list[Row], times: list[Row]) -> None:
   """Adds the table and what its columns mean."""
-  uptrained = {_model(row): row for row in losses if row['uptrain_steps']}
+  model = operator.itemgetter('method', 'num_kv_heads')
+  uptrained = {model(row): row for row in losses if row['uptrain_steps']}
   decode = {row['num_kv_heads']: row for row in times}
   columns = {
     'model': lambda row: NAMES[row['num_kv_heads']],
@@ -39,7 +41,7 @@ def _add_table(doc: Document, losses: list[Row], times: list[Row]) -> None:
     'parameters': lambda row: f'{row["parameters"]:,}',
     'cache B/token': lambda row: f'{row["cache_bytes_per_token"]:,}',
     'loss, acc. at conversion': _scores,
-    'loss, acc. uptrained': lambda row: _scores(uptrained.get(_model(row))),
+    'loss, acc. uptrained': lambda row: _scores(uptrained.get(model(row))),
     'decode ms/token': lambda row: (
       f'{decode[row["num_kv_heads"]]["ms_per_step"] / times[0]["batch_size"]:.3f}'
     ),
@@ -59,10 +61,6 @@ def _add_table(doc: Document, losses: list[Row], times: list[Row]) -> None:
     ' token. Decode time per token and sequence: greedy, batch'
     f' {times[0]["batch_size"]}, input {times[0]["input_length"]}, by slope, median.'
   )
-
-
-def _model(row: Row) -> tuple[str, int]:
-  return row['method'], row['num_kv_heads']
 
 
 def _scores(row: Row | None) -> str:
