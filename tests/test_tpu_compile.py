@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gqa_t5x import tpu_compile
-from gqa_t5x.analysis.tpu import layout_search, program, row_text, topology
+from gqa_t5x.analysis.tpu import json_rows, layout_search, row_text, topology
 from gqa_t5x.analysis.tpu.chips import GIB
 from gqa_t5x.errors import BadInput
 
@@ -72,8 +72,8 @@ def test_programs_that_do_not_compile(message, expected, capfd):
       os.write(2, b'written by C++\n')
       raise RuntimeError(message)
 
-  with pytest.raises(program.TooLarge if expected else RuntimeError) as error:
-    program.compile_program(Lowered())
+  with pytest.raises(json_rows.TooLarge if expected else RuntimeError) as error:
+    json_rows.compile_program(Lowered())
   if expected:
     assert error.value.args[0] == expected
   assert capfd.readouterr().err == ('' if expected else 'written by C++\n')

@@ -38,12 +38,8 @@ def checked_path(
 
 def check_fits(path: epath.Path, model: Any) -> None:
   """Raises BadInput if parameters are missing, unknown, or of another shape."""
-  shapes = {
-    name.removeprefix(tree.TARGET): tensor
-    for name, tensor in folders.open_checkpoint(path).items()
-    if name.startswith(tree.TARGET)
-  }
-  models.check_params(model, shapes, str(path))
+  params = tree.parameters(folders.open_checkpoint(path))
+  models.check_params(model, params, str(path))
 
 
 def _checkpoint_folder(path: str) -> epath.Path:

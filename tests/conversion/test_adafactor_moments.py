@@ -14,7 +14,7 @@ from helpers.trees import UNUSED, D, H, N, flat, tiny_state
 def convert(moments, shape, new, rule, head_dim=64):
   moments = {n: np.asarray(moments.get(n, UNUSED)) for n in adafactor_moments.NAMES}
   before, after = shape[1] // head_dim, new[1] // head_dim
-  module = AttentionModule('decoder/x', before, before, after, head_dim)
+  module = AttentionModule('decoder/x', before, after, head_dim)
   return adafactor_moments.convert_moments(moments, module, shape, new, rule)
 
 

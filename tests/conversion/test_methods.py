@@ -137,7 +137,7 @@ def test_svd_by_hand():
   # A = (10, 20) / sqrt(50): v_1 becomes 0.2 v_1 + 0.4 v_2, v_2 twice that.
   key, value = np.array([[6, 1], [1, 2.25]]), np.array([[6.0, 2], [2, 9]])
   inputs = InputStatistics(np.array([1.0, 4.0]), key, value)
-  two = module(2, 1, num_heads=2, head_dim=1)
+  two = module(2, 1, head_dim=1)
   kernels = two_heads(EYE, EYE, EYE, EYE)
   got = convert_module(kernels, two, 'svd', inputs)
   np.testing.assert_allclose(got['query'][:, :1] @ got['key'].T, [[0.2, 0.8], [0, 0]])
@@ -157,7 +157,7 @@ def test_refit_by_hand():
   # E[k_2 m] = 1.5, E[m m] = 2.5: k_1 becomes 1.4 m, k_2 becomes 0.6 m.
   S = np.array([[6.0, 1], [1, 2]])
   inputs = InputStatistics(np.ones(2), S, S)
-  two = module(2, 1, num_heads=2, head_dim=1)
+  two = module(2, 1, head_dim=1)
   got = convert_module(two_heads(EYE, EYE, EYE, EYE), two, 'refit', inputs)
   np.testing.assert_allclose(
     got['query'] @ np.ones((2, 1)) @ got['key'].T, [[0.7, 0.7], [0.3, 0.3]]
@@ -174,7 +174,7 @@ def test_procrustes_by_hand():
   query = [[1, 0, 5, 6], [0, 1, 7, 8]]
   inputs = InputStatistics(np.ones(2), np.array([1.0, 2]), np.array([3.0, 1]))
   kernels = two_heads(key, key, query, np.transpose(query))
-  two = module(2, 1, num_heads=2, head_dim=2)
+  two = module(2, 1, head_dim=2)
   got = convert_module(kernels, two, 'procrustes', inputs)
   np.testing.assert_allclose(got['key'], [[1, 2], [3, 4]])
   np.testing.assert_allclose(got['value'], [[1, 2], [3, 4]])

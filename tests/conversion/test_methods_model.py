@@ -157,7 +157,7 @@ def test_each_module_is_converted_with_its_statistics(
   )
   for path in MODULES:
     reorder = grouping if path.endswith(CROSS) else 'contiguous'
-    module = AttentionModule(path, N, N, 2, H)
+    module = AttentionModule(path, N, 2, H)
     expected = convert_module(
       kernels_of(before, path), module, method, statistics[path], reorder
     )

@@ -23,7 +23,7 @@ VALUE = np.float32([[2, 0, 0, 2, 4, 4, 8, 8], [1, 1, 3, 5, -1, -1, -1, -3]])
 
 
 def module(num_kv_heads):
-  return AttentionModule('decoder/layers_0/self_attention', 4, 4, num_kv_heads, 2)
+  return AttentionModule('decoder/layers_0/self_attention', 4, num_kv_heads, 2)
 
 
 def kernels(key=KEY, value=VALUE):
@@ -53,7 +53,7 @@ def test_by_hand(method, num_kv_heads, key, value):
 
 
 def mean_of(kernels, source_heads, num_kv_heads):
-  heads = AttentionModule('decoder/x', 64, source_heads, num_kv_heads, head_dim=4)
+  heads = AttentionModule('decoder/x', source_heads, num_kv_heads, head_dim=4)
   return convert_module(kernels, heads, 'mean')
 
 

@@ -18,9 +18,9 @@ FEWER = [(S, K) for S, K in HEADS if K < S]
 RNG = np.random.default_rng
 
 
-def module(S, K, *, num_heads=N, head_dim=H):
+def module(S, K, *, head_dim=H):
   path = 'decoder/layers_0/encoder_decoder_attention'
-  return AttentionModule(path, num_heads, S, K, head_dim)
+  return AttentionModule(path, S, K, head_dim)
 
 
 def random_kernels(S=N, seed=0, dtype=np.float64):

@@ -10,7 +10,6 @@ from gqa_t5x.reproduce.experiments.models import (
   MEAN,
   SCRATCH,
   Model,
-  converted,
 )
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.scales import LOCAL, PAPER
@@ -111,7 +110,7 @@ def test_reading_changes_nothing():
 
 @pytest.mark.parametrize('scale', [PAPER, LOCAL], ids=lambda scale: scale.name)
 def test_fine_tuning_commands(scale):
-  plan, task = Planner(scale, BUCKET), scale.tasks[-1]
+  plan, task = Planner(scale, BUCKET), [*scale.tasks][-1]
   for model in scale.models:
     for seed in scale.seeds_of(model):
       stage = plan.finetuning(model, task, seed)
@@ -128,7 +127,7 @@ def test_fine_tuning_commands(scale):
 
 def test_one_run_of_uptraining_passes_all_alphas():
   plan = make_plan('figure5', 'paper', BUCKET)
-  model = converted('xxl', 8, MEAN, 0.1)
+  model = Model('xxl', 8, MEAN, 0.1)
   (longest,) = (s for s in plan.stages if s.result == plan.path_of(model))
   found = check_training(longest, model, NUM_MICROBATCHES=4, CHECKPOINT_PERIOD=5000)
   assert found['total_steps'] == 1_100_000
@@ -206,13 +205,13 @@ def test_compilation_commands():
 
 
 def test_the_estimate_is_the_papers_own():
-  hours = estimates.training_hours('xxl', 8, 'v3', 2048, 512, 114, 50_000)
+  hours = estimates.Run('xxl', 8, 'v3', 2048, 512, 114).training_hours(50_000)
   assert hours / 24 == pytest.approx(paper.UPTRAIN_CHIP_DAYS, rel=0.05)
 
 
 def test_more_heads_take_longer_to_decode():
   hours = [
-    estimates.decoding_hours('xxl', heads, 'v4', 32, 2048, 512, num_samples=1000)
+    estimates.Run('xxl', heads, 'v4', 32, 2048, 512).decoding_hours(1000)
     for heads in (1, 8, 64)
   ]
   assert hours == sorted(hours)
@@ -226,8 +225,8 @@ def test_more_heads_take_longer_to_decode():
 
 def test_the_papers_averages_are_those_of_its_tasks_but_for_one():
   differences = {
-    model: paper.TABLE1_AVERAGE[model] - sum(scores) / 7
-    for model, scores in paper.TABLE1.items()
+    model: average - sum(scores) / 7
+    for model, (average, *scores) in paper.TABLE1.items()
   }
   assert differences.pop('MQA-XXL') == pytest.approx(46.6 - 327.3 / 7)
   assert all(abs(difference) < 0.06 for difference in differences.values())

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from gqa_t5x.reproduce.experiments import targets
-from gqa_t5x.reproduce.experiments.models import MEAN, converted, mha
+from gqa_t5x.reproduce.experiments.models import MEAN, Model, mha
 from gqa_t5x.reproduce.experiments.planner import Planner, step_of
 from gqa_t5x.reproduce.experiments.scales import LOCAL, PAPER
 from gqa_t5x.reproduce.report import papers
@@ -20,7 +20,7 @@ from helpers.reports import tables
 
 TASK = 'pydocs_summarize'
 SCORES = f'inference_eval/{TASK}-metrics.jsonl'
-MQA = converted('tiny', 1, MEAN, 0.05)
+MQA = Model('tiny', 1, MEAN, 0.05)
 
 
 def write_run(plan, model, task, seed, scores, metric='rouge1', **changes):

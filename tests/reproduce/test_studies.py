@@ -12,9 +12,8 @@ from gqa_t5x.reproduce.__main__ import PARTS
 from gqa_t5x.reproduce.experiments import gin_files, paper, studies
 from gqa_t5x.reproduce.experiments.models import (
   METHODS,
-  converted,
+  Model,
   mha,
-  title,
 )
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.scales import PAPER
@@ -148,11 +147,11 @@ def test_reproduce_commands_are_there(tmp_path, experiment):
 
 def test_names_of_models():
   models = [
-    converted('tiny', 2, METHODS[0], 0.1, 3),
-    converted('tiny', 2, METHODS[2], 0.1, 3),
-    converted('tiny', 4, METHODS[-1], 0.1, 1),
+    Model('tiny', 2, METHODS[0], 0.1, 3),
+    Model('tiny', 2, METHODS[2], 0.1, 3),
+    Model('tiny', 4, METHODS[-1], 0.1, 1),
   ]
-  assert [(m.conversion_name, m.run_name, m.title) for m in models] == [
+  assert [(m.conversion_name, m.run_name, m.method.title) for m in models] == [
     ('mean_2', 'mean_2_seed3', 'mean'),
     ('random_2_seed3', 'random_2_seed3', 'random'),
     (
@@ -161,13 +160,13 @@ def test_names_of_models():
       'svd (calibrated, similarity)',
     ),
   ]
-  assert len({title(method) for method in METHODS}) == len(METHODS)
+  assert len({method.title for method in METHODS}) == len(METHODS)
 
 
 def test_the_miniature_and_its_gin_files_name_the_same_checkpoints(tmp_path):
   plan = studies.make_plan(MINIATURE, str(tmp_path / 'runs' / 'local'))
   for model in (
-    m for m in MINIATURE.models if m.alpha and m.method in ('none', 'mean')
+    m for m in MINIATURE.models if m.alpha and m.method.name in ('none', 'mean')
   ):
     file = f'gin/local/uptrain_{model.heads}.gin'
     source = plan.conversion(model).result.relative_to(tmp_path)

@@ -136,7 +136,7 @@ def trained(monkeypatch):
     made._total_steps = made._bar = made._notice = None
     made._saves = False
     made._loss_normalizing_factor = factor
-    made._watch, made._found = loss_watch.Watch(), dict.fromkeys(trainer._SCALARS, 0)
+    made._watch, made._found = loss_watch.Watch(), dict.fromkeys(loss_watch.SCALARS, 0)
     made.train_metrics_manager = Recorder()
 
     def one_period(self, batches, num_steps, start_step):
