@@ -15,23 +15,15 @@ from t5x import adafactor, models, partitioning, trainer, utils
 from t5x import train as train_lib
 
 from gqa_t5x.model import network
-from helpers import t5x_parity_task
+from helpers import tiny_task
 
 
 def _model():
-  config = network.T5Config(
-    vocab_size=384,
-    emb_dim=128,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=16,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    mlp_dim=160,
-    mlp_activations=('gelu', 'linear'),
-    dropout_rate=0.1,
+  layers = dict(num_encoder_layers=1, num_decoder_layers=2)
+  config = network.config(
+    'tiny', vocab_size=384, num_kv_heads=2, dropout_rate=0.1, **layers
   )
-  vocabulary = t5x_parity_task.VOCABULARY
+  vocabulary = tiny_task.vocabulary()
   return models.EncoderDecoderModel(
     network.Transformer(config),
     vocabulary,
@@ -57,7 +49,7 @@ class _Recorder(trainer.Trainer):
 
 def _dataset(split):
   return utils.DatasetConfig(
-    mixture_or_task_name='tiny_reversal',
+    mixture_or_task_name=tiny_task.NAME,
     task_feature_lengths={'inputs': 48, 'targets': 48},
     split=split,
     batch_size=8,
