@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from gqa_t5x.training import run_lock
+from gqa_t5x.training import restore, run_lock
 from helpers import commands, trees
 
 # What the reading threads of a damaged checkpoint raise besides.
@@ -131,6 +131,27 @@ def test_evaluation_of_other_heads(root, tmp_path):
   with pytest.raises(ValueError, match=re.escape(path)):
     commands.engine_here(tmp_path, 't5x.eval', 'eval', NUM_KV_HEADS=2, **macros)
   assert not out.exists()
+
+
+@pytest.mark.parametrize(
+  ('path', 'num_steps', 'message'),
+  [
+    ('checkpoint_7', 0, 'FINETUNE_STEPS=0 must be at least 1.'),
+    *(
+      (
+        path,
+        100,
+        f'INITIAL_CHECKPOINT_PATH={path!r} does not end with checkpoint_<step>, so its'
+        ' step is unknown; give the last step of the run: --gin.TRAIN_STEPS=...',
+      )
+      for path in ('gs://bucket/xxl', 'checkpoint_5/state', 'checkpoint_', '', [], None)
+    ),
+  ],
+)
+def test_last_step_that_is_unknown(path, num_steps, message):
+  """Of a known one, the last step is in gin_files/test_gin_papers.py."""
+  with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+    restore.step_after(path, num_steps)
 
 
 @pytest.mark.slow

@@ -139,13 +139,6 @@ def test_a_folder_that_another_run_has_taken(train, monkeypatch):
   made.close()
 
 
-def test_nothing_happens_without_a_notice(train):
-  made = train(stop_at=1000)
-  made.train(made.batches, 5, start_step=40)
-  assert int(made.train_state.step) == 5
-  made.close()
-
-
 @pytest.mark.parametrize(('save_period', 'refused'), [(10, True), (None, False)])
 def test_a_full_disk(train, tmp_path, monkeypatch, save_period, refused):
   made = train(stop_at=1000, save_period=save_period)
