@@ -80,20 +80,6 @@ def test_find(losses, expected):
   assert [(event.kind, event.step) for event in found(losses)] == expected
 
 
-def test_an_event_says_what_was_seen():
-  losses = changed([2.0] * 100, 60, [4.5])
-  losses[80] = NAN
-  spike, divergence = found(losses)
-  assert spike == loss_watch.Event('spike', 60, 4.5, 2.0)
-  assert (divergence.kind, divergence.step, divergence.median) == (
-    'divergence',
-    80,
-    2.0,
-  )
-  assert math.isnan(divergence.loss)
-  assert found([INF]) == [loss_watch.Event('divergence', 0, INF, None)]
-
-
 @pytest.mark.parametrize(
   ('factor', 'expected'),
   # 4 x 10 positions, 30 of them real, 2.5 nats each.
