@@ -158,7 +158,7 @@ def test_from_file_to_file(pretrained, tmp_path):
   commands.write_gin(tmp_path)
   lines = ['one', 'two words', 'three words more', 'größer', 'five']
   (tmp_path / 'in.txt').write_text('\n'.join([*lines, *reversed(lines)]) + '\n')
-  macros = {'INPUT_FILE': 'in.txt', 'BATCH_SIZE': 3, 'CHECKPOINT_PERIOD': 1}
+  macros = {'INPUT_FILE': 'in.txt', 'BATCH_SIZE': 3, 'CHECKPOINT_PERIOD': 2}
   macros |= {'CHECKPOINT_PATH': str(pretrained / 'mha' / 'checkpoint_6')}
   macros |= {'INFER_OUTPUT_DIR': 'out'}
   files = ['tiny.gin', 'gin/infer_text.gin']
