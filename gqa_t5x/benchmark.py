@@ -134,8 +134,7 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   png = getattr(args, 'png', None)
   if png:
     table_and_figure.check_matplotlib()
-  for path in filter(None, (args.json, png)):
-    files.check_folder_of(path)
+  files.check_folders_of(args.json, png)
   module = _module(name)
   measure = functools.partial(module.measure, command=_command(name, args))
   if name == 'convert':

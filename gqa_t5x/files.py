@@ -71,13 +71,14 @@ def write_json(path: epath.PathLike, value: Any) -> None:
   write_text(path, json.dumps(value, indent=1) + '\n')
 
 
-def check_folder_of(path: str) -> None:
+def check_folders_of(*paths: str | None) -> None:
   """Raises BadInput if the folder of a local file does not exist.
 
-  Commands that write a file at the end of a computation call this before it.
+  Commands that write files at the end of a computation call this before it.
   """
-  if '://' not in path and not epath.Path(path).absolute().parent.is_dir():
-    raise BadInput(f'{path}: there is no such folder.')
+  for path in filter(None, paths):
+    if '://' not in path and not epath.Path(path).absolute().parent.is_dir():
+      raise BadInput(f'{path}: there is no such folder.')
 
 
 def lock(path: epath.PathLike) -> int | None:

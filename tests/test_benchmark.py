@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import subprocess
 import sys
 
 import jax
@@ -86,22 +85,15 @@ def test_all_combinations_with_t5x():
     (['decode', '--dtype=int8'], 'dtype=int8; choose from float32, bfloat16.'),
     (['decode', '--num_kv_heads=5'], 'num_heads=12 is not divisible by num_kv_heads=5'),
     (['train', '--batch_size=fill'], 'batch_size=fill must be whole numbers.'),
-    (['decode', '--batch_size=two'], 'batch_size=two must be whole numbers.'),
     (['decode', '--batch_size=0'], 'batch_size=0 must be at least 1.'),
-    (['decode', '--input_length=0'], 'input_length=0 must be at least 1.'),
-    (['decode', '--num_beams=0'], 'num_beams=0 must be at least 1.'),
     (['decode', '--output_length=3'], 'output_length=3 must be at least 4'),
     (['decode', '--batch_size=1000000'], 'needs 42598.1 GB, and '),
     (['decode', '--json=/no/such/rows.json'], '/no/such/rows.json: there is no such'),
     (['decode', '--repeats=3'], 'flag --repeats=3'),
-    (['decode', '--compare=torch'], 'flag --compare=torch'),
     (['dance'], "say what to measure: decode, train, convert; not 'dance'."),
-    ([], 'say what to measure: decode, train, convert; not None.'),
     (['decode', 'fast'], "unexpected argument 'fast'; see --help"),
     (['train', '--num_beams=2'], "Unknown command line flag 'num_beams'"),
-    (['train', '--target_length=0'], 'target_length=0 must be at least 1.'),
     (['train', '--batch_size=1000000'], 'target 128, float32 needs '),
-    (['convert', '--num_kv_heads=5'], 'num_heads=12 is not divisible by'),
     (['convert', '--method=median'], 'method=median; choose from mean, first, random'),
     (['convert', '--compression=rar'], 'compression=rar; choose from none, zstd, gzip'),
     (['convert', '--work_dir=/no/such'], 'work_dir=/no/such: there is no such folder.'),
@@ -340,24 +332,3 @@ def test_conversion_rows(tmp_path, capsys):
   assert capsys.readouterr().out.splitlines()[1].split()[:4] == (
     ['tiny', '2', 'mean', 'zstd']
   )
-
-
-BARE = """
-import sys
-for name in ('tensorflow', 'seqio', 'gin', 't5x', 't5', 'matplotlib', 'tqdm'):
-  sys.modules[name] = None
-import time, jax
-start = time.perf_counter()
-from gqa_t5x import benchmark
-seconds = time.perf_counter() - start
-assert benchmark.main(['benchmark', '--help']) == 0
-print(seconds)
-"""
-
-
-def test_a_bare_machine_imports_it_quickly():
-  done = subprocess.run(
-    [sys.executable, '-c', BARE], capture_output=True, text=True, check=True
-  )
-  assert '--num_kv_heads' in done.stdout
-  assert float(done.stdout.splitlines()[-1]) < 5

@@ -1,25 +1,21 @@
 """Calibration statistics, against NumPy loops over the layer norms' outputs."""
 
-import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import seqio
-from flax import serialization, traverse_util
-from t5x import adafactor, partitioning, utils
 
 import __main__
 import gin
 from gqa_t5x import calibrate
 from gqa_t5x.conversion.input_statistics import open_statistics
 from gqa_t5x.conversion.input_sums import add_sums, mean_statistics, sum_inputs
-from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
-from gqa_t5x.training import calibration, models
-from helpers import commands, tiny_task
+from gqa_t5x.training import calibration, partitioning
+from helpers import commands, model_oracle, tiny_task
+from helpers.trees import write_msgpack
 
 # As commands.TINY_GIN.
 CONFIG = network.config(
@@ -32,71 +28,25 @@ DECODER = [
 ]
 ENCODER = 'encoder/layers_0/attention'
 MODULES = [ENCODER, *DECODER]
-LENGTHS = {'inputs': 24, 'targets': 8}
+VALUES = model_oracle.params(CONFIG)
 
 
-@pytest.fixture(scope='module')
-def values():
-  """Random parameters, also where T5 starts from a constant (layer norms)."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  init = functools.partial(network.Transformer(CONFIG).init, enable_dropout=False)
-  tree = jax.eval_shape(init, jax.random.PRNGKey(0), tokens, tokens, tokens)['params']
-  rng = np.random.default_rng(1)
-
-  def draw(name, shape):
-    if name.endswith('scale'):
-      return rng.uniform(0.5, 1.5, shape).astype(np.float32)
-    return (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
-
-  flat = traverse_util.flatten_dict(tree, sep='/')
-  drawn = {name: draw(name, leaf.shape) for name, leaf in flat.items()}
-  return traverse_util.unflatten_dict(drawn, sep='/')
+_sums = model_oracle.jit(sum_inputs, static_argnums=(0, 3))
 
 
-def rows(texts, packed):
-  """Puts texts, so many a row, into a batch of 7 rows; the rest is padding."""
-  names = ('encoder_input_tokens', 'decoder_target_tokens', 'decoder_input_tokens')
-  names += ('encoder_segment_ids', 'decoder_segment_ids')
-  batch = {n: np.zeros((7, 36 if 'encoder' in n else 18), np.int32) for n in names}
-  for row in range(7):
-    start = {'encoder': 0, 'decoder': 0}
-    for segment, text in enumerate(texts[row * packed : (row + 1) * packed], 1):
-      for stack, name, tokens in zip(start, names, text, strict=False):
-        place = row, slice(start[stack], start[stack] + len(tokens))
-        batch[name][place] = tokens
-        batch[f'{stack}_segment_ids'][place] = segment
-        if stack == 'decoder':
-          batch['decoder_input_tokens'][place] = [0, *tokens[:-1]]
-        start[stack] += len(tokens)
-  return batch
-
-
-@pytest.fixture(scope='module')
-def texts():
-  """Six texts: tokens of inputs and of targets, of various lengths."""
-  rng = np.random.default_rng(2)
-  return [
-    (rng.integers(3, 384, rng.integers(4, 11)), rng.integers(3, 384, targets))
-    for targets in (3, 5, 6, 2, 4, 6)
-  ]
-
-
-_sums = jax.jit(sum_inputs, static_argnums=(0, 3))
-
-
-def measured(values, *batches, config=CONFIG):
+def measured(*batches, config=CONFIG):
   """What the code makes of some batches."""
   totals = {}
   for batch in batches:
-    add_sums(totals, _sums(network.Transformer(config), values, batch, True))
+    add_sums(totals, _sums(network.Transformer(config), VALUES, batch, True))
   return mean_statistics(totals)
 
 
-@jax.jit
-def norm_outputs(values, batch):
+@model_oracle.jit
+def norm_outputs(batch):
   """What each layer norm returns."""
   _, state = network.Transformer(CONFIG).apply(
-    {'params': values},
+    {'params': VALUES},
     **batch,
     enable_dropout=False,
     capture_intermediates=lambda module, _: (module.name or '').endswith('norm'),
@@ -104,7 +54,7 @@ def norm_outputs(values, batch):
   return state['intermediates']
 
 
-def oracle(values, *batches):
+def oracle(*batches):
   """Module -> (query, key, value) moments, token by token in float64."""
   norms = {
     ENCODER: ('encoder', 'layers_0', 'pre_attention_layer_norm'),
@@ -117,7 +67,7 @@ def oracle(values, *batches):
   seen = {name: [] for name in norms}  # sequences, each [length, D]
   for batch in batches:
     features = {k: v for k, v in batch.items() if k != 'decoder_loss_weights'}
-    intermediates = norm_outputs(values, features)
+    intermediates = norm_outputs(features)
     for name, place in norms.items():
       node = intermediates
       for key in place:
@@ -152,72 +102,66 @@ def assert_moments(got, expected, modules):
 # --- The maths ----------------------------------------------------------------
 
 
-def test_moments_are_those_of_the_loops(values, texts):
+def test_moments_are_those_of_the_loops():
   """In two packed batches of unequal numbers of tokens; padding does not count."""
-  batches = [rows(part, packed=3) for part in (texts[:2], texts[2:])]
-  for batch in batches:
-    batch['decoder_input_tokens'][batch['decoder_target_tokens'] == 0] = 77
-  assert_moments(measured(values, *batches), oracle(values, *batches), MODULES)
+  first, second = model_oracle.packed_batch(), model_oracle.packed_batch()
+  for array in second.values():
+    array[1] = 0
+  first['decoder_input_tokens'][first['decoder_target_tokens'] == 0] = 47
+  assert_moments(measured(first, second), oracle(first, second), MODULES)
 
 
-def test_recomputed_layers_are_watched_too(values, texts):
-  batch = rows(texts, packed=2)
-  got = measured(values, batch, config=CONFIG.replace(remat_policy='full'))
-  assert_moments(got, oracle(values, batch), MODULES)
-
-
-def test_what_modules_share_is_one_array(values, texts):
-  got = measured(values, rows(texts, packed=2))
+def test_recomputed_layers_are_watched_too():
+  batch = model_oracle.packed_batch()
+  got = measured(batch, config=CONFIG.replace(remat_policy='full'))
+  assert_moments(got, oracle(batch), MODULES)
+  # What modules share is one array.
   first, second = got[DECODER[0]], got[DECODER[2]]
   assert first.key is second.key
   assert first.value is second.value
-  assert first.query is not second.query
   assert got[DECODER[1]].query is got[DECODER[1]].value
 
 
-# --- From data and a checkpoint to the file -----------------------------------
+# --- The command ----------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
-def saved(values, tmp_path_factory):
+def saved(tmp_path_factory):
   """A checkpoint of step 7."""
   path = tmp_path_factory.mktemp('saved') / 'checkpoint_7'
-  path.mkdir()
-  tree = {'target': values, 'state': {'step': np.int32(7), 'param_states': {}}}
-  data = serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
-  (path / 'checkpoint').write_bytes(data)
-  return path
+  tree = {'target': VALUES, 'state': {'step': np.int32(7), 'param_states': {}}}
+  return write_msgpack(path, tree)
 
 
-def run(saved, output, num_sequences=8, vocabulary=None, **data):
-  """Runs the command's function on the tiny model and task."""
-  vocabulary = vocabulary or tiny_task.vocabulary()
-  model = models.EncoderDecoderModel(
-    network.Transformer(CONFIG), vocabulary, vocabulary, adafactor.Adafactor()
-  )
-  cfg = utils.DatasetConfig(
-    **{
-      'mixture_or_task_name': tiny_task.NAME,
-      'task_feature_lengths': LENGTHS,
-      'split': 'validation',
-      'batch_size': 3,
-      'shuffle': False,
-      'seed': 42,
-      'pack': False,
-      **data,
-    }
-  )
-  calibrate.calibrate(
-    model=model,
-    dataset_cfg=cfg,
-    restore_checkpoint_cfg=utils.RestoreCheckpointConfig(
-      path=str(saved), mode='specific'
-    ),
-    partitioner=partitioning.PjitPartitioner(num_partitions=1),
-    output=str(output),
-    num_sequences=num_sequences,
-    include_encoder=False,
-  )
+def command(folder, saved, **macros):
+  """Arguments of Python for the command in a folder, on the tiny model and task."""
+  commands.write_gin(folder)
+  files = ['tiny.gin', 'gin/runs/calibrate.gin', 'task.gin']
+  macros = {'CHECKPOINT_PATH': str(saved), 'OUTPUT': 'out.npz', **macros}
+  return commands.engine_args('gqa_t5x.calibrate', files, **macros)
+
+
+@pytest.fixture
+def run(saved, tmp_path, monkeypatch, capsys):
+  """Runs the command in this process; returns its exit code and what it said."""
+
+  def run(**macros):
+    args = command(tmp_path, saved, **macros)[1:]
+    monkeypatch.chdir(tmp_path)
+    one_device = jax.devices()[:1]
+    monkeypatch.setattr(partitioning.Partitioner, 'devices', one_device)
+    # As in a process of its own.
+    monkeypatch.setattr(__main__, 'calibrate', calibrate.calibrate, raising=False)
+    monkeypatch.setattr(gin.config, '_LOCATION_PREFIXES', [])
+    gin.clear_config()
+    gin.enter_interactive_mode()  # Another test may have registered its `calibrate`.
+    try:
+      return calibrate.main(args), ''.join(capsys.readouterr())
+    finally:
+      gin.exit_interactive_mode()
+      gin.clear_config()
+
+  return run
 
 
 def task_batch(split: str, pack: bool, lengths, count: int):
@@ -232,10 +176,10 @@ def task_batch(split: str, pack: bool, lengths, count: int):
   return next(dataset.batch(count).as_numpy_iterator())
 
 
-def assert_file(path, values, batch, info):
+def assert_file(path, batch, info):
   opened = open_statistics(path)
   got = {module: opened.read(module) for module in opened.modules}
-  assert_moments(got, oracle(values, batch), DECODER)
+  assert_moments(got, oracle(batch), DECODER)
   count = {
     'encoder': np.count_nonzero(batch['encoder_input_tokens']),
     'decoder': np.count_nonzero(batch['decoder_target_tokens']),
@@ -245,52 +189,20 @@ def assert_file(path, values, batch, info):
   assert opened.info['versions']['jax'] == jax.__version__
 
 
-def test_all_of_a_small_split(saved, values, tmp_path, capsys):
+def test_all_of_a_small_split(run, saved, tmp_path):
   """8 rows that are not packed, 3 a batch, and more asked for."""
-  run(saved, tmp_path / 'a.npz', num_sequences=100)
+  unpacked = {'utils.DatasetConfig.pack': False, 'SPLIT': 'validation'}
+  code, said = run(NUM_SEQUENCES=100, BATCH_SIZE=3, **unpacked)
+  assert code == 0
   info = {'checkpoint': str(saved), 'step': 7, 'task': 'tiny_words', 'packed': False}
   info |= {'split': 'validation', 'seed': 42}
-  batch = task_batch('validation', False, LENGTHS, 8)
-  assert_file(tmp_path / 'a.npz', values, batch, info)
-  said = capsys.readouterr().out
+  batch = task_batch('validation', False, {'inputs': 24, 'targets': 8}, 8)
+  assert_file(tmp_path / 'out.npz', batch, info)
   assert 'NUM_SEQUENCES=100, but the data has 8: all were used' in said
 
 
-@pytest.mark.parametrize(
-  ('arguments', 'message'),
-  [
-    ({'num_sequences': 0}, 'NUM_SEQUENCES=0 must be at least 1'),
-    ({'vocabulary': tiny_task.vocabulary(extra_ids=5)}, '(?i)vocabularies'),
-    ({}, 'tiny_words has no data in split validation'),
-  ],
-)
-def test_bad_input(saved, tmp_path, monkeypatch, arguments, message):
-  monkeypatch.setattr(calibration, 'read_batches', lambda *args: iter(()))
-  with pytest.raises(ValueError, match=message):
-    run(saved, tmp_path / 'a.npz', **arguments)
-  assert not list(tmp_path.iterdir())
-
-
-def test_output_is_not_overwritten(saved, tmp_path):
-  (tmp_path / 'a.npz').write_text('mine')
-  with pytest.raises(BadInput, match=r'a\.npz exists already; choose another'):
-    run(saved, tmp_path / 'a.npz')
-  assert (tmp_path / 'a.npz').read_text() == 'mine'
-
-
-# --- On the command line ------------------------------------------------------
-
-
-def command(folder, saved, **macros):
-  """Arguments of Python for the command in a folder, on the tiny model and task."""
-  commands.write_gin(folder)
-  files = ['tiny.gin', 'gin/runs/calibrate.gin', 'task.gin']
-  macros = {'CHECKPOINT_PATH': str(saved), 'OUTPUT': 'out.npz', **macros}
-  return commands.engine_args('gqa_t5x.calibrate', files, **macros)
-
-
 @pytest.mark.slow
-def test_command(saved, values, tmp_path):
+def test_command(saved, tmp_path):
   """Packed rows of the training split, as gin/runs/calibrate.gin says."""
   lengths = {'inputs': 48, 'targets': 16}
   done = commands.run(
@@ -304,32 +216,28 @@ def test_command(saved, values, tmp_path):
   batch = task_batch('train', True, lengths, 5)
   assert batch['encoder_segment_ids'].max() > 1
   info = {'packed': True, 'split': 'train', 'step': 7}
-  assert_file(tmp_path / 'out.npz', values, batch, info)
+  assert_file(tmp_path / 'out.npz', batch, info)
 
 
 @pytest.mark.parametrize(
   ('macros', 'message'),
   [
+    ({'NUM_SEQUENCES': 0}, 'NUM_SEQUENCES=0 must be at least 1'),
+    ({'tiny_task.vocabulary.extra_ids': 5}, '(?i)vocabularies'),
+    ({'SPLIT': 'empty'}, 'tiny_words has no data in split empty'),
+    ({'OUTPUT': 'task.gin'}, r'task\.gin exists already; choose another'),
     ({'NUM_KV_HEADS': 2}, r'do not fit the model: .*key/kernel: \(128, 128\) in the'),
     ({'CHECKPOINT_PATH': 'lost'}, 'there is no checkpoint at /.*/lost: '),
   ],
 )
-def test_command_fails(saved, tmp_path, monkeypatch, capsys, macros, message):
-  args = command(tmp_path, saved, **macros)[1:]
-  monkeypatch.chdir(tmp_path)
-  # As in a process of its own.
-  monkeypatch.setattr(__main__, 'calibrate', calibrate.calibrate, raising=False)
-  monkeypatch.setattr(gin.config, '_LOCATION_PREFIXES', [])
-  gin.clear_config()
-  gin.enter_interactive_mode()  # Another test may have registered its own `calibrate`.
-  try:
-    assert calibrate.main(args) == 1
-  finally:
-    gin.exit_interactive_mode()
-    gin.clear_config()
-  (error,) = re.findall('^error: .*$', capsys.readouterr().err, flags=re.MULTILINE)
+def test_bad_input(run, tmp_path, monkeypatch, macros, message):
+  monkeypatch.setattr(calibration, 'read_batches', lambda *args: iter(()))
+  code, said = run(**macros)
+  assert code == 1
+  (error,) = re.findall('^error: .*$', said, flags=re.MULTILINE)
   assert re.search(message, error)
   assert {path.suffix for path in tmp_path.iterdir()} == {'.gin'}
+  assert (tmp_path / 'task.gin').read_text() == commands.TASK_GIN
 
 
 @pytest.mark.parametrize(

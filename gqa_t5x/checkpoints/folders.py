@@ -13,16 +13,10 @@ from typing import Any
 
 from etils import epath
 
-from gqa_t5x.checkpoints import config, huggingface, t5x_layouts
+from gqa_t5x.checkpoints import config, huggingface, t5x_layouts, tree
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.t5x_layouts import METADATA, MSGPACK, STATE
-from gqa_t5x.checkpoints.tree import (
-  Architecture,
-  parameters,
-  read_architecture,
-  unflatten,
-)
 from gqa_t5x.errors import BadInput
 
 _STEP = re.compile(r'checkpoint_(\d+)')
@@ -126,12 +120,11 @@ def read_config(path: epath.Path) -> ModelConfig:
 
 def dataset_state(path: epath.Path) -> list[str]:
   """Names of the data pipeline's saved state in a checkpoint folder, if any."""
-  files = [p.name for p in path.iterdir() if p.name.startswith('train_ds')]
-  folder = path / 'dataset'
-  if folder.is_dir():
-    inside = (p.name for p in folder.iterdir())
-    files += [f'dataset/{n}' for n in inside if n.startswith('train_ds')]
-  return sorted(files)
+  there = [folder for folder in (path, path / 'dataset') if folder.is_dir()]
+  files = [file for folder in there for file in folder.iterdir()]
+  return sorted(
+    str(file.relative_to(path)) for file in files if file.name.startswith('train_ds')
+  )
 
 
 def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
@@ -154,12 +147,12 @@ def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
   return huggingface.open_folder(file)
 
 
-def read_params(path: epath.PathLike) -> tuple[dict[str, Any], Architecture]:
+def read_params(path: epath.PathLike) -> tuple[dict[str, Any], tree.Architecture]:
   """Reads the parameters of a checkpoint of any layout into memory, and its sizes.
 
   Raises:
     BadInput: a part is missing or damaged, or it is not of T5.1.1.
   """
-  tensors = parameters(open_checkpoint(epath.Path(path)))
-  architecture = read_architecture({name: t.shape for name, t in tensors.items()})
-  return unflatten({name: t.read() for name, t in tensors.items()}), architecture
+  tensors = tree.parameters(open_checkpoint(epath.Path(path)))
+  architecture = tree.read_architecture({name: t.shape for name, t in tensors.items()})
+  return tree.unflatten({name: t.read() for name, t in tensors.items()}), architecture

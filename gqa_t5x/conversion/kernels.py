@@ -24,7 +24,6 @@ class AttentionModule:
   """
 
   path: str
-  num_heads: int  # N
   source_num_kv_heads: int  # S, before conversion
   num_kv_heads: int  # K, after it
   head_dim: int  # H

@@ -11,24 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gqa_t5x.checkpoints import tree
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
-from gqa_t5x.checkpoints.tree import (
-  PARAM_STATES,
-  TARGET,
-  Architecture,
-  flatten,
-  parameters,
-  read_architecture,
-  unflatten,
-)
-from gqa_t5x.conversion import adafactor_moments, input_statistics
+from gqa_t5x.conversion import adafactor_moments, input_statistics, methods
 from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
-from gqa_t5x.conversion.methods import (
-  METHODS,
-  check_grouping,
-  convert_module,
-  get_method,
-)
 from gqa_t5x.errors import BadInput
 
 Tensors = Mapping[str, LazyTensor]
@@ -73,8 +59,8 @@ class Plan:
   """
 
   recipe: Recipe
-  source: Architecture
-  target: Architecture
+  source: tree.Architecture
+  target: tree.Architecture
   units: list[Unit]
   log: dict[str, str]
 
@@ -116,7 +102,6 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
       continue
     module = AttentionModule(
       path=path,
-      num_heads=source.num_heads,
       source_num_kv_heads=source.num_kv_heads[kind],
       num_kv_heads=new_heads[kind],
       head_dim=source.head_dim,
@@ -132,12 +117,12 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
 
 def _open_statistics(recipe: Recipe) -> input_statistics.StatisticsFile | None:
   """Looks method and grouping up; opens the statistics, if they are used."""
-  method, statistics = get_method(recipe.method), recipe.statistics
-  check_grouping(recipe.grouping)
+  method, statistics = methods.get_method(recipe.method), recipe.statistics
+  methods.check_grouping(recipe.grouping)
   if not statistics:
     return None
   if not method.uses_inputs and recipe.grouping != 'similarity':
-    users = ', '.join(name for name, m in METHODS.items() if m.uses_inputs)
+    users = ', '.join(name for name, m in methods.METHODS.items() if m.uses_inputs)
     raise BadInput(
       f'statistics={statistics} was given, but method={recipe.method} uses none; leave'
       f' it out, or choose one of {users}'
@@ -145,7 +130,7 @@ def _open_statistics(recipe: Recipe) -> input_statistics.StatisticsFile | None:
   return input_statistics.open_statistics(statistics)
 
 
-def _choose_num_kv_heads(source: Architecture, recipe: Recipe) -> dict[str, int]:
+def _choose_num_kv_heads(source: tree.Architecture, recipe: Recipe) -> dict[str, int]:
   """K by kind of attention; BadInput if it does not divide the heads there are."""
   chosen = {}
   for kind, heads in source.num_kv_heads.items():
@@ -188,7 +173,7 @@ def _module_unit(
   Returns:
     The unit, and path of each changed kernel -> what is done to its moments.
   """
-  method = METHODS[recipe.method]
+  method = methods.METHODS[recipe.method]
   # Self-attention has a position bias: its heads keep their order.
   reorder = recipe.grouping == 'similarity' and kind == 'cross_attention'
   names = ALL_KERNELS if reorder else method.kernels
@@ -199,8 +184,8 @@ def _module_unit(
     statistics.check(module.path, width=shapes[paths['query']][0])
   outputs, notes = {}, {}
   for path in paths.values():
-    dtype = _at_least_float32(tensors[TARGET + path].dtype)
-    outputs[TARGET + path] = TensorSpec(shapes[path], dtype)
+    dtype = _at_least_float32(tensors[tree.TARGET + path].dtype)
+    outputs[tree.TARGET + path] = TensorSpec(shapes[path], dtype)
     if moments := _adafactor_moments(tensors, path):
       old = {n: moment.shape for n, moment in moments.items()}
       new = adafactor_moments.converted_shapes(old, shapes[path])
@@ -209,7 +194,7 @@ def _module_unit(
       notes[path] = adafactor_moments.describe(old, new, rule)
 
   def compute():
-    kernels = {name: tensors[TARGET + path].read() for name, path in paths.items()}
+    kernels = {name: tensors[tree.TARGET + path].read() for name, path in paths.items()}
     kernels = {n: k.astype(_at_least_float32(k.dtype)) for n, k in kernels.items()}
     inputs = None
     if uses_inputs and statistics:
@@ -217,8 +202,8 @@ def _module_unit(
     elif uses_inputs:
       inputs = input_statistics.from_norms(tensors, kind, module.path)
     grouping = 'similarity' if reorder else 'contiguous'
-    new = convert_module(kernels, module, recipe.method, inputs, grouping)
-    results = {TARGET + path: new[name] for name, path in paths.items()}
+    new = methods.convert_module(kernels, module, recipe.method, inputs, grouping)
+    results = {tree.TARGET + path: new[name] for name, path in paths.items()}
     for name, path in paths.items():
       if moments := _adafactor_moments(tensors, path):
         converted = adafactor_moments.convert_moments(
@@ -241,27 +226,27 @@ def _at_least_float32(dtype: np.dtype) -> np.dtype:
 
 def _adafactor_moments(tensors: Tensors, parameter: str) -> dict[str, LazyTensor]:
   """Name -> Adafactor's moment of a parameter; empty where there are none."""
-  prefix = f'{PARAM_STATES}{parameter}/'
+  prefix = f'{tree.PARAM_STATES}{parameter}/'
   found = {name: tensors.get(prefix + name) for name in adafactor_moments.NAMES}
   return {} if None in found.values() else found
 
 
 def _in_state(parameter: str, moments: Mapping[str, Any]) -> dict[str, Any]:
   """Name -> moment of a parameter, under their paths in the tree."""
-  return {f'{PARAM_STATES}{parameter}/{name}': m for name, m in moments.items()}
+  return {f'{tree.PARAM_STATES}{parameter}/{name}': m for name, m in moments.items()}
 
 
 def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
   return Unit({path: tensor}, lambda: {path: tensor.read()})
 
 
-def _read_source(tensors: Tensors) -> Architecture:
+def _read_source(tensors: Tensors) -> tree.Architecture:
   """Reads the sizes of the model, and checks that all of it can be converted."""
-  params = parameters(tensors)
-  source = read_architecture({path: t.shape for path, t in params.items()})
+  params = tree.parameters(tensors)
+  source = tree.read_architecture({path: t.shape for path, t in params.items()})
   # T5X kept bfloat16 as uint16 before June 2021, and no longer reads it either.
   wrong = [
-    f'{TARGET}{path} is {tensor.dtype}'
+    f'{tree.TARGET}{path} is {tensor.dtype}'
     for path, tensor in params.items()
     if tensor.dtype.kind in 'biuc'
   ]
@@ -271,12 +256,12 @@ def _read_source(tensors: Tensors) -> Architecture:
   return source
 
 
-def _check_moments(tensors: Tensors, source: Architecture) -> None:
+def _check_moments(tensors: Tensors, source: tree.Architecture) -> None:
   """Raises unless there are no moments, or Adafactor's for every parameter."""
   found: dict[str, dict] = {}
   for path, tensor in tensors.items():
-    if path.startswith(PARAM_STATES):
-      parameter, _, name = path.removeprefix(PARAM_STATES).rpartition('/')
+    if path.startswith(tree.PARAM_STATES):
+      parameter, _, name = path.removeprefix(tree.PARAM_STATES).rpartition('/')
       found.setdefault(parameter, {})[name] = tensor.shape
   if not found:
     return
@@ -304,7 +289,7 @@ def convert_params(params: Mapping[str, Any], **recipe) -> dict[str, Any]:
     A new nested dict; changed kernels are NumPy arrays, key and value [D, K*H]; all
     other leaves are the arrays that came in.
   """
-  tensors = {TARGET + p: LazyTensor.of(a) for p, a in flatten(params)}
+  tensors = {tree.TARGET + p: LazyTensor.of(a) for p, a in tree.flatten(params)}
   plan = plan_conversion(tensors, Recipe(**recipe))
   result = {p: a for unit in plan.units for p, a in unit.compute().items()}
-  return unflatten({path: result[path] for path in tensors})['target']
+  return tree.unflatten({path: result[path] for path in tensors})['target']

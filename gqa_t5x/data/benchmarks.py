@@ -157,10 +157,9 @@ def task(
     vocabulary = t5.data.get_default_vocabulary()
   if data_dir is not None:
     data_dir = files.absolute(data_dir)
-  exists = name in seqio.TaskRegistry.names()
-  if exists and _registered[name] == (vocabulary, data_dir):
-    return name
-  if exists:
+  if name in seqio.TaskRegistry.names():
+    if _registered[name] == (vocabulary, data_dir):
+      return name
     seqio.TaskRegistry.remove(name)
   _registered[name] = (vocabulary, data_dir)
   benchmark = BENCHMARKS[name]

@@ -20,14 +20,13 @@ import pathlib
 import platform
 import shutil
 import sys
+import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 
 import tqdm
 
 from gqa_t5x.data import docstrings
-from gqa_t5x.data.docstrings import STDLIB, TOPICS
 from gqa_t5x.errors import BadInput
 
 # Raise it when the same sources would give other files, the vocabulary's included.
@@ -72,8 +71,8 @@ class Corpus:
 CORPORA = {
   corpus.name: corpus
   for corpus in (
-    Corpus('pydocs', (TOPICS, STDLIB, *PACKAGES)),
-    Corpus('pydocs_stdlib', (TOPICS, STDLIB)),
+    Corpus('pydocs', (docstrings.TOPICS, docstrings.STDLIB, *PACKAGES)),
+    Corpus('pydocs_stdlib', (docstrings.TOPICS, docstrings.STDLIB)),
   )
 }
 
@@ -89,7 +88,7 @@ def _digest(sources: tuple[str, ...]) -> str:
   """Names the content: Python, this file's `VERSION`, the sources' versions."""
   parts = [f'version={VERSION}', f'python={platform.python_version()}']
   for source in sources:
-    if source in (TOPICS, STDLIB):
+    if source in (docstrings.TOPICS, docstrings.STDLIB):
       parts.append(source)
     elif docstrings.package_folder(source):
       parts.append(f'{source}={_package_version(source)}')
@@ -177,34 +176,28 @@ def writing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     OSError: the cache cannot be written; nothing is left behind.
   """
-  temporary = path.with_name(f'.{path.name}-{uuid.uuid4().hex}')
+  prefix = f'.{path.name}-'
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f'.{path.name}-*'):
+    for leftover in path.parent.glob(f'{prefix}*'):
       with contextlib.suppress(FileNotFoundError):  # another process may be at it
         if time.time() - leftover.stat().st_mtime > LEFTOVER_S:
-          _remove(leftover)
-    yield temporary
-    try:
-      temporary.rename(path)
-    except OSError:
-      if not path.is_dir():
-        raise
+          shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+      prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+      temporary = pathlib.Path(folder) / path.name
+      yield temporary
+      try:
+        temporary.rename(path)
+      except OSError:
+        if not path.is_dir():
+          raise
   except OSError as error:
     raise OSError(
       f'cannot write {path}: {error}. Make room or give write permission there, or '
       'name another folder in the environment variable GQA_T5X_CACHE'
     ) from error
-  finally:
-    _remove(temporary)
-
-
-def _remove(path: pathlib.Path) -> None:
-  if path.is_dir():
-    shutil.rmtree(path, ignore_errors=True)
-  else:
-    with contextlib.suppress(OSError):
-      path.unlink()
 
 
 def _write(corpus: Corpus, folder: pathlib.Path, splits: dict[str, list[str]]) -> None:

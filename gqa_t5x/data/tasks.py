@@ -17,10 +17,8 @@ import seqio
 import tensorflow as tf
 from t5.data import preprocessors
 
-from gqa_t5x.data import (
-  benchmarks,  # noqa: F401 (registers the papers' tasks)
-  metrics,
-)
+import gqa_t5x.data.benchmarks  # noqa: F401 (registers the papers' tasks)
+from gqa_t5x.data import metrics
 from gqa_t5x.data.corpus import CORPORA, LINE_BREAK, SHARDS, Corpus
 from gqa_t5x.data.vocabulary import CorpusVocabulary
 

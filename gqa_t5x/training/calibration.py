@@ -50,8 +50,12 @@ def map_batches(
   batch_spec = partitioner.data_partition_spec
   compiled = partitioner.partition(function, (layout, batch_spec), None)
   sharding = NamedSharding(partitioner.mesh, batch_spec)
+
+  def to_devices(x: np.ndarray) -> Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
   return step, (
-    (rows, compiled(values, _to_devices(batch, sharding)))
+    (rows, compiled(values, jax.tree.map(to_devices, batch)))
     for rows, batch in read_batches(model, dataset_cfg, num_sequences)
   )
 
@@ -104,10 +108,3 @@ def read_batches(
     rows = len(batch['encoder_input_tokens'])
     missing = ((0, cfg.batch_size - rows), (0, 0))
     yield rows, {name: np.pad(array, missing) for name, array in batch.items()}
-
-
-def _to_devices(batch: Batch, sharding: NamedSharding) -> dict[str, Array]:
-  return {
-    name: jax.make_array_from_callback(x.shape, sharding, lambda i, x=x: x[i])
-    for name, x in batch.items()
-  }

@@ -35,6 +35,8 @@ RISE = 0.1
 CLIMB = 0.5
 PATIENCE = 20  # Periods; spikes are over sooner.
 _SIGMA_OF_MEDIAN = 1.4826  # Standard deviation by median deviation, for normal noise.
+# Kind of event -> name in TensorBoard's `train` of their number since the start.
+SCALARS = {'spike': 'stability/spikes', 'divergence': 'stability/divergences'}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,12 +43,8 @@ def check_fits(path: epath.Path, model: Any) -> None:
   That is if parameters are missing, unknown, or of another shape, or if its file of the
   configuration (checkpoints/config.py) has other values than the model.
   """
-  shapes = {
-    name.removeprefix(tree.TARGET): tensor
-    for name, tensor in folders.open_checkpoint(path).items()
-    if name.startswith(tree.TARGET)
-  }
-  models.check_params(model, shapes, str(path))
+  params = tree.parameters(folders.open_checkpoint(path))
+  models.check_params(model, params, str(path))
   theirs, ours = config.read(path), config_of(model)
   for name, value in dataclasses.asdict(theirs).items() if theirs else ():
     if value != getattr(ours, name):

@@ -27,8 +27,6 @@ from gqa_t5x.training import loss_watch, models, preemption, run_lock
 _INTERVAL = (
   {} if sys.stderr.isatty() or 'TQDM_MININTERVAL' in os.environ else {'mininterval': 10}
 )
-# Names in TensorBoard's `train` of the number of events since the start.
-_SCALARS = {'spike': 'stability/spikes', 'divergence': 'stability/divergences'}
 
 
 class Trainer(trainer.Trainer):
@@ -67,7 +65,7 @@ class Trainer(trainer.Trainer):
     self._notice, self._saves = preemption.Notice(), bool(save_period)
     self._loss_normalizing_factor = loss_normalizing_factor
     self._watch = loss_watch.Watch()
-    self._found = dict.fromkeys(_SCALARS, 0)
+    self._found = dict.fromkeys(loss_watch.SCALARS, 0)
 
   def train(self, batch_iter: Iterator[Any], num_steps: int, start_step=None) -> Any:
     """Trains for `num_steps`; see T5X's method.
@@ -163,7 +161,7 @@ class Trainer(trainer.Trainer):
         'not known yet' if event.median is None else f'{event.median:.3f}',
       )
     for kind, number in self._found.items():
-      self.train_metrics_manager.write_scalar(_SCALARS[kind], number, step)
+      self.train_metrics_manager.write_scalar(loss_watch.SCALARS[kind], number, step)
 
   def lower_train_step(self, batch: Any) -> Any:
     """Returns a training step, lowered; the state and the batch may be shapes."""

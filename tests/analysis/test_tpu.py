@@ -173,7 +173,6 @@ def test_flops_are_those_of_the_compiler(chips, expression, left, right):
       [TINY, '--model_partitions=1', '--batch_size=6'],
       'batch_size=6 is not divisible by the 4 copies of the model',
     ),
-    ([TINY, '--num_kv_heads=3'], 'num_heads=8 is not divisible by num_kv_heads=3'),
     ([TINY, '--num_kv_heads=2', '--kv_sharding=heads'], "kv_sharding='heads'"),
     ([GIN, '--gin.MODEL_PARTITIONS=3'], 'num_partitions=3'),
     (

@@ -1,83 +1,99 @@
-"""What compiled programs move and compute, against numbers worked out by hand."""
+"""What programs move and compute, by hand and by XLA."""
 
-import textwrap
+import collections
+import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from gqa_t5x.analysis.hlo import traffic
-from helpers.hlo_programs import LOOP_BYTES, loop, moved, program
+from helpers.hlo_programs import moved, program, traced
 
 NOTED = ', backend_config={"known_trip_count":{"n":"5"}}'
+# Of each round of the loops below: `+ 1` and `< 7` read two integers each and write an
+# integer and a bool; the array is 1024 bytes.
+READ, WRITTEN = 4 * 4 + 1024, 4 + 1 + 1024
 
 
-@pytest.mark.parametrize(
-  ('change', 'trips'),
-  [
-    ({}, 7),
-    ({'begin': 'constant(2)'}, 5),
-    ({'begin': 'constant(9)'}, 0),
-    # What the compiler notes comes first.
-    ({'noted': NOTED}, 5),
-    ({'noted': NOTED, 'end': 'get-tuple-element(%c), index=0'}, 5),
-  ],
-)
-def test_loops_that_say_how_often_they_run(change, trips):
-  assert moved(*loop(**change)) == (trips * LOOP_BYTES, 0)
-  # Who counts may know better.
-  assert moved(*loop(**change), trips={'body': 3}) == (3 * LOOP_BYTES, 0)
+def loop(goes_on=lambda i, n: i < 7, begin=0, step=1, change=jnp.negative):
+  """A program that counts in a loop, and changes 256 numbers in each round."""
+
+  def run(x, n):
+    return jax.lax.while_loop(
+      lambda state: goes_on(state[0], n),
+      lambda state: (state[0] + step, change(state[1])),
+      (n if begin is None else begin, x),
+    )
+
+  return traced(run, jnp.zeros(256), 3)
+
+
+@pytest.mark.parametrize(('begin', 'rounds'), [(0, 7), (2, 5), (9, 0)])
+def test_loops_that_say_how_often_they_run(begin, rounds):
+  module = loop(begin=begin)
+  assert moved(module) == (rounds * READ, rounds * WRITTEN)
   with pytest.raises(ValueError, match='0 loops of the program may stop early'):
-    traffic.main_loop(program(*loop(**change)))
+    traffic.main_loop(module)
 
 
 @pytest.mark.parametrize(
   'change',
   [
     # Ends that no constant tells, and counters that do not count from one by one.
-    {'end': 'get-tuple-element(%c), index=0'},
-    {'direction': 'NE'},
-    {'step': '2'},
-    {'begin': 'parameter(1)'},
+    {'goes_on': lambda i, n: i < n},
+    {'goes_on': lambda i, n: i != 7},
+    {'step': 2},
+    {'begin': None},
   ],
 )
 def test_loops_that_may_stop_early(change):
-  assert moved(*loop(**change), trips={'body': 3}) == (3 * LOOP_BYTES, 0)
-  message = 'Loop w may stop early; say how often body runs.'
-  with pytest.raises(ValueError, match=message):
-    moved(*loop(**change))
-  assert traffic.main_loop(program(*loop(**change))) == 'body'
+  module = loop(**change)
+  name = traffic.main_loop(module)
+  assert moved(module, trips={name: 3}) == (3 * READ, 3 * WRITTEN)
+  with pytest.raises(ValueError, match=f'may stop early; say how often {name} runs.'):
+    moved(module)
 
 
-def test_a_loop_in_a_loop():
-  outer = """
-  %outer (s: (s32[], f32[256])) -> (s32[], f32[256]) {
-    %s = (s32[], f32[256]{0}) parameter(0)
+def test_what_the_compiler_notes_of_a_loop_comes_first():
+  computations = """
+  %body (s: (s32[])) -> (s32[]) {
+    %s = (s32[]) parameter(0)
     %n = s32[] get-tuple-element(%s), index=0
-    %one = s32[]{:S(6)} constant(1)
-    %new = s32[]{:S(6)} add(%n, %one)
-    %v = f32[256]{0} get-tuple-element(%s), index=1
-    %zero = s32[]{:S(6)} constant(0)
-    %into = (s32[], f32[256]{0}) tuple(%zero, %v)
-    %run = (s32[], f32[256]{0}) while(%into), condition=%condition, body=%body
-    %w = f32[256]{0} get-tuple-element(%run), index=1
-    ROOT %t = (s32[], f32[256]{0}) tuple(%new, %w)
+    %negative = s32[] negate(%n)
+    ROOT %t = (s32[]) tuple(%negative)
   }
-  %outer_condition (c: (s32[], f32[256])) -> pred[] {
-    %c = (s32[], f32[256]{0}) parameter(0)
-    %i = s32[] get-tuple-element(%c), index=0
-    %end = s32[]{:S(6)} constant(4)
-    ROOT %less = pred[]{:S(6)} compare(%i, %end), direction=LT
+  %condition (c: (s32[])) -> pred[] {
+    ROOT %always = pred[] constant(true)
   }
   """
   entry = """
-  %n = s32[]{:S(6)} constant(0)
-  %v = f32[256]{0:S(1)} parameter(0)
-  %s = (s32[], f32[256]{0}) tuple(%n, %v)
-  ROOT %w = (s32[], f32[256]{0}) while(%s), condition=%outer_condition, body=%outer
-  """
-  _, inner = loop(end='constant(3)')
-  # Each round of the outer loop reads its own counter twice.
-  expected = 4 * (3 * LOOP_BYTES + 4 + 4)
-  assert moved(entry, inner + textwrap.dedent(outer)) == (expected, 0)
+  %n = s32[] parameter(0)
+  %s = (s32[]) tuple(%n)
+  ROOT %w = (s32[]) while(%s), condition=%condition, body=%body"""
+  module = program(entry + NOTED, computations)
+  assert moved(module) == (5 * 4, 5 * 4)
+  # Who counts may know better.
+  assert moved(module, trips={'body': 3}) == (3 * 4, 3 * 4)
+
+
+def test_a_loop_in_a_loop():
+  def three_times(x):
+    state = 0, x
+    return jax.lax.while_loop(
+      lambda state: state[0] < 3, lambda state: (state[0] + 1, -state[1]), state
+    )[1]
+
+  # Each round of the outer loop counts as well.
+  expected = 7 * (3 * READ + 4 * 4), 7 * (3 * WRITTEN + 4 + 1)
+  assert moved(loop(change=three_times)) == expected
+
+
+def test_all_counts_are_multiplied():
+  counts = (1, 2, 3, 4)
+  once = traffic.Traffic(*counts, collections.Counter({'all-reduce': 5}))
+  seven = traffic.Traffic(7, 14, 21, 28, collections.Counter({'all-reduce': 35}))
+  assert once * 7 == seven
 
 
 @pytest.mark.parametrize(
@@ -96,14 +112,16 @@ def test_calls(line):
   }
   """
   body = f'%x = f32[16,256]{{1,0}} parameter(0)\n{line}'
-  assert moved(body, called) == (16384, 0)
+  assert moved(program(body, called)) == (16384, 0)
 
 
 def test_cycles_are_those_that_the_compiler_notes():
+  entry = """
+  %x = f32[256] parameter(0)
+  ROOT %y = f32[256] negate(%x)"""
   noted = ', backend_config={"window_config":{"estimated_cycles":"120"}}'
-  counted = traffic.count(program(*loop(work='negate(%v)' + noted)))
-  assert counted.cycles == 7 * 120
-  assert traffic.count(program(*loop())).cycles == 0
+  assert traffic.count(program(entry + noted)).cycles == 120
+  assert traffic.count(program(entry)).cycles == 0
 
 
 def test_a_conditional_counts_its_costlier_branch():
@@ -123,7 +141,7 @@ def test_a_conditional_counts_its_costlier_branch():
   %i = s32[]{:S(6)} parameter(1)
   ROOT %y = f32[]{:S(6)} conditional(%i, %x, %x), branch_computations={%small, %large}
   """
-  assert moved(body, branches) == (16384, 0)
+  assert moved(program(body, branches)) == (16384, 0)
 
 
 @pytest.mark.parametrize(
@@ -225,94 +243,81 @@ def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter(view, kept, expected)
   assert (counted.read_bytes, counted.written_bytes) == (2 * 16384, 2 * 4096)
 
 
-def test_collectives_of_a_loop_count_as_often_as_it_runs():
-  summed = 'all-reduce(%v), replica_groups=[4,2]<=[8], to_apply=%add'
-  counted = traffic.count(program(*loop(work=summed)))
-  assert counted.collectives == {'all-reduce': 7 * 1024}  # 2 * 1 / 2 of 1024 bytes.
+# A product for each of a batch of 4, as TPU programs write it: of the positions of its
+# window, as large as the batch, one is within the array.
+BATCH = {
+  'dimension_numbers': ('WNC', 'WIO', 'WNC'),
+  'window_strides': [3],
+  'lhs_dilation': [4],
+}
 
 
-# Shapes of %x and %y, what is made of them, and its multiply-adds.
-# fmt: off
-PRODUCTS = [
-  # A batch of 4, 3 x 5 by 5 x 7.
-  ('[4,3,5] [4,5,7]',
-   '%z = f32[4,3,7] dot(%x, %y), lhs_batch_dims={0}, lhs_contracting_dims={2}',
-   4 * 3 * 5 * 7),
-  # 3 x 5 by 5 x 7.
-  ('[3,5] [5,7]', '%z = f32[3,7] convolution(%x, %y), dim_labels=bf_io->bf', 3 * 5 * 7),
-  ('[3,5] [7,5]', '%z = f32[3,7] convolution(%x, %y), dim_labels=bf_oi->bf', 3 * 5 * 7),
-  # A batch of 4 such products, as TPU programs write them: its positions are those of
-  # a window as large as the batch, of which one each is within the array.
-  ('[4,3,5] [4,5,7]',
-   '%z = f32[4,3,7] convolution(%x, %y),'
-   ' window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
-   4 * 3 * 5 * 7),
-  # An ordinary convolution over 6 positions by 3, padded by 1: 2 + 4 * 3 + 2 meet.
-  ('[2,6,5] [3,5,7]',
-   '%z = f32[2,6,7] convolution(%x, %y), window={size=3 pad=1_1},'
-   ' dim_labels=b0f_0io->b0f',
-   2 * 5 * 7 * 16),
-  # Every second of them, padded on one side only: 2 + 3 + 3 meet.
-  ('[2,6,5] [3,5,7]',
-   '%z = f32[2,3,7] convolution(%x, %y), window={size=3 stride=2 pad=1_0},'
-   ' dim_labels=b0f_0io->b0f',
-   2 * 5 * 7 * 8),
-  # The window skips every second position, and cuts off the first two: positions 2
-  # and 4, 3 and 5, and 4 alone.
-  ('[2,6,5] [2,5,7]',
-   '%z = f32[2,3,7] convolution(%x, %y), window={size=2 pad=-2_1 rhs_dilate=2},'
-   ' dim_labels=b0f_0io->b0f',
-   2 * 5 * 7 * 5),
-  # In two dimensions: 4 x 3 windows of 2 x 1.
-  ('[1,5,3,5] [2,1,5,7]',
-   '%z = f32[1,4,3,7] convolution(%x, %y), window={size=2x1},'
-   ' dim_labels=b01f_01io->b01f',
-   5 * 7 * 4 * 3 * 2),
-  # Groups: a feature of the output comes from 5 of the 10 of the input.
-  ('[3,10] [5,14]',
-   '%z = f32[3,14] convolution(%x, %y), feature_group_count=2, dim_labels=bf_io->bf',
-   3 * 5 * 14),
-  # A batch of 4 is 2 of 2.
-  ('[4,5] [5,14]',
-   '%z = f32[2,14] convolution(%x, %y), batch_group_count=2, dim_labels=bf_io->bf',
-   2 * 5 * 14),
-  # What a kernel says of itself.
-  ('[2,3,5] [2,5,7]',
-   '%kernel = f32[2,3,7] custom-call(%x, %y), custom_call_target="tpu_custom_call",'
-   ' backend_config={"custom_call_config":{"cost_estimate":{"flops":"1234"}}}',
-   617),
-  # softmax(x) y: a kernel of the compiler itself, which says nothing.
-  ('[2,3,5] [2,5,7]',
-   '%online-softmax.1 = f32[2,3,7] custom-call(%x, %y),'
-   ' custom_call_target="tpu_custom_call"',
-   2 * 3 * 5 * 7),
-  ('[2,3] [5]', '%z = f32[2] custom-call(%x, %y), custom_call_target="Other"', 0),
-  ('[2,3] [2,3]', '%z = f32[2,3] add(%x, %y)', 0),
-]
-# fmt: on
+@pytest.mark.parametrize(
+  ('left', 'right', 'options'),
+  [
+    ((3, 5), (5, 7), {'dimension_numbers': ('NC', 'IO', 'NC')}),
+    ((3, 5), (7, 5), {'dimension_numbers': ('NC', 'OI', 'NC')}),
+    ((4, 3, 5), (4, 5, 7), BATCH),
+    # Convolutions.
+    ((2, 6, 5), (3, 5, 7), {'padding': [(1, 1)]}),
+    ((2, 6, 5), (3, 5, 7), {'padding': [(1, 0)], 'window_strides': [2]}),
+    ((2, 6, 5), (2, 5, 7), {'padding': [(-2, 1)], 'rhs_dilation': [2]}),
+    ((1, 5, 3, 5), (2, 1, 5, 7), {}),
+    ((3, 10), (5, 14), {'feature_group_count': 2}),
+    ((4, 5), (5, 14), {'batch_group_count': 2}),
+  ],
+)
+def test_flops_of_convolutions_are_xlas(left, right, options):
+  where = 'HW'[: len(left) - 2]
+  by_default = {
+    'window_strides': [1] * len(where),
+    'padding': [(0, 0)] * len(where),
+    'dimension_numbers': (f'N{where}C', f'{where}IO', f'N{where}C'),
+  }
+  convolve = functools.partial(jax.lax.conv_general_dilated, **by_default | options)
+  arrays = jnp.zeros(left), jnp.zeros(right)
+  expected = jax.jit(convolve).lower(*arrays).cost_analysis()['flops']
+  assert traffic.count(traced(convolve, *arrays)).flops == expected > 0
 
 
-@pytest.mark.parametrize(('shapes', 'line', 'multiply_adds'), PRODUCTS)
-def test_flops(shapes, line, multiply_adds):
-  left, right = shapes.split()
+def test_flops_of_a_product():
+  module = traced(jnp.matmul, jnp.zeros((4, 3, 5)), jnp.zeros((4, 5, 7)))
+  assert traffic.count(module).flops == 2 * 4 * 3 * 5 * 7
+
+
+@pytest.mark.parametrize(
+  ('line', 'flops'),
+  [
+    # What a kernel says of itself.
+    (
+      '%kernel = f32[2,3,7] custom-call(%x, %y), custom_call_target="tpu_custom_call",'
+      ' backend_config={"custom_call_config":{"cost_estimate":{"flops":"1234"}}}',
+      1234,
+    ),
+    # softmax(x) y: a kernel of the compiler itself, which says nothing.
+    (
+      '%online-softmax.1 = f32[2,3,7] custom-call(%x, %y),'
+      ' custom_call_target="tpu_custom_call"',
+      2 * 2 * 3 * 5 * 7,
+    ),
+    ('%z = f32[2,3,7] custom-call(%x, %y), custom_call_target="Other"', 0),
+  ],
+)
+def test_flops_of_kernels(line, flops):
   entry = f"""
-  %x = f32{left} parameter(0)
-  %y = f32{right} parameter(1)
+  %x = f32[2,3,5] parameter(0)
+  %y = f32[2,5,7] parameter(1)
   ROOT {line}
   """
-  assert traffic.count(program(entry)).flops == 2 * multiply_adds
+  assert traffic.count(program(entry)).flops == flops
 
 
 def test_flops_in_fusions():
   fused = """
-  %inner (r: f32[5,7]) -> f32[5,7] {
-    %r = f32[5,7] parameter(0)
-    ROOT %s = f32[5,7] negate(%r)
-  }
   %fused (p: f32[3,5], q: f32[5,7]) -> f32[3,7] {
     %p = f32[3,5] parameter(0)
     %q = f32[5,7] parameter(1)
-    %new = f32[5,7] fusion(%q), kind=kLoop, calls=%inner
+    %new = f32[5,7] negate(%q)
     ROOT %z = f32[3,7] convolution(%p, %new), dim_labels=bf_io->bf
   }
   """

@@ -134,12 +134,6 @@ class TestDamage:
     assert message.startswith(f'{file} does not fit in memory: its tensors are in it')
     assert f'to read its {file.stat().st_size:,} bytes takes twice as much' in message
 
-  def test_missing_tensor_folder(self, folder):
-    (folder / KEY.replace('/', '.') / '.zarray').unlink()
-    message = self.broken(folder)
-    assert f'{folder} is only partly written or copied: cannot open 1 of' in message
-    assert f'tensors: {KEY} (' in message
-
   @pytest.mark.parametrize('missing', [True, False])
   def test_missing_chunk_is_not_read_as_zeros_nor_is_a_truncated_one(
     self, missing, folder
@@ -232,9 +226,3 @@ class TestTwoLayouts:
     (folder / 'target.other').mkdir()
     (folder / 'target.other' / '.zarray').write_text('{}')
     assert_same(read(folder), tiny_state())
-
-  def test_model_dir_with_a_checkpoint_of_each_layout(self, tmp_path):
-    write_msgpack(tmp_path / 'checkpoint_5', tiny_state())
-    write_orbax(tmp_path / 'checkpoint_10', tiny_state())
-    found = folders.find_checkpoint(epath.Path(tmp_path))
-    assert found.name == 'checkpoint_10'

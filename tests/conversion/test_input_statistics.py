@@ -119,14 +119,6 @@ def rewrite(*moments):
   return lambda path: input_statistics.write_statistics(path, statistics, INFO)
 
 
-def newer(path) -> None:
-  rewrite_index(path, lambda index: index.update(format=9))
-
-
-def unlisted(path) -> None:
-  rewrite_index(path, lambda index: index['modules'][SELF].update(key='gone.npy'))
-
-
 def check_and_read(path) -> None:
   opened = input_statistics.open_statistics(path)
   opened.check(SELF, D)
@@ -140,13 +132,20 @@ def check_and_read(path) -> None:
       lambda path: path.write_bytes(path.read_bytes()[:-40]),
       'cannot read its index .File is not a zip file',
     ),
-    (lambda path: path.write_bytes(b''), 'cannot read its index .File is not a zip'),
     (
       lambda path: np.savez(path, x=ARRAYS['x']),
       "cannot read its index .*no item named 'index.json'",
     ),
-    (newer, 'cannot read its index .format 9, expected 1'),
-    (unlisted, f'cannot read the statistics of {SELF} .*gone.npy'),
+    (
+      lambda path: rewrite_index(path, lambda index: index.update(format=9)),
+      'cannot read its index .format 9, expected 1',
+    ),
+    (
+      lambda path: rewrite_index(
+        path, lambda i: i['modules'][SELF].update(key='gone.npy')
+      ),
+      f'cannot read the statistics of {SELF} .*gone.npy',
+    ),
     (
       rewrite(ARRAYS['x'], np.ones((2, 2)), ARRAYS['x']),
       r'are of shape \(2, 2\), expected .* with D=3',
@@ -167,13 +166,7 @@ def test_damage_is_said(path, damage, message):
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-  ('module', 'width', 'message'),
-  [
-    ('encoder/layers_0/attention', D, 'no statistics of encoder/.*3 modules of step 7'),
-    (SELF, 4, rf'{SELF} are of shape \(3, 3\), .* with D=4'),
-  ],
-)
-def test_statistics_of_another_model(path, module, width, message):
+def test_statistics_of_another_model(path):
+  message = 'no statistics of encoder/.*3 modules of step 7'
   with pytest.raises(BadInput, match=re.escape(str(path)) + '.*' + message):
-    input_statistics.open_statistics(path).check(module, width)
+    input_statistics.open_statistics(path).check('encoder/layers_0/attention', D)

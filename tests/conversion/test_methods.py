@@ -72,22 +72,17 @@ def test_heads_equal_within_a_group_leave_the_output_unchanged(S, K, method, gro
 # The predicted error, and the least one.
 
 
-@pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize(('S', 'K'), HEADS)
-def test_svd_loses_least_and_refit_no_more_than_mean(S, K, seed):
-  kernels, (x_TD, y_PD, inputs) = random_kernels(S, seed), sample(seed)
-  errors = {}
-  for method in DETERMINISTIC:
-    got = convert_module(kernels, module(S, K), method, inputs)
-    errors[method] = measured(kernels, got, K, x_TD, y_PD)
+def test_refit_loses_no_more_than_mean(S, K):
+  kernels, (x_TD, y_PD, inputs) = random_kernels(S), sample()
+  refit, mean = (
+    measured(
+      kernels, convert_module(kernels, module(S, K), method, inputs), K, x_TD, y_PD
+    )
+    for method in ('refit', 'mean')
+  )
   for name in ('key', 'value'):
-    for method in DETERMINISTIC:
-      least, other = errors['svd'][name], errors[method][name]
-      assert (least <= other * (1 + 1e-9) + 1e-12).all(), method
-      if method != 'svd' and K < S:
-        assert (least < 0.99 * other).all(), method
-    refit, mean = errors['refit'][name], errors['mean'][name]
-    assert (refit <= mean * (1 + 1e-9) + 1e-12).all()
+    assert (refit[name] <= mean[name] * (1 + 1e-9) + 1e-12).all()
 
 
 @pytest.mark.parametrize(('S', 'K'), HEADS)
@@ -142,7 +137,7 @@ def test_svd_by_hand():
   # A = (10, 20) / sqrt(50): v_1 becomes 0.2 v_1 + 0.4 v_2, v_2 twice that.
   key, value = np.array([[6, 1], [1, 2.25]]), np.array([[6.0, 2], [2, 9]])
   inputs = InputStatistics(np.array([1.0, 4.0]), key, value)
-  two = module(2, 1, num_heads=2, head_dim=1)
+  two = module(2, 1, head_dim=1)
   kernels = two_heads(EYE, EYE, EYE, EYE)
   got = convert_module(kernels, two, 'svd', inputs)
   np.testing.assert_allclose(got['query'][:, :1] @ got['key'].T, [[0.2, 0.8], [0, 0]])
@@ -162,7 +157,7 @@ def test_refit_by_hand():
   # E[k_2 m] = 1.5, E[m m] = 2.5: k_1 becomes 1.4 m, k_2 becomes 0.6 m.
   S = np.array([[6.0, 1], [1, 2]])
   inputs = InputStatistics(np.ones(2), S, S)
-  two = module(2, 1, num_heads=2, head_dim=1)
+  two = module(2, 1, head_dim=1)
   got = convert_module(two_heads(EYE, EYE, EYE, EYE), two, 'refit', inputs)
   np.testing.assert_allclose(
     got['query'] @ np.ones((2, 1)) @ got['key'].T, [[0.7, 0.7], [0.3, 0.3]]
@@ -179,27 +174,13 @@ def test_procrustes_by_hand():
   query = [[1, 0, 5, 6], [0, 1, 7, 8]]
   inputs = InputStatistics(np.ones(2), np.array([1.0, 2]), np.array([3.0, 1]))
   kernels = two_heads(key, key, query, np.transpose(query))
-  two = module(2, 1, num_heads=2, head_dim=2)
+  two = module(2, 1, head_dim=2)
   got = convert_module(kernels, two, 'procrustes', inputs)
   np.testing.assert_allclose(got['key'], [[1, 2], [3, 4]])
   np.testing.assert_allclose(got['value'], [[1, 2], [3, 4]])
   expected = [[1, 0, 6, -5], [0, 1, 8, -7]]
   np.testing.assert_allclose(got['query'], expected, atol=1e-12)
   np.testing.assert_allclose(got['out'], np.transpose(expected), atol=1e-12)
-
-
-@pytest.mark.parametrize(('S', 'K'), FEWER)
-def test_procrustes_recovers_heads_that_are_rotations_of_each_other(S, K):
-  rng, kernels = RNG(5), random_kernels(S)
-  for name in ('key', 'value'):
-    heads_DKGH = kernels[name].reshape(D, K, -1, H)
-    for k, g in itertools.product(range(K), range(1, S // K)):
-      rotation = np.linalg.qr(rng.normal(size=(H, H)))[0]
-      heads_DKGH[:, k, g] = heads_DKGH[:, k, 0] @ rotation
-  x_TD, y_PD, inputs = sample()
-  got = convert_module(kernels, module(S, K), 'procrustes', inputs)
-  for error in measured(kernels, got, K, x_TD, y_PD).values():
-    np.testing.assert_allclose(error, 0, atol=1e-12)
 
 
 @pytest.mark.parametrize(('S', 'K'), FEWER)

@@ -47,31 +47,18 @@ def flat(tree):
 
 
 def init_variables(rng, num_kv_heads=N):
-  """T5X's own T5.1.1, with the decoder's K and V kernels cut to K heads."""
+  """Float32, and not trained; T5X's own network has the same (test_t5x_network.py)."""
   import jax.numpy as jnp
-  from flax import core, traverse_util
-  from t5x.examples.t5 import network
+  from flax import core
 
-  config = network.T5Config(
-    vocab_size=64,
-    emb_dim=D,
-    num_heads=N,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    head_dim=H,
-    mlp_dim=256,
-    mlp_activations=('gelu', 'linear'),
-    dtype='float32',
+  from gqa_t5x.model import network
+
+  config = network.config(
+    'tiny', vocab_size=64, emb_dim=D, head_dim=H, num_kv_heads=num_kv_heads
   )
   ones = jnp.ones((1, 4), jnp.int32)
   model = network.Transformer(config)
-  variables = core.unfreeze(model.init(rng, ones, ones, ones, enable_dropout=False))
-  params = {
-    path: kernel[:, : num_kv_heads * H] if is_decoder_kv(path) else kernel
-    for path, kernel in flat(variables['params']).items()
-  }
-  variables['params'] = traverse_util.unflatten_dict(params, sep='/')
-  return core.freeze(variables)
+  return core.freeze(model.init(rng, ones, ones, ones, enable_dropout=False))
 
 
 @dataclasses.dataclass
@@ -135,10 +122,6 @@ def restore(path, num_kv_heads, use_orbax, optimizer, partitioner, model_dir):
     model_dir=model_dir,
     use_orbax=use_orbax,
   )
-  wanted = flat(initializer.global_train_state_shape.state_dict())
-  assert {p: a.shape for p, a in flat(state.state_dict()).items()} == {
-    p: a.shape for p, a in wanted.items()
-  }
   return state
 
 
@@ -161,30 +144,16 @@ def check_same(got, wanted):
     np.testing.assert_allclose(got[path], wanted[path], 1e-5, 1e-7, err_msg=path)
 
 
-def convert_and_load(source, output, num_kv_heads, step):
-  from t5x import checkpoints
-
-  from gqa_t5x import convert
-
-  flags = [f'--input={source}', f'--output={output}', f'--num_kv_heads={num_kv_heads}']
-  assert convert.main(['convert', *flags]) == 0
-  path = f'{output}/checkpoint_{step}'
-  loaded = checkpoints.load_t5x_checkpoint(path)
-  assert loaded['state']['step'] == step
-  return path, loaded
-
-
 def main(layout, folder):
   import jax
   import numpy as np
   from absl import logging
-  from t5x import adafactor, partitioning, train_state
+  from t5x import adafactor, checkpoints, partitioning, train_state
+
+  from gqa_t5x import convert
 
   logging.set_verbosity(logging.ERROR)
-  rules = adafactor.standard_logical_factor_rules()
-  optimizer = adafactor.Adafactor(
-    decay_rate=0.8, step_offset=0, logical_factor_rules=rules
-  )
+  optimizer = adafactor.Adafactor(decay_rate=0.8, step_offset=0)
   partitioner = partitioning.PjitPartitioner(num_partitions=1)
   variables = init_variables(jax.random.PRNGKey(0))
   mha = train_state.FlaxOptimTrainState.create(optimizer, variables)
@@ -192,7 +161,11 @@ def main(layout, folder):
   save(mha, f'{folder}/mha', layout, partitioner)
   for num_kv_heads in (1, 2, 8):
     output = f'{folder}/gqa{num_kv_heads}'
-    path, loaded = convert_and_load(f'{folder}/mha', output, num_kv_heads, STEP)
+    flags = f'--input={folder}/mha', f'--output={output}'
+    assert convert.main(['convert', *flags, f'--num_kv_heads={num_kv_heads}']) == 0
+    path = f'{output}/checkpoint_{STEP}'
+    loaded = checkpoints.load_t5x_checkpoint(path)
+    assert loaded['state']['step'] == STEP
     check_same(flat(loaded['target']), mean_params(mha, num_kv_heads))
     for use_orbax in (True, False):
       run = f'{output}_{use_orbax}'
@@ -201,16 +174,6 @@ def main(layout, folder):
       state = run_steps(state, 3)
       assert int(state.step) == STEP + 3
       assert all(np.isfinite(a).all() for a in flat(state.state_dict()).values())
-  # From what was trained on at K = 8, in either layout, to K = 2, to K = 1.
-  save(state, f'{folder}/trained', layout, partitioner)
-  source = f'{folder}/trained'
-  for num_kv_heads in (2, 1):
-    output = f'{folder}/again{num_kv_heads}'
-    path, loaded = convert_and_load(source, output, num_kv_heads, STEP + 3)
-    check_same(flat(loaded['target']), mean_params(state, num_kv_heads))
-    run = f'{output}_run'
-    restore(path, num_kv_heads, True, optimizer, partitioner, run)
-    source = path
   print('ALL RESTORED')
 
 

@@ -119,44 +119,20 @@ def test_texts(name):
     assert set(example) == {'inputs', 'targets'}
 
 
-@pytest.mark.parametrize('name', TEXTS)
-def test_tokens_end_in_eos_at_the_length_given(name, vocabulary):
-  raw, inputs, targets = TEXTS[name]
-  benchmarks.task(name, vocabulary)
-  example = seqio.test_utils.test_preprocessing_single(
-    name, {'train': raw}, sequence_length=LENGTHS
-  )
-  for feature, text in (('inputs', inputs), ('targets', targets)):
-    expected = [*vocabulary.encode(text)[: LENGTHS[feature] - 1], 1]
-    assert example[feature].tolist() == expected
-    assert len(expected) <= LENGTHS[feature]
-  # What the metrics compare with is whole.
-  assert example['targets_pretokenized'].decode() == targets
-  assert example['inputs_pretokenized'].decode() == inputs[: 8 * 16]
-
-
-def test_without_lengths_nothing_is_cut(vocabulary):
-  raw = {'article': 'word ' * 5000, 'highlights': 'end ' * 500}
-  benchmarks.task('cnn_dailymail', vocabulary)
-  example = seqio.test_utils.test_preprocessing_single('cnn_dailymail', {'train': raw})
-  text = 'summarize: ' + 'word ' * 5000
-  assert example['inputs_pretokenized'].decode() == text
-  assert example['inputs'].tolist() == [*vocabulary.encode(text), 1]
-  assert example['targets'].tolist() == [*vocabulary.encode('end ' * 500), 1]
-
-
 @pytest.mark.parametrize(
   ('text', 'expected'),
   [('', ''), ('日本語é' * 20, '日本語é' * 8), ('x' * 32, 'x' * 32)],
 )
-def test_characters_are_cut_whole(text, expected):
+def test_characters_are_cut_whole_and_only_to_a_length(text, expected):
   dataset = tf.data.Dataset.from_tensors({'inputs': text, 'targets': text})
   cut = preprocessors.cut_characters(dataset, {'inputs': 2, 'targets': 1})
   (example,) = cut.as_numpy_iterator()
   assert decoded(example) == {'inputs': expected, 'targets': text}
+  (example,) = preprocessors.cut_characters(dataset).as_numpy_iterator()
+  assert decoded(example) == {'inputs': text, 'targets': text}
 
 
-@pytest.mark.parametrize('name', TEXTS)
+@pytest.mark.parametrize('name', ['mediasum', 'trivia_qa'])
 def test_packed_for_training(name, vocabulary):
   """The model gets the tokens alone: not the texts, nor answers of any number."""
   raw, inputs, targets = TEXTS[name]
@@ -227,8 +203,6 @@ def test_the_version_is_the_newest_of_the_installed_builders(name, tmp_path):
     ),
     ('wmt14_en_de', {'en': 'a', 'de': 'a b c d e'}, 'a b c d e', {'bleu': 100}),
     ('trivia_qa', SUNSET, 'the sunset blvd', {'em': 100, 'f1': 100}),
-    ('trivia_qa', SUNSET, 'sunset', {'em': 0, 'f1': 200 / 3}),
-    ('trivia_qa', SUNSET, '', {'em': 0, 'f1': 0}),
   ],
 )
 def test_scores_of_decoded_tokens(name, raw, prediction, expected, vocabulary):
@@ -254,34 +228,6 @@ def test_as_registered_at_import(name):
     assert feature.add_eos
   assert task.splits == ('train', 'validation', 'test')
   assert task.source.tfds_dataset.data_dir is None
-
-
-def test_another_vocabulary_and_folder_keep_the_name(tmp_path, vocabulary, model_file):
-  before = seqio.TaskRegistry.get('arxiv')
-  assert benchmarks.task('arxiv') == 'arxiv'
-  assert seqio.TaskRegistry.get('arxiv') is before
-  for _ in range(2):
-    assert benchmarks.task('arxiv', vocabulary, str(tmp_path)) == 'arxiv'
-  changed = seqio.TaskRegistry.get('arxiv')
-  assert changed is not before
-  assert changed.output_features['inputs'].vocabulary == vocabulary
-  assert changed.output_features['targets'].vocabulary == vocabulary
-  assert changed.source.tfds_dataset.data_dir == str(tmp_path)
-  # An equal vocabulary, made anew as gin does, changes nothing.
-  equal = seqio.SentencePieceVocabulary(model_file, extra_ids=100)
-  benchmarks.task('arxiv', equal, str(tmp_path))
-  assert seqio.TaskRegistry.get('arxiv') is changed
-  benchmarks.task('arxiv')
-  assert seqio.TaskRegistry.get('arxiv').source.tfds_dataset.data_dir is None
-
-
-def test_t5xs_flag_overrides_the_folder(tmp_path):
-  benchmarks.task('arxiv', data_dir='gs://bucket/tfds')
-  try:
-    seqio.set_tfds_data_dir_override(str(tmp_path))
-    assert seqio.TaskRegistry.get('arxiv').source.tfds_dataset.data_dir == str(tmp_path)
-  finally:
-    seqio.set_tfds_data_dir_override(None)
 
 
 def test_errors_say_what_to_do(tmp_path):

@@ -202,18 +202,6 @@ def _start(code, cache, package_folder):
   )
 
 
-def test_two_processes_at_once_make_one_corpus(cache, package, tmp_path):
-  processes = [
-    _start('print(c.ensure(corpus))', cache, tmp_path / 'site') for _ in range(2)
-  ]
-  printed = [process.communicate(timeout=60)[0].strip() for process in processes]
-  assert [process.returncode for process in processes] == [0, 0]
-  assert printed[0] == printed[1]
-  assert list(cache.iterdir()) == [pathlib.Path(printed[0])]
-  corpus = corpus_lib.Corpus('hand', (package, 'email'))
-  assert str(corpus_lib.ensure(corpus)) == printed[0]
-
-
 def test_the_slower_of_two_writers_leaves_the_first_ones_folder(cache):
   with corpus_lib.writing(cache / 'folder') as temporary:
     temporary.mkdir()
@@ -236,6 +224,7 @@ def test_a_killed_build_leaves_no_half_corpus(cache, package, tmp_path):
   corpus = corpus_lib.Corpus('hand', (package, 'email'))
   (leftover,) = cache.iterdir()
   assert leftover != corpus.folder
+  assert corpus.folder.name in leftover.name  # the same in every process
   corpus_lib.ensure(corpus)
   assert corpus.folder.exists()
   # What was killed long ago goes away with the next build.
@@ -255,12 +244,6 @@ def test_a_failed_build_leaves_nothing(cache, package, monkeypatch):
   with pytest.raises(OSError, match=r'cannot write .*hand.*No space.*GQA_T5X_CACHE'):
     corpus_lib.ensure(corpus_lib.Corpus('hand', (package,)))
   assert list(cache.iterdir()) == []
-
-
-def test_an_unwritable_cache_is_named(cache, package):
-  cache.write_text('a file where the folder should be')
-  with pytest.raises(OSError, match=rf'{cache}/hand.*GQA_T5X_CACHE'):
-    corpus_lib.ensure(corpus_lib.Corpus('hand', (package,)))
 
 
 @pytest.mark.parametrize('damage', ['changed', 'cut', 'missing', 'manifest'])

@@ -1,24 +1,20 @@
-"""The vocabulary and the span corruption task of the offline corpus."""
+"""The offline corpus: its vocabulary, span corruption and summarization."""
 
 import copy
-import inspect
 import itertools
 import pathlib
 import pickle
 
 import pytest
 import seqio
-import t5.data.mixtures  # noqa: F401 (registers C4)
 import tensorflow as tf
 
-import gin
-from gqa_t5x.data import benchmarks, tasks
+from gqa_t5x.data import benchmarks, metrics, tasks
 from gqa_t5x.data import corpus as corpus_lib
 from gqa_t5x.data import vocabulary as vocabulary_lib
-from helpers import commands
 
 TINY = corpus_lib.Corpus('tiny', ('topics', 'asyncio', 'email', 'logging', 'unittest'))
-TASK = 'tiny_span_corruption'
+TASK, SUMMARIZE = 'tiny_span_corruption', 'tiny_summarize'
 LENGTHS = {'inputs': 128, 'targets': 32}
 EXTRA_IDS = 100
 LAST_ID = 4095
@@ -36,40 +32,24 @@ TEXTS = [
 
 @pytest.fixture(scope='module')
 def task(tmp_path_factory):
-  """The registered task of a tiny corpus in a cache of this file's own."""
+  """The registered task of a tiny corpus in a cache of this file's own.
+
+  The task of summaries is registered, too.
+  """
   with pytest.MonkeyPatch.context() as monkeypatch:
     cache = tmp_path_factory.mktemp('cache') / 'not_there_yet'
     monkeypatch.setenv('GQA_T5X_CACHE', str(cache))
     task = tasks.add_span_corruption(TASK, TINY)
+    tasks.add_summarize(SUMMARIZE, TINY)
     assert not cache.exists()  # Registering builds nothing.
     yield task
     seqio.TaskRegistry.remove(TASK)
+    seqio.TaskRegistry.remove(SUMMARIZE)
 
 
 @pytest.fixture(scope='module')
 def vocabulary(task):
   return vocabulary_lib.CorpusVocabulary(TINY)
-
-
-def _batches(split='train', seed=42, shuffle=True, num_epochs=1, **kwargs):
-  return seqio.get_dataset(
-    TASK,
-    LENGTHS,
-    seqio.EncDecFeatureConverter(pack=True),
-    dataset_split=split,
-    shuffle=shuffle,
-    seed=seed,
-    batch_size=4,
-    num_epochs=num_epochs,
-    **kwargs,
-  )
-
-
-def _arrays(dataset, n):
-  return [
-    {name: array.tolist() for name, array in batch.items()}
-    for batch in dataset.take(n).as_numpy_iterator()
-  ]
 
 
 def test_vocabulary_ids(vocabulary):
@@ -116,53 +96,21 @@ def test_model_and_task_have_the_same_vocabulary(task, vocabulary):
   assert vocabulary_lib.CorpusVocabulary(other) != vocabulary
 
 
-def test_registered_tasks_have_the_vocabulary_that_gin_gives_the_model(monkeypatch):
+def test_registered_tasks_have_the_vocabulary_of_the_model(monkeypatch):
   features = seqio.get_mixture_or_task('pydocs_span_corruption').output_features
   path = pathlib.Path(features['targets'].vocabulary.sentencepiece_model_file)
   monkeypatch.setenv('GQA_T5X_CACHE', str(path.parents[1]))  # as at the import
   for corpus in corpus_lib.CORPORA:
-    gin.clear_config()
-    gin.parse_config(
-      'from __gin__ import dynamic_registration\n'
-      'from gqa_t5x.data import vocabulary\n'
-      'VOCABULARY = @vocabulary.pydocs_vocabulary()\n'
-      f"vocabulary.pydocs_vocabulary.corpus = '{corpus}'\n"
-    )
-    given = gin.query_parameter('VOCABULARY/gin.macro.value').scoped_configurable_fn()
-    task = seqio.get_mixture_or_task(f'{corpus}_span_corruption')
-    assert task.splits == ('train', 'validation', 'test')
-    assert {f.vocabulary == given for f in task.output_features.values()} == {True}
-  gin.clear_config()
-  assert given != vocabulary_lib.pydocs_vocabulary('pydocs')
+    given = vocabulary_lib.pydocs_vocabulary(corpus)
+    for name in (f'{corpus}_span_corruption', f'{corpus}_summarize'):
+      task = seqio.get_mixture_or_task(name)
+      assert task.splits == ('train', 'validation', 'test')
+      assert {f.vocabulary == given for f in task.output_features.values()} == {True}
+    assert task.metric_fns == [metrics.rouge]
+  assert given != vocabulary_lib.pydocs_vocabulary()
+  assert tasks.benchmarks is benchmarks  # The papers' tasks are registered, too.
   with pytest.raises(ValueError, match="named 'c4'; choose one of pydocs, pydocs_std"):
     vocabulary_lib.pydocs_vocabulary('c4')
-
-
-@pytest.mark.slow
-def test_one_import_registers_all_tasks(tmp_path):
-  names = sorted(['pydocs_span_corruption', 'pydocs_summarize', *benchmarks.BENCHMARKS])
-  code = 'import sys, seqio, gqa_t5x.data.tasks\n'
-  code += 'print([seqio.get_mixture_or_task(name).name for name in sys.argv[1:]])'
-  done = commands.run(tmp_path, '-c', code, *names)
-  assert done.stdout.splitlines()[-1] == str(names)
-  assert list(tmp_path.iterdir()) == []
-
-
-def test_the_task_corrupts_spans_as_c4_does():
-  def steps(name):
-    preprocessors = seqio.get_mixture_or_task(name).preprocessors
-    preprocessors = [getattr(p, 'func', p) for p in preprocessors]
-    # Traced without AutoGraph, which changes nothing else.
-    return [inspect.unwrap(p) for p in preprocessors]
-
-  c4 = steps('c4_v220_span_corruption')
-  ours = steps('pydocs_span_corruption')
-  assert ours[0] is inspect.unwrap(tasks.line_to_text)
-  assert [type(step) for step in ours[1:]] == [type(step) for step in c4]
-  is_placeholder = [isinstance(s, seqio.CacheDatasetPlaceholder) for s in c4]
-  assert is_placeholder.count(True) == 1
-  for our, their, skip in zip(ours[1:], c4, is_placeholder, strict=True):
-    assert skip or our is their
 
 
 def _uncorrupt(inputs, targets):
@@ -184,7 +132,9 @@ def _uncorrupt(inputs, targets):
 @pytest.mark.parametrize('split', ['validation', 'test'])
 def test_inputs_and_targets_hold_the_whole_text(task, vocabulary, split):
   dataset = task.get_dataset(LENGTHS, split, shuffle=False, seed=42)
-  examples = list(dataset.as_numpy_iterator())
+  examples, again = (list(dataset.as_numpy_iterator()) for _ in range(2))
+  for example, same in zip(examples, again, strict=True):
+    assert example['inputs'].tolist() == same['inputs'].tolist()
   tokens = [_uncorrupt(e['inputs'].tolist(), e['targets'].tolist()) for e in examples]
   texts = [vocabulary.encode_tf(text) for text in corpus_lib.read(TINY, split)]
   assert list(itertools.chain(*tokens)) == tf.concat(texts, 0).numpy().tolist()
@@ -192,47 +142,6 @@ def test_inputs_and_targets_hold_the_whole_text(task, vocabulary, split):
   assert {len(t) for t in tokens[:-1]} == {141}
   assert {len(e['inputs']) for e in examples[:-1]} == {128}
   assert {len(e['targets']) for e in examples[:-1]} == {29}
-
-
-def test_evaluation_is_deterministic_and_epochs_differ(task):
-  once = _arrays(_batches('validation', shuffle=False), 1000)
-  assert len(once) > 1
-  assert {len(row) for batch in once for row in batch['encoder_input_tokens']} == {128}
-  assert {len(row) for batch in once for row in batch['decoder_target_tokens']} == {32}
-  twice = _arrays(_batches('validation', shuffle=False, num_epochs=2), 2 * len(once))
-  assert len(twice) == 2 * len(once)
-  assert twice[: len(once) - 1] == once[:-1]
-  assert twice[len(once) :] != once
-
-
-def test_hosts_share_the_training_texts_evenly(task):
-  source = task.source
-  hosts = [
-    list(
-      source.get_dataset(
-        'train', shuffle=True, seed=0, shard_info=seqio.ShardInfo(i, 4)
-      ).as_numpy_iterator()
-    )
-    for i in range(4)
-  ]
-  lines = [line.decode().replace('\x1e', '\n') for host in hosts for line in host]
-  assert sorted(lines) == sorted(corpus_lib.read(TINY, 'train'))
-  assert max(map(len, hosts)) - min(map(len, hosts)) <= 2
-
-
-def test_batches_depend_on_the_seed_and_a_saved_iterator_goes_on(task, tmp_path):
-  def tokens(iterator, n):
-    return [next(iterator)['encoder_input_tokens'].numpy().tolist() for _ in range(n)]
-
-  iterator = iter(_batches(seed=42, num_epochs=None))
-  batches = tokens(iterator, 3)
-  path = tf.train.Checkpoint(ds=iterator).write(str(tmp_path / 'ds'))
-  batches += tokens(iterator, 3)
-  again = iter(_batches(seed=42, num_epochs=None))
-  assert tokens(again, 2) == batches[:2]
-  tf.train.Checkpoint(ds=again).read(path).assert_consumed()
-  assert tokens(again, 3) == batches[3:]
-  assert tokens(iter(_batches(seed=43)), 2) != batches[:2]
 
 
 @pytest.mark.parametrize('damage', [b'', b'not a model', None])
@@ -259,3 +168,59 @@ def test_a_corpus_too_small_for_the_vocabulary_is_named(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"'small'.* characters are too few"):
     vocabulary_lib.ensure(small)
   assert not (small.folder / vocabulary_lib.FILE).exists()
+
+
+# --- Summarization ---
+
+BODY = ' '.join(['The body says at length what it does.'] * 3)
+
+
+@pytest.mark.parametrize(
+  ('text', 'pair'),
+  [
+    (f'Return the value of x.\n\n{BODY}\n', ('Return the value of x.', BODY)),
+    # Line breaks and empty lines of the body stay.
+    (
+      f'Grüße an alle, naïvement.\n\n\n  {BODY}\n\nArgs:\n  x: one.\n',
+      ('Grüße an alle, naïvement.', f'{BODY}\n\nArgs:\n  x: one.'),
+    ),
+    # No summary of one line, no period, too short, no body, a short body.
+    (f'Return the value\nof x and of y.\n\n{BODY}', None),
+    (f'Return the value of x\n\n{BODY}', None),
+    (f'Return the value.\n\n{BODY}', None),
+    ('Return the value of x, and of nothing else but x.', None),
+    ('Return the value of x.\n\nThe value.', None),
+    (f'\n\n{BODY}', None),
+    ('', None),
+  ],
+)
+def test_pairs(text, pair):
+  dataset = tf.data.Dataset.from_tensor_slices({'text': [text]})
+  found = [
+    (example['summary'].decode(), example['article'].decode())
+    for example in tasks.split_summary(dataset).as_numpy_iterator()
+  ]
+  assert found == ([pair] if pair else [])
+
+
+def test_summaries_are_those_of_the_split(task, vocabulary):
+  dataset = seqio.TaskRegistry.get(SUMMARIZE).get_dataset(
+    {'inputs': 48, 'targets': 24}, 'validation', shuffle=False
+  )
+  examples = list(dataset.as_numpy_iterator())
+  expected = []
+  for text in corpus_lib.read(TINY, 'validation'):
+    summary, _, body = (part.strip() for part in text.partition('\n\n'))
+    one_line = '\n' not in summary and summary.endswith('.')
+    if one_line and len(summary.encode()) >= 20 and len(body.encode()) >= 80:
+      expected.append((summary, body))
+  assert len(examples) == len(expected) > 5
+  for example, (summary, body) in zip(examples, expected, strict=True):
+    inputs, targets = example['inputs'], example['targets']
+    assert len(inputs) <= 48
+    assert len(targets) <= 24
+    assert inputs[-1] == targets[-1] == 1
+    assert f'summarize: {body}'.startswith(vocabulary.decode(inputs[:-1].tolist()))
+    assert summary.startswith(vocabulary.decode(targets[:-1].tolist()))
+    assert example['targets_pretokenized'].decode() == summary
+  assert any(len(example['inputs']) == 48 for example in examples)

@@ -75,11 +75,6 @@ def test_too_little_text_is_an_error(folder, tmp_path):
   assert not path.exists()
 
 
-def test_data_that_is_not_there_is_an_error(tmp_path):
-  with pytest.raises(ValueError, match='prepare wmt14_en_de_shazeer --data_dir=FOLDER'):
-    wmt_vocabulary.write(str(tmp_path / 'wmt.model'), str(tmp_path))
-
-
 def test_prepared_data_is_left_alone(folder, capsys):
   prepare.prepare(['wmt14_en_de', 'wmt14_en_de_shazeer'], folder)
   sizes = 'train 60, validation 60, test 60 examples in'

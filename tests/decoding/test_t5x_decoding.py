@@ -61,19 +61,3 @@ def test_prompts_filled_in_one_pass(name, prompts, K):
   there = np.asarray(scores) > -1e6  # Of fewer ended beams than beams, not all are.
   assert there[:, -1].all()
   np.testing.assert_array_equal(tokens[there], expected_tokens[there])
-
-
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_a_prompt_filled_in_is_one_of_the_full_forward_pass(K):
-  tokens, scores = our_decodes(K, 'greedy', PROMPTS, EOS_ID, prefill=True)
-  for b, prompt in enumerate(PROMPTS):
-    row = [int(token) for token in tokens[b, 0]]
-    row = row[: row.index(EOS_ID) + 1] if EOS_ID in row else row
-    n = len(prompt)
-    assert tuple(row[:n]) == prompt
-    total = 0.0
-    for t in range(n, len(row)):
-      log_probs = oracle.next_log_probs(oracle.config(K), b, tuple(row[:t]))
-      assert row[t] == np.argmax(log_probs)
-      total += log_probs[row[t]]
-    assert float(scores[b, 0]) == pytest.approx(total, abs=1e-4)

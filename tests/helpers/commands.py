@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from unittest import mock
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
@@ -93,6 +94,31 @@ def run(folder, *args, timeout=240) -> subprocess.CompletedProcess:
   )
 
 
+class Started:
+  """`python ARGS` in a process of its own, whose output goes to a file."""
+
+  def __init__(self, folder, *args, **variables):
+    self._log = pathlib.Path(folder) / f'{time.monotonic_ns()}.log'
+    with self._log.open('w') as log:
+      self.process = subprocess.Popen(
+        [sys.executable, *args],
+        cwd=folder,
+        env=environment() | variables,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+      )
+
+  def said(self) -> str:
+    return self._log.read_text()
+
+  def end(self, signum: int | None = None) -> str:
+    """Sends a signal, if one is given, and waits; returns what the command said."""
+    if signum is not None:
+      self.process.send_signal(signum)
+    self.process.wait(timeout=240)
+    return self.said()
+
+
 def engine_args(module: str, files, search_path=ROOT, **macros) -> list[str]:
   """The arguments of `python` for t5x.train, t5x.eval or t5x.infer."""
   return [
@@ -169,16 +195,6 @@ def steps(model_dir) -> list[int]:
   """Returns the steps of the checkpoints in a folder, in order."""
   found = pathlib.Path(model_dir).glob('checkpoint_*')
   return sorted(int(path.name.removeprefix('checkpoint_')) for path in found)
-
-
-def shapes(checkpoint_folder) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a checkpoint's tensors by name."""
-  from etils import epath
-
-  from gqa_t5x.checkpoints import folders
-
-  tensors = folders.open_checkpoint(epath.Path(checkpoint_folder))
-  return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def gin_files() -> dict[str, str]:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import t5.data.mixtures  # noqa: F401
 from t5x import utils
@@ -48,13 +47,12 @@ def bindings(values) -> list[str]:
 
 
 @contextlib.contextmanager
-def parsed(gin_files, given, list_checkpoints=lambda folder: []):
+def parsed(gin_files, given):
   """As `commands.gin_config`, where no checkpoint is there to be checked.
 
   Args:
     gin_files: as given to `--gin_file`.
     given: macro -> value, as given on the command line.
-    list_checkpoints: stands for the function of gqa_t5x.conversion.checkpoint.
 
   Yields:
     The function of `commands.gin_config`, with a list `checked` of (model, path): which
@@ -70,7 +68,6 @@ def parsed(gin_files, given, list_checkpoints=lambda folder: []):
   with contextlib.ExitStack() as stack:
     stack.callback(_register_as_at_import)
     for module, name, stand_in in (
-      (folders, 'list_checkpoints', list_checkpoints),
       (folders, 'find_checkpoint', lambda path: path),
       (folders, 'open_checkpoint', lambda path: {}),
       (folders, 'step_is_known', lambda path: True),
@@ -111,20 +108,3 @@ def state_shapes(name: str, arguments):
     partitioner=arguments['partitioner'],
   )
   return initializer.global_train_state_shape, initializer.train_state_axes
-
-
-_shapes = {}
-
-
-def known_shapes(name: str, arguments):
-  """The state's shapes; computed once a model, with and without optimizer."""
-  config = arguments['model'].module.config
-  shaping = config.replace(dropout_rate=0.0, remat_policy='none', dtype=None)
-  key = shaping, name == 'train'
-  if key not in _shapes:
-    _shapes[key] = state_shapes(name, arguments)[0]
-  return _shapes[key]
-
-
-def count(tree) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))

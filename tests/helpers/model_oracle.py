@@ -273,9 +273,9 @@ def mlp(x, p):
   return (gelu(x @ p['wi_0']['kernel']) * (x @ p['wi_1']['kernel'])) @ p['wo']['kernel']
 
 
-def attention_layer(x_TD, y_SD, p, bias_NTS=None):
+def attention_layer(x_TD, y_SD, p, bias_NTS=None, head_dim=H):
   q, k, v = (
-    (z @ p[name]['kernel']).reshape(len(z), -1, H)
+    (z @ p[name]['kernel']).reshape(len(z), -1, head_dim)
     for z, name in ((x_TD, 'query'), (y_SD, 'key'), (y_SD, 'value'))
   )
   return attend(q, k, v, bias_NTS).reshape(len(x_TD), -1) @ p['out']['kernel']
@@ -308,14 +308,6 @@ def oracle_logits(tree, inputs, decoder_inputs):
     x = x + attention_layer(y, encoded, layer['encoder_decoder_attention'])
     x = x + mlp(layer_norm(x, layer['pre_mlp_layer_norm']), layer['mlp'])
   return layer_norm(x, decoder['decoder_norm']) @ decoder['logits_dense']['kernel']
-
-
-@functools.cache
-def next_log_probs(cfg, b, prefix):
-  """Returns the log-probabilities `[V]` of what follows example b's tokens so far."""
-  decoder_inputs = np.array([0, *prefix])
-  logits = oracle_logits(params(cfg), examples()[b][0], decoder_inputs)
-  return np.log(softmax(logits[-1]))
 
 
 @functools.cache

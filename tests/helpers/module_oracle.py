@@ -18,9 +18,9 @@ FEWER = [(S, K) for S, K in HEADS if K < S]
 RNG = np.random.default_rng
 
 
-def module(S, K, *, num_heads=N, head_dim=H):
+def module(S, K, *, head_dim=H):
   path = 'decoder/layers_0/encoder_decoder_attention'
-  return AttentionModule(path, num_heads, S, K, head_dim)
+  return AttentionModule(path, S, K, head_dim)
 
 
 def random_kernels(S=N, seed=0, dtype=np.float64):
@@ -75,12 +75,8 @@ def scales(seed=0):
 
 def attention(kernels, x_TD, y_PD, bias_NTP=None):
   """The output [T, D] of the whole module."""
-  k = {name: kernel.astype(np.float64) for name, kernel in kernels.items()}
-  q, key, value = (
-    (z @ k[name]).reshape(len(z), -1, H)
-    for z, name in ((x_TD, 'query'), (y_PD, 'key'), (y_PD, 'value'))
-  )
-  return model_oracle.attend(q, key, value, bias_NTP).reshape(len(x_TD), -1) @ k['out']
+  p = {name: {'kernel': k.astype(np.float64)} for name, k in kernels.items()}
+  return model_oracle.attention_layer(x_TD, y_PD, p, bias_NTP, H)
 
 
 def relative_error(got, expected):

@@ -53,20 +53,12 @@ def entered(layout):
     yield
 
 
-def specs(cfg, layout):
-  """Parameter path -> PartitionSpec, by its logical axes."""
-  rules = layout.logical_axis_rules
-  names = oracle.axis_names(oracle.initial_shapes(cfg))
-  return {k: nn_partitioning.logical_to_mesh_axes(v, rules) for k, v in names.items()}
-
-
 def sharded_params(cfg, layout):
-  by_path = specs(cfg, layout)
-  values = oracle.flat(oracle.params(cfg))
-  put = {
-    path: jax.device_put(value, NamedSharding(layout.mesh, by_path[path]))
-    for path, value in values.items()
-  }
+  """Parameters lie where their logical axes say."""
+  names, put = oracle.axis_names(oracle.initial_shapes(cfg)), {}
+  for path, value in oracle.flat(oracle.params(cfg)).items():
+    spec = nn_partitioning.logical_to_mesh_axes(names[path], layout.logical_axis_rules)
+    put[path] = jax.device_put(value, NamedSharding(layout.mesh, spec))
   return traverse_util.unflatten_dict(put, sep='/')
 
 

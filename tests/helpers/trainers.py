@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import seqio
 from flax import core
 from t5x import adafactor, train_state
@@ -15,10 +14,10 @@ from helpers import model_oracle as oracle
 K = 2
 
 
-def model(num_kv_heads=K, eos_id=1, dtype=jnp.float32, **kwargs):
+def model(num_kv_heads=K, eos_id=1, **kwargs):
   vocabulary = seqio.PassThroughVocabulary(size=oracle.V, eos_id=eos_id)
   return models.EncoderDecoderModel(
-    network.Transformer(oracle.config(num_kv_heads, dtype=dtype)),
+    network.Transformer(oracle.config(num_kv_heads)),
     vocabulary,
     vocabulary,
     adafactor.Adafactor(decay_rate=0.8, step_offset=0),

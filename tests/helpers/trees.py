@@ -23,37 +23,30 @@ def tiny_shapes(num_kv_heads=N, *, encoder_kv_heads=N, decoder_layers=2):
   shapes = {
     'token_embedder/embedding': (V, D),
     'encoder/relpos_bias/rel_embedding': (N, 32),
-    'encoder/layers_0/pre_attention_layer_norm/scale': (D,),
-    'encoder/layers_0/attention/query/kernel': (D, N * H),
-    'encoder/layers_0/attention/key/kernel': (D, encoder_kv_heads * H),
-    'encoder/layers_0/attention/value/kernel': (D, encoder_kv_heads * H),
-    'encoder/layers_0/attention/out/kernel': (N * H, D),
-    'encoder/layers_0/pre_mlp_layer_norm/scale': (D,),
-    'encoder/layers_0/mlp/wi_0/kernel': (D, F),
-    'encoder/layers_0/mlp/wi_1/kernel': (D, F),
-    'encoder/layers_0/mlp/wo/kernel': (F, D),
     'encoder/encoder_norm/scale': (D,),
     'decoder/relpos_bias/rel_embedding': (N, 32),
     'decoder/decoder_norm/scale': (D,),
     'decoder/logits_dense/kernel': (D, V),
   }
+  attentions = [('encoder/layers_0', 'attention', 'attention', encoder_kv_heads)]
   for i in range(decoder_layers):
     layer = f'decoder/layers_{i}'
+    attentions += [
+      (layer, 'self_attention', 'self_attention', num_kv_heads),
+      (layer, 'encoder_decoder_attention', 'cross_attention', num_kv_heads),
+    ]
+  for layer, name, norm, kv_heads in attentions:
     shapes |= {
-      f'{layer}/pre_self_attention_layer_norm/scale': (D,),
-      f'{layer}/pre_cross_attention_layer_norm/scale': (D,),
+      f'{layer}/pre_{norm}_layer_norm/scale': (D,),
+      f'{layer}/{name}/query/kernel': (D, N * H),
+      f'{layer}/{name}/key/kernel': (D, kv_heads * H),
+      f'{layer}/{name}/value/kernel': (D, kv_heads * H),
+      f'{layer}/{name}/out/kernel': (N * H, D),
       f'{layer}/pre_mlp_layer_norm/scale': (D,),
       f'{layer}/mlp/wi_0/kernel': (D, F),
       f'{layer}/mlp/wi_1/kernel': (D, F),
       f'{layer}/mlp/wo/kernel': (F, D),
     }
-    for name in ('self_attention', 'encoder_decoder_attention'):
-      shapes |= {
-        f'{layer}/{name}/query/kernel': (D, N * H),
-        f'{layer}/{name}/key/kernel': (D, num_kv_heads * H),
-        f'{layer}/{name}/value/kernel': (D, num_kv_heads * H),
-        f'{layer}/{name}/out/kernel': (N * H, D),
-      }
   return shapes
 
 
@@ -100,7 +93,7 @@ def tiny_state(num_kv_heads=N, *, moments=True, **kwargs):
   rng = np.random.default_rng(1)
   state = {'step': np.asarray(STEP, np.int32)}
   if moments:
-    unused = {k: np.zeros((1,), np.float32) for k in ('m', 'v_row', 'v_col')}
+    unused = dict.fromkeys(('m', 'v_row', 'v_col'), UNUSED)
     state['param_states'] = nest(
       {
         path: {**unused, 'v': rng.random(p.shape, np.float32)}
@@ -130,11 +123,11 @@ def write_orbax(folder: pathlib.Path, tree):
   return folder
 
 
-def write_t5x(folder: pathlib.Path, tree):
+def write_t5x(folder: pathlib.Path, tree, **kwargs):
   """T5X's legacy layout by this project's writer, one unit a tensor."""
   tensors = {path: LazyTensor.of(array) for path, array in flat(tree)}
   units = [Unit({p: t}, lambda p=p, t=t: {p: t.read()}) for p, t in tensors.items()]
   sizes = []
-  writer.write_checkpoint(epath.Path(folder), units, sizes.append)
+  writer.write_checkpoint(epath.Path(folder), units, sizes.append, **kwargs)
   assert sum(sizes) == sum(array.nbytes for _, array in flat(tree))
   return folder

@@ -13,8 +13,6 @@ from helpers import model_oracle as oracle
 
 pytest.importorskip('t5x.examples.t5.network')
 
-# As the gin files say it, and with all heads named.
-HEADS = [{}, {'num_kv_heads': oracle.N, 'encoder_num_kv_heads': oracle.N}]
 ONE_LAYER = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
 
 
@@ -28,12 +26,11 @@ def test_the_golden_file_is_what_t5x_computes_now():
       np.testing.assert_array_equal(value, stored[name], err_msg=name)
 
 
-@pytest.mark.parametrize('logits_via_embedding', [False, True])
-@pytest.mark.parametrize('heads', HEADS)
-def test_names_shapes_dtypes_and_axes(logits_via_embedding, heads):
-  tied = {'logits_via_embedding': logits_via_embedding}
+def test_names_shapes_dtypes_and_axes():
+  """With tied embeddings, which the golden file has not."""
+  tied = {'logits_via_embedding': True}
   expected = jax.eval_shape(lambda: oracle.init(make_golden.t5x_module(**tied)))
-  got = oracle.initial_shapes(oracle.config(**heads, **tied))
+  got = oracle.initial_shapes(oracle.config(**tied))
   assert make_golden.describe(got) == make_golden.describe(expected)
   assert jax.tree.structure(got) == jax.tree.structure(expected)
 
@@ -61,16 +58,16 @@ def apply(module, **options):
 
 
 @pytest.mark.parametrize(
-  'options', [{}, {'logits_via_embedding': True}, {'mlp_activations': ('relu',)}]
+  'options', [{'logits_via_embedding': True}, {'mlp_activations': ('relu',)}]
 )
 def test_logits(options):
+  """What the golden file has not."""
   cfg = oracle.config(**options)
   params = oracle.params(cfg)
   t5x, ours = apply(make_golden.t5x_module(**options)), oracle.forward(cfg)
-  for batch in (oracle.batch(), oracle.packed_batch())[: 1 if options else 2]:
-    got, expected = ours(params, batch), t5x(params, batch)
-    # Padding too: both give their masked rows the mean of all values.
-    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+  got, expected = ours(params, oracle.batch()), t5x(params, oracle.batch())
+  # Padding too: both give their masked rows the mean of all values.
+  np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('float32_attention_logits', [False, True])

@@ -12,7 +12,7 @@ from gqa_t5x.checkpoints import tree
 from gqa_t5x.conversion.input_statistics import InputStatistics, write_statistics
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
-from gqa_t5x.reproduce.experiments.models import MEAN, converted
+from gqa_t5x.reproduce.experiments.models import MEAN, Model
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
 from gqa_t5x.reproduce.results import events, miniature, spectra, study, validation
@@ -38,7 +38,7 @@ def write_events(model_dir, losses, task=TASK, share=0.5):
 
 def test_loss_rows(tmp_path):
   plan = Planner(STUDIES['tiny'], str(tmp_path))
-  base, mean = plan.experiment.models[0], converted('tiny', 2, MEAN, 0.1, seed=1)
+  base, mean = plan.experiment.models[0], Model('tiny', 2, MEAN, 0.1, seed=1)
   # Evaluated every 24 steps of 2400.
   lost = {step: (2640 - step) / 96 for step in range(2400, 2641, 24)}
   task = 'pydocs_span_corruption'

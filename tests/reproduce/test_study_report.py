@@ -64,17 +64,6 @@ def test_checks(change, expected):
   assert [verdict and verdict[0] for verdict in verdicts] == expected
 
 
-def test_numbers_of_the_checks():
-  losses = Losses(loss_rows(GOOD))
-  assert [check(losses, 2)[1] for check in conversion.CHECKS.values()] == [
-    '0.800 < 0.900 < 1.500',
-    '0.060 < 0.100 < 0.200',
-    '0.040 / 0.800 = 0.050',
-    '0.040 / 0.060 = 0.667; over MHA trained on: 0.040 / 0.120 = 0.333',
-    '0.010 / 0.060 = 0.167; over MHA trained on: 0.060 / 0.120 = 0.500',
-  ]
-
-
 @pytest.mark.parametrize(
   ('places', 'expected'),
   [

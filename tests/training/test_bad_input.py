@@ -1,20 +1,17 @@
 """Bad input to a run: one clear message before the first step, nothing left behind.
 
-`python -m gqa_t5x.convert` has its own (test_convert.py).
+What is wrong with a checkpoint has tests of its own (checkpoints/test_t5x_layouts.py),
+and so has `python -m gqa_t5x.convert` (test_convert.py).
 """
 
 import gc
-import pathlib
 import re
 import shutil
 
-import numpy as np
 import pytest
-from flax import serialization
 
-from gqa_t5x import convert
-from gqa_t5x.training import run_lock
-from helpers import commands
+from gqa_t5x.training import restore, run_lock
+from helpers import commands, trees
 
 # What the reading threads of a damaged checkpoint raise besides.
 pytestmark = pytest.mark.filterwarnings(
@@ -22,19 +19,21 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 KV = 'decoder/layers_0/encoder_decoder_attention/key/kernel'
-CONFIG = 'network.config'
 
 
 @pytest.fixture(scope='module')
 def root(pretrained, tmp_path_factory):
-  """Has checkpoints of step 0: MHA, GQA (2 heads), MHA in T5X's old layout."""
-  made = tmp_path_factory.mktemp('bad_input') / 'made'
-  source = pretrained / 'mha' / 'checkpoint_0'
-  shutil.copytree(source, made / 'mha' / 'checkpoint_0')
-  for name, num_kv_heads in (('gqa', 2), ('old', 8)):
-    flags = [f'--input={source}', f'--output={made}/{name}']
-    assert convert.main(['convert', *flags, f'--num_kv_heads={num_kv_heads}']) == 0
-  return made.parent
+  """Has the runs `mha` and `gqa` (2 heads, in T5X's old layout), and parts of both."""
+  root = tmp_path_factory.mktemp('bad_input')
+  shutil.copytree(pretrained / 'mha', root / 'mha')
+  flags = [f'--input={root}/mha/checkpoint_0', f'--output={root}/gqa']
+  assert trees.run_convert(*flags, '--num_kv_heads=2') == 0
+  shutil.copytree(root / 'gqa', root / 'no_msgpack')
+  (root / 'no_msgpack' / 'checkpoint_0' / 'checkpoint').unlink()
+  shutil.copytree(root / 'mha' / 'checkpoint_0', root / 'no_data' / 'checkpoint_0')
+  for folder in (root / 'no_data' / 'checkpoint_0' / 'state').rglob('d'):
+    shutil.rmtree(folder)
+  return root
 
 
 def train(model_dir, run_file: str = 'uptrain', **macros) -> None:
@@ -58,108 +57,42 @@ def assert_refused(tmp_path, *messages: str, **macros) -> None:
   assert left_behind(tmp_path / 'run') == []
 
 
-def at(root, name: str) -> str:
-  return str(root / 'made' / name / 'checkpoint_0')
-
-
-def test_heads_that_do_not_divide(tmp_path):
-  message = (
-    r'num_heads=8 is not divisible by num_kv_heads=5; choose one of 1, 2, 4, 8\.'
-  )
-  assert_refused(tmp_path, message, run_file='pretrain', NUM_KV_HEADS=5)
+def shapes(name: str, found: int, wanted: int) -> str:
+  return rf'{name}: \(128, {found}\) in the checkpoint, \(128, {wanted}\) in the model'
 
 
 @pytest.mark.parametrize(
-  ('name', 'heads', 'found', 'wanted'),
+  ('name', 'macros', 'messages'),
   [
-    ('mha', 2, 128, 32),
-    ('old', 2, 128, 32),
-    ('gqa', None, 32, 128),
-    ('gqa', 1, 32, 16),
-  ],
-)
-def test_checkpoint_of_other_heads(root, tmp_path, name, heads, found, wanted):
-  path = at(root, name)
-  shapes = rf'{KV}: \(128, {found}\) in the checkpoint, \(128, {wanted}\) in the model'
-  mend = 'set NUM_KV_HEADS .*or convert it: python -m gqa_t5x.convert'
-  macros = {'INITIAL_CHECKPOINT_PATH': path, 'NUM_KV_HEADS': heads}
-  assert_refused(tmp_path, re.escape(path), shapes, mend, **macros)
-
-
-@pytest.mark.parametrize('name', ['mha', 'old'])
-@pytest.mark.parametrize(
-  ('field', 'value', 'message'),
-  [
-    ('mlp_dim', 320, r'wi_0/kernel: \(128, 256\) in the checkpoint, \(128, 320\)'),
-    ('num_decoder_layers', 3, r'decoder/layers_2/.*: missing in the checkpoint'),
+    (
+      'mha/checkpoint_0',
+      {'NUM_KV_HEADS': 2},
+      [shapes(KV, 128, 32), 'set NUM_KV_HEADS .*or convert it: python -m gqa_t5x.conv'],
+    ),
+    ('gqa/checkpoint_0', {}, [shapes(KV, 32, 128)]),
     # T5X restores this one without a word.
-    ('num_decoder_layers', 1, r'decoder/layers_1/.*\(128, 128\).*unknown in the model'),
+    (
+      'gqa/checkpoint_0',
+      {'NUM_KV_HEADS': 2, 'network.config.num_decoder_layers': 1},
+      [r'decoder/layers_1/.*\(128, 128\).*unknown in', 'of another model size'],
+    ),
+    ('mha', {}, ['is a folder of checkpoints; give one of them: .*/mha/checkpoint_6']),
+    ('', {}, ['there is no T5X checkpoint in']),
+    ('lost/checkpoint_4', {}, ['there is no checkpoint at']),
+    ('no_msgpack/checkpoint_0', {}, ['only partly copied']),
+    ('no_data/checkpoint_0', {}, ['only partly written or copied']),
   ],
 )
-def test_checkpoint_of_another_size(root, tmp_path, name, field, value, message):
-  macros = {'INITIAL_CHECKPOINT_PATH': at(root, name), f'{CONFIG}.{field}': value}
-  mend = 'checkpoint of another model size'
-  assert_refused(tmp_path, re.escape(at(root, name)), message, mend, **macros)
-
-
-def test_resuming_with_other_heads(root, tmp_path):
-  """The checkpoint in MODEL_DIR goes first, and is checked as well."""
-  shutil.copytree(root / 'made' / 'mha', tmp_path / 'run')
-  with pytest.raises(ValueError, match=re.escape(str(tmp_path / 'run/checkpoint_0'))):
-    train(tmp_path / 'run', INITIAL_CHECKPOINT_PATH=at(root, 'gqa'), NUM_KV_HEADS=2)
-  assert commands.steps(tmp_path / 'run') == [0]
-
-
-@pytest.mark.parametrize(
-  ('path', 'message'),
-  [
-    ('made/nowhere/checkpoint_0', 'there is no checkpoint at {path}'),
-    ('made', 'there is no T5X checkpoint in {path}'),
-    ('made/mha', '{path} is a folder of checkpoints; give one of them: {path}/checkp'),
-  ],
-)
-def test_missing_checkpoint(root, tmp_path, path, message):
-  path = str(root / path)
-  message = re.escape(message.format(path=path))
-  assert_refused(tmp_path, message, INITIAL_CHECKPOINT_PATH=path)
-
-
-def test_empty_path(tmp_path):
-  assert_refused(tmp_path, 'empty; give', INITIAL_CHECKPOINT_PATH='')
-
-
-@pytest.mark.parametrize('damage', ['truncated', 'no msgpack', 'no tensor'])
-def test_partial_checkpoint_in_the_old_layout(root, tmp_path, damage):
-  broken = tmp_path / 'checkpoint_0'
-  shutil.copytree(at(root, 'old'), broken)
-  msgpack = broken / 'checkpoint'
-  if damage == 'truncated':
-    msgpack.write_bytes(msgpack.read_bytes()[:1000])
-    message = 'truncated or damaged .1000 bytes.'
-  elif damage == 'no msgpack':
-    msgpack.unlink()
-    message = 'only partly copied'
-  else:
-    shutil.rmtree(broken / f'target.{KV.replace("/", ".")}')
-    message = f'only partly written or copied: cannot open 1 of .* target/{KV}'
-  path = re.escape(str(broken))
-  assert_refused(tmp_path, path, message, INITIAL_CHECKPOINT_PATH=str(broken))
-
-
-def test_partial_checkpoint_of_orbax(root, tmp_path):
-  broken = tmp_path / 'checkpoint_0'
-  shutil.copytree(at(root, 'mha'), broken)
-  for folder in (broken / 'state').rglob('d'):
-    shutil.rmtree(folder)
-  path = re.escape(str(broken))
-  message = 'only partly written or copied'
-  assert_refused(tmp_path, path, message, INITIAL_CHECKPOINT_PATH=str(broken))
+def test_checkpoint_that_cannot_be_restored(root, tmp_path, name, macros, messages):
+  path = str(root / name)
+  macros = {'INITIAL_CHECKPOINT_PATH': path, **macros}
+  assert_refused(tmp_path, re.escape(path), *messages, **macros)
 
 
 def test_damaged_tensor_of_orbax(root, tmp_path):
   """Found when it is read: the message is the engine's, but nothing is left."""
   broken = tmp_path / 'checkpoint_0'
-  shutil.copytree(at(root, 'mha'), broken)
+  shutil.copytree(root / 'mha' / 'checkpoint_0', broken)
   data = max((broken / 'state').rglob('d/*'), key=lambda path: path.stat().st_size)
   data.write_bytes(data.read_bytes()[:1000])
   with pytest.raises(Exception, match=re.escape(str(broken))):
@@ -168,15 +101,23 @@ def test_damaged_tensor_of_orbax(root, tmp_path):
   assert left_behind(tmp_path / 'run') == []
 
 
+def test_resuming_with_other_heads(root, tmp_path):
+  """The checkpoint in MODEL_DIR goes first, and is checked as well."""
+  shutil.copytree(root / 'mha', tmp_path / 'run')
+  path = str(root / 'gqa' / 'checkpoint_0')
+  with pytest.raises(ValueError, match=re.escape(str(tmp_path / 'run/checkpoint_6'))):
+    train(tmp_path / 'run', INITIAL_CHECKPOINT_PATH=path, NUM_KV_HEADS=2)
+  assert commands.steps(tmp_path / 'run') == [0, 4, 6]
+
+
+def test_empty_path(tmp_path):
+  assert_refused(tmp_path, 'empty; give', INITIAL_CHECKPOINT_PATH='')
+
+
 def test_fewer_steps_than_the_checkpoint_has(root, tmp_path):
-  ahead = tmp_path / 'checkpoint_7'
-  shutil.copytree(at(root, 'old'), ahead)
-  tree = serialization.msgpack_restore((ahead / 'checkpoint').read_bytes())
-  tree['optimizer']['state']['step'] = np.int32(7)
-  (ahead / 'checkpoint').write_bytes(serialization.msgpack_serialize(tree))
-  message = r'=6 is below the .*\b7\b.*raise it'
-  path = str(ahead)
-  assert_refused(tmp_path, message, TRAIN_STEPS=6, INITIAL_CHECKPOINT_PATH=path)
+  path = str(root / 'mha' / 'checkpoint_6')
+  message = r'=5 is below the .*\b6\b.*raise it'
+  assert_refused(tmp_path, message, TRAIN_STEPS=5, INITIAL_CHECKPOINT_PATH=path)
 
 
 def test_vocabulary_of_another_task(tmp_path):
@@ -185,44 +126,30 @@ def test_vocabulary_of_another_task(tmp_path):
   assert_refused(tmp_path, *messages, **macros)
 
 
-def test_unknown_task(tmp_path):
-  macros = {'run_file': 'pretrain', 'MIXTURE_OR_TASK_NAME': 'nothing'}
-  assert_refused(tmp_path, 'nothing', **macros)
-
-
 def test_evaluation_of_other_heads(root, tmp_path):
-  out = str(tmp_path / 'out')
-  macros = {'CHECKPOINT_PATH': at(root, 'mha'), 'EVAL_OUTPUT_DIR': out}
-  with pytest.raises(ValueError, match=re.escape(at(root, 'mha'))):
+  path, out = str(root / 'mha' / 'checkpoint_0'), tmp_path / 'out'
+  macros = {'CHECKPOINT_PATH': path, 'EVAL_OUTPUT_DIR': str(out)}
+  with pytest.raises(ValueError, match=re.escape(path)):
     commands.engine_here(tmp_path, 't5x.eval', 'eval', NUM_KV_HEADS=2, **macros)
-  assert not pathlib.Path(out).exists()
-
-
-# --- Configurations -------------------------------------------------------------
+  assert not out.exists()
 
 
 @pytest.mark.parametrize(
-  ('files', 'message'),
+  ('path', 'num_steps', 'message'),
   [
-    (['tiny.gin', 'gin/runs/pretrain.gin', 'task.gin'], r'\bMODEL_DIR\b'),
-    (['gin/runs/nothing.gin'], r'gin/runs/nothing\.gin'),
+    ('checkpoint_7', 0, 'FINETUNE_STEPS=0 must be at least 1.'),
+    *(
+      (
+        path,
+        100,
+        f'INITIAL_CHECKPOINT_PATH={path!r} does not end with checkpoint_<step>, so its'
+        ' step is unknown; give the last step of the run: --gin.TRAIN_STEPS=...',
+      )
+      for path in ('gs://bucket/xxl', 'checkpoint_5/state', 'checkpoint_', '', [], None)
+    ),
   ],
 )
-def test_configuration_that_is_not_whole(tmp_path, files, message):
-  commands.write_gin(tmp_path)
-  with pytest.raises(Exception, match=message):
-    commands.files_here(tmp_path, 't5x.train', files, TRAIN_STEPS=2)
-  assert {path.suffix for path in tmp_path.iterdir()} == {'.gin'}
-
-
-@pytest.mark.slow
-def test_command_fails(tmp_path):
-  commands.write_gin(tmp_path)
-  files = ['tiny.gin', 'gin/runs/uptrain.gin', 'task.gin']
-  macros = {'MODEL_DIR': 'run', 'INITIAL_CHECKPOINT_PATH': 'lost/checkpoint_4'}
-  args = commands.engine_args('t5x.train', files, TRAIN_STEPS=2, **macros)
-  done = commands.run(tmp_path, *args)
-  assert done.returncode != 0
-  error = done.stdout[done.stdout.rindex('Traceback') :]
-  assert re.search('there is no checkpoint at .*/lost/checkpoint_4', error), error
-  assert {path.suffix for path in tmp_path.iterdir()} == {'.gin'}
+def test_last_step_that_is_unknown(path, num_steps, message):
+  """Of a known one, the last step is in gin_files/test_gin_papers.py."""
+  with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+    restore.step_after(path, num_steps)

@@ -5,11 +5,10 @@ import re
 from concurrent import futures
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import seqio
-from flax import core, traverse_util
+from flax import traverse_util
 from t5x import adafactor
 from t5x import models as t5x_models
 from t5x import trainer as t5x_trainer
@@ -64,14 +63,13 @@ def test_predict(monkeypatch):
   assert (np.exp(expected_scores) < 1).all()
 
 
-@pytest.mark.parametrize('num_decodes', DECODE_FNS)
 @pytest.mark.parametrize(
-  ('default', 'asked', 'returned'),
+  ('num_decodes', 'default', 'asked', 'returned'),
   [
-    (False, None, False),
-    (False, True, True),
-    (True, None, True),
-    (True, False, False),
+    (1, False, True, True),
+    (2, True, None, True),
+    (3, False, None, False),
+    (3, True, False, False),
   ],
 )
 def test_predict_with_any_decode_function(num_decodes, default, asked, returned):
@@ -88,14 +86,6 @@ def test_predict_with_any_decode_function(num_decodes, default, asked, returned)
   every = slice(None) if returned else -1
   np.testing.assert_array_equal(tokens, expected[0][:, every])
   np.testing.assert_array_equal(aux['scores'], expected[1][:, every])
-
-
-def test_a_call_says_how_many_decodes():
-  """Over what the model's default is, 1 here."""
-  tokens, _ = model(decode_fn=DECODE_FNS[3]).predict_batch_with_aux(
-    params(), oracle.batch(), rng=RNG, return_all_decodes=True, num_decodes=3
-  )
-  np.testing.assert_array_equal(tokens, expected_decodes(3, decode_rng=RNG)[0])
 
 
 def test_predict_ends_at_the_marker_of_the_vocabulary():
@@ -121,6 +111,7 @@ def test_decoder_params_reach_the_decode_function():
 
 
 def test_an_rng_draws_anew():
+  """And a call says how many decodes, over what the model's default is, 1 here."""
   this = model(decode_fn=sample_two)
   for rng in (RNG, jax.random.PRNGKey(6)):
     expected = expected_decodes(2, decode_rng=rng)[0]
@@ -146,14 +137,6 @@ def test_targets_as_prompts():
   np.testing.assert_array_equal(aux['scores'], expected_scores[:, 0])
   np.testing.assert_array_equal(tokens[:3, :2], [[7, 8], [9, tokens[1, 1]], [4, 5]])
   np.testing.assert_array_equal(predict()[0], expected_decodes()[0][:, 0])
-
-
-def test_predict_in_bfloat16_keeps_float32_scores():
-  bfloat16 = model(dtype=jnp.bfloat16)
-  _, aux = bfloat16.predict_batch_with_aux(params(), oracle.batch())
-  assert aux['scores'].dtype == jnp.float32
-  exact = expected_decodes()[1][:, 0]
-  assert 0 < np.abs(aux['scores'] - exact).max() < 0.1 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(
@@ -197,12 +180,6 @@ def test_loss_and_scores():
 
 
 # Parameters that do not fit.
-
-
-def test_parameters_that_fit():
-  assert models.check_params(model(), params()) is None
-  shapes = oracle.initial_shapes(oracle.config(K))['params']
-  assert models.check_params(model(), core.freeze(shapes)) is None
 
 
 def test_every_difference_is_listed():
@@ -251,21 +228,10 @@ def test_decoding_and_scoring_refuse_other_heads(call, num_kv_heads):
 # The trainer.
 
 
-def test_trainer_takes_a_state_that_fits():
-  state = make_state()
-  this = make_trainer(state)
-  assert isinstance(this, t5x_trainer.Trainer)
-  assert this.train_state is state
-  this.close()
-
-
-@pytest.mark.parametrize('num_kv_heads', [1, oracle.N])
-def test_trainer_refuses_other_heads(num_kv_heads):
+def test_trainer_refuses_other_heads():
   with pytest.raises(ValueError, match='The parameters of the checkpoint') as error:
-    make_trainer(make_state(num_kv_heads))
-  shapes = (20, num_kv_heads * 6), (20, 12)
-  assert f'{KEY}: {shapes[0]} in the checkpoint, {shapes[1]} in' in str(error.value)
-  assert 'convert it: python -m gqa_t5x.convert --help' in str(error.value)
+    make_trainer(make_state(1))
+  assert f'{KEY}: (20, 6) in the checkpoint, (20, 12) in' in str(error.value)
 
 
 def test_trainer_refuses_other_moments():

@@ -6,7 +6,6 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from t5x import partitioning as t5x_partitioning
 
 from gqa_t5x.analysis.tpu import topology
 from gqa_t5x.errors import BadInput
@@ -119,44 +118,7 @@ def test_submesh_of_devices_that_are_not_here():
   )
 
 
-def test_it_is_t5xs():
-  rules = t5x_partitioning.standard_logical_axis_rules()
-  partitioner = partitioning.Partitioner(1, logical_axis_rules=rules)
-  assert isinstance(partitioner, t5x_partitioning.PjitPartitioner)
-  assert partitioner.logical_axis_rules == tuple(rules)
-
-
 # --- TPUs ---------------------------------------------------------------------
-
-
-def test_order_of_v4_2x2x2():
-  """Round one host, and back round the other."""
-  (row,) = mesh(8, tpu(2, 2, 2)).devices
-  assert [device.coords for device in row] == [
-    (0, 0, 0),
-    (0, 1, 0),
-    (1, 1, 0),
-    (1, 0, 0),
-    (1, 0, 1),
-    (1, 1, 1),
-    (0, 1, 1),
-    (0, 0, 1),
-  ]
-
-
-def test_order_of_v3_4x2():
-  """Two cores a chip, two hosts side by side."""
-  got = mesh(8, tpu(4, 2, cores=2)).devices
-  assert [[(*d.coords[:2], d.core_on_chip) for d in row] for row in got] == [
-    [
-      *((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0)),
-      *((1, 1, 0), (1, 1, 1), (1, 0, 1), (1, 0, 0)),
-    ],
-    [
-      *((2, 0, 0), (2, 0, 1), (2, 1, 1), (2, 1, 0)),
-      *((3, 1, 0), (3, 1, 1), (3, 0, 1), (3, 0, 0)),
-    ],
-  ]
 
 
 # Slice -> its devices, and the partitions of which some neighbours are 2 hops apart:
@@ -205,7 +167,7 @@ def test_neighbours_are_neighbours(name, num_partitions):
 
 @pytest.mark.parametrize('name', SLICES)
 def test_devices_of_libtpu(name):
-  """The real ones; the order above is theirs."""
+  """The real ones, in the order of `tpu`."""
   try:
     devices = topology.devices(name)
   except BadInput as error:

@@ -5,20 +5,16 @@ signal; GQA_T5X_SEED chooses other moments, and GQA_T5X_MOMENTS fewer.
 """
 
 import os
-import pathlib
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
-import numpy as np
 import pytest
 from etils import epath
 
 from gqa_t5x.checkpoints import folders
-from helpers import commands
+from helpers import commands, trees
 
 pytestmark = pytest.mark.restarts
 
@@ -35,39 +31,17 @@ FILES = ['tiny.gin', 'gin/runs/pretrain.gin', 'task.gin', 'train.gin']
 ENDLESS = 100_000
 
 
-class Started:
-  """A command in a process of its own; its first run compiles for the others."""
-
-  def __init__(self, folder, *args):
-    self._log = pathlib.Path(folder) / 'log'
-    with self._log.open('w') as log:
-      self.process = subprocess.Popen(
-        [sys.executable, *args],
-        cwd=folder,
-        env=commands.environment(),
-        stdout=log,
-        stderr=subprocess.STDOUT,
-      )
-
-  def wait_for_training(self) -> None:
-    while not re.search(r'train: +\d+%', self.said()):  # the progress bar
-      assert self.process.poll() is None, self.said()[-3000:]
-      time.sleep(0.05)
-
-  def said(self) -> str:
-    return self._log.read_text()
-
-  def end(self, signum: int | None = None) -> str:
-    if signum is not None:
-      self.process.send_signal(signum)
-    self.process.wait(timeout=120)
-    return self.said()
-
-
-def training(folder, last_step: int = ENDLESS) -> Started:
+def training(folder, last_step: int = ENDLESS) -> commands.Started:
+  """Starts a run; the first one compiles for the others."""
   commands.write_gin(folder)
   args = commands.engine_args('t5x.train', FILES, TRAIN_STEPS=last_step, **MACROS)
-  return Started(folder, *args)
+  return commands.Started(folder, *args)
+
+
+def wait_for_training(run: commands.Started) -> None:
+  while not re.search(r'train: +\d+%', run.said()):  # the progress bar
+    assert run.process.poll() is None, run.said()[-3000:]
+    time.sleep(0.05)
 
 
 def steps(folder) -> list[int]:
@@ -93,13 +67,10 @@ def check_the_same_as_uninterrupted(folder, other) -> None:
   found = {step: loss for step, loss in found.items() if step <= last}
   assert {step: expected[step] for step in found} == found
   assert len(found) > last / 2
-  a, b = (
-    folders.open_checkpoint(epath.Path(where / 'run' / f'checkpoint_{last}'))
-    for where in (folder, other)
+  got, whole = (
+    trees.read(where / 'run' / f'checkpoint_{last}') for where in (folder, other)
   )
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name].read(), b[name].read(), err_msg=name)
+  trees.assert_same(got, whole)
 
 
 def moments(number: int) -> list[tuple[bool, float]]:
@@ -109,45 +80,33 @@ def moments(number: int) -> list[tuple[bool, float]]:
   return [(i % 4 != 3, draw.uniform(0, 4)) for i in range(number)]
 
 
-def test_sigterm_saves(tmp_path):
+@pytest.mark.parametrize(
+  ('signum', 'number'), [(signal.SIGTERM, 10), (signal.SIGKILL, 20)]
+)
+def test_a_signal_loses_nothing(tmp_path, signum, number):
+  """SIGTERM saves the step that was reached; SIGKILL damages no checkpoint."""
   folder, reached = tmp_path / 'stopped', 0
   folder.mkdir()
-  for trains, seconds in moments(10):
+  for trains, seconds in moments(number):
     run = training(folder)
     if trains:
-      run.wait_for_training()
-    time.sleep(seconds)
-    said = run.end(signal.SIGTERM)
-    if 'SIGTERM at step ' in said:
-      step = int(said.rpartition('SIGTERM at step ')[2].partition(':')[0].split(',')[0])
-      assert max(steps(folder)) == step >= reached
-      assert 'run again, goes on from there' in said
-      reached = step
-    else:  # It had not begun.
-      assert not trains
-      assert run.process.returncode == -signal.SIGTERM
-      assert max(steps(folder), default=0) == reached
-  assert reached > 0
-  (tmp_path / 'whole').mkdir()
-  check_the_same_as_uninterrupted(folder, tmp_path / 'whole')
-
-
-def test_sigkill_loses_no_checkpoint(tmp_path):
-  folder, seen = tmp_path / 'stopped', 0
-  folder.mkdir()
-  for trains, seconds in moments(20):
-    run = training(folder)
-    if trains:
-      run.wait_for_training()
+      wait_for_training(run)
     time.sleep(seconds)
     before = max(steps(folder), default=0)
-    run.end(signal.SIGKILL)
-    assert max(steps(folder), default=0) >= before >= seen
-    seen = max(steps(folder), default=0)
+    said = run.end(signum)
+    last = max(steps(folder), default=0)
+    assert last >= before >= reached
+    reached = last
+    if 'SIGTERM at step ' in said:
+      assert int(re.search(r'SIGTERM at step (\d+)', said)[1]) == last
+      assert 'run again, goes on from there' in said
+    else:
+      assert run.process.returncode == -signum
+      # With SIGTERM, it had not begun.
+      assert signum == signal.SIGKILL or (not trains and last == before)
     for path in folders.list_checkpoints(epath.Path(folder / 'run')):
-      for tensor in folders.open_checkpoint(path).values():
-        tensor.read()
-  assert seen > 0
+      trees.read(path)
+  assert reached > 0
   (tmp_path / 'whole').mkdir()
   check_the_same_as_uninterrupted(folder, tmp_path / 'whole')
 
@@ -161,7 +120,8 @@ def test_sigkill_keeps_what_is_inferred(tmp_path):
     macros = {'CHECKPOINT_PATH': 'mha/checkpoint_2', 'INPUT_FILE': 'in.txt'}
     macros |= {'INFER_OUTPUT_DIR': output, 'BATCH_SIZE': 2, 'CHECKPOINT_PERIOD': 1}
     files = ['tiny.gin', 'gin/infer_text.gin']
-    return Started(tmp_path, *commands.engine_args('t5x.infer', files, **macros))
+    args = commands.engine_args('t5x.infer', files, **macros)
+    return commands.Started(tmp_path, *args)
 
   def parts(output):
     return sorted((tmp_path / output).glob('tmp-*/*chunk?????'))

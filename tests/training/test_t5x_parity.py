@@ -1,27 +1,40 @@
 """The stand-in and Google's T5X train alike, and continue each other's checkpoints.
 
-Runs where T5X_DIR, AIRIO_DIR and JESTIMATOR_DIR name folders of the real ones. Each
-engine trains in processes of its own (t5x_parity_worker.py).
+Runs where T5X_DIR, AIRIO_DIR and JESTIMATOR_DIR name folders of the real ones. Each run
+is a command as users type it, with one engine or the other on the path.
 """
 
-import glob
 import json
 import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from helpers import commands, trees
+
 FOLDERS = ('T5X_DIR', 'AIRIO_DIR', 'JESTIMATOR_DIR')
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 PATHS = {
   'real': [os.environ.get(name, '') for name in FOLDERS],
-  'lite': [str(ROOT / 't5x_lite')],
+  'lite': [str(commands.ROOT / 't5x_lite')],
 }
-STEPS, MORE_STEPS = 5, 8
+# T5X writes its old layout if it is asked to; the stand-in reads it.
+LEGACY_GIN = """
+from __gin__ import dynamic_registration
+import __main__ as train_script
+
+train_script.train.use_orbax = False
+"""
+MACROS = {
+  'NUM_KV_HEADS': 2,
+  'DROPOUT_RATE': 0.1,
+  'LABEL_SMOOTHING': 0.1,
+  'LOSS_NORMALIZING_FACTOR': 100.0,
+  'STATS_PERIOD': 1,
+  'EVAL_STEPS': 2,
+}
+# Name of a run -> its last step.
+STEPS = {'scratch': 5, 'micro': 2, 'continued': 8, 'from_legacy': 4}
 
 pytestmark = [
   pytest.mark.slow,
@@ -32,115 +45,69 @@ pytestmark = [
 ]
 
 
-def _run(engine, folder, jobs):
-  """Runs jobs in one process; returns the worker's result of each, by model_dir."""
-  jobs_file = folder / 'jobs.json'
-  jobs_file.write_text(json.dumps(jobs))
-  path = os.pathsep.join([*PATHS[engine], str(ROOT), str(ROOT / 'tests')])
-  done = subprocess.run(
-    [
-      sys.executable,
-      '-m',
-      'helpers.t5x_parity_worker',
-      str(jobs_file),
-    ],
-    env={**os.environ, 'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-4000:]
-  results = json.loads(done.stdout.strip().splitlines()[-1])
-  return {
-    pathlib.Path(job['model_dir']).name: r for job, r in zip(jobs, results, strict=True)
-  }
+def train(engine, folder, name, steps, more_files=(), **macros) -> None:
+  """Runs `python -m t5x.train` of an engine, which saves and evaluates at the end."""
+  macros |= MACROS | {'MODEL_DIR': f'{engine}_{name}', 'TRAIN_STEPS': steps}
+  macros |= {'EVAL_PERIOD': steps, 'CHECKPOINT_PERIOD': steps}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('PYTHONPATH', os.pathsep.join(PATHS[engine]))
+    commands.engine(folder, 't5x.train', 'pretrain', more_files, **macros)
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-  """Results of both engines: scratch, microbatches, continued, from a legacy one."""
+  """A folder with all runs of both engines."""
   folder = tmp_path_factory.mktemp('parity')
+  (folder / 'legacy.gin').write_text(LEGACY_GIN)
+  train('real', folder, 'legacy', 2, ['legacy.gin'], SAVE_DATASET=False)
+  legacy = {'INITIAL_CHECKPOINT_PATH': 'real_legacy/checkpoint_2'}
+  for engine in PATHS:
+    train(engine, folder, 'scratch', STEPS['scratch'])
+    train(engine, folder, 'micro', STEPS['micro'], NUM_MICROBATCHES=2)
+    train(engine, folder, 'from_legacy', STEPS['from_legacy'], **legacy)
+  for engine, other in (('real', 'lite'), ('lite', 'real')):
+    name = f'checkpoint_{STEPS["scratch"]}'
+    source, target = (folder / f'{other}_scratch', folder / f'{engine}_continued')
+    shutil.copytree(source / name, target / name)
+    train(engine, folder, 'continued', STEPS['continued'])
+  return folder
 
-  def job(engine, name, steps, **kwargs):
-    return {
-      'model_dir': str(folder / f'{engine}_{name}'),
-      'total_steps': steps,
-      **kwargs,
-    }
 
-  def fresh(engine):
-    micro = job(engine, 'micro', 2, num_microbatches=2)
-    return [job(engine, 'scratch', STEPS), micro]
-
-  def others(engine, other):
-    source = folder / f'{other}_scratch' / f'checkpoint_{STEPS}'
-    shutil.copytree(source, folder / f'{engine}_continued' / f'checkpoint_{STEPS}')
-    legacy = str(folder / 'real_legacy' / 'checkpoint_2')
-    return [
-      job(engine, 'continued', MORE_STEPS),
-      job(engine, 'from_legacy', 4, restore=legacy),
-    ]
-
-  results = _run(
-    'real', folder, [*fresh('real'), job('real', 'legacy', 2, legacy=True)]
+@pytest.mark.parametrize('part', ['train', 'training_eval/tiny_words'])
+@pytest.mark.parametrize('name', STEPS)
+def test_losses_and_all_of_tensorboard_are_the_same(runs, name, part):
+  real, lite = (
+    commands.scalars(runs / f'{engine}_{name}' / part) for engine in ('real', 'lite')
   )
-  # The stand-in's own run comes first; both then continue the other's.
-  results |= _run('lite', folder, [*fresh('lite'), *others('lite', 'real')])
-  results |= _run('real', folder, others('real', 'lite'))
-  return folder, results
-
-
-@pytest.mark.parametrize(
-  ('name', 'steps'),
-  [('scratch', 5), ('micro', 2), ('continued', 3), ('from_legacy', 2)],
-)
-def test_losses_are_the_same(runs, name, steps):
-  _, results = runs
-  real, lite = results[f'real_{name}'], results[f'lite_{name}']
-  assert len(real['losses']) == steps
-  for a, b in zip(real['losses'], lite['losses'], strict=True):
-    assert a == pytest.approx(b, rel=1e-4)
-  assert real['params'] == pytest.approx(lite['params'], rel=1e-4)
-
-
-def _scalars(folder):
-  """Tag and step of every TensorBoard scalar in a folder."""
-  import tensorflow as tf
-
-  found = {}
-  for path in sorted(glob.glob(f'{folder}/events*')):
-    for event in tf.compat.v1.train.summary_iterator(path):
-      for value in event.summary.value:
-        if (
-          value.HasField('tensor') and value.tensor.dtype == tf.float32.as_datatype_enum
-        ):
-          found[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
-  return found
-
-
-@pytest.mark.parametrize('part', ['train', 'training_eval/tiny_reversal'])
-def test_tensorboard_is_the_same(runs, part):
-  folder, _ = runs
-  real, lite = (_scalars(folder / f'{e}_scratch' / part) for e in ('real', 'lite'))
   assert len(real) > 20
+  assert ('loss', STEPS[name]) in real
   assert real.keys() == lite.keys()
   for key, value in real.items():
     if not key[0].startswith('timing/'):
       np.testing.assert_allclose(lite[key], value, rtol=1e-4, err_msg=str(key))
 
 
-def test_checkpoint_folders_are_the_same(runs):
-  folder, _ = runs
+@pytest.mark.parametrize('name', STEPS)
+def test_parameters_are_the_same(runs, name):
+  real, lite = (
+    trees.read(runs / f'{engine}_{name}' / f'checkpoint_{STEPS[name]}')
+    for engine in ('real', 'lite')
+  )
+  assert real.keys() == lite.keys()
+  for path, tensor in real.items():
+    sums = [np.abs(array.astype(float)).sum() for array in (tensor, lite[path])]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-4), path
 
+
+def test_checkpoint_folders_are_the_same(runs):
   def files(engine):
-    root = folder / f'{engine}_scratch' / f'checkpoint_{STEPS}'
+    root = runs / f'{engine}_scratch' / 'checkpoint_5'
     found = (p.relative_to(root) for p in root.rglob('*'))
     return {str(p) for p in found if p.parent.name != 'd'}  # names of data are hashes
 
   assert files('real') == files('lite')
-  metadata = f'checkpoint_{STEPS}/state/_METADATA'
   real, lite = (
-    json.loads((folder / f'{e}_scratch' / metadata).read_text())
+    json.loads((runs / f'{e}_scratch' / 'checkpoint_5/state/_METADATA').read_text())
     for e in ('real', 'lite')
   )
   assert real['tree_metadata'] == lite['tree_metadata']

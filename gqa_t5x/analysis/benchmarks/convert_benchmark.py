@@ -18,7 +18,7 @@ from flax import traverse_util
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import workload
 from gqa_t5x.checkpoints import writer
-from gqa_t5x.checkpoints.lazy_tensor import TensorSpec, Unit
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
 from gqa_t5x.conversion.methods import METHODS
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
@@ -110,10 +110,8 @@ def _write_random(size: str, path: pathlib.Path) -> None:
     )
     for seed, (name, leaf) in enumerate(leaves.items())
   ]
-  step = np.asarray(STEP, np.int32)
-  units.append(
-    Unit({'state/step': TensorSpec((), step.dtype)}, lambda: {'state/step': step})
-  )
+  step = LazyTensor.of(np.asarray(STEP, np.int32))
+  units.append(Unit({'state/step': step}, lambda: {'state/step': step.read()}))
   path.parent.mkdir(parents=True)
   writer.write_checkpoint(
     epath.Path(path), units, lambda nbytes: None, compression='none'
@@ -155,7 +153,7 @@ def _row(
   """Returns a row; `python -m gqa_t5x.benchmark convert --help` explains its keys."""
   seconds, cp_seconds, peak, written = (float(x) for x in np.median(rounds, axis=0))
   nbytes = _size(source)
-  return workload.common_keys('convert_benchmark', command, setting) | {
+  return workload.common_keys('convert_benchmark', command, vars(setting)) | {
     'seconds': seconds,
     'cp_seconds': cp_seconds,
     'cp_fraction': cp_seconds / seconds,

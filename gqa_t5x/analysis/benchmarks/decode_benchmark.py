@@ -155,7 +155,7 @@ def _row(
   rate = workload.matmul_rate(setting.size, rows, setting.dtype)
   floor = max(step.bytes / (1e9 * stream), step.flops / (1e9 * rate))
   total = encode_seconds + setting.output_length * seconds
-  return workload.common_keys('decode_benchmark', command, setting) | {
+  return workload.common_keys('decode_benchmark', command, vars(setting)) | {
     'ms_per_step': 1e3 * seconds,
     'encode_ms': 1e3 * encode_seconds,
     'seconds_per_sample': total / setting.batch_size,

@@ -9,8 +9,6 @@ import rich.console
 import rich.progress
 import rich.table
 
-from gqa_t5x import files
-from gqa_t5x.analysis import palette
 from gqa_t5x.errors import BadInput
 
 BAR = 24  # characters of the slowest row
@@ -84,10 +82,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
   Of `rows` of decode benchmarks, those that differ in heads only are one line.
   """
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
+  from gqa_t5x.analysis import figures
 
   names = ('size', 'batch_size', 'input_length', 'output_length', 'num_beams', 'dtype')
   differing = [n for n in names if len({row[n] for row in rows}) > 1] or ['size']
@@ -95,28 +90,23 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   for row in rows:
     label = _said(row, differing) + ('' if row['system'] == 'gqa_t5x' else ' (T5X)')
     lines.setdefault(label, []).append(row)
-  fig, axis = plt.subplots(figsize=(5.5, 3.6), layout='constrained')
-  axis.set_prop_cycle(color=palette.LINES)
-  for label, found in lines.items():
-    points = sorted((row['num_kv_heads'], row['seconds_per_sample']) for row in found)
-    heads, values = zip(*points, strict=True)
-    axis.plot(heads, values, marker='o' if len(points) > 1 else 'x', label=label)
-  heads = sorted({row['num_kv_heads'] for row in rows})
-  axis.set_xscale('log', base=2)
-  axis.set_xticks(heads, [str(k) for k in heads])
-  axis.minorticks_off()
-  axis.set_ylim(0, 1.08 * max(row['seconds_per_sample'] for row in rows))
-  axis.set_xlabel('key/value heads')
-  axis.set_ylabel('time per sample (s)')
   same = _said(rows[0], [n for n in names[1:-1] if n not in differing])
   title = [f'measured on {rows[0]["device"]}, {rows[0]["dtype"]}', same]
-  axis.set_title('\n'.join(filter(None, title)), fontsize=9)
-  axis.grid(axis='y', lw=0.4, color='0.85')
-  axis.spines[['top', 'right']].set_visible(False)
-  axis.legend(fontsize=8, frameon=False)
-  with files.whole(path) as temporary:
-    fig.savefig(temporary, dpi=150)
-  plt.close(fig)
+  with figures.figure(path, 5.5, 3.6) as fig:
+    axis = fig.add_subplot()
+    axis.set_prop_cycle(color=figures.LINES)
+    for label, found in lines.items():
+      points = sorted((row['num_kv_heads'], row['seconds_per_sample']) for row in found)
+      heads, values = zip(*points, strict=True)
+      axis.plot(heads, values, marker='o' if len(points) > 1 else 'x', label=label)
+    heads = sorted({row['num_kv_heads'] for row in rows})
+    axis.set_xscale('log', base=2)
+    axis.set_xticks(heads, [str(k) for k in heads])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.08 * max(row['seconds_per_sample'] for row in rows))
+    figures.tidy(axis, 'y', xlabel='key/value heads', ylabel='time per sample (s)')
+    axis.set_title('\n'.join(filter(None, title)), fontsize=9)
+    figures.legend(axis)
 
 
 def _said(row: dict[str, Any], keys: Sequence[str]) -> str:

@@ -119,7 +119,7 @@ def _row(setting: Setting, seconds: float, command: str) -> dict[str, Any]:
   input_tokens = setting.batch_size * setting.input_length
   tokens = input_tokens + setting.batch_size * setting.target_length
   rate = workload.matmul_rate(setting.size, input_tokens, setting.dtype)
-  return workload.common_keys('train_benchmark', command, setting) | {
+  return workload.common_keys('train_benchmark', command, vars(setting)) | {
     'ms_per_step': 1e3 * seconds,
     'tokens_per_s': tokens / seconds,
     'flops_per_step': setting.cost.flops,

@@ -1,9 +1,9 @@
 """What the benchmarks share: refusals, random parameters, and the rows' common keys."""
 
-import dataclasses
 import functools
 import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -55,8 +55,8 @@ def matmul_rate(size: str, rows: int, dtype: str) -> float:
   return timing.matmul_gflop_per_s(rows, D, F, models.DTYPES[dtype])
 
 
-def common_keys(kind: str, command: str, setting: Any) -> dict[str, Any]:
-  """Returns the keys that rows of every benchmark have, a setting's fields included."""
+def common_keys(kind: str, command: str, setting: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the keys that rows of every benchmark have, a setting's included."""
   device = jax.devices()[0].device_kind
   if jax.default_backend() == 'cpu':
     device += f', {os.cpu_count()} cores'
@@ -64,7 +64,7 @@ def common_keys(kind: str, command: str, setting: Any) -> dict[str, Any]:
     'kind': kind,
     'source': 'measured',
     'command': command,
-    **dataclasses.asdict(setting),
+    **setting,
     'device': device,
     'versions': {
       'python': platform.python_version(),

@@ -11,7 +11,6 @@ from flax.linen import partitioning as nn_partitioning
 from jax.sharding import PartitionSpec
 
 from gqa_t5x.analysis import models
-from gqa_t5x.analysis.models import DecodeSetting
 from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
@@ -20,7 +19,7 @@ EOS = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting(DecodeSetting):
+class Setting(models.DecodeSetting):
   """What is decoded, and how it is laid out.
 
   Attributes:

@@ -1,26 +1,39 @@
 """Rows of what was compiled for a TPU slice: one JSON object each, all per chip.
 
-The functions return (the row, the text of the compiled program or '' if it does not
-fit). `slice_name` is such as `v4:2x2x2`, and `mesh` is of its devices.
+`decode_row` and `train_row` return (the row, the text of the compiled program or '' if
+it does not fit). `slice_name` is such as `v4:2x2x2`, and `mesh` is of its devices.
 """
 
 import dataclasses
 import importlib.metadata
 import math
 import platform
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import flax
+import jax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from gqa_t5x.analysis.hlo import parse, traffic
-from gqa_t5x.analysis.tpu import decode_program, program, topology
+from gqa_t5x.analysis.tpu import decode_program, topology
 from gqa_t5x.analysis.tpu.chips import CHIPS, Chip
 from gqa_t5x.model import decode_cache
 
 CompiledRow = dict[str, Any]
 CompiledText = tuple[CompiledRow, str]
+UNITS = {'B': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+# What the compiler says of a program that is too large, in either of two ways.
+TOO_LARGE = (
+  r'Used ([\d.]+)([BKMGT]) of [\d.]+[BKMGT] hbm',
+  r'\(([\d.]+)([BKMGT])\) exceeds available HBM',
+)
+
+
+class TooLarge(Exception):
+  """A program does not fit; the argument is the bytes that one device would need."""
 
 
 def decode_row(
@@ -42,7 +55,7 @@ def decode_row(
     'num_kv_heads': cfg.cross_kv,
     'num_layers': cfg.num_decoder_layers,
     'least_bytes_per_step': chip.devices * setting.least_bytes(mesh.size),
-    'parameters_bytes': chip.devices * program.bytes_on_device(params, specs, mesh),
+    'parameters_bytes': chip.devices * bytes_on_device(params, specs, mesh),
     'cache_bytes': chip.devices * setting.cost.cache_bytes / mesh.size,
   }
   text = _compile(row, lowered, chip)
@@ -59,7 +72,7 @@ def decode_row(
     'prepare_flops': chip.devices * prepare.flops,
     'prepare_hbm_bytes': chip.devices * prepare.hbm_bytes,
     'prepare_collective_bytes': chip.devices * sum(prepare.collectives.values()),
-    'prepare_roofline_ms': max(program.least_ms(prepare, chip).values()),
+    'prepare_roofline_ms': max(least_ms(prepare, chip).values()),
   }
   ms = row['prepare_roofline_ms'] + setting.output_length * row['roofline_ms']
   row['seconds_per_sample'] = 1e-3 * ms * row['chips'] / setting.batch_size
@@ -80,7 +93,7 @@ def train_row(
   chip = _chip(slice_name)
   row = _first_keys('train', slice_name, mesh) | facts
   for name, (shapes, specs) in state.items():
-    nbytes = program.bytes_on_device(shapes, specs, mesh)
+    nbytes = bytes_on_device(shapes, specs, mesh)
     row[f'{name}_bytes'] = chip.devices * nbytes
   text = _compile(row, lowered, chip)
   if text:
@@ -118,8 +131,8 @@ def _compile(row: CompiledRow, lowered: Any, chip: Chip) -> str:
   """Compiles, adds to the row what the program holds, and returns its text, if any."""
   n = chip.devices
   try:
-    compiled = program.compile_program(lowered)
-  except program.TooLarge as error:
+    compiled = compile_program(lowered)
+  except TooLarge as error:
     row |= {'fits': False, 'hbm_peak_bytes': n * error.args[0]}
     return ''
   stats = compiled.memory_analysis()
@@ -137,7 +150,7 @@ def _compile(row: CompiledRow, lowered: Any, chip: Chip) -> str:
 
 
 def _step_keys(counted: traffic.Traffic, chip: Chip) -> CompiledRow:
-  n, times = chip.devices, program.least_ms(counted, chip)
+  n, times = chip.devices, least_ms(counted, chip)
   received = {kind: n * nbytes for kind, nbytes in counted.collectives.items()}
   return {
     'flops_per_step': n * counted.flops,
@@ -147,4 +160,44 @@ def _step_keys(counted: traffic.Traffic, chip: Chip) -> CompiledRow:
     **{f'{name}_ms': ms for name, ms in times.items()},
     'roofline_ms': max(times.values()),
     'cycles_per_step': counted.cycles,
+  }
+
+
+def compile_program(lowered: Any) -> Any:
+  """Returns `lowered.compile()`; TooLarge if a device has not enough memory."""
+  with topology.quiet(TooLarge):
+    try:
+      return lowered.compile()
+    except Exception as error:
+      for pattern in TOO_LARGE:
+        if found := re.search(pattern, str(error)):
+          raise TooLarge(float(found[1]) * UNITS[found[2]]) from error
+      raise
+
+
+def bytes_on_device(shapes: Any, specs: Any, mesh: Mesh) -> float:
+  """Returns what a tree of arrays takes on one device of a mesh, without padding.
+
+  `specs` is the same tree of PartitionSpecs; None is replicated.
+  """
+  leaves = jax.tree.leaves(shapes)
+  specs = jax.tree.leaves(specs, is_leaf=lambda x: x is None or isinstance(x, P))
+  total = 0.0
+  for x, spec in zip(leaves, specs, strict=True):
+    names = jax.tree.leaves(tuple(spec or ()))
+    total += x.size * x.dtype.itemsize / math.prod(mesh.shape[name] for name in names)
+  return total
+
+
+def least_ms(counted: traffic.Traffic, chip: Chip) -> dict[str, float]:
+  """Returns the least time of what one device does at its chip's published peaks.
+
+  That is milliseconds of products (`compute`), of `memory` and of `links`. All three
+  can go on at once: the largest is the roofline.
+  """
+  received = sum(counted.collectives.values())
+  return {
+    'compute': 1e3 * chip.devices * counted.flops / chip.flops,
+    'memory': 1e3 * chip.devices * counted.hbm_bytes / chip.bandwidth,
+    'links': 1e3 * chip.devices * received / chip.links,
   }

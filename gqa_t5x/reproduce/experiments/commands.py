@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import gqa_t5x
+from gqa_t5x import gin_search_path
 
 # Warnings alone: the trainer shows its progress, and log lines would tear its bar.
 QUIET = '--verbosity=-1'
@@ -38,16 +38,11 @@ def engine(
     flags: as they are.
     **macros: values for the files' macros; a path stands for its text.
   """
-  words, search_path = [f'--gin_file={file}' for file in gin_files], _search_path()
-  words += [f'--gin_search_paths={search_path}'] if search_path else []
+  words, search_path = [f'--gin_file={file}' for file in gin_files], gin_search_path()
+  if pathlib.Path(search_path) != pathlib.Path.cwd():  # Where gin finds them.
+    words.append(f'--gin_search_paths={search_path}')
   values = {
     f'gin.{macro}': repr(os.fspath(x) if isinstance(x, os.PathLike) else x)
     for macro, x in macros.items()
   }
   return module(name, *words, *flags, **values)
-
-
-def _search_path() -> str | None:
-  """Where gin files are; None in a checkout, where gin finds them."""
-  path = gqa_t5x.gin_search_path()
-  return None if pathlib.Path(path) == pathlib.Path.cwd() else path

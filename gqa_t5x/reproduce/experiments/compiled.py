@@ -1,6 +1,5 @@
 """What the TPU compiler says of the paper's models: stages that need no TPU."""
 
-import dataclasses
 from typing import Any
 
 from gqa_t5x.reproduce.experiments import commands, paper
@@ -9,37 +8,21 @@ from gqa_t5x.reproduce.runner.stages import Stage
 
 FOLDER = 'compiled'
 SLICE, PARTITIONS = 'v4:2x2x2', 8  # GQA, section 3.1: eight TPUv4 chips
-LENGTHS = tuple(dict.fromkeys(task[1:] for task in paper.TASKS.values()))
 FIGURE6_LENGTHS = (2048, 512)
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-  """How uptraining is laid out on a slice.
-
-  Attributes:
-    slice_name: of tpu_compile.
-    partitions: devices a copy of the model.
-    microbatches: that a batch is cut into.
-  """
-
-  slice_name: str
-  partitions: int
-  microbatches: int
-
-
-# From what the paper may have had to the smallest slice of each generation that holds
-# GQA-8-XXL.
-TRAININGS = (
-  Training('v3:8x16', 8, 4),
-  Training('v3:4x8', 8, 8),
-  Training('v3:4x4', 8, 32),
-  Training('v3:2x2', 8, 256),
-  Training('v4:2x2x1', 4, 1024),
-  Training('v5e:2x4', 8, 256),
-  Training('v5p:2x2x1', 4, 128),
-  Training('v6e:2x2', 4, 256),
-)
+# Slices that uptrain GQA-8-XXL -> (devices a copy of the model, microbatches of a
+# batch). From what the paper may have had to the smallest of each generation.
+TRAININGS = {
+  'v3:8x16': (8, 4),
+  'v3:4x8': (8, 8),
+  'v3:4x4': (8, 32),
+  'v3:2x2': (8, 256),
+  'v4:2x2x1': (4, 1024),
+  'v5e:2x4': (8, 256),
+  'v5p:2x2x1': (4, 128),
+  'v6e:2x2': (4, 256),
+}
 
 
 def stages(output_dir: Any) -> list[Stage]:
@@ -47,12 +30,12 @@ def stages(output_dir: Any) -> list[Stage]:
   decoded = [
     (model.size, model.num_kv_heads, lengths)
     for model in PAPER.models
-    for lengths in LENGTHS
+    for lengths in paper.LENGTHS
   ]
   decoded += [('xxl', heads, FIGURE6_LENGTHS) for heads in paper.FIGURE6_HEADS]
   return [
     *(decoding(output_dir, *what) for what in decoded),
-    *(uptraining(output_dir, training) for training in TRAININGS),
+    *(uptraining(output_dir, slice_name) for slice_name in TRAININGS),
   ]
 
 
@@ -81,16 +64,17 @@ def decoding(
   )
 
 
-def uptraining(output_dir: Any, training: Training) -> Stage:
-  """The row of a step of uptraining GQA-8-XXL."""
+def uptraining(output_dir: Any, slice_name: str) -> Stage:
+  """The row of a step of uptraining GQA-8-XXL, on a key of TRAININGS."""
+  partitions, microbatches = TRAININGS[slice_name]
   macros = {
-    'gin.MODEL_PARTITIONS': training.partitions,
-    'gin.NUM_MICROBATCHES': training.microbatches,
+    'gin.MODEL_PARTITIONS': partitions,
+    'gin.NUM_MICROBATCHES': microbatches,
   }
   return _stage(
-    f'uptraining on {training.slice_name}',
-    output_dir / FOLDER / f'{training.slice_name.replace(":", "_")}.json',
-    topology=training.slice_name,
+    f'uptraining on {slice_name}',
+    output_dir / FOLDER / f'{slice_name.replace(":", "_")}.json',
+    topology=slice_name,
     gin_file='gin/uptrain_gqa8.gin',
     **macros,
   )

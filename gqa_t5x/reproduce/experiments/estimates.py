@@ -7,6 +7,8 @@ alpha = 0.05 (a test says so). Analytic; no more than a plan needs.
 Chips are those of analysis/tpu/chips.py; lengths are tokens of each row of a batch.
 """
 
+from typing import NamedTuple
+
 from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.analysis.tpu.chips import CHIPS
 from gqa_t5x.model import network
@@ -16,36 +18,28 @@ BANDWIDTH_SHARE = 0.5  # of the peak bytes/s, in decoding
 HOUR_S = 3600
 
 
-def training_hours(
-  size: str,
-  num_kv_heads: int,
-  chip: str,
-  batch_size: int,
-  input_length: int,
-  target_length: int,
-  steps: int,
-) -> float:
-  """Returns the chip-hours of training steps."""
-  cfg = network.config(size, num_kv_heads=num_kv_heads)
-  flops = formulas.training_step(cfg, batch_size, input_length, target_length).flops
-  return steps * flops / (UTILISATION * CHIPS[chip].flops) / HOUR_S
+class Run(NamedTuple):
+  """What is trained or decoded, a batch at a time."""
 
+  size: str
+  num_kv_heads: int
+  chip: str
+  batch_size: int
+  input_length: int
+  output_length: int
 
-def decoding_hours(
-  size: str,
-  num_kv_heads: int,
-  chip: str,
-  batch_size: int,
-  input_length: int,
-  output_length: int,
-  num_samples: int,
-) -> float:
-  """Returns the chip-hours of decoding samples, every output at its full length."""
-  cfg = network.config(size, num_kv_heads=num_kv_heads, dtype='bfloat16')
-  encode = formulas.prepare_flops(cfg, batch_size, input_length)
-  step = formulas.decode_step(
-    cfg, batch_size, input_length, output_length, param_itemsize=2
-  )
-  seconds = encode / (UTILISATION * CHIPS[chip].flops)
-  seconds += output_length * step.bytes / (BANDWIDTH_SHARE * CHIPS[chip].bandwidth)
-  return num_samples / batch_size * seconds / HOUR_S
+  def training_hours(self, steps: int) -> float:
+    """Returns the chip-hours of training steps."""
+    cfg = network.config(self.size, num_kv_heads=self.num_kv_heads)
+    flops = formulas.training_step(cfg, *self[3:]).flops
+    return steps * flops / (UTILISATION * CHIPS[self.chip].flops) / HOUR_S
+
+  def decoding_hours(self, num_samples: int) -> float:
+    """Returns the chip-hours of decoding samples, every output at its full length."""
+    cfg = network.config(self.size, num_kv_heads=self.num_kv_heads, dtype='bfloat16')
+    chip, (batch_size, input_length, output_length) = CHIPS[self.chip], self[3:]
+    encode = formulas.prepare_flops(cfg, batch_size, input_length)
+    step = formulas.decode_step(cfg, *self[3:], param_itemsize=2)
+    seconds = encode / (UTILISATION * chip.flops)
+    seconds += output_length * step.bytes / (BANDWIDTH_SHARE * chip.bandwidth)
+    return num_samples / batch_size * seconds / HOUR_S

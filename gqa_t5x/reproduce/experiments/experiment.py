@@ -13,18 +13,20 @@ Macros = Mapping[str, Any]
 class Names:
   """Paths below an experiment's folder, and titles of stages.
 
-  All are formats of {model}; paths of checkpoints also of {step}, the title of
-  pre-training of {steps}.
+  All are formats of {model}; paths of checkpoints also of {step}.
   """
 
   pretrained: str
   statistics: str
   converted: str
   uptrained: str
-  pretrain_title: str = 'pre-train MHA, {steps:,} steps'
   statistics_title: str = 'collect statistics'
-  convert_title: str = 'convert to {model.num_kv_heads} K/V heads by {model.title}'
-  uptrain_title: str = 'uptrain with {model.num_kv_heads} K/V heads, {model.title}'
+  convert_title: str = (
+    'convert to {model.num_kv_heads} K/V heads by {model.method.title}'
+  )
+  uptrain_title: str = (
+    'uptrain with {model.num_kv_heads} K/V heads, {model.method.title}'
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,29 +1,47 @@
 """The models of the experiments: what each is, and where it comes from."""
 
 import dataclasses
+from typing import NamedTuple
 
 from gqa_t5x.model import sizes
 
-PRETRAINED = 'none'  # no conversion: MHA as pre-trained
-SCRATCH = 'scratch'  # pre-trained with few heads from the first step
 
-# Method, statistics and grouping of a conversion.
-Method = tuple[str, str, str]
-MHA: Method = (PRETRAINED, 'none', 'contiguous')
-MEAN: Method = ('mean', 'none', 'contiguous')
-FIRST: Method = ('first', 'none', 'contiguous')
-RANDOM: Method = ('random', 'none', 'contiguous')
-SVD: Method = ('svd', 'calibrated', 'contiguous')
-METHODS: tuple[Method, ...] = (
-  MEAN,
-  FIRST,
-  RANDOM,
-  ('procrustes', 'calibrated', 'contiguous'),
-  ('procrustes_rms', 'calibrated', 'contiguous'),
-  ('refit', 'calibrated', 'contiguous'),
-  ('svd', 'weights', 'contiguous'),
+class Method(NamedTuple):
+  """How a model with few heads is made.
+
+  Attributes:
+    name: of gqa_t5x.convert, or that of MHA or SCRATCH.
+    statistics: 'none', 'weights' or 'calibrated': what the method knows of the inputs.
+    grouping: 'contiguous' or 'similarity'.
+  """
+
+  name: str
+  statistics: str = 'none'
+  grouping: str = 'contiguous'
+
+  @property
+  def title(self) -> str:
+    """What a reader calls it, e.g. 'svd (calibrated)'."""
+    if self == MHA:
+      return 'MHA'
+    details = [self.statistics] if self.name == 'svd' else []
+    details += [self.grouping] if self.grouping != 'contiguous' else []
+    return f'{self.name} ({", ".join(details)})' if details else self.name
+
+
+MHA = Method('none')  # no conversion: as pre-trained
+SCRATCH = Method('scratch')  # pre-trained with few heads from the first step
+MEAN, FIRST, RANDOM = Method('mean'), Method('first'), Method('random')
+PAPER_METHODS = (MEAN, FIRST, RANDOM)
+SVD, SVD_BY_WEIGHTS = Method('svd', 'calibrated'), Method('svd', 'weights')
+METHODS = (
+  *PAPER_METHODS,
+  Method('procrustes', 'calibrated'),
+  Method('procrustes_rms', 'calibrated'),
+  Method('refit', 'calibrated'),
+  SVD_BY_WEIGHTS,
   SVD,
-  ('svd', 'calibrated', 'similarity'),
+  Method('svd', 'calibrated', 'similarity'),
 )
 
 
@@ -34,20 +52,16 @@ class Model:
   Attributes:
     size: a key of sizes.SIZES.
     num_kv_heads: K.
-    method: of gqa_t5x.convert, PRETRAINED or SCRATCH.
+    method: of conversion; MHA or SCRATCH: it is not converted.
     alpha: uptraining steps by pre-training steps.
-    statistics: 'none', 'weights' or 'calibrated': what the method knows of the inputs.
-    grouping: 'contiguous' or 'similarity'.
     seed: of the data's order in uptraining, and of the method random; None: the gin
       file's and the command's own.
   """
 
   size: str
   num_kv_heads: int
-  method: str = PRETRAINED
+  method: Method = MHA
   alpha: float = 0.0
-  statistics: str = 'none'
-  grouping: str = 'contiguous'
   seed: int | None = None
 
   @property
@@ -56,28 +70,20 @@ class Model:
     return self.num_kv_heads == sizes.SIZES[self.size]['num_heads']
 
   @property
-  def is_seeded(self) -> bool:
-    """Whether its conversion draws numbers."""
-    return self.method == 'random'
-
-  @property
   def heads(self) -> str:
     """'mha', 'mqa' or 'gqa8': in names of folders."""
-    if self.is_mha:
-      return 'mha'
-    return 'mqa' if self.num_kv_heads == 1 else f'gqa{self.num_kv_heads}'
+    return heads_label(self.num_kv_heads, self.is_mha).lower().replace('-', '')
 
   @property
   def origin(self) -> str:
     """Name of what it is uptrained from: size, heads and method."""
-    if self.method == PRETRAINED:
-      return f'{self.size}_{self.heads}'
-    return f'{self.size}_{self.heads}_{self.method}'
+    suffix = '' if self.method == MHA else f'_{self.method.name}'
+    return f'{self.size}_{self.heads}{suffix}'
 
   @property
   def name(self) -> str:
     """Name of its folders: those of another alpha are others."""
-    if self.method in (PRETRAINED, SCRATCH):
+    if self.method in (MHA, SCRATCH):
       return self.origin
     return f'{self.origin}_alpha{self.alpha:g}'
 
@@ -90,51 +96,27 @@ class Model:
   @property
   def conversion_name(self) -> str:
     """Name of the converted checkpoint: seeds share it where nothing is drawn."""
-    words = [self.method]
-    words += [self.statistics] if self.statistics != 'none' else []
-    words += [self.grouping] if self.grouping != 'contiguous' else []
+    name, *more = self.method
+    words = [name, *(word for word in more if word not in ('none', 'contiguous'))]
     words.append(str(self.num_kv_heads))
-    words += [f'seed{self.seed}'] if self.is_seeded else []
+    words += [f'seed{self.seed}'] if self.method == RANDOM else []
     return '_'.join(words)
 
   @property
   def run_name(self) -> str:
     """Name of the uptraining run, which tells seeds apart."""
     name = self.conversion_name
-    return name if self.is_seeded else f'{name}_seed{self.seed}'
+    return name if self.method == RANDOM else f'{name}_seed{self.seed}'
 
   @property
   def method_suffix(self) -> str:
     """'_svd' and so on; nothing for MHA and for mean, the paper's own."""
-    return '' if self.method in (PRETRAINED, 'mean') else f'_{self.method}'
-
-  @property
-  def title(self) -> str:
-    """What a reader calls its method."""
-    return title((self.method, self.statistics, self.grouping))
+    return '' if self.method in (MHA, MEAN) else f'_{self.method.name}'
 
 
 def mha(size: str, alpha: float = 0.0, seed: int | None = None) -> Model:
   """Returns the model of a size that all others are converted from."""
-  return Model(size, sizes.SIZES[size]['num_heads'], alpha=alpha, seed=seed)
-
-
-def converted(
-  size: str, num_kv_heads: int, method: Method, alpha: float, seed: int | None = None
-) -> Model:
-  """Returns a model that is converted by a method, and uptrained."""
-  name, statistics, grouping = method
-  return Model(size, num_kv_heads, name, alpha, statistics, grouping, seed)
-
-
-def title(method: Method) -> str:
-  """Returns what a reader calls a method, e.g. 'svd (calibrated)'."""
-  name, statistics, grouping = method
-  if name == PRETRAINED:
-    return 'MHA'
-  details = [statistics] if name == 'svd' else []
-  details += [grouping] if grouping != 'contiguous' else []
-  return f'{name} ({", ".join(details)})' if details else name
+  return Model(size, sizes.SIZES[size]['num_heads'], MHA, alpha, seed)
 
 
 def heads_label(num_kv_heads: int, is_mha: bool = False) -> str:

@@ -12,7 +12,7 @@ from etils import epath
 
 from gqa_t5x.reproduce.experiments import commands, estimates, gin_files
 from gqa_t5x.reproduce.experiments.experiment import Experiment, Timing
-from gqa_t5x.reproduce.experiments.models import PRETRAINED, SCRATCH, Model, mha
+from gqa_t5x.reproduce.experiments.models import MHA, RANDOM, SCRATCH, Model, mha
 from gqa_t5x.reproduce.runner import stages
 from gqa_t5x.reproduce.runner.stages import Stage
 
@@ -87,19 +87,12 @@ class Planner:
   # --- Numbers ------------------------------------------------------------------
 
   def value(self, kind: str, name: str, task: str = '') -> Any:
-    """Returns a macro's value as a kind of run, a key of `gin_files`, has it.
-
-    Raises:
-      ValueError: no file of that kind sets it.
-    """
+    """Returns a macro's value as a kind of run, a key of `gin_files`, has it."""
     files = reversed(self.experiment.gin_files[kind])
     read = (
       gin_files.macros(file.format(task=task)) for file in files if '{model' not in file
     )
-    found = collections.ChainMap(self.experiment.macros.get(kind, {}), *read)
-    if name not in found:
-      raise ValueError(f'no gin file of {kind} sets {name}.')
-    return found[name]
+    return collections.ChainMap(self.experiment.macros.get(kind, {}), *read)[name]
 
   @property
   def pretrain_steps(self) -> int:
@@ -133,7 +126,7 @@ class Planner:
     result, files = self.folder / path, self.experiment.gin_files['pretrain']
     macros = {'MODEL_DIR': result.parent}
     return Stage(
-      names.pretrain_title.format(steps=steps),
+      f'pre-train MHA, {steps:,} steps',
       result,
       commands.engine('t5x.train', files, self.experiment.flags, **macros),
       work=steps,
@@ -170,21 +163,22 @@ class Planner:
   def conversion(self, model: Model) -> Stage:
     """A model right after conversion; of MHA, the one pre-trained."""
     source, names = self.pretraining(model.size), self.experiment.names
-    if model.method == PRETRAINED:
+    if model.method == MHA:
       return source
     path = names.converted.format(model=model, step=step_of(source.result))
     result = self.folder / path
-    calibrated = model.statistics == 'calibrated'
+    method = model.method
+    calibrated = method.statistics == 'calibrated'
     statistics = [self.statistics(model.size)] if calibrated else []
     command = commands.module(
       'gqa_t5x.convert',
       input=source.result,
       output=result.parent,
       num_kv_heads=model.num_kv_heads,
-      method=model.method,
+      method=method.name,
       statistics=statistics[0].result if calibrated else None,
-      grouping=None if model.grouping == 'contiguous' else model.grouping,
-      seed=model.seed if model.is_seeded else None,
+      grouping=None if method.grouping == 'contiguous' else method.grouping,
+      seed=model.seed if method == RANDOM else None,
     )
     title = names.convert_title.format(model=model)
     return Stage(title, result, command, needs=(source, *statistics))
@@ -334,12 +328,12 @@ class Planner:
     lengths = self.value(kind, 'TASK_FEATURE_LENGTHS', task)
     batch_size = self.value(kind, 'BATCH_SIZE', task)
     what = (model.size, model.num_kv_heads, self.experiment.chip)
-    what += (batch_size, lengths['inputs'], lengths['targets'])
-    hours = estimates.training_hours(*what, steps)
+    run = estimates.Run(*what, batch_size, lengths['inputs'], lengths['targets'])
+    hours = run.training_hours(steps)
     if task:
       evaluations = steps // self.value(kind, 'EVAL_PERIOD', task)
-      examples = evaluations * self.experiment.dev_examples[task]
-      hours += estimates.decoding_hours(*what, examples)
+      examples = evaluations * self.experiment.tasks[task]
+      hours += run.decoding_hours(examples)
     return hours
 
 

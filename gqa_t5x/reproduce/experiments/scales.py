@@ -11,14 +11,12 @@ from gqa_t5x.reproduce.experiments import paper
 from gqa_t5x.reproduce.experiments.commands import QUIET
 from gqa_t5x.reproduce.experiments.experiment import Experiment, Names, Timing
 from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
   MEAN,
-  RANDOM,
+  PAPER_METHODS,
   SCRATCH,
   SVD,
   Method,
   Model,
-  converted,
   mha,
 )
 from gqa_t5x.reproduce.experiments.studies import QUICK
@@ -34,8 +32,9 @@ class Scale(Experiment):
   `models` are those of table 1 and figure 3.
 
   Attributes:
-    tasks: seqio tasks that they are fine-tuned on.
-    seeds: model -> seeds of fine-tuning; None: of all others.
+    tasks: seqio tasks that they are fine-tuned on -> examples of the validation split,
+      for estimates alone.
+    unstable: models whose runs of fine-tuning differ: three seeds instead of one.
     ablation: of figure 4: what is converted to MQA, by which methods.
     ablation_tasks: of figures 4 and 5, and of appendix A.
     alphas: of figure 5, and the models that it follows.
@@ -43,11 +42,10 @@ class Scale(Experiment):
     timings: how the decoding of each size is timed for table 1.
     heads: of figure 6.
     shazeer: how Shazeer's models are timed; their size is left open.
-    dev_examples: task -> examples of its validation split; for estimates alone.
   """
 
-  tasks: tuple[str, ...]
-  seeds: Mapping[Model | None, tuple[int, ...]]
+  tasks: Mapping[str, int]
+  unstable: tuple[Model, ...]
   ablation: tuple[Model, ...]
   ablation_tasks: tuple[str, ...]
   alphas: Mapping[Model, tuple[float, ...]]
@@ -55,24 +53,22 @@ class Scale(Experiment):
   timings: tuple[Timing, ...]
   heads: Timing
   shazeer: Timing
-  dev_examples: Mapping[str, int]
 
   def seeds_of(self, model: Model) -> tuple[int, ...]:
     """Seeds of fine-tuning a model."""
-    return self.seeds.get(model, self.seeds[None])
+    return (1, 2, 3) if model in self.unstable else (1,)
 
 
 def _paper_timings(size: str, num_kv_heads: tuple[int, ...]) -> tuple[Timing, ...]:
   """One for each pair of lengths among the tasks of table 1."""
-  lengths = dict.fromkeys(task[1:] for task in paper.TASKS.values())
   return tuple(
     Timing(size, num_kv_heads, 'fill', inputs, outputs, 'bfloat16')
-    for inputs, outputs in lengths
+    for inputs, outputs in paper.LENGTHS
   )
 
 
 def _uptrained(size: str, num_kv_heads: int, method: Method = MEAN) -> Model:
-  return converted(size, num_kv_heads, method, paper.ALPHA)
+  return Model(size, num_kv_heads, method, paper.ALPHA)
 
 
 def _names(pretrained: str) -> Names:
@@ -82,8 +78,10 @@ def _names(pretrained: str) -> Names:
     converted='converted/{model.origin}/checkpoint_{step}',
     uptrained='uptrained/{model.origin}/checkpoint_{step}',
     statistics_title='collect statistics of MHA-{model.size}',
-    convert_title='convert to {model.label} by {model.method}',
-    uptrain_title='uptrain {model.label} by {model.method} to alpha = {model.alpha:g}',
+    convert_title='convert to {model.label} by {model.method.name}',
+    uptrain_title=(
+      'uptrain {model.label} by {model.method.name} to alpha = {model.alpha:g}'
+    ),
   )
 
 
@@ -93,8 +91,6 @@ APPENDIX_A = (
   _uptrained('large', 1),
   _uptrained('large', 8),
 )
-# The paper reports the mean of three runs where runs differ.
-UNSTABLE = (_uptrained('xxl', 1), *APPENDIX_A)
 PAPER = Scale(
   name='paper',
   folder='paper',
@@ -102,16 +98,24 @@ PAPER = Scale(
   names=_names(PUBLIC),
   given=GIVEN,
   models=(mha('large'), mha('xxl'), _uptrained('xxl', 1), _uptrained('xxl', 8)),
-  tasks=tuple(paper.TASKS),
-  seeds={None: (1,)} | dict.fromkeys(UNSTABLE, (1, 2, 3)),
-  ablation=tuple(
-    _uptrained('large', 1, method) for method in (MEAN, FIRST, RANDOM, SVD)
-  ),
+  # TensorFlow Datasets' catalog; MediaSum: its own split file.
+  tasks={
+    'cnn_dailymail': 13_368,
+    'arxiv': 6_436,
+    'pubmed': 6_633,
+    'mediasum': 10_000,
+    'multi_news': 5_622,
+    'wmt14_en_de': 3_000,
+    'trivia_qa': 7_993,
+  },
+  # The paper reports the mean of three runs where runs differ.
+  unstable=(_uptrained('xxl', 1), *APPENDIX_A),
+  ablation=tuple(_uptrained('large', 1, method) for method in (*PAPER_METHODS, SVD)),
   ablation_tasks=paper.ABLATION_TASKS,
   alphas={
     mha('xxl'): (0.0,),
-    converted('xxl', 1, MEAN, 0.0): paper.ALPHAS,
-    converted('xxl', 8, MEAN, 0.0): paper.ALPHAS,
+    Model('xxl', 1, MEAN): paper.ALPHAS,
+    Model('xxl', 8, MEAN): paper.ALPHAS,
   },
   scratch=APPENDIX_A,
   gin_files={
@@ -136,16 +140,6 @@ PAPER = Scale(
   heads=Timing('xxl', paper.FIGURE6_HEADS[::-1], 'fill', 2048, 512, 'bfloat16'),
   shazeer=Timing('', (), 1024, 128, 128, 'bfloat16', (1, 4)),
   chip='v4',
-  # TensorFlow Datasets' catalog; MediaSum: its own split file.
-  dev_examples={
-    'cnn_dailymail': 13_368,
-    'arxiv': 6_436,
-    'pubmed': 6_633,
-    'mediasum': 10_000,
-    'multi_news': 5_622,
-    'wmt14_en_de': 3_000,
-    'trivia_qa': 7_993,
-  },
 )
 LOCAL = Scale(
   name='local',
@@ -153,8 +147,8 @@ LOCAL = Scale(
   names=_names('conversion/quick/mha/checkpoint_{step}'),  # the study's
   given=GIVEN,
   models=(mha('tiny'), _uptrained('tiny', 1), _uptrained('tiny', 2)),
-  tasks=('pydocs_summarize',),
-  seeds={None: (1,)} | {_uptrained('tiny', 1): (1, 2, 3)},
+  tasks={'pydocs_summarize': 977},
+  unstable=(_uptrained('tiny', 1),),
   ablation=(),  # figures 4 and 5 are rows of the study of conversion
   ablation_tasks=('pydocs_summarize',),
   alphas={},
@@ -171,6 +165,5 @@ LOCAL = Scale(
   heads=Timing('base', (12, 6, 4, 3, 2, 1), 4, 512, 64, 'float32', repeats=5),
   shazeer=Timing('', (), 8, 128, 32, 'float32', (1, 4), repeats=5),
   chip='core',
-  dev_examples={'pydocs_summarize': 977},
 )
 SCALES = {scale.name: scale for scale in (PAPER, LOCAL)}

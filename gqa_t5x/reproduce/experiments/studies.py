@@ -15,16 +15,15 @@ All numbers of the runs are in the gin files; alphas agree with them.
 from collections.abc import Mapping
 
 from gqa_t5x.reproduce.experiments import commands
-from gqa_t5x.reproduce.experiments.commands import QUIET
 from gqa_t5x.reproduce.experiments.experiment import Conclusion, Experiment, Names
 from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
   MEAN,
   METHODS,
-  RANDOM,
+  PAPER_METHODS,
   SVD,
+  SVD_BY_WEIGHTS,
   Method,
-  converted,
+  Model,
   mha,
 )
 from gqa_t5x.reproduce.experiments.planner import Planner
@@ -51,10 +50,10 @@ def _study(
   """
   models = [mha(size, alpha, seed) for seed in sorted(set().union(*seeds.values()))]
   models += [
-    converted(size, num_kv_heads, method, alpha, seed)
+    Model(size, num_kv_heads, method, alpha, seed)
     for num_kv_heads, several in seeds.items()
     for method in methods
-    if num_kv_heads > 1 or method[2] != 'similarity'
+    if num_kv_heads > 1 or method.grouping != 'similarity'
     for seed in several
   ]
   return Experiment(
@@ -75,7 +74,7 @@ def _study(
     },
     macros={'calibrate': {'MODEL_SIZE': size}},
     given=('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH', 'NUM_KV_HEADS', 'RANDOM_SEED'),
-    flags=(QUIET,),
+    flags=(commands.QUIET,),
     begin_anew=('uptrain',),
     conclusion=Conclusion(
       'conversion',
@@ -88,8 +87,8 @@ def _study(
 
 
 # The paper's three, and the best; the paper's three, and svd without statistics, too.
-_FOUR = (MEAN, FIRST, RANDOM, SVD)
-_MAIN = (MEAN, FIRST, RANDOM, ('svd', 'weights', 'contiguous'), SVD)
+_FOUR = (*PAPER_METHODS, SVD)
+_MAIN = (*PAPER_METHODS, SVD_BY_WEIGHTS, SVD)
 STUDIES = {
   study.name: study
   for study in (
@@ -101,44 +100,41 @@ STUDIES = {
 QUICK = STUDIES['quick']
 
 
-def _miniature(alpha: float) -> Experiment:
-  def models(methods: tuple[Method, ...], alpha: float):
-    return [converted('tiny', heads, m, alpha) for m in methods for heads in (2, 1)]
-
-  return Experiment(
-    name='uptrain',
-    folder='',
-    models=(
-      mha('tiny'),
-      *models(_FOUR, 0.0),
-      mha('tiny', alpha),
-      *models((MEAN, SVD), alpha),
-    ),
-    names=Names(
-      pretrained='mha/checkpoint_{step}',
-      statistics='mha/checkpoint_{step}.statistics.npz',
-      converted='converted/{model.method}_{model.num_kv_heads}/checkpoint_{step}',
-      uptrained='uptrain_{model.heads}{model.method_suffix}/checkpoint_{step}',
-    ),
-    gin_files={
-      'pretrain': ('gin/local/pretrain_mha.gin',),
-      'calibrate': ('gin/local/calibrate.gin',),
-      'uptrain': ('gin/local/uptrain_{model.heads}.gin',),
-    },
-    macros={},
-    given=('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'),
-    flags=(QUIET,),
-    conclusion=Conclusion(
-      'uptrain',
-      {},
-      'evaluate on the validation split, time decoding',
-      'report.md',
-      'report',
-    ),
-  )
+def _converted(methods: tuple[Method, ...], alpha: float) -> list[Model]:
+  return [Model('tiny', heads, m, alpha) for m in methods for heads in (2, 1)]
 
 
-MINIATURE = _miniature(alpha=0.05)
+MINIATURE = Experiment(
+  name='uptrain',
+  folder='',
+  models=(
+    mha('tiny'),
+    *_converted(_FOUR, 0.0),
+    mha('tiny', 0.05),
+    *_converted((MEAN, SVD), 0.05),
+  ),
+  names=Names(
+    pretrained='mha/checkpoint_{step}',
+    statistics='mha/checkpoint_{step}.statistics.npz',
+    converted='converted/{model.method.name}_{model.num_kv_heads}/checkpoint_{step}',
+    uptrained='uptrain_{model.heads}{model.method_suffix}/checkpoint_{step}',
+  ),
+  gin_files={
+    'pretrain': ('gin/local/pretrain_mha.gin',),
+    'calibrate': ('gin/local/calibrate.gin',),
+    'uptrain': ('gin/local/uptrain_{model.heads}.gin',),
+  },
+  macros={},
+  given=('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'),
+  flags=(commands.QUIET,),
+  conclusion=Conclusion(
+    'uptrain',
+    {},
+    'evaluate on the validation split, time decoding',
+    'report.md',
+    'report',
+  ),
+)
 
 
 def make_plan(experiment: Experiment, output_dir: str) -> Planner:

@@ -1,23 +1,18 @@
 """The report of a study of conversion: checked targets, tables, figures."""
 
+import pathlib
 import statistics
 from collections.abc import Callable
 from functools import partial
 
 from gqa_t5x import files
-from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
-  MEAN,
-  METHODS,
-  MHA,
-  RANDOM,
-  SVD,
-  title,
-)
+from gqa_t5x.model import network, sizes
+from gqa_t5x.reproduce.experiments.models import MEAN, METHODS, MHA, PAPER_METHODS, SVD
 from gqa_t5x.reproduce.experiments.paper import ALPHAS
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
-from gqa_t5x.reproduce.report import conversion_figures, trend
+from gqa_t5x.reproduce.report import conversion_figures
+from gqa_t5x.reproduce.report.conversion_figures import MODULE_SIDES, Shares
 from gqa_t5x.reproduce.report.document import NOT_RUN, Document
 from gqa_t5x.reproduce.results.losses import Losses
 from gqa_t5x.reproduce.results.rows import Row, read_rows, versions
@@ -64,7 +59,7 @@ def write(output_dir: str, study: str) -> None:
   spectra = read_rows(rows_file, 'spectrum')
   conversion_figures.draw_spectra(spectra, folder / 'spectra.png')
   doc.image('spectra.png', 'Dropped share of the spectrum by layer')
-  trend.add(doc, rows_file)
+  _add_trend(doc, rows_file)
   files.write_text(folder / 'conversion.md', doc.markdown())
 
 
@@ -88,14 +83,14 @@ def _conditions(losses: Losses, unigram: Row) -> str:
 
 def _add_losses(doc: Document, losses: Losses, num_kv_heads: int) -> None:
   found = {
-    title(method): [losses.of(method, num_kv_heads, alpha) for alpha in ALPHAS]
+    method.title: [losses.of(method, num_kv_heads, alpha) for alpha in ALPHAS]
     for method in METHODS
-    if num_kv_heads > 1 or method[2] != 'similarity'  # One group holds all heads.
+    if num_kv_heads > 1 or method.grouping != 'similarity'  # One group holds all heads.
   }
   seeds = set().union(*(by_alpha[0] for by_alpha in found.values()))
   mha = [
-    {seed: loss for seed, loss in losses.of_mha(alpha).items() if seed in seeds}
-    for alpha in ALPHAS
+    {seed: loss for seed, loss in found_mha.items() if seed in seeds}
+    for found_mha in (losses.of(MHA, losses.num_heads, alpha) for alpha in ALPHAS)
   ]
   rows = [
     [name, str(len(by_alpha[0])), *(_cell(list(x.values())) for x in by_alpha)]
@@ -138,7 +133,7 @@ Verdict = tuple[bool, str] | None
 
 def _check_order(losses: Losses, num_kv_heads: int, *, alpha: float) -> Verdict:
   """Whether mean loses least of the paper's three, and random most."""
-  values = [losses.mean(x, num_kv_heads, alpha) for x in (MEAN, FIRST, RANDOM)]
+  values = [losses.mean(x, num_kv_heads, alpha) for x in PAPER_METHODS]
   if None in values:
     return None
   return values[0] < values[1] < values[2], ' < '.join(map(_number, values))
@@ -178,3 +173,61 @@ CHECKS: dict[str, Callable[[Losses, int], Verdict]] = {
     _check_ratio, svd=0.05, mean=0.05, limit=0.3
   ),
 }
+
+
+def _add_trend(doc: Document, rows_file: pathlib.Path) -> None:
+  """Adds a comparison of sizes, whose folders are next to each other, if there are any.
+
+  That is a table and the figure `trend.png`; `rows_file` is that of the report's size.
+  """
+  folder = rows_file.parent
+  found = {size: folder.parent / size / rows_file.name for size in sizes.SIZES}
+  found = {size: file for size, file in found.items() if file.exists()}
+  if len(found) < 2:
+    return
+  studies = {size: _read_study(file) for size, file in found.items()}
+  doc.text(
+    '## Against scale',
+    'Excess loss right after conversion, and the share of the calibrated spectra that'
+    ' does\nnot fit, mean over layers and groups.',
+  )
+  sides = (f'{kind.partition("_")[0]} {side}' for kind, side in MODULE_SIDES)
+  head = ['size', 'D', 'layers', 'heads', 'MHA loss', 'to K', 'mean', 'svd']
+  rows = [
+    _trend_row(size, losses, K, shares[K])
+    for size, (losses, shares) in studies.items()
+    for K in losses.num_kv_heads
+  ]
+  doc.table([*head, 'svd / mean', *sides], rows)
+  conversion_figures.draw_trend(studies, folder / 'trend.png')
+  doc.image('trend.png', 'Dropped share of the spectrum by size')
+
+
+def _trend_row(size: str, losses: Losses, K: int, shares: Shares) -> list[str]:
+  config = network.config(size)
+  mean, svd = (losses.mean(method, K, 0.0) for method in (MEAN, SVD))
+  return [
+    size,
+    str(config.emb_dim),
+    f'{config.num_encoder_layers} + {config.num_decoder_layers}',
+    f'{config.num_heads} x {config.head_dim}',
+    f'{losses.base:.3f}',
+    str(K),
+    f'{mean:.3f}',
+    f'{svd:.4f}',
+    f'{svd / mean:.4f}',
+    *(f'{share:.4f}' for share in shares.values()),
+  ]
+
+
+def _read_study(file: pathlib.Path) -> tuple[Losses, dict[int, Shares]]:
+  """A study's losses, and for each K what does not fit of its calibrated spectra."""
+  losses, found = Losses(read_rows(file, 'conversion')), {}
+  for row in read_rows(file, 'spectrum'):
+    if row['statistics'] == 'calibrated':
+      key = row['num_kv_heads'], row['module'], row['side']
+      found.setdefault(key, []).extend(row['dropped_share'])
+  return losses, {
+    K: {side: statistics.fmean(found[K, *side]) for side in MODULE_SIDES}
+    for K in losses.num_kv_heads
+  }

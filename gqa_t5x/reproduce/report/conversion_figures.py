@@ -1,38 +1,31 @@
-"""Figures of a study of conversion: losses by method and alpha, spectra by layer."""
+"""Figures of a study of conversion: losses, spectra by layer, and sizes compared."""
 
+import itertools
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import ticker
 
-from gqa_t5x.analysis.palette import BLUE, GREEN, SKY, VERMILION
-from gqa_t5x.reproduce.experiments.models import (
-  FIRST,
-  MEAN,
-  METHODS,
-  MHA,
-  RANDOM,
-  SVD,
-  title,
-)
-from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.figures import Series
+from gqa_t5x.analysis import figures
+from gqa_t5x.reproduce.experiments import models
 from gqa_t5x.reproduce.results.losses import Losses
 from gqa_t5x.reproduce.results.rows import Row
 
 CURVES = {
-  RANDOM: figures.METHODS['random'],
-  FIRST: figures.METHODS['first'],
-  MEAN: figures.METHODS['mean'],
-  ('svd', 'weights', 'contiguous'): (GREEN, 'v'),
-  SVD: figures.METHODS['svd'],
+  **{method: figures.METHODS[method.name] for method in models.PAPER_METHODS[::-1]},
+  models.SVD_BY_WEIGHTS: (figures.GREEN, 'v'),
+  models.SVD: figures.METHODS['svd'],
 }
-HEADS = {4: (SKY, 'o'), 2: (BLUE, 's'), 1: (VERMILION, '^')}
-SIDES = {'key': (BLUE, 'o'), 'value': (VERMILION, 's')}
+HEADS = {4: (figures.SKY, 'o'), 2: (figures.BLUE, 's'), 1: (figures.VERMILION, '^')}
+SIDES = {'key': (figures.BLUE, 'o'), 'value': (figures.VERMILION, 's')}
 KINDS = ('self_attention', 'cross_attention')
+MODULE_SIDES = tuple(itertools.product(KINDS, SIDES))
+# Styles of sizes, in order.
+SIZES = (*SIDES.values(), (figures.GREEN, 'D'), (figures.PINK, '^'))
+Shares = dict[tuple[str, str], float]  # side of a module -> mean over layers and groups
 # Losses span three decades and may be negative: linear below this (shaded).
 LINEAR = 0.01
 SMALL = 0.001  # The same right after conversion, where nothing but svd comes close.
@@ -64,15 +57,15 @@ def _draw_methods(axis: Any, losses: Losses) -> None:
   """A line a method, a mark for each number of key/value heads, at step 0."""
   axis.set_xscale('symlog', linthresh=SMALL)  # First, for the margins.
   heads = losses.num_kv_heads
-  ran = [m for m in METHODS if any(losses.of(m, K, 0.0) for K in heads)]
+  ran = [m for m in models.METHODS if any(losses.of(m, K, 0.0) for K in heads)]
   for num_kv_heads in heads:
     means = [losses.mean(method, num_kv_heads, 0.0) for method in ran]
     places = {y: mean for y, mean in enumerate(means) if mean is not None}
     color, marker = HEADS.get(num_kv_heads, ('black', 'x'))
     label = f'{num_kv_heads} of {losses.num_heads} K/V heads'
-    marks = Series(label, list(places.values()), list(places), color, marker)
+    marks = figures.Series(label, list(places.values()), list(places), color, marker)
     figures.plot(axis, [marks], mec='black', mew=0.5)
-  axis.set_yticks(range(len(ran)), [title(method) for method in ran])
+  axis.set_yticks(range(len(ran)), [method.title for method in ran])
   axis.set_ylim(len(ran) - 0.5, -0.5)
   limits = axis.get_xlim()
   axis.axvspan(-SMALL, SMALL, color='0.95', lw=0)
@@ -82,7 +75,7 @@ def _draw_methods(axis: Any, losses: Losses) -> None:
   figures.legend(axis, loc='upper left', bbox_to_anchor=(1, 1))
 
 
-def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[Series]:
+def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[figures.Series]:
   """Loss against uptraining, one line a method, over MHA after as many steps."""
   series = []
   for method, style in CURVES.items():
@@ -90,9 +83,9 @@ def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[Series]:
     values = [losses.over_mha(method, num_kv_heads, alpha) for alpha in alphas]
     if values and None not in values:
       percent = [100 * alpha for alpha in alphas]
-      series.append(Series(title(method), percent, values, *style, line=True))
-  longest = max(losses.alphas(MHA, losses.num_heads))
-  series.append(Series('MHA', [0, 100 * longest], [0, 0], marker='', line=True))
+      series.append(figures.Series(method.title, percent, values, *style, line=True))
+  longest = max(losses.alphas(models.MHA, losses.num_heads))
+  series.append(figures.Series('MHA', [0, 100 * longest], [0, 0], marker='', line=True))
   figures.plot(axis, series, ms=4, mew=1)
   axis.set_yscale('symlog', linthresh=LINEAR)
   axis.xaxis.set_major_locator(ticker.MaxNLocator(nbins=4, steps=[1, 5, 10]))
@@ -102,7 +95,7 @@ def _draw_curves(axis: Any, losses: Losses, num_kv_heads: int) -> list[Series]:
   return series
 
 
-def _label_ends(axis: Any, series: Sequence[Series]) -> None:
+def _label_ends(axis: Any, series: Sequence[figures.Series]) -> None:
   """Names lines at their right ends, moved apart where they would overlap."""
   to_axes = axis.transData + axis.transAxes.inverted()
   ends = [(to_axes.transform((one.x[-1], one.y[-1]))[1], one) for one in series]
@@ -166,9 +159,30 @@ def _draw_layers(axis: Any, rows: Sequence[Row]) -> None:
         for f in (min, statistics.fmean, max)
       )
       hollow, errors = kind == 'weights', (means - low, high - means)
-      one = Series(
+      one = figures.Series(
         f'{side}, {name}', layers, means, color, marker, hollow, True, errors
       )
       style = {'ls': ':' if hollow else '-', 'ms': 5, 'mew': 1}
       figures.plot(axis, [one], **style, elinewidth=0.6, capsize=0)
   axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_trend(
+  studies: Mapping[str, tuple[Losses, Mapping[int, Shares]]], path: pathlib.Path
+) -> None:
+  """Draws the dropped share against the number of heads that share one."""
+  with figures.figure(path, 10, 2.9) as fig:
+    axes = fig.subplots(1, len(MODULE_SIDES), sharey=True)
+    for axis, (kind, side) in zip(axes, MODULE_SIDES, strict=True):
+      styles = itertools.cycle(SIZES)
+      for size, (losses, shares) in studies.items():
+        x = [losses.num_heads // K for K in shares]
+        y = [100 * by_side[kind, side] for by_side in shares.values()]
+        one = figures.Series(size, x, y, *next(styles), line=True)
+        figures.plot(axis, [one], log_x=True, ms=6, mew=1, lw=1.5)
+      axis.xaxis.set_major_formatter('{x:.0f}')
+      name = f'{kind.replace("_", "-")}, {side}s'
+      figures.tidy(axis, 'y', name, xlabel='heads that share one')
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel('dropped share, %')
+    figures.legend(axes[0])

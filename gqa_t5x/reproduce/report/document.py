@@ -131,16 +131,13 @@ class Document:
   def html(self, folder: pathlib.Path) -> str:
     """Returns the report of a folder as a page with its figures inside."""
     body = markdown.markdown(self.markdown(), extensions=['tables'])
-    body = re.sub(
-      r'src="([^":]+\.png)"',
-      lambda match: f'src="data:image/png;base64,{_base64(folder / match[1])}"',
-      body,
-    )
+
+    def embed(match: re.Match) -> str:
+      data = base64.b64encode((folder / match[1]).read_bytes()).decode()
+      return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="([^":]+\.png)"', embed, body)
     body = re.sub(
       r'<table>.*?</table>', r'<div class="wide">\g<0></div>', body, flags=re.S
     )
     return PAGE.replace('{title}', html.escape(self._title)).replace('{body}', body)
-
-
-def _base64(path: pathlib.Path) -> str:
-  return base64.b64encode(path.read_bytes()).decode()

@@ -1,14 +1,14 @@
 """The report of the miniature: a table and a figure."""
 
+import operator
 import pathlib
 from typing import Any
 
 from gqa_t5x import files
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import MINIATURE
-from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.document import NOT_RUN, Document
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.results.rows import Row, read_rows, versions
 
 NAMES = {8: 'MHA', 2: 'GQA-2', 1: 'MQA'}
@@ -32,7 +32,8 @@ def write(output_dir: str) -> None:
 
 def _add_table(doc: Document, losses: list[Row], times: list[Row]) -> None:
   """Adds the table and what its columns mean."""
-  uptrained = {_model(row): row for row in losses if row['uptrain_steps']}
+  model = operator.itemgetter('method', 'num_kv_heads')
+  uptrained = {model(row): row for row in losses if row['uptrain_steps']}
   decode = {row['num_kv_heads']: row for row in times}
   columns = {
     'model': lambda row: NAMES[row['num_kv_heads']],
@@ -40,7 +41,7 @@ def _add_table(doc: Document, losses: list[Row], times: list[Row]) -> None:
     'parameters': lambda row: f'{row["parameters"]:,}',
     'cache B/token': lambda row: f'{row["cache_bytes_per_token"]:,}',
     'loss, acc. at conversion': _scores,
-    'loss, acc. uptrained': lambda row: _scores(uptrained.get(_model(row))),
+    'loss, acc. uptrained': lambda row: _scores(uptrained.get(model(row))),
     'decode ms/token': lambda row: (
       f'{decode[row["num_kv_heads"]]["ms_per_step"] / times[0]["batch_size"]:.3f}'
     ),
@@ -60,10 +61,6 @@ def _add_table(doc: Document, losses: list[Row], times: list[Row]) -> None:
     ' token. Decode time per token and sequence: greedy, batch'
     f' {times[0]["batch_size"]}, input {times[0]["input_length"]}, by slope, median.'
   )
-
-
-def _model(row: Row) -> tuple[str, int]:
-  return row['method'], row['num_kv_heads']
 
 
 def _scores(row: Row | None) -> str:
@@ -101,7 +98,9 @@ def _draw_losses(axis: Any, rows: list[Row]) -> None:
       if not losses:
         continue
       label = f'{method}, {"uptrained" if after else "at conversion"}'
-      marks = Series(label, list(losses), list(losses.values()), *style, hollow=after)
+      marks = figures.Series(
+        label, list(losses), list(losses.values()), *style, hollow=after
+      )
       figures.plot(axis, [marks], ms=8, mew=1.8)
       # Below and above, for svd's two marks are close to each other.
       place = {'textcoords': 'offset points', 'xytext': (7, -9 if after else 2)}

@@ -10,10 +10,9 @@ from gqa_t5x.reproduce.experiments.scales import LOCAL, PAPER
 from gqa_t5x.reproduce.report.document import Document
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.report.tables import (
+  ablations,
   appendix_a,
   compiled,
-  figure4,
-  figure5,
   figure6,
   intensity,
   local_study,
@@ -38,8 +37,8 @@ Write = Callable[[Part], None]
 # Heading -> target, and what writes its part.
 PAPER_PARTS: dict[str, tuple[str, Write]] = {
   'Table 1 and figure 3': ('table1', table1.write),
-  'Figure 4: how to convert': ('figure4', figure4.write),
-  'Figure 5: how long to uptrain': ('figure5', figure5.write),
+  'Figure 4: how to convert': ('figure4', ablations.write_figure4),
+  'Figure 5: how long to uptrain': ('figure5', ablations.write_figure5),
   'Figure 6: how many heads': ('figure6', figure6.write),
   'Times on TPUs, by their compiler': ('compiled', compiled.write),
   'Appendix A: stability of training': ('appendix_a', appendix_a.write),

@@ -5,11 +5,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments.experiment import Timing
 from gqa_t5x.reproduce.experiments.planner import Planner
-from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.document import FIGURES, Document
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.results.reader import Measured, Reader
 from gqa_t5x.reproduce.results.rows import Row
 
@@ -40,11 +39,9 @@ class Part:
     path = self.plan.timing(name, timing).result
     return self.found.rows(path, 'decode_benchmark', size=timing.size)
 
-  def number(
-    self, row: Row, value: float, digits: int, paper: float | None = None
-  ) -> str:
+  def number(self, row: Row, value: float, digits: int) -> str:
     """Returns the cell of a row's value, or of one computed from it."""
-    return self.doc.number(Measured.of(row, value), digits, paper)
+    return self.doc.number(Measured.of(row, value), digits)
 
   def cells(
     self, row: Row | None, columns: Iterable[Callable[[Row], str]]
@@ -60,7 +57,7 @@ class Part:
     self,
     name: str,
     caption: str,
-    series: Sequence[Series],
+    series: Sequence[figures.Series],
     x_label: str,
     y_label: str,
     *,

@@ -3,9 +3,9 @@
 import pathlib
 
 from gqa_t5x.errors import BadInput
+from gqa_t5x.training import loss_watch
 
-# What the trainer writes (gqa_t5x/training/loss_watch.py).
-SPIKES, DIVERGENCES = 'stability/spikes', 'stability/divergences'
+SPIKES, DIVERGENCES = loss_watch.SCALARS.values()
 
 
 def _scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:

@@ -15,11 +15,11 @@ class Losses:
     self._values: dict[tuple[Method, int, int], dict[int, float]] = {}
     self.rows = rows
     for row in rows:
-      method = row['method'], row['statistics'], row['grouping']
+      method = Method(row['method'], row['statistics'], row['grouping'])
       key = method, row['num_kv_heads'], row['uptrain_steps']
       self._values.setdefault(key, {})[row['seed']] = row['excess_loss']
     self.size, self.pretrain_steps = rows[0]['size'], rows[0]['pretrain_steps']
-    mha = [row for row in rows if row['method'] == MHA[0]]
+    mha = [row for row in rows if row['method'] == MHA.name]
     self.num_heads = mha[0]['num_kv_heads']
     self.base = min(mha, key=lambda row: row['uptrain_steps'])['validation_loss']
     heads = {row['num_kv_heads'] for row in rows} - {self.num_heads}
@@ -37,13 +37,10 @@ class Losses:
 
   def over_mha(self, method: Method, num_kv_heads: int, alpha: float) -> float | None:
     """Mean loss over that of MHA trained as long on the same data, seed by seed."""
-    values, mha = self.of(method, num_kv_heads, alpha), self.of_mha(alpha)
+    values = self.of(method, num_kv_heads, alpha)
+    mha = self.of(MHA, self.num_heads, alpha)
     pairs = [value - mha[seed] for seed, value in values.items() if seed in mha]
     return statistics.fmean(pairs) if pairs else None
-
-  def of_mha(self, alpha: float) -> dict[int, float]:
-    """Seed -> excess loss of MHA trained on: below 0 if it gains."""
-    return self.of(MHA, self.num_heads, alpha)
 
   def alphas(self, method: Method, num_kv_heads: int) -> list[float]:
     """When it was evaluated, in order."""

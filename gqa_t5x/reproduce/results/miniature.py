@@ -41,7 +41,7 @@ def write(output_dir: str) -> None:
     found.append(
       {
         **shared,
-        'method': model.method,
+        'method': model.method.name,
         'num_kv_heads': model.num_kv_heads,
         'uptrain_steps': plan.step(model.alpha) - plan.pretrain_steps,
         'validation_loss': loss,

@@ -1,6 +1,5 @@
 """Rows: what tools and runs measured, one JSON object each."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -12,14 +11,9 @@ Row = dict[str, Any]
 SOURCES = ('measured', 'compiled', 'analytic')
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-  dtype: str = 'float32'
-
-
 def measured(kind: str, command: str) -> Row:
   """Returns the keys of every row measured here: kind, source, device, versions, ..."""
-  return workload.common_keys(kind, command, _Setting())
+  return workload.common_keys(kind, command, {'dtype': 'float32'})
 
 
 def common(plan: Planner, kind: str, command: str) -> Row:

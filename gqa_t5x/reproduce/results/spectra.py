@@ -44,7 +44,6 @@ def rows(source: Any, statistics: Any, num_kv_heads: Sequence[int]) -> Iterator[
     for K in num_kv_heads:
       module = AttentionModule(
         path=path,
-        num_heads=architecture.num_heads,
         source_num_kv_heads=architecture.num_kv_heads[kind],
         num_kv_heads=K,
         head_dim=architecture.head_dim,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gqa_t5x import files
-from gqa_t5x.reproduce.experiments.models import PRETRAINED, Model
+from gqa_t5x.reproduce.experiments.models import MHA, Model
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
 from gqa_t5x.reproduce.results import events, rows, spectra, validation
@@ -50,14 +50,14 @@ def loss_rows(plan: Planner, models: Sequence[Model]) -> list[Row]:
     model: events.validation_losses(plan.path_of(model).parent, task, steps)
     for model in models
   }
-  (base, *_) = (found[start] for m, found in losses.items() if m.method == PRETRAINED)
+  (base, *_) = (found[start] for m, found in losses.items() if m.method == MHA)
   shared = _common(plan, 'conversion')
   return [
     {
       **shared,
-      'method': model.method,
-      'statistics': model.statistics,
-      'grouping': model.grouping,
+      'method': model.method.name,
+      'statistics': model.method.statistics,
+      'grouping': model.method.grouping,
       'num_kv_heads': model.num_kv_heads,
       'seed': model.seed,
       'uptrain_steps': step - start,

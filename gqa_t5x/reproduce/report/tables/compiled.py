@@ -46,7 +46,7 @@ def _table1(part: Part) -> None:
   rows = {
     model.label: {
       lengths: _row(part, model.size, model.num_kv_heads, lengths)
-      for lengths in compiled.LENGTHS
+      for lengths in paper.LENGTHS
     }
     for model in PAPER.models
   }
@@ -60,7 +60,7 @@ def _table1(part: Part) -> None:
     cells = [part.cells(row, [with_batch])[0] for row in by_lengths.values()]
     cells += [doc.number(times[label], 2, theirs), f'{theirs:.2f}', over_gqa]
     table.append([label, *cells, f'{theirs / paper.SECONDS_PER_SAMPLE[gqa]:.2f}'])
-  heads = [f'{i} to {o}: s/sample, batch' for i, o in compiled.LENGTHS]
+  heads = [f'{i} to {o}: s/sample, batch' for i, o in paper.LENGTHS]
   means = ['mean of the tasks', 'paper', 'over GQA-8', 'paper']
   doc.table(['model', *heads, *means], table)
 
@@ -131,9 +131,9 @@ def _uptraining(part: Part) -> None:
     'chip-days': chip_days,
   }
   table = []
-  for training in compiled.TRAININGS:
-    path = compiled.uptraining(part.plan.output_dir, training).result
+  for slice_name, (partitions, microbatches) in compiled.TRAININGS.items():
+    path = compiled.uptraining(part.plan.output_dir, slice_name).result
     cells = part.cells(part.found.row(path, KIND, fits=True), columns.values())
-    layout = f'{training.partitions} devices, {training.microbatches}'
-    table.append([training.slice_name, layout, *cells])
+    layout = f'{partitions} devices, {microbatches}'
+    table.append([slice_name, layout, *cells])
   part.doc.table(['slice', 'a model on, microbatches', *columns], table)

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from gqa_t5x.analysis.palette import BLUE, VERMILION
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import paper
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results.reader import Measured
 from gqa_t5x.reproduce.results.rows import Row
@@ -77,8 +76,8 @@ def add_figure(
   total = [rows[K]['seconds_per_sample'] for K in heads]
   decoder = [decoder_ms[K] / 1e3 for K in heads]
   series = [
-    Series('with the encoder', heads, total, BLUE, 'o', line=True),
-    Series('decoder alone', heads, decoder, VERMILION, 's', line=True),
+    figures.Series('with the encoder', heads, total, figures.BLUE, 'o', line=True),
+    figures.Series('decoder alone', heads, decoder, figures.VERMILION, 's', line=True),
   ]
   options = {'x_ticks': heads, 'log': 'x', 'from_zero': True}
   part.figure(name, caption, series, 'key/value heads', label, **options)

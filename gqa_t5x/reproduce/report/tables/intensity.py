@@ -1,8 +1,7 @@
 """Arithmetic intensity: why key/value heads matter."""
 
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import targets
-from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results.intensity import LENGTHS
 
@@ -21,7 +20,7 @@ def write(part: Part) -> None:
     label = f'{NAMES[row["num_kv_heads"]]}, batch {row["batch_size"]}'
     found.setdefault(label, []).append(row)
   series = [
-    Series(
+    figures.Series(
       label,
       [row['input_length'] for row in found[label]],
       [row['intensity'] for row in found[label]],

@@ -2,18 +2,17 @@
 
 from typing import Any
 
-from gqa_t5x.analysis.palette import BLUE, VERMILION
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments.models import MEAN, SVD, heads_label
-from gqa_t5x.reproduce.report import figures
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.report.tables.local_study import read_losses
 from gqa_t5x.reproduce.results.losses import Losses
 
 BARS = (
-  ('converted by mean', MEAN, 0.0, BLUE, ''),
-  ('by mean, uptrained 5%', MEAN, 0.05, BLUE, '///'),
-  ('converted by svd', SVD, 0.0, VERMILION, ''),
-  ('by svd, uptrained 5%', SVD, 0.05, VERMILION, '///'),
+  ('converted by mean', MEAN, 0.0, figures.BLUE, ''),
+  ('by mean, uptrained 5%', MEAN, 0.05, figures.BLUE, '///'),
+  ('converted by svd', SVD, 0.0, figures.VERMILION, ''),
+  ('by svd, uptrained 5%', SVD, 0.05, figures.VERMILION, '///'),
 )
 
 

@@ -3,11 +3,9 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from gqa_t5x.analysis import palette
+from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import paper, targets
 from gqa_t5x.reproduce.experiments.models import Model
-from gqa_t5x.reproduce.report import figures
-from gqa_t5x.reproduce.report.figures import Series
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.results import reader
 from gqa_t5x.reproduce.results.reader import Measured
@@ -29,8 +27,9 @@ def write(part: Part) -> None:
   }
   rows = []
   for model in scale.models:
-    if model.label in paper.TABLE1:
-      rows.append([model.label, 'paper', *_paper_cells(model.label)])
+    if theirs := paper.TABLE1.get(model.label):
+      seconds = f'{paper.SECONDS_PER_SAMPLE[model.label]:.2f}'
+      rows.append([model.label, 'paper', seconds, *map(str, theirs)])
     ours = _our_cells(part, model, scores[model], times[model])
     rows.append([model.label, 'ours', *ours])
   averaged = ['average'] if len(scale.tasks) > 1 else []
@@ -48,7 +47,7 @@ def write(part: Part) -> None:
 
 def titles(tasks: Sequence[str]) -> list[str]:
   """Returns what the paper calls tasks; those that it has not, by their own names."""
-  return [paper.TITLES.get(task, task) for task in tasks]
+  return [paper.TASKS.get(task, [task])[0] for task in tasks]
 
 
 def _time(part: Part, model: Model, task: str) -> Measured | None:
@@ -63,18 +62,12 @@ def _time(part: Part, model: Model, task: str) -> Measured | None:
   return None
 
 
-def _paper_cells(label: str) -> list[str]:
-  numbers = (paper.TABLE1_AVERAGE[label], *paper.TABLE1[label])
-  return [f'{paper.SECONDS_PER_SAMPLE[label]:.2f}', *map(str, numbers)]
-
-
 def _our_cells(
   part: Part, model: Model, scores: Sequence[Measured | None], time: Measured | None
 ) -> list[str]:
   doc = part.doc
-  theirs = paper.TABLE1.get(model.label, [None] * len(scores))
+  average, *theirs = paper.TABLE1.get(model.label, [None] * (1 + len(scores)))
   cells = [doc.number(x, 1, y) for x, y in zip(scores, theirs, strict=True)]
-  average = paper.TABLE1_AVERAGE.get(model.label)
   if len(scores) > 1:
     cells.insert(0, doc.number(reader.mean(scores), 1, average))
   digits = 2 if average else 4
@@ -83,7 +76,7 @@ def _our_cells(
 
 def _local_text(part: Part) -> str:
   timing = part.scale.timings[0]
-  steps = part.plan.value('finetune', 'FINETUNE_STEPS', part.scale.tasks[0])
+  steps = part.plan.value('finetune', 'FINETUNE_STEPS', *part.scale.tasks)
   return (
     'ROUGE-1 of the validation split of `pydocs_summarize` (the first line of a'
     f' docstring from its body), the best checkpoint of {steps} steps of fine-tuning.'
@@ -98,16 +91,16 @@ def _figure(part: Part, scores: Scores, times: Times) -> None:
   series = []
   for model, label in ((model, model.label) for model in part.scale.models):
     color, marker = figures.heads_style(label)
-    style = palette.PINK if model.size == 'large' else color, marker
+    style = figures.PINK if model.size == 'large' else color, marker
     if label in paper.TABLE1:
-      x, y = paper.SECONDS_PER_SAMPLE[label], paper.TABLE1_AVERAGE[label]
-      series.append(Series(f'{label}, paper', [x], [y], *style, hollow=True))
+      x, y = paper.SECONDS_PER_SAMPLE[label], paper.TABLE1[label][0]
+      series.append(figures.Series(f'{label}, paper', [x], [y], *style, hollow=True))
     average, time = reader.mean(scores[model]), times[model]
     if average and time:
       seeds = [s.spread for s in scores[model] if s.spread is not None]
       errors = [statistics.fmean(seeds)] if seeds else None
       x, y = [time.mean], [average.mean]
-      series.append(Series(f'{label}, ours', x, y, *style, errors=errors))
+      series.append(figures.Series(f'{label}, ours', x, y, *style, errors=errors))
   if not series:
     part.doc.text(f'Figure 3: {part.doc.not_run()}.')
   part.figure(

@@ -1,4 +1,4 @@
-"""What all figures of the reports share: marks, axes, files."""
+"""What all figures share: colours, marks, axes, files."""
 
 import contextlib
 import dataclasses
@@ -12,8 +12,12 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
 from gqa_t5x import files
-from gqa_t5x.analysis.palette import BLACK, BLUE, ORANGE, PINK, SKY, VERMILION
 
+# Okabe and Ito's colours, told apart by the colour-blind.
+BLUE, ORANGE, PINK, GREEN = '#0072B2', '#E69F00', '#CC79A7', '#009E73'
+VERMILION, SKY, BLACK = '#D55E00', '#56B4E9', '#000000'
+# In the order in which lines that stand for nothing in particular take them.
+LINES = (BLACK, BLUE, VERMILION, GREEN, ORANGE, PINK)
 # Heads, and methods of conversion -> colour, marker.
 HEADS = {'MHA': (BLACK, 'o'), 'GQA': (BLUE, 's'), 'MQA': (VERMILION, '^')}
 METHODS = {
