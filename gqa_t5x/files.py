@@ -25,13 +25,30 @@ def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
     The absolute path; an empty list stays one.
 
   Raises:
-    BadInput: if the path is an empty string.
+    BadInput: if the path is an empty string, or one that `check_name` refuses.
   """
   if path == '':
     raise BadInput('A path in the gin configuration is empty; give a folder.')
-  if not isinstance(path, str) or '://' in path:
+  if not isinstance(path, str):
     return path
-  return str(epath.Path(path).expanduser().absolute())
+  if '://' not in path:
+    path = str(epath.Path(path).expanduser().absolute())
+  check_name(path)
+  return path
+
+
+def check_name(path: epath.PathLike) -> None:
+  """Raises BadInput for an absolute path that Orbax takes for a pattern.
+
+  It looks for a checkpoint's parts by `glob`, of a path that is not escaped: in a
+  folder such as `run [v2]` it finds none, and what it saved is lost.
+  """
+  if found := sorted(set('[]*?') & set(os.fspath(path))):
+    raise BadInput(
+      f'{path} has {" and ".join(found)} in its name, which the library that saves'
+      ' checkpoints takes for a pattern: nothing would be found again. Choose another'
+      ' name.'
+    )
 
 
 @contextlib.contextmanager

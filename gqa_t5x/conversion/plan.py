@@ -194,7 +194,7 @@ def _module_unit(
       notes[path] = adafactor_moments.describe(old, new, rule)
 
   def compute():
-    kernels = {name: tensors[tree.TARGET + path].read() for name, path in paths.items()}
+    kernels = {name: _read(tensors, tree.TARGET + p) for name, p in paths.items()}
     kernels = {n: k.astype(_at_least_float32(k.dtype)) for n, k in kernels.items()}
     inputs = None
     if uses_inputs and statistics:
@@ -219,6 +219,18 @@ def _module_unit(
   return Unit(outputs, compute), notes
 
 
+def _read(tensors: Tensors, path: str) -> np.ndarray:
+  """Reads a tensor; BadInput if it has values that are not finite."""
+  array = tensors[path].read()
+  if not np.isfinite(array).all():
+    count = array.size - np.count_nonzero(np.isfinite(array))
+    raise BadInput(
+      f'{path} has {count:,} values that are not finite, of {array.size:,}: this'
+      ' checkpoint is of a run that diverged, or damaged; take an earlier one'
+    )
+  return array
+
+
 def _at_least_float32(dtype: np.dtype) -> np.dtype:
   """The dtype of a kernel that is changed: 16 bits would round a mean once more."""
   return np.promote_types(dtype, np.float32)
@@ -237,7 +249,7 @@ def _in_state(parameter: str, moments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
-  return Unit({path: tensor}, lambda: {path: tensor.read()})
+  return Unit({path: tensor}, lambda: {path: _read({path: tensor}, path)})
 
 
 def _read_source(tensors: Tensors) -> tree.Architecture:

@@ -47,6 +47,8 @@ def convert(request: Request) -> None:
   get_method(request.method)
   source, step, tensors = _open_source(request)
   output = request.output and _absolute(request.output)
+  if output:
+    files.check_name(output)
   target = _choose_output(source, output, step) if output else None
   statistics = request.statistics and str(_absolute(request.statistics))
   plan = plan_conversion(tensors, dataclasses.replace(request, statistics=statistics))

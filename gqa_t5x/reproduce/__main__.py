@@ -38,6 +38,7 @@ import pathlib
 import sys
 from typing import Any
 
+from gqa_t5x import files
 from gqa_t5x.command_line import Command
 from gqa_t5x.errors import BadInput
 from gqa_t5x.reproduce.experiments import plan, studies, targets
@@ -95,6 +96,7 @@ def define_command() -> Command:
 def act(args: Any, *words: str) -> int | None:
   """Does what the words say; returns the exit code, None for 0."""
   folder = args.output_dir or (MINIATURE_FOLDER if 'uptrain' in words else FOLDER)
+  files.absolute(folder)  # It refuses names in which no checkpoint would be found.
   if words in PARTS:
     return PARTS[words](folder, args.study)
   if words == ('report',):

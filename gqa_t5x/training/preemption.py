@@ -24,7 +24,10 @@ class Notice:
     if not jax.distributed.is_initialized():
       self.close = command_line.on_sigterm(self._received.set)
 
+  def received(self) -> bool:
+    """Returns whether SIGTERM has come; never with `jax.distributed`."""
+    return self._received.is_set()
+
   def reached(self, step: int) -> bool:
     """Returns whether to stop before the next step; all hosts ask before each."""
-    received = self._received.is_set()
-    return received or multihost_utils.reached_preemption_sync_point(step)
+    return self.received() or multihost_utils.reached_preemption_sync_point(step)

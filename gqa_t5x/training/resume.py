@@ -5,9 +5,10 @@ one before, and goes on with the data where it was. The gin files give `get_data
 `t5x.train`, which calls it first.
 """
 
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import clu.data
@@ -22,9 +23,11 @@ from t5x import utils
 
 import gin
 from gqa_t5x import files
-from gqa_t5x.checkpoints import config, folders
+from gqa_t5x.checkpoints import config, folders, tree
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import restore, run_lock
+
+SETTINGS = 'gqa_t5x_settings.json'  # What the contents of a folder were made with.
 
 
 def get_dataset(
@@ -57,9 +60,32 @@ def get_dataset(
   if latest is not None:
     restore.check_fits(latest, model)
   if not jax.process_index():
+    _check_data(folder, cfg, go_on=save_dataset and latest is not None)
     config.write(folder, restore.config_of(model))
   dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
   return Batches(dataset, folder) if save_dataset else dataset
+
+
+def _check_data(folder: epath.Path, cfg: utils.DatasetConfig, go_on: bool) -> None:
+  """Keeps the settings that a position in the data depends on, and holds runs to them.
+
+  Raises:
+    BadInput: a run goes on with other ones.
+  """
+  settings = {
+    'BATCH_SIZE': str(cfg.batch_size),
+    'MIXTURE_OR_TASK_NAME': str(cfg.mixture_or_task_name),
+    'TASK_FEATURE_LENGTHS': str(dict(cfg.task_feature_lengths)),
+    'hosts': str(jax.process_count()),
+  }
+  if go_on:
+    try:
+      _check_settings(folder, settings, needed=False)
+    except BadInput as error:
+      raise BadInput(
+        f'{error} Or --gin.SAVE_DATASET=False: the data then begins anew.'
+      ) from error
+  files.write_json(folder / SETTINGS, settings)
 
 
 def claim(folder: epath.Path, macro: str = 'MODEL_DIR') -> None:
@@ -80,14 +106,11 @@ def claim(folder: epath.Path, macro: str = 'MODEL_DIR') -> None:
     ) from error
 
 
-SETTINGS = 'gqa_t5x_settings.gin'  # Next to predictions: what they were made with.
-
-
 def inference_folder(path: str) -> str:
   """Makes the folder of a run of inference, and keeps other runs out of it.
 
   A run goes on with the parts that another one left, so that both must be the same:
-  gin's configuration, all of it, is kept in a file of the folder.
+  gin's configuration, all of it, is kept in the folder.
 
   Args:
     path: of the folder, local or gs://.
@@ -101,38 +124,44 @@ def inference_folder(path: str) -> str:
   """
   folder = epath.Path(files.absolute(path))
   claim(folder, 'INFER_OUTPUT_DIR')
+  lines = gin.config_str(max_line_length=10**6).splitlines()
+  settings = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
+  settings.pop('INFER_OUTPUT_DIR', None)
   if jax.process_index() == 0:
-    now = gin.config_str(max_line_length=10**6)
-    file = folder / SETTINGS
-    if file.exists():
-      _check_settings(folder, file.read_text(), now)
-    elif there := sorted(x.name for x in folder.glob('*.jsonl*')):
-      raise BadInput(
-        f'{folder} has predictions ({there[0]}) of unknown settings; give another'
-        ' INFER_OUTPUT_DIR, or remove them.'
-      )
-    files.write_text(file, now)
+    names = (path.name for path in folder.iterdir())
+    _check_settings(folder, settings, any('.jsonl' in name for name in names))
+    files.write_json(folder / SETTINGS, settings)
   return str(folder)
 
 
-def _check_settings(folder: epath.Path, before: str, now: str) -> None:
-  old, new = _bindings(before), _bindings(now)
+def _check_settings(folder: epath.Path, now: Mapping[str, str], needed: bool) -> None:
+  """Raises BadInput if what is in a folder was made with other settings.
+
+  Args:
+    now: name -> value.
+    needed: whether settings must be known.
+  """
+  file = folder / SETTINGS
+  if not file.exists():
+    if needed:
+      raise BadInput(
+        f'{folder} has results of unknown settings; choose another folder.'
+      )
+    return
+  try:
+    before = dict(json.loads(file.read_text()))
+  except (ValueError, TypeError) as error:
+    raise BadInput(f'{file} is truncated or damaged: {error}') from error
   changes = [
-    f'{name} was {old.get(name, "not set")}, is {new.get(name, "not set")}'
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
+    f'{name} was {before.get(name, "not set")}, is {now.get(name, "not set")}'
+    for name in sorted(before.keys() | now.keys())
+    if before.get(name) != now.get(name)
   ]
   if changes:
     raise BadInput(
-      f'{folder} has predictions of other settings: {"; ".join(changes[:5])}. Give'
-      ' another INFER_OUTPUT_DIR, or the same settings to go on.'
+      f'{folder} has results of other settings: {"; ".join(changes[:5])}. Give the same'
+      ' settings to go on, or another folder.'
     )
-
-
-def _bindings(text: str) -> dict[str, str]:
-  """Name -> value, as gin writes them; without the folder itself, by whatever path."""
-  lines = (line.partition(' = ') for line in text.splitlines() if ' = ' in line)
-  return {name: value for name, _, value in lines if name != 'INFER_OUTPUT_DIR'}
 
 
 def latest_readable(folder: epath.Path) -> epath.Path | None:
@@ -167,7 +196,9 @@ def _damage(path: epath.Path) -> str | None:
     tensors = folders.open_checkpoint(path)
     for i, name in enumerate(sorted(tensors)):
       if i % jax.process_count() == jax.process_index():
-        tensors[name].read()
+        array = tensors[name].read()
+        if name.startswith(tree.TARGET) and not np.isfinite(array).all():
+          raise BadInput(f'{name} has values that are not finite')
     _read_position(path)
   except (BadInput, OSError) as error:
     problem = ' '.join(str(error).split())

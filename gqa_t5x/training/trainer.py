@@ -9,10 +9,11 @@ machine is taken away (preemption.py), and ends when another run has taken its f
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
@@ -27,6 +28,10 @@ from gqa_t5x.training import loss_watch, models, preemption, run_lock
 _INTERVAL = (
   {} if sys.stderr.isatty() or 'TQDM_MININTERVAL' in os.environ else {'mininterval': 10}
 )
+
+
+class _EndOfEvaluation(Exception):
+  """SIGTERM came."""
 
 
 class Trainer(trainer.Trainer):
@@ -62,7 +67,7 @@ class Trainer(trainer.Trainer):
     )
     self._total_steps, self._model_dir = total_steps, summary_dir
     self._bar, self._newest = None, None
-    self._notice, self._saves = preemption.Notice(), bool(save_period)
+    self._notice, self._save_period = preemption.Notice(), save_period
     self._loss_normalizing_factor = loss_normalizing_factor
     self._watch = loss_watch.Watch()
     self._found = dict.fromkeys(loss_watch.SCALARS, 0)
@@ -76,6 +81,7 @@ class Trainer(trainer.Trainer):
       SystemExit: the same, if this step is saved already.
       InUse: another run has taken the folder; nothing more is saved.
       OSError: the next checkpoint would not fit on the disk.
+      BadInput: parameters are not finite any more; they are not saved.
     """
     self._check_room()
     if start_step is None:
@@ -88,11 +94,30 @@ class Trainer(trainer.Trainer):
       if self._newest is not None:  # T5X sets train_state after the last step alone.
         self.train_state = self._newest
       raise
+    self._check_finite(start_step + num_steps)
     if not jax.process_index() and not isinstance(self._loss_normalizing_factor, str):
       # In the thread that wrote the metrics: training does not wait for them.
       step = start_step + num_steps
       summary.add_done_callback(lambda done: self._look(step, done))
     return summary
+
+  def eval(self, batch_iters: Mapping[str, Iterator[Any]]) -> Any:
+    """Evaluates; see T5X's method.
+
+    On one host SIGTERM ends an evaluation before its next batch, without numbers: the
+    next step of training then saves, and stops.
+    """
+
+    def until_preempted(batches):
+      for batch in batches:
+        if self._notice.received():
+          raise _EndOfEvaluation
+        yield batch
+
+    try:
+      return super().eval({n: until_preempted(x) for n, x in batch_iters.items()})
+    except _EndOfEvaluation:
+      return {}
 
   def compile_train(self, batch: Any) -> None:
     """Compiles the training step, and has it remember its result; see T5X's method."""
@@ -106,7 +131,7 @@ class Trainer(trainer.Trainer):
     self._compiled_train_step = remembered
 
   def _check_room(self) -> None:
-    if not self._saves or jax.process_index() or '://' in self._model_dir:
+    if not self._save_period or jax.process_index() or '://' in self._model_dir:
       return
     needed = sum(x.nbytes for x in jax.tree.leaves(self.train_state))
     free = shutil.disk_usage(self._model_dir).free
@@ -115,6 +140,26 @@ class Trainer(trainer.Trainer):
         f'MODEL_DIR={self._model_dir} has no room for a checkpoint: {needed:,} bytes'
         f' are needed, {free:,} are free. Free some, or keep fewer (KEEP_CHECKPOINTS);'
         ' then run the same command again.'
+      )
+
+  def _check_finite(self, step: int) -> None:
+    """Raises BadInput if parameters that are to be saved are not finite."""
+    if not self._save_period or (
+      step % self._save_period and step != self._total_steps
+    ):
+      return
+    bad = [
+      jax.tree_util.keystr(path, simple=True, separator='/')
+      for path, is_finite in jax.tree_util.tree_leaves_with_path(
+        _finite(self.train_state.params)
+      )
+      if not is_finite
+    ]
+    if bad:
+      raise BadInput(
+        f'{len(bad)} parameters are not finite at step {step}, {bad[0]} among them: the'
+        ' run has diverged, and they are not saved. Start again from the checkpoint'
+        ' before, or with a smaller learning rate or a longer warm-up.'
       )
 
   def _begin_bar(self, start_step: int) -> None:
@@ -173,6 +218,11 @@ class Trainer(trainer.Trainer):
     if self._bar is not None:
       self._bar.close()
     super().close()
+
+
+@jax.jit
+def _finite(params: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
 def _check_train_state(model: Any, train_state: Any, total_steps: int | None) -> None:
