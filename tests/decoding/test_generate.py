@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gqa_t5x.analysis.costs import formulas
-from gqa_t5x.decoding import generate, sampling
+from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.model import network
 from helpers import model_oracle as oracle
 
@@ -261,3 +261,45 @@ def test_no_room_for_a_token():
   args = module, {}, np.ones((1, 2)), np.zeros((1, 0)), sampling.greedy
   with pytest.raises(ValueError, match=r'of shape \(1, 0\) leave no token to decode'):
     generate.generate(*args, eos_id=1)
+
+
+DECODE_FNS = (sampling.greedy, sampling.temperature_sample, beam_search.beam_search)
+
+
+@pytest.mark.parametrize('decode_fn', DECODE_FNS)
+def test_the_first_token_of_a_prompt_is_read_first(decode_fn):
+  """Each row begins with another one; greedy results are those of whole passes."""
+  cfg, batch = oracle.config(2), oracle.batch()
+  params, inputs = oracle.params(cfg), batch['encoder_input_tokens']
+  starts = np.array([0, 5, 9, 5])
+  prompts = np.zeros((B, T), np.int32)
+  prompts[:, 0] = starts
+  decode = functools.partial(decode_fn, num_decodes=1)
+  run = functools.partial(generate.generate, network.Transformer(cfg), eos_id=-1)
+  run = oracle.jit(functools.partial(run, decode_fn=decode))
+  tokens, _ = run(params, inputs, prompts)
+  read = np.concatenate([starts[:, None], tokens[:, 0]], axis=1)
+  whole = {'encoder_input_tokens': inputs, 'decoder_input_tokens': read[:, :-1]}
+  whole['decoder_target_tokens'] = np.ones_like(read[:, :-1])
+  logits = np.asarray(oracle.forward(cfg)(params, whole))
+  np.testing.assert_array_equal(read[:, 1:], logits.argmax(-1))
+
+
+@pytest.mark.parametrize('decode_fn', DECODE_FNS)
+def test_no_input_has_no_result(decode_fn):
+  module = network.Transformer(oracle.config(2))
+  params = oracle.params(oracle.config(2))
+  nothing = np.zeros((0, 5), np.int32), np.zeros((0, T), np.int32)
+  tokens, scores = generate.generate(
+    module, params, *nothing, decode_fn, eos_id=1, num_decodes=1
+  )
+  assert (tokens.shape, tokens.dtype) == ((0, 1, T), jnp.int32)
+  assert (scores.shape, scores.dtype) == ((0, 1), jnp.float32)
+
+
+@pytest.mark.parametrize('temperature', [-1, -0.5, float('nan')])
+def test_a_temperature_below_zero(temperature):
+  with pytest.raises(ValueError, match=r'temperature=.* must be 0 \(greedy\) or more'):
+    sampling.temperature_sample(
+      jnp.zeros((1, 2), jnp.int32), {}, None, 1, temperature=temperature
+    )

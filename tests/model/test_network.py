@@ -199,3 +199,31 @@ def test_parameter_counts():
 def test_bad_configs(make, message):
   with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
     make()
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'message'),
+  [
+    ('num_kv_heads', 0, 'num_heads=8 is not divisible by num_kv_heads=0'),
+    ('encoder_num_kv_heads', 0, 'num_heads=8 is not divisible by num_kv_heads=0'),
+    ('cross_attention_num_kv_heads', -2, 'num_heads=8 is not divisible by'),
+    ('num_decoder_layers', 0, 'num_decoder_layers=0 must be at least 1'),
+    ('vocab_size', -5, 'vocab_size=-5 must be at least 1'),
+    ('relpos_num_buckets', 2, 'relpos_num_buckets=2 must be at least 4'),
+    ('relpos_max_distance', 16, 'below twice relpos_max_distance=16'),
+  ],
+)
+def test_numbers_that_make_no_sense(name, value, message):
+  with pytest.raises(ValueError, match=message):
+    network.config('tiny', **{name: value})
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_padding_is_finite_in_narrow_dtypes(dtype):
+  """Padding attends to nothing: all of its logits are masked."""
+  cfg, batch = oracle.config(2, dtype=dtype), oracle.batch()
+  logits = oracle.forward(cfg)(oracle.params(cfg), batch)
+  expected = oracle.forward(oracle.config(2))(oracle.params(cfg), batch)
+  assert np.isfinite(logits).all()
+  real = batch['decoder_target_tokens'] > 0
+  np.testing.assert_allclose(logits[real], expected[real], atol=0.3)
