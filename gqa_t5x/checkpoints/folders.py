@@ -68,7 +68,8 @@ def find_checkpoint(path: epath.Path) -> epath.Path:
 
 def _of_hub(path: epath.Path) -> str:
   """What to add for `google/flan-t5-small`, a name of the Hugging Face hub."""
-  if '://' in str(path) or path.parent.exists():
+  here = '://' not in str(path) and path.absolute().parent.parent == epath.Path.cwd()
+  if not here or path.parent.exists():
     return ''
   name = f'{path.parent.name}/{path.name}'
   return (
