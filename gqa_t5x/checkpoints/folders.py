@@ -8,6 +8,7 @@ Either way the result is path -> LazyTensor: nothing is read but names and shape
 Paths are local or gs:// (pytorch_model.bin: local).
 """
 
+import pathlib
 import re
 from typing import Any
 
@@ -68,7 +69,7 @@ def find_checkpoint(path: epath.Path) -> epath.Path:
 
 def _of_hub(path: epath.Path) -> str:
   """What to add for `google/flan-t5-small`, a name of the Hugging Face hub."""
-  here = '://' not in str(path) and path.absolute().parent.parent == epath.Path.cwd()
+  here = '://' not in str(path) and path.absolute().parent.parent == pathlib.Path.cwd()
   if not here or path.parent.exists():
     return ''
   name = f'{path.parent.name}/{path.name}'
