@@ -12,6 +12,7 @@ from etils import epath
 from gqa_t5x.errors import BadInput
 
 _TEMPORARY = '.tmp-'
+_POINTER = b'version https://git-lfs'
 
 
 def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
@@ -86,6 +87,15 @@ def write_text(path: epath.PathLike, text: str) -> None:
 def write_json(path: epath.PathLike, value: Any) -> None:
   """Writes a JSON file, local or gs://, whole or not at all."""
   write_text(path, json.dumps(value, indent=1) + '\n')
+
+
+def refuse_pointer(path: epath.Path) -> None:
+  """Raises BadInput if a file is what Git LFS leaves in the place of a large one."""
+  with path.open('rb') as file:
+    if file.read(len(_POINTER)) == _POINTER:
+      raise BadInput(
+        f'{path} is a pointer of Git LFS, not the file; get that: git lfs pull'
+      )
 
 
 def check_folders_of(*paths: str | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from gqa_t5x import files
 from gqa_t5x.checkpoints import config, huggingface, t5x_layouts, tree
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
@@ -81,8 +82,8 @@ def _of_hub(path: epath.Path) -> str:
 
 def _what_is_there(path: epath.Path) -> str:
   """Names the weights that have another name; or why there may be none."""
-  files = [path] if path.is_file() else path.iterdir() if path.is_dir() else ()
-  weights = sorted(f.name for f in files if f.suffix in ('.safetensors', '.bin', '.pt'))
+  there = [path] if path.is_file() else path.iterdir() if path.is_dir() else ()
+  weights = sorted(f.name for f in there if f.suffix in ('.safetensors', '.bin', '.pt'))
   if not weights:
     return 'it may be only partly copied'
   return (
@@ -123,9 +124,9 @@ def read_config(path: epath.Path) -> ModelConfig:
 def dataset_state(path: epath.Path) -> list[str]:
   """Names of the data pipeline's saved state in a checkpoint folder, if any."""
   there = [folder for folder in (path, path / 'dataset') if folder.is_dir()]
-  files = [file for folder in there for file in folder.iterdir()]
+  found = [file for folder in there for file in folder.iterdir()]
   return sorted(
-    str(file.relative_to(path)) for file in files if file.name.startswith('train_ds')
+    str(file.relative_to(path)) for file in found if file.name.startswith('train_ds')
   )
 
 
@@ -144,6 +145,7 @@ def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
       f'{path / STATE} has neither {METADATA} nor {MSGPACK}: the checkpoint is only'
       ' partly written or copied'
     )
+  files.refuse_pointer(file)
   if file.name in (MSGPACK, METADATA):
     return t5x_layouts.open_tree(file)
   return huggingface.open_folder(file)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from gqa_t5x import files
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.safetensors import dtype_of, read_index
@@ -42,7 +43,6 @@ _EMBEDDING, _LOGITS = 'shared.weight', 'lm_head.weight'
 # Copies of the embedding; and a bias that old checkpoints keep, but no model uses.
 _EMBEDDING_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 _UNUSED = ('decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',)
-_POINTER = b'version https://git-lfs'
 # Values of config.json that decide what is computed -> those that are computed here.
 # `gelu_new` is the tanh approximation, T5X's `gelu`.
 _WANTED = {
@@ -305,11 +305,7 @@ def _open_weights(file: epath.Path) -> dict[str, LazyTensor]:
   read = _open_torch if file.name.startswith('pytorch') else read_index
 
   def opener(file: epath.Path) -> dict[str, LazyTensor]:
-    with file.open('rb') as handle:
-      if handle.read(len(_POINTER)) == _POINTER:
-        raise BadInput(
-          f'{file} is a pointer of Git LFS, not the weights; get them: git lfs pull'
-        )
+    files.refuse_pointer(file)
     return read(file)
 
   if file.suffix != '.json':

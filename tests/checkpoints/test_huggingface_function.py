@@ -194,6 +194,14 @@ def test_a_pointer_of_git_lfs(name, tmp_path):
   assert f'{name} is a pointer of Git LFS' in by_hand.refused(folder)
 
 
+@pytest.mark.parametrize('name', ['checkpoint', 'state/_METADATA'])
+def test_a_pointer_in_the_place_of_t5xs_files(name, tmp_path):
+  file = tmp_path / 'checkpoint_7' / name
+  file.parent.mkdir(parents=True)
+  file.write_text('version https://git-lfs.github.com/spec/v1\n')
+  assert f'{name} is a pointer of Git LFS' in by_hand.refused(tmp_path)
+
+
 def test_a_link_into_the_cache_of_the_hub(tmp_path):
   folder = by_hand.write(tmp_path / 'blobs')
   snapshot = tmp_path / 'snapshots' / 'x'
