@@ -52,7 +52,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -132,9 +131,9 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   if name not in LISTS:
     raise BadInput(f'say what to measure: {", ".join(LISTS)}; not {name!r}.')
   png = getattr(args, 'png', None)
+  files.check_outputs(args.json, png)
   if png:
-    table_and_figure.check_matplotlib()
-  files.check_folders_of(args.json, png)
+    table_and_figure.check_figure(png)
   module = _module(name)
   measure = functools.partial(module.measure, command=_command(name, args))
   if name == 'convert':
@@ -148,13 +147,16 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   for setting in chosen:
     setting.check()
   rows = []
+  keeps = args.json and not files.is_stream(args.json)
   measured = measure(chosen, args.repeats)
   for row in table_and_figure.progress(measured, len(chosen)):
     rows.append(row)
-    if args.json:  # What was measured is not lost if the rest is stopped.
-      epath.Path(args.json + PARTIAL).write_text(json.dumps(rows, indent=1))
+    if keeps:  # What was measured is not lost if the rest is stopped.
+      files.write_json(args.json + PARTIAL, rows)
   if args.json:
-    epath.Path(args.json + PARTIAL).replace(args.json)
+    files.write_json(args.json, rows)
+  if keeps:
+    epath.Path(args.json + PARTIAL).unlink()
   table_and_figure.print_table(rows, module.COLUMNS)
   if png:
     table_and_figure.draw(rows, pathlib.Path(png))

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import gin
 import gqa_t5x
+from gqa_t5x import files
 from gqa_t5x.command_line import Command
 from gqa_t5x.conversion import input_statistics, input_sums
 from gqa_t5x.errors import BadInput
@@ -69,6 +70,7 @@ def calibrate(
   target = epath.Path(output)
   if target.exists():
     raise BadInput(f'{target} exists already; choose another OUTPUT')
+  files.check_outputs(output, make_folders=True)
   if num_sequences < 1:
     raise BadInput(f'NUM_SEQUENCES={num_sequences} must be at least 1')
   sum_inputs = input_sums.sum_inputs

@@ -109,7 +109,7 @@ def run(args: flags.FlagValues, given: Sequence[str]) -> int:
 
   `given` are the arguments as they were typed.
   """
-  files.check_folders_of(args.json, args.hlo)
+  files.check_outputs(args.json, args.hlo)
   row, text = _compile(args)
   words = [word for word in given if not word.startswith(('--json', '--hlo'))]
   row['command'] = ' '.join(['python -m gqa_t5x.tpu_compile', *words])

@@ -64,6 +64,7 @@ def write(
   path = epath.Path(files.absolute(output))
   if path.exists():
     raise BadInput(f'{path} exists already; choose another --output')
+  files.check_outputs(str(path), make_folders=True)
   benchmarks.task(TASK, data_dir=data_dir)
   model = train(sentences(), num_pieces)
   with files.whole(path) as temporary:

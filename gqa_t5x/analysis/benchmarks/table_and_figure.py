@@ -67,14 +67,18 @@ def _cell(row: dict[str, Any], key: str) -> str:
   return f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'
 
 
-def check_matplotlib() -> None:
-  """Raises BadInput if figures cannot be drawn."""
+def check_figure(path: str) -> None:
+  """Raises BadInput if a figure cannot be drawn, or not to a file of this suffix."""
   try:
-    import matplotlib  # noqa: F401
+    from matplotlib import backend_bases
   except ImportError as error:
     raise BadInput(
       '--png needs matplotlib, which is not installed; pip install matplotlib.'
     ) from error
+  suffix = pathlib.Path(path).suffix.lower().removeprefix('.')
+  known = backend_bases.FigureCanvasBase.filetypes
+  if suffix and suffix not in known:
+    raise BadInput(f'{path}: choose one of the suffixes {", ".join(known)}.')
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
