@@ -67,6 +67,7 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.model import sizes
 
 FILL = 'fill'  # --batch_size of as many as fit
+MOST = 2**31 - 1  # Positions and tokens are counted in 32 bits.
 PARTIAL = '.partial'  # the file of --json while it grows
 WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression': ()}
 
@@ -234,8 +235,10 @@ def _default_heads(name: str, size: str) -> list[int]:
 
 
 def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
-  if not words:
+  if words is None:
     return []
+  if not words:
+    raise BadInput(f'{flag} is empty; give a value, or leave the flag out.')
   if known := WORDS.get(flag):
     for word in words:
       if word not in known:
@@ -244,9 +247,12 @@ def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
     return list(words)
   can_fill = name == 'decode' and flag == 'batch_size'
   try:
-    return [FILL if word == FILL and can_fill else int(word) for word in words]
+    found = [FILL if word == FILL and can_fill else int(word) for word in words]
   except ValueError as error:
     raise BadInput(f'{flag}={",".join(words)} must be whole numbers.') from error
+  if any(number != FILL and number > MOST for number in found):
+    raise BadInput(f'{flag} must be at most {MOST}.')
+  return found
 
 
 def main(argv: Sequence[str]) -> int:

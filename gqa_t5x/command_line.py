@@ -89,6 +89,8 @@ class Command:
       or SIGTERM.
     """
     args = self.values
+    with contextlib.suppress(AttributeError):  # A terminal may know ASCII alone.
+      sys.stdout.reconfigure(errors='backslashreplace')
     try:
       words = args(list(self.rewrite(argv)))[1:]
       logging.set_verbosity(args.verbosity)

@@ -146,7 +146,7 @@ def run_miniature(output_dir: str, jobs: int | None) -> int:
   folder = pathlib.Path(output_dir)
   code = stages.run(studies.make_plan(MINIATURE, output_dir).stages, folder, jobs)
   if not code:
-    print((folder / 'report.md').read_text())
+    print((folder / 'report.md').read_text('utf-8'))
     print(f'Report: {folder}/report.md')
     print(f'TensorBoard: tensorboard --logdir={folder}')
   return code
