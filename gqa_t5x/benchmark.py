@@ -60,14 +60,13 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from gqa_t5x import command_line, files
+from gqa_t5x import command_line, files, quiet
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import table_and_figure
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import sizes
 
 FILL = 'fill'  # --batch_size of as many as fit
-MOST = 2**31 - 1  # Positions and tokens are counted in 32 bits.
 PARTIAL = '.partial'  # the file of --json while it grows
 WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression': ()}
 
@@ -135,6 +134,7 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   files.check_outputs(args.json, png)
   if png:
     table_and_figure.check_figure(png)
+  quiet.find_devices()
   module = _module(name)
   measure = functools.partial(module.measure, command=_command(name, args))
   if name == 'convert':
@@ -177,6 +177,7 @@ def _module(name: str) -> Any:
 def _t5x(name: str) -> Any:
   """Returns what `measure` of decode or train takes as the baseline."""
   try:
+    quiet.import_tensorflow()
     from gqa_t5x.training import t5x_baseline
   except ImportError as error:
     raise BadInput(
@@ -250,8 +251,8 @@ def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
     found = [FILL if word == FILL and can_fill else int(word) for word in words]
   except ValueError as error:
     raise BadInput(f'{flag}={",".join(words)} must be whole numbers.') from error
-  if any(number != FILL and number > MOST for number in found):
-    raise BadInput(f'{flag} must be at most {MOST}.')
+  if any(number != FILL and number > command_line.MOST for number in found):
+    raise BadInput(f'{flag} must be at most {command_line.MOST}.')
   return found
 
 

@@ -24,6 +24,9 @@ from gqa_t5x.errors import BadInput
 _BUCKETS = ('tensorflow.', 'gcsfs.', 'google.')
 
 
+MOST = 2**31 - 1  # Of numbers that count something; arrays have no more positions.
+
+
 class Terminated(KeyboardInterrupt):
   """SIGTERM, raised where the program is, so that it cleans up as after Ctrl-C."""
 
@@ -61,6 +64,12 @@ class Command:
   ) -> None:
     """Defines a flag that is a whole number, of at least `least`."""
     flags.DEFINE_integer(name, default, text, least, **self._define)
+    flags.register_validator(
+      name,
+      lambda value: value is None or value <= MOST,
+      f'must be at most {MOST}.',
+      self.values,
+    )
 
   def choice(self, name: str, default: str | None, known: Any, text: str) -> None:
     """Defines a flag that is one of the words `known`."""

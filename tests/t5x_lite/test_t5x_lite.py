@@ -17,9 +17,18 @@ from t5x import (  # noqa: E402
   utils,
 )
 
-from helpers import toy  # noqa: E402
+from helpers import commands, toy  # noqa: E402
 
 RNG = np.random.default_rng(0)
+PARSE = 'from t5x import gin_utils; gin_utils.run_command(print)'
+
+
+@pytest.mark.parametrize(
+  ('words', 'code'), [(['--help'], 0), (['-h'], 0), (['--nosuch'], 1), (['--gin.X'], 1)]
+)
+def test_exit_codes(words, code):
+  done = commands.run(commands.ROOT, '-c', PARSE, *words)
+  assert done.returncode == code, done.stdout
 
 
 # --- Adafactor ----------------------------------------------------------------
