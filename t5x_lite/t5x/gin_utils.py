@@ -12,6 +12,7 @@ from absl import app, flags, logging
 
 import gin
 from gqa_t5x import quiet
+from gqa_t5x.training import gin_command
 
 
 def parse_gin_flags(
@@ -20,6 +21,7 @@ def parse_gin_flags(
   """Parses gin files, then bindings (`NAME = VALUE`), and locks the configuration."""
   for path in gin_search_paths:
     gin.add_config_file_search_path(path)
+  gin_command.check_bindings(gin_bindings)
   gin.parse_config_files_and_bindings(gin_files, gin_bindings)
   logging.info('Gin configuration:\n%s', gin.config_str())
 
