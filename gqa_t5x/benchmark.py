@@ -236,10 +236,8 @@ def _default_heads(name: str, size: str) -> list[int]:
 
 
 def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
-  if words is None:
-    return []
   if not words:
-    raise BadInput(f'{flag} is empty; give a value, or leave the flag out.')
+    return []
   if known := WORDS.get(flag):
     for word in words:
       if word not in known:

@@ -108,6 +108,11 @@ class Command:
         return 0
       if len(words) > self._max_words:
         raise BadInput(f'unexpected argument {words[self._max_words]!r}; see --help')
+      for name in args:  # An empty text is no flag that is left out.
+        if args[name].present and args[name].value in ('', []):
+          raise BadInput(
+            f'--{name} is missing its value; give one, or leave the flag out.'
+          )
       with sigterm_raises():
         return act(args, *words) or 0
     except KeyboardInterrupt as error:

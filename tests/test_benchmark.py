@@ -97,12 +97,12 @@ def test_all_combinations_with_t5x():
       'input_length=-2 must be at least 1.',
     ),
     (['decode', '--num_beams=' + 400 * '9'], 'num_beams must be at most 2147483647.'),
-    (['train', '--target_length='], 'target_length is empty; give a value, or leave'),
-    (['decode', '--num_kv_heads='], 'num_kv_heads is empty; give a value, or leave'),
+    (['train', '--target_length='], '--target_length is missing its value; give one'),
+    (['decode', '--num_kv_heads='], '--num_kv_heads is missing its value; give one'),
     (['decode', '--batch_size=1000000'], 'needs 42598.1 GB, and '),
     (['decode', '--json=/no/such/rows.json'], '/no/such/rows.json: there is no such'),
     (['decode', '--json=/'], "'/' is a folder; name a file."),
-    (['decode', '--png=', '--size=tiny'], "'' is empty; name a file."),
+    (['decode', '--png=', '--size=tiny'], '--png is missing its value; give one'),
     (['decode', '--png=x.txt'], 'x.txt: choose one of the suffixes '),
     (['decode', '--repeats=3'], 'flag --repeats=3'),
     (['dance'], "say what to measure: decode, train, convert; not 'dance'."),
@@ -173,6 +173,9 @@ def test_a_batch_that_fills_the_memory(monkeypatch):
   (found,) = chosen('decode', '--size=tiny', '--num_kv_heads=1', '--batch_size=fill')
   with pytest.raises(BadInput, match=r'batch 8, .* needs .* GB, and 0\.0 GB are free'):
     found.check()
+  monkeypatch.setattr(timing, 'free_bytes', lambda: None)
+  with pytest.raises(BadInput, match=r'batch_size=fill: .* unknown'):
+    chosen('decode', '--size=tiny', '--num_kv_heads=1', '--batch_size=fill')
 
 
 def test_slopes(monkeypatch):

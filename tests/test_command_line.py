@@ -77,3 +77,17 @@ def test_numbers_are_not_too_large(number, capsys):
   assert command.run(['x', f'--jobs={number}'], lambda args: 0) == 1
   said = capsys.readouterr().err
   assert said.endswith(f'--jobs={number}: must be at most 2147483647.\n')
+
+
+def test_what_is_empty_is_not_what_is_left_out(capsys):
+  command = Command('x', 'x')
+  command.text('statistics', None, 'A file.')
+  command.words('sizes', 'base', 'Names.')
+  command.texts('more', [], 'Names.')
+  assert command.run(['x'], lambda args: 0) == 0
+  for name in ('statistics', 'sizes'):
+    assert command.run(['x', f'--{name}='], lambda args: 0) == 1
+    said = f'error: --{name} is missing its value; give one, or leave the flag out.\n'
+    assert capsys.readouterr().err == said
+    command.values.unparse_flags()
+    command.values[name].present = 0

@@ -62,7 +62,12 @@ class Setting(DecodeSetting):
   def filled(self) -> 'Setting':
     """Returns the setting with the largest batch that fits, a multiple of 8."""
     self._check_output_length()
-    room = FILLED_SHARE * (timing.free_bytes() or 0)
+    free = timing.free_bytes()
+    if free is None:
+      raise BadInput(
+        'batch_size=fill: how much memory is free is unknown here; give a number.'
+      )
+    room = FILLED_SHARE * free
 
     def eights(n):
       return dataclasses.replace(self, batch_size=8 * n)
