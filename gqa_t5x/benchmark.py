@@ -52,7 +52,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -61,7 +60,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from gqa_t5x import command_line, files
+from gqa_t5x import command_line, files, quiet
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import table_and_figure
 from gqa_t5x.errors import BadInput
@@ -132,9 +131,10 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   if name not in LISTS:
     raise BadInput(f'say what to measure: {", ".join(LISTS)}; not {name!r}.')
   png = getattr(args, 'png', None)
+  files.check_outputs(args.json, png)
   if png:
-    table_and_figure.check_matplotlib()
-  files.check_folders_of(args.json, png)
+    table_and_figure.check_figure(png)
+  quiet.find_devices()
   module = _module(name)
   measure = functools.partial(module.measure, command=_command(name, args))
   if name == 'convert':
@@ -148,13 +148,16 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   for setting in chosen:
     setting.check()
   rows = []
+  keeps = args.json and not files.is_stream(args.json)
   measured = measure(chosen, args.repeats)
   for row in table_and_figure.progress(measured, len(chosen)):
     rows.append(row)
-    if args.json:  # What was measured is not lost if the rest is stopped.
-      epath.Path(args.json + PARTIAL).write_text(json.dumps(rows, indent=1))
+    if keeps:  # What was measured is not lost if the rest is stopped.
+      files.write_json(args.json + PARTIAL, rows)
   if args.json:
-    epath.Path(args.json + PARTIAL).replace(args.json)
+    files.write_json(args.json, rows)
+  if keeps:
+    epath.Path(args.json + PARTIAL).unlink()
   table_and_figure.print_table(rows, module.COLUMNS)
   if png:
     table_and_figure.draw(rows, pathlib.Path(png))
@@ -174,6 +177,7 @@ def _module(name: str) -> Any:
 def _t5x(name: str) -> Any:
   """Returns what `measure` of decode or train takes as the baseline."""
   try:
+    quiet.import_tensorflow()
     from gqa_t5x.training import t5x_baseline
   except ImportError as error:
     raise BadInput(
@@ -242,9 +246,12 @@ def _values(name: str, flag: str, words: Sequence[str] | None) -> list[Any]:
     return list(words)
   can_fill = name == 'decode' and flag == 'batch_size'
   try:
-    return [FILL if word == FILL and can_fill else int(word) for word in words]
+    found = [FILL if word == FILL and can_fill else int(word) for word in words]
   except ValueError as error:
     raise BadInput(f'{flag}={",".join(words)} must be whole numbers.') from error
+  if any(number != FILL and number > command_line.MOST for number in found):
+    raise BadInput(f'{flag} must be at most {command_line.MOST}.')
+  return found
 
 
 def main(argv: Sequence[str]) -> int:

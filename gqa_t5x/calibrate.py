@@ -31,18 +31,17 @@ from typing import Any
 import flax
 import jax
 import numpy as np
-import seqio
-import tensorflow as tf
 from absl import flags
 from etils import epath
 from tqdm import tqdm
 
 import gin
 import gqa_t5x
+from gqa_t5x import files, quiet
 from gqa_t5x.command_line import Command
 from gqa_t5x.conversion import input_statistics, input_sums
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import calibration, gin_command
+from gqa_t5x.training import gin_command
 
 
 def calibrate(
@@ -66,9 +65,12 @@ def calibrate(
   Raises:
     BadInput: bad input; nothing is left behind.
   """
+  from gqa_t5x.training import calibration
+
   target = epath.Path(output)
   if target.exists():
     raise BadInput(f'{target} exists already; choose another OUTPUT')
+  files.check_outputs(output, make_folders=True)
   if num_sequences < 1:
     raise BadInput(f'NUM_SEQUENCES={num_sequences} must be at least 1')
   sum_inputs = input_sums.sum_inputs
@@ -124,7 +126,10 @@ def _describe(cfg: Any, totals: Mapping[str, np.ndarray], rows: int) -> dict[str
 def _act(args: flags.FlagValues) -> None:
   if not args.gin_file:
     raise BadInput('--gin_file is missing; see --help for an example')
-  tf.config.set_visible_devices([], 'GPU')  # they are JAX's
+  quiet.import_tensorflow()
+  quiet.find_devices()
+  import seqio
+
   if args.tfds_data_dir:
     seqio.set_tfds_data_dir_override(args.tfds_data_dir)
   gin_command.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)

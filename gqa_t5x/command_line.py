@@ -24,6 +24,9 @@ from gqa_t5x.errors import BadInput
 _BUCKETS = ('tensorflow.', 'gcsfs.', 'google.')
 
 
+MOST = 2**31 - 1  # Of numbers that count something; arrays have no more positions.
+
+
 class Terminated(KeyboardInterrupt):
   """SIGTERM, raised where the program is, so that it cleans up as after Ctrl-C."""
 
@@ -61,6 +64,12 @@ class Command:
   ) -> None:
     """Defines a flag that is a whole number, of at least `least`."""
     flags.DEFINE_integer(name, default, text, least, **self._define)
+    flags.register_validator(
+      name,
+      lambda value: value is None or value <= MOST,
+      f'must be at most {MOST}.',
+      self.values,
+    )
 
   def choice(self, name: str, default: str | None, known: Any, text: str) -> None:
     """Defines a flag that is one of the words `known`."""
@@ -89,6 +98,8 @@ class Command:
       or SIGTERM.
     """
     args = self.values
+    with contextlib.suppress(AttributeError):  # A terminal may know ASCII alone.
+      sys.stdout.reconfigure(errors='backslashreplace')
     try:
       words = args(list(self.rewrite(argv)))[1:]
       logging.set_verbosity(args.verbosity)
@@ -97,6 +108,11 @@ class Command:
         return 0
       if len(words) > self._max_words:
         raise BadInput(f'unexpected argument {words[self._max_words]!r}; see --help')
+      for name in args:  # An empty text is no flag that is left out.
+        if args[name].present and args[name].value in ('', []):
+          raise BadInput(
+            f'--{name} is missing its value; give one, or leave the flag out.'
+          )
       with sigterm_raises():
         return act(args, *words) or 0
     except KeyboardInterrupt as error:

@@ -4,6 +4,9 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,7 +35,7 @@ def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
     raise BadInput('A path in the gin configuration is empty; give a folder.')
   if not isinstance(path, str):
     return path
-  if '://' not in path:
+  if not _is_remote(path):
     path = str(epath.Path(path).expanduser().absolute())
   check_name(path)
   return path
@@ -57,16 +60,22 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
   """Lets the caller write a file under a temporary name, and renames it at the end.
 
   A process that is killed leaves the old file, and perhaps the temporary one, which the
-  next one overwrites.
+  next one overwrites. A link stays, and the file that it leads to is replaced. What is
+  no file (a device, a pipe) is given the bytes at the end.
 
   Args:
     path: the file, local or gs://; its folder is made.
 
   Yields:
-    The temporary path, in the same folder and of the same suffix. It is removed if the
-    caller raises.
+    The temporary path, of the same suffix. It is removed if the caller raises.
   """
-  path = epath.Path(path)
+  if is_stream(path):
+    with tempfile.TemporaryDirectory() as folder:
+      temporary = epath.Path(folder) / epath.Path(path).name
+      yield temporary
+      _send(temporary.read_bytes(), path)
+    return
+  path = epath.Path(path if _is_remote(path) else os.path.realpath(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(_TEMPORARY + path.name)
   try:
@@ -78,10 +87,40 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     raise
 
 
+def _send(data: bytes, path: epath.PathLike) -> None:
+  sys.stdout.flush()  # What was printed before comes before.
+  own = _own_output(path)
+  try:
+    with open(path if own is None else own, 'wb', closefd=own is None) as file:
+      file.write(data)
+  except OSError as error:  # It does not name the file.
+    raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def is_stream(path: epath.PathLike) -> bool:
+  """Whether a path leads to a device or a pipe, or is where this process prints to."""
+  if _is_remote(path) or not os.path.exists(path) or os.path.isdir(path):
+    return False
+  return not stat.S_ISREG(os.stat(path).st_mode) or _own_output(path) is not None
+
+
+def _own_output(path: epath.PathLike) -> int | None:
+  """The descriptor of standard output or error, if that is what `path` leads to."""
+  for descriptor in (1, 2):
+    with contextlib.suppress(OSError):  # It is closed.
+      if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        return descriptor
+  return None
+
+
+def _is_remote(path: epath.PathLike) -> bool:
+  return '://' in os.fspath(path)
+
+
 def write_text(path: epath.PathLike, text: str) -> None:
   """Writes a text file, local or gs://, whole or not at all."""
   with whole(path) as temporary:
-    temporary.write_text(text)
+    temporary.write_bytes(text.encode())
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -98,14 +137,29 @@ def refuse_pointer(path: epath.Path) -> None:
       )
 
 
-def check_folders_of(*paths: str | None) -> None:
-  """Raises BadInput if the folder of a local file does not exist.
+def check_outputs(*paths: str | None, make_folders: bool = False) -> None:
+  """Raises BadInput for local files that cannot be written.
 
   Commands that write files at the end of a computation call this before it.
+
+  Args:
+    *paths: as given by the user; None where no file is wanted.
+    make_folders: whether a folder that is missing will be made.
   """
-  for path in filter(None, paths):
-    if '://' not in path and not epath.Path(path).absolute().parent.is_dir():
-      raise BadInput(f'{path}: there is no such folder.')
+  for path in paths:
+    if path is None or _is_remote(path):
+      continue
+    if not path or os.path.isdir(path):
+      raise BadInput(f'{path!r} is {"a folder" if path else "empty"}; name a file.')
+    place = path
+    if not is_stream(path):
+      place = os.path.dirname(os.path.realpath(path))
+      while make_folders and not os.path.exists(place):
+        place = os.path.dirname(place)
+      if not os.path.isdir(place):
+        raise BadInput(f'{path}: there is no such folder.')
+    if not os.access(place, os.W_OK):
+      raise BadInput(f'{path}: no permission to write to {place}.')
 
 
 def lock(path: epath.PathLike) -> int | None:

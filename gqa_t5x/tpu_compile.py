@@ -42,7 +42,6 @@ Exit code: 0 if it fits, 2 if not, 1 on an error, 130 or 143 when stopped.
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # The machine's own accelerator is left alone.
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import contextlib
 import dataclasses
@@ -55,7 +54,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
-from gqa_t5x import command_line, files
+from gqa_t5x import command_line, files, quiet
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.tpu import (
   decode_program,
@@ -67,7 +66,7 @@ from gqa_t5x.analysis.tpu import (
 from gqa_t5x.analysis.tpu.json_rows import CompiledText
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import axes, sizes
-from gqa_t5x.training import gin_command, lowering
+from gqa_t5x.training import gin_command
 
 # Flags: name, default and text.
 WHOLE_NUMBERS = (
@@ -109,7 +108,7 @@ def run(args: flags.FlagValues, given: Sequence[str]) -> int:
 
   `given` are the arguments as they were typed.
   """
-  files.check_folders_of(args.json, args.hlo)
+  files.check_outputs(args.json, args.hlo)
   row, text = _compile(args)
   words = [word for word in given if not word.startswith(('--json', '--hlo'))]
   row['command'] = ' '.join(['python -m gqa_t5x.tpu_compile', *words])
@@ -134,6 +133,14 @@ def _compile(args: flags.FlagValues) -> CompiledText:
   if result is None:
     raise BadInput(f'{args.topology}: nothing fits, with any number of partitions.')
   return result
+
+
+def _lowering() -> Any:
+  """The module that needs T5X, which --help need not wait for."""
+  quiet.import_tensorflow()
+  from gqa_t5x.training import lowering
+
+  return lowering
 
 
 def _decode(args: flags.FlagValues) -> CompiledText | None:
@@ -167,7 +174,7 @@ def _compile_decoding(slice_name: str, setting: decode_program.Setting) -> Compi
   cfg = setting.config
   num_kv_heads = math.gcd(cfg.self_kv, cfg.cross_kv)
   with _refusals():
-    partitioner = lowering.decoding_partitioner(
+    partitioner = _lowering().decoding_partitioner(
       topology.devices(slice_name),
       setting.model_partitions,
       None if num_kv_heads == cfg.num_heads else num_kv_heads,
@@ -181,7 +188,7 @@ def _train(args: flags.FlagValues) -> CompiledText | None:
   def configure(*more):
     bindings = [*args.gin_bindings, *more]
     with _refusals():
-      return lowering.train_arguments(args.gin_file, bindings, args.gin_search_paths)
+      return _lowering().train_arguments(args.gin_file, bindings, args.gin_search_paths)
 
   if not args.search:
     return _compile_training(args.topology, configure())
@@ -207,7 +214,7 @@ def _compile_training(slice_name: str, arguments: dict[str, Any]) -> CompiledTex
         f'BATCH_SIZE={data.batch_size} is not divisible by the {copies} copies of the'
         f' model on {slice_name}; set MODEL_PARTITIONS or BATCH_SIZE.'
       )
-    lowered, state = lowering.lower_train_step(**arguments)
+    lowered, state = _lowering().lower_train_step(**arguments)
   cfg = arguments['model'].module.config
   facts = {
     'num_kv_heads': cfg.cross_kv,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import sys
 
@@ -87,8 +88,22 @@ def test_all_combinations_with_t5x():
     (['train', '--batch_size=fill'], 'batch_size=fill must be whole numbers.'),
     (['decode', '--batch_size=0'], 'batch_size=0 must be at least 1.'),
     (['decode', '--output_length=3'], 'output_length=3 must be at least 4'),
+    (
+      ['decode', '--batch_size=fill', '--output_length=0'],
+      'output_length=0 must be at least 4',
+    ),
+    (
+      ['decode', '--batch_size=fill', '--input_length=-2'],
+      'input_length=-2 must be at least 1.',
+    ),
+    (['decode', '--num_beams=' + 400 * '9'], 'num_beams must be at most 2147483647.'),
+    (['train', '--target_length='], '--target_length is missing its value; give one'),
+    (['decode', '--num_kv_heads='], '--num_kv_heads is missing its value; give one'),
     (['decode', '--batch_size=1000000'], 'needs 42598.1 GB, and '),
     (['decode', '--json=/no/such/rows.json'], '/no/such/rows.json: there is no such'),
+    (['decode', '--json=/'], "'/' is a folder; name a file."),
+    (['decode', '--png=', '--size=tiny'], '--png is missing its value; give one'),
+    (['decode', '--png=x.txt'], 'x.txt: choose one of the suffixes '),
     (['decode', '--repeats=3'], 'flag --repeats=3'),
     (['dance'], "say what to measure: decode, train, convert; not 'dance'."),
     (['decode', 'fast'], "unexpected argument 'fast'; see --help"),
@@ -158,6 +173,9 @@ def test_a_batch_that_fills_the_memory(monkeypatch):
   (found,) = chosen('decode', '--size=tiny', '--num_kv_heads=1', '--batch_size=fill')
   with pytest.raises(BadInput, match=r'batch 8, .* needs .* GB, and 0\.0 GB are free'):
     found.check()
+  monkeypatch.setattr(timing, 'free_bytes', lambda: None)
+  with pytest.raises(BadInput, match=r'batch_size=fill: .* unknown'):
+    chosen('decode', '--size=tiny', '--num_kv_heads=1', '--batch_size=fill')
 
 
 def test_slopes(monkeypatch):
@@ -255,6 +273,14 @@ def test_table(rows, capsys):
   numbers = '8 2 8 2'  # heads, batch, input, beams
   assert ' '.join(lines[1].split()[:7]) == f'one_layer {numbers} 10 {"█" * 6}'
   assert ' '.join(lines[2].split()[:8]) == f'one_layer (T5X) {numbers} 40 {"█" * 24}'
+
+
+def test_table_without_its_signs(rows, monkeypatch):
+  out = io.TextIOWrapper(io.BytesIO(), 'ascii')
+  monkeypatch.setattr(sys, 'stdout', out)
+  table_and_figure.print_table(rows, decode_benchmark.COLUMNS)
+  out.flush()
+  assert b'  ##' in out.buffer.getvalue()
 
 
 def test_training_rows(tmp_path, capsys):

@@ -99,6 +99,9 @@ def test_a_metric_or_a_task_of_several(run):
     '{"bleu": 9.0}',
     '{"step": null, "bleu": 9.0}',
     '\x00\x00',
+    '{"step": 1e400, "bleu": 9.0}',
+    '{"step": NaN, "bleu": 9.0}',
+    '{"step": 20, "bleu": 1%s}' % (400 * '0'),
   ],
 )
 def test_damaged_lines_are_named_and_skipped(run, damaged, monkeypatch):

@@ -222,9 +222,10 @@ def test_command(saved, tmp_path):
 @pytest.mark.parametrize(
   ('macros', 'message'),
   [
-    ({'NUM_SEQUENCES': 0}, 'NUM_SEQUENCES=0 must be at least 1'),
+    ({'NUM_SEQUENCES': 0}, 'NUM_SEQUENCES=0 must be a whole number, at least 1'),
     ({'tiny_task.vocabulary.extra_ids': 5}, '(?i)vocabularies'),
-    ({'SPLIT': 'empty'}, 'tiny_words has no data in split empty'),
+    ({'SPLIT': 'empty'}, "tiny_words has no split 'empty'; choose one of train, val"),
+    ({}, 'tiny_words has no data in split train'),
     ({'OUTPUT': 'task.gin'}, r'task\.gin exists already; choose another'),
     ({'NUM_KV_HEADS': 2}, r'do not fit the model: .*key/kernel: \(128, 128\) in the'),
     ({'CHECKPOINT_PATH': 'lost'}, 'there is no checkpoint at /.*/lost: '),

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SHARED = {'command_line', 'errors', 'files'}
+SHARED = {'command_line', 'errors', 'files', 'quiet'}
 # Room -> rooms that it may import. Commands, in the root, may import all of them.
 ROOMS = {
   'model': set(),

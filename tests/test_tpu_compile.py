@@ -29,6 +29,8 @@ def test_slices():
     (['--topology=v4:2x2x1', '--mode=train'], '--gin_file is missing'),
     (['--topology=v4:2x2x1', '--size=huge'], 'value should be one of <tiny|mini|'),
     (['--topology=v4:2x2x1', '--batch_size=0'], '0 is not a positive integer'),
+    (['--num_beams=' + 30 * '9'], '9: must be at most 2147483647.'),
+    (['--hlo=/'], "'/' is a folder; name a file."),
     (['--json=no/such/folder.json'], 'no/such/folder.json: there is no such folder.'),
   ],
 )

@@ -12,10 +12,7 @@ what stopped half-way begins anew. Sizes are in docs/data.md.
 import sys
 from collections.abc import Sequence
 
-import tensorflow_datasets as tfds
-
-from gqa_t5x import command_line, files
-from gqa_t5x.data import benchmarks
+from gqa_t5x import command_line, files, quiet
 from gqa_t5x.errors import BadInput
 
 
@@ -26,6 +23,11 @@ def prepare(names: Sequence[str], data_dir: str | None) -> None:
     BadInput: a name is unknown, or files that are published by hand are missing.
     OSError: the folder cannot be written, or a download fails.
   """
+  quiet.import_tensorflow()
+  import tensorflow_datasets as tfds
+
+  from gqa_t5x.data import benchmarks
+
   unknown = [name for name in names if name not in benchmarks.BENCHMARKS]
   if unknown or not names:
     raise BadInput(
@@ -43,9 +45,7 @@ def prepare(names: Sequence[str], data_dir: str | None) -> None:
 
 def main(argv: Sequence[str]) -> int:
   """Runs the command; returns its exit code."""
-  command = command_line.Command(
-    'gqa_t5x.data.prepare', __doc__, max_words=len(benchmarks.BENCHMARKS)
-  )
+  command = command_line.Command('gqa_t5x.data.prepare', __doc__, max_words=sys.maxsize)
   command.text('data_dir', None, 'Folder of TensorFlow Datasets, local or gs://.')
   return command.run(
     argv,

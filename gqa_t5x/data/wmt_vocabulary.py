@@ -14,11 +14,9 @@ original, no character is unknown: rare ones become bytes.
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-import seqio
 from etils import epath
 
-from gqa_t5x import command_line, files
-from gqa_t5x.data import benchmarks, vocabulary
+from gqa_t5x import command_line, files, quiet
 from gqa_t5x.errors import BadInput
 
 TASK = 'wmt14_en_de_shazeer'
@@ -33,6 +31,8 @@ def train(sentences: Iterable[str], num_pieces: int = NUM_PIECES) -> bytes:
   Raises:
     BadInput: there is too little text for so many pieces.
   """
+  from gqa_t5x.data import vocabulary
+
   try:
     # The order of sums, and so the pieces, depends on the number of threads.
     return vocabulary.train(sentences, num_pieces, num_threads=16, minloglevel=1)
@@ -42,6 +42,8 @@ def train(sentences: Iterable[str], num_pieces: int = NUM_PIECES) -> bytes:
 
 def sentences(num_pairs: int = NUM_PAIRS) -> Iterator[str]:
   """Yields the English and German sentences of the first training pairs."""
+  import seqio
+
   source = seqio.TaskRegistry.get(TASK).source
   source.list_shards('train')  # says what to do if the data is not there
   pairs = source.get_dataset('train', shuffle=False).take(num_pairs)
@@ -64,6 +66,10 @@ def write(
   path = epath.Path(files.absolute(output))
   if path.exists():
     raise BadInput(f'{path} exists already; choose another --output')
+  files.check_outputs(str(path), make_folders=True)
+  quiet.import_tensorflow()
+  from gqa_t5x.data import benchmarks
+
   benchmarks.task(TASK, data_dir=data_dir)
   model = train(sentences(), num_pieces)
   with files.whole(path) as temporary:

@@ -34,6 +34,7 @@ install --constraint constraints.txt 'jax[tpu]' first), and goes into the same r
   python -m gqa_t5x.reproduce run compiled
 """
 
+import importlib
 import pathlib
 import sys
 from typing import Any
@@ -44,22 +45,20 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.reproduce.experiments import plan, studies, targets
 from gqa_t5x.reproduce.experiments.scales import SCALES
 from gqa_t5x.reproduce.experiments.studies import MINIATURE, QUICK, STUDIES
-from gqa_t5x.reproduce.report import conversion, miniature, papers
-from gqa_t5x.reproduce.results import intensity as intensity_rows
-from gqa_t5x.reproduce.results import miniature as miniature_rows
-from gqa_t5x.reproduce.results import study as study_rows
 from gqa_t5x.reproduce.runner import stages
 
 EXPERIMENTS = (*targets.TARGETS, targets.ALL)
 FOLDER = 'runs/reproduce'
 MINIATURE_FOLDER = 'runs/local'
-# What stages run by themselves: (verb, experiment) -> function of output_dir and study.
+# What stages run by themselves: (verb, experiment) -> module that writes. It is
+# imported where it is used, for --help need not wait for it.
 PARTS = {
-  ('evaluate', 'uptrain'): lambda folder, study: miniature_rows.write(folder),
-  ('report', 'uptrain'): lambda folder, study: miniature.write(folder),
-  ('evaluate', 'conversion'): study_rows.write,
-  ('report', 'conversion'): conversion.write,
-  ('evaluate', 'intensity'): lambda folder, study: intensity_rows.write(folder),
+  ('evaluate', 'uptrain'): 'results.miniature',
+  ('report', 'uptrain'): 'report.miniature',
+  ('evaluate', 'conversion'): 'results.study',
+  ('report', 'conversion'): 'report.conversion',
+  ('evaluate', 'intensity'): 'results.intensity',
+  ('report',): 'report.papers',
 }
 USAGE = """\
 Usage: python -m gqa_t5x.reproduce plan|run TARGET [--scale=paper|local]
@@ -97,10 +96,10 @@ def act(args: Any, *words: str) -> int | None:
   """Does what the words say; returns the exit code, None for 0."""
   folder = args.output_dir or (MINIATURE_FOLDER if 'uptrain' in words else FOLDER)
   files.absolute(folder)  # It refuses names in which no checkpoint would be found.
-  if words in PARTS:
-    return PARTS[words](folder, args.study)
   if words == ('report',):
-    return papers.write(args.results or folder)
+    return _write(words, args.results or folder)
+  if words in PARTS:
+    return _write(words, folder, *[args.study] * ('conversion' in words))
   if words == ('run', 'uptrain'):
     return run_miniature(folder, args.jobs)
   if len(words) == 2 and words[1] in EXPERIMENTS:
@@ -111,6 +110,10 @@ def act(args: Any, *words: str) -> int | None:
       return run(words[1], args.scale or 'local', folder, args.jobs, args.study)
   print(USAGE.format(', '.join(('uptrain (run only)', *EXPERIMENTS))), file=sys.stderr)
   return 2
+
+
+def _write(words: tuple[str, ...], *args: str) -> None:
+  importlib.import_module(f'gqa_t5x.reproduce.{PARTS[words]}').write(*args)
 
 
 def run(target: str, scale: str, output_dir: str, jobs: int | None, study: str) -> int:
@@ -131,7 +134,7 @@ def run(target: str, scale: str, output_dir: str, jobs: int | None, study: str) 
   folder = pathlib.Path(output_dir) / scale
   if study == QUICK.name:
     chosen = targets.make_plan(target, scale, output_dir).stages
-    return stages.run(chosen, folder, jobs) or papers.write(output_dir) or 0
+    return stages.run(chosen, folder, jobs) or _write(('report',), output_dir) or 0
   if target != 'conversion':
     raise BadInput(f'--study={study} goes with conversion alone.')
   chosen = studies.make_plan(STUDIES[study], output_dir)
@@ -146,7 +149,7 @@ def run_miniature(output_dir: str, jobs: int | None) -> int:
   folder = pathlib.Path(output_dir)
   code = stages.run(studies.make_plan(MINIATURE, output_dir).stages, folder, jobs)
   if not code:
-    print((folder / 'report.md').read_text())
+    print((folder / 'report.md').read_text('utf-8'))
     print(f'Report: {folder}/report.md')
     print(f'TensorBoard: tensorboard --logdir={folder}')
   return code

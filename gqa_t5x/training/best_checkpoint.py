@@ -119,10 +119,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
   try:
     row = json.loads(line)
     row['step'] = int(row['step'])
-  except (ValueError, TypeError, KeyError):
+    return {
+      name: value if name == 'step' else float(value)
+      for name, value in row.items()
+      if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+  except (ValueError, TypeError, KeyError, OverflowError):  # 1e400 is no step.
     return None
-  return {
-    name: value
-    for name, value in row.items()
-    if isinstance(value, int | float) and not isinstance(value, bool)
-  }

@@ -7,11 +7,13 @@ project call once all files and flags are parsed.
 import difflib
 import re
 import sys
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
 import gqa_t5x
+from gin import config_parser
 from gqa_t5x.command_line import Command
 from gqa_t5x.errors import BadInput
 
@@ -70,6 +72,19 @@ def _given_macro(word: str) -> str | None:
   return match[1] if match else None
 
 
+def check_bindings(bindings: Sequence[str]) -> None:
+  """Raises BadInput for a binding of the command line that gin cannot read."""
+  for binding in bindings:
+    try:
+      [*config_parser.ConfigParser(binding, gin.config.ParserDelegate(True))]
+    except (SyntaxError, tokenize.TokenError) as error:
+      name, _, value = map(str.strip, binding.partition('='))
+      raise BadInput(
+        f'--gin.{name}={value}: gin cannot read this value. Text needs quotes of its'
+        f' own, such as --gin.{name}=\\"text\\".'
+      ) from error
+
+
 def gin_flags(command: Command) -> None:
   """Defines T5X's three flags of gin, and `--gin.NAME=VALUE`, short for a binding."""
   command.texts(
@@ -92,11 +107,13 @@ def parse(
   """Parses what the flags give, and locks the configuration.
 
   Raises:
+    BadInput: gin cannot read a binding.
     ValueError: from gin.
     OSError: a file is not there.
   """
   from t5x import gin_utils
 
+  check_bindings(bindings)
   folders = [*search_paths, gqa_t5x.gin_search_path()]
   gin_utils.parse_gin_flags(folders, files, bindings)
 

@@ -15,6 +15,7 @@ import atexit
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -87,7 +88,10 @@ class Heartbeat:
     self._path, self._beat_s = path, beat_s
     self._owner, self._count, self._taken = _owner(), 0, ''
     if before := self._read():
-      print(f'{path} is there: waiting {3 * beat_s:.0f} s to see whether its run lives')
+      print(
+        f'{path} is there: waiting {3 * beat_s:.0f} s to see whether its run lives',
+        file=sys.stderr,
+      )
       self._refuse_if_changed(before)
     self._write()
     time.sleep(beat_s)

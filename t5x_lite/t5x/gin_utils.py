@@ -1,6 +1,5 @@
 """The command line of train, eval and infer: flags, gin files, gin bindings."""
 
-import logging as pylogging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,8 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 import gin
+from gqa_t5x import quiet
+from gqa_t5x.training import gin_command
 
 
 def parse_gin_flags(
@@ -20,6 +21,7 @@ def parse_gin_flags(
   """Parses gin files, then bindings (`NAME = VALUE`), and locks the configuration."""
   for path in gin_search_paths:
     gin.add_config_file_search_path(path)
+  gin_command.check_bindings(gin_bindings)
   gin.parse_config_files_and_bindings(gin_files, gin_bindings)
   logging.info('Gin configuration:\n%s', gin.config_str())
 
@@ -82,6 +84,16 @@ def _define_flags(several_processes: bool) -> None:
   flags.DEFINE_integer('initialization_timeout', 300, text, **own)
 
 
+def _parse(argv: Sequence[str]) -> list[str]:
+  try:
+    return app.parse_flags_with_usage(list(rewrite_gin_args(argv)))
+  except SystemExit:  # absl exits with 1, also where it was asked for help.
+    asked = {word.lstrip('-') for word in argv[1:] if word.startswith('-')}
+    if asked & {'help', 'helpshort', 'helpfull', 'helpxml', 'h', '?'}:
+      sys.exit(0)
+    raise
+
+
 def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None:
   """Runs `train`, `evaluate` or `infer` from the command line, set up by gin.
 
@@ -95,8 +107,6 @@ def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None
     values = flags.FLAGS
     if not values.gin_file and not values.gin_bindings:
       raise app.UsageError('give a --gin_file')
-    # JAX names each kind of device that it does not find.
-    pylogging.getLogger('jax._src.xla_bridge').setLevel(pylogging.WARNING)
     if several_processes and values.multiprocess_gpu:
       jax.distributed.initialize(
         values.coordinator_address,
@@ -104,6 +114,7 @@ def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None
         values.process_index,
         initialization_timeout=values.initialization_timeout,
       )
+    quiet.find_devices()
     if values.tfds_data_dir:
       seqio.set_tfds_data_dir_override(values.tfds_data_dir)
     seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)
@@ -111,6 +122,4 @@ def run_command(fn: Callable[..., Any], several_processes: bool = False) -> None
     parse_gin_flags(values.gin_search_paths, values.gin_file, values.gin_bindings)
     configured()
 
-  app.run(
-    main, flags_parser=lambda a: app.parse_flags_with_usage(list(rewrite_gin_args(a)))
-  )
+  app.run(main, flags_parser=_parse)

@@ -14,6 +14,7 @@ config.gin, model-info.txt and TensorBoard's train/, training_eval/, inference_e
 from t5x import quiet  # noqa: F401 (before any other import of TensorFlow)
 
 # isort: split
+import contextlib
 import time
 import types
 
@@ -190,6 +191,20 @@ class _Run:
 
   def run(self):
     """Returns the last step and the last state."""
+    try:
+      self._run()
+    except Exception:
+      # A checkpoint that is being saved would say, as the last line, that it cannot.
+      with contextlib.suppress(Exception):
+        self.manager.wait_until_finished()
+      raise
+    for part in (self.manager, self.trainer, self.evaluator):
+      if part is not None:
+        part.close()
+    jax.experimental.multihost_utils.sync_global_devices('complete')
+    return self.step, self.trainer.train_state
+
+  def _run(self) -> None:
     if self.a.run_eval_before_training:
       self.evaluate()
     self.save()
@@ -199,11 +214,6 @@ class _Run:
       self.first_batch.result()
       self._write('train_iter_warmup', time.time() - start)
       self.loop()
-    for part in (self.manager, self.trainer, self.evaluator):
-      if part is not None:
-        part.close()
-    jax.experimental.multihost_utils.sync_global_devices('complete')
-    return self.step, self.trainer.train_state
 
 
 def train(

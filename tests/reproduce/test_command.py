@@ -6,6 +6,7 @@ import pytest
 
 from gqa_t5x.reproduce import __main__ as reproduce
 from gqa_t5x.reproduce.experiments.planner import Planner
+from gqa_t5x.reproduce.report import papers
 from gqa_t5x.reproduce.runner import stages
 
 
@@ -83,7 +84,7 @@ def test_bad_commands(call, words, flags, code, message):
 def test_a_run_ends_with_the_report(monkeypatch, call, tmp_path):
   called = []
   monkeypatch.setattr(stages, 'run', lambda *args: called.append(args) or 0)
-  monkeypatch.setattr(reproduce.papers, 'write', called.append)
+  monkeypatch.setattr(papers, 'write', called.append)
   code, _ = call('run', 'intensity', output_dir=tmp_path, jobs=2)
   assert code == 0
   (chosen, folder, jobs), written = called

@@ -1,5 +1,7 @@
 """The stand-in for T5X: its mathematics and layouts, against independent oracles."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +18,37 @@ from t5x import (  # noqa: E402
   partitioning,
   utils,
 )
+from t5x import train as train_lib  # noqa: E402
 
-from helpers import toy  # noqa: E402
+from helpers import commands, toy  # noqa: E402
 
 RNG = np.random.default_rng(0)
+PARSE = 'from t5x import gin_utils; gin_utils.run_command(print)'
+
+
+@pytest.mark.parametrize(
+  ('words', 'code'), [(['--help'], 0), (['-h'], 0), (['--nosuch'], 1), (['--gin.X'], 1)]
+)
+def test_exit_codes(words, code):
+  done = commands.run(commands.ROOT, '-c', PARSE, *words)
+  assert done.returncode == code, done.stdout
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_a_run_that_fails_waits_for_its_checkpoint(fails):
+  """Or the last line would be that of the thread that saves it."""
+  run, waited = object.__new__(train_lib._Run), []
+
+  def wait():
+    waited.append(1)
+    if fails:
+      raise OSError('no room')
+
+  run.manager = types.SimpleNamespace(wait_until_finished=wait)
+  run._run = lambda: 1 // 0
+  with pytest.raises(ZeroDivisionError):
+    run.run()
+  assert waited == [1]
 
 
 # --- Adafactor ----------------------------------------------------------------

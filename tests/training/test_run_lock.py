@@ -92,7 +92,7 @@ def test_a_run_that_was_killed_in_a_bucket_is_waited_for(path, capsys):
   start = time.monotonic()
   held = run_lock.Heartbeat(path, BEAT_S)
   assert time.monotonic() - start >= 3 * BEAT_S
-  assert 'waiting' in capsys.readouterr().out
+  assert 'waiting' in capsys.readouterr().err
   held.release()
 
 

@@ -61,7 +61,13 @@ class Setting(DecodeSetting):
 
   def filled(self) -> 'Setting':
     """Returns the setting with the largest batch that fits, a multiple of 8."""
-    room = FILLED_SHARE * (timing.free_bytes() or 0)
+    self._check_output_length()
+    free = timing.free_bytes()
+    if free is None:
+      raise BadInput(
+        'batch_size=fill: how much memory is free is unknown here; give a number.'
+      )
+    room = FILLED_SHARE * free
 
     def eights(n):
       return dataclasses.replace(self, batch_size=8 * n)
@@ -71,12 +77,15 @@ class Setting(DecodeSetting):
 
   def check(self) -> None:
     """Raises BadInput for what cannot be, or does not fit into memory."""
+    self._check_output_length()
+    workload.check_memory(self, f'output {self.output_length}')
+
+  def _check_output_length(self) -> None:
     if self.output_length < 4:
       raise BadInput(
         f'output_length={self.output_length} must be at least 4: a step is timed by the'
         ' slope between two lengths.'
       )
-    workload.check_memory(self, f'output {self.output_length}')
 
 
 def decoder(

@@ -1,31 +1,22 @@
 """Rows of benchmarks as a table with bars, and as a figure."""
 
-import os
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import rich.console
-import rich.progress
-import rich.table
+import tqdm
 
 from gqa_t5x.errors import BadInput
 
 BAR = 24  # characters of the slowest row
 TIMES = ('ms_per_step', 'seconds')
+LEFT = ('model', 'size', 'method', 'compression', 'bar')  # Other columns are numbers.
 
 
 def progress(rows: Iterable[Any], total: int) -> Iterator[Any]:
-  """Yields the rows, and shows how many are done, and the time to go."""
-  columns = (
-    rich.progress.TextColumn('{task.description}'),
-    rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeRemainingColumn(),
-  )
-  console = rich.console.Console(stderr=True)
-  with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-    yield from bar.track(rows, total=total, description='measure')
+  """Returns the rows, and shows how many are done, and the time to go."""
+  return iter(tqdm.tqdm(rows, 'measure', total, leave=False, disable=None))
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> None:
@@ -35,25 +26,35 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> N
   """
   time = next(key for key in columns if key in TIMES)
   slowest = max(row[time] for row in rows)
-  bars = [{'bar': '█' * max(1, round(BAR * row[time] / slowest))} for row in rows]
+  mark = '█' if _prints('█') else '#'
+  bars = [{'bar': mark * max(1, round(BAR * row[time] / slowest))} for row in rows]
   keys = [*columns]
   keys.insert(keys.index(time) + 1, 'bar')
-  table = rich.table.Table(box=None, pad_edge=False)
-  for key in keys:
-    left = key in ('model', 'size', 'method', 'compression', 'bar')
-    justify = 'left' if left else 'right'
-    table.add_column(columns.get(key, ''), justify=justify, no_wrap=True)
+  lines = [[columns.get(key, '') for key in keys]]
   for row, bar in zip(rows, bars, strict=True):
-    table.add_row(*(_cell(row | bar, key) for key in keys))
-  width = None if os.isatty(1) else 120
-  console = rich.console.Console(width=width, highlight=False)
-  console.print(table)
+    lines.append([_cell(row | bar, key) for key in keys])
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  for line in lines:
+    cells = [
+      f'{cell:{"<" if key in LEFT else ">"}{width}}'
+      for cell, key, width in zip(line, keys, widths, strict=True)
+    ]
+    print('  '.join(cells).rstrip())
   said = f'measured on {rows[0]["device"]}'
   if 'dtype' in rows[0]:
     said += f', {rows[0]["dtype"]}'
   if 'stream_gb_per_s' in rows[0]:
     said += f'; a plain sum reads {rows[0]["stream_gb_per_s"]:.3g} GB/s'
-  console.print(said)
+  print(said)
+
+
+def _prints(text: str) -> bool:
+  """Whether standard output has signs for a text."""
+  try:
+    text.encode(sys.stdout.encoding or 'utf-8')
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
@@ -67,14 +68,18 @@ def _cell(row: dict[str, Any], key: str) -> str:
   return f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'
 
 
-def check_matplotlib() -> None:
-  """Raises BadInput if figures cannot be drawn."""
+def check_figure(path: str) -> None:
+  """Raises BadInput if a figure cannot be drawn, or not to a file of this suffix."""
   try:
-    import matplotlib  # noqa: F401
+    from matplotlib import backend_bases
   except ImportError as error:
     raise BadInput(
       '--png needs matplotlib, which is not installed; pip install matplotlib.'
     ) from error
+  suffix = pathlib.Path(path).suffix.lower().removeprefix('.')
+  known = backend_bases.FigureCanvasBase.filetypes
+  if suffix and suffix not in known:
+    raise BadInput(f'{path}: choose one of the suffixes {", ".join(known)}.')
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from gqa_t5x import quiet
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import loss_watch
 
@@ -14,6 +15,7 @@ def _scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
   Unlike TensorBoard's own reader, which stops at the damage and says nothing, this
   raises BadInput if a file is damaged or ends within a record, or there is none.
   """
+  quiet.import_tensorflow()
   import tensorflow as tf
   from google.protobuf.message import DecodeError
   from tensorboard.compat.proto import event_pb2

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gqa_t5x import quiet
 from gqa_t5x.checkpoints.tree import Architecture
 from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments.planner import Planner
@@ -15,6 +16,7 @@ from gqa_t5x.reproduce.experiments.planner import Planner
 
 def batches(plan: Planner, num_batches: int) -> Iterator[dict[str, np.ndarray]]:
   """Yields the packed validation batches that T5X's training evaluation begins with."""
+  quiet.import_tensorflow()
   import seqio
 
   import gqa_t5x.data.tasks  # noqa: F401 (registers the task)

@@ -58,7 +58,7 @@ async def run(
     finally:
       await _end(process)
   if code:
-    end = '\n'.join(log.read_text().splitlines()[-_LINES_SHOWN:])
+    end = '\n'.join(log.read_text('utf-8', 'replace').splitlines()[-_LINES_SHOWN:])
     raise StageFailed(
       f'{end}\n\nThis command failed with exit code {code}; its whole log is'
       f' {log}:\n  {" ".join(words)}'
