@@ -17,17 +17,18 @@ from gqa_t5x.errors import BadInput
 
 # Macros that count something; None, where a file allows it, is not checked.
 _COUNTS = (
-  'BATCH_SIZE',
-  'TRAIN_STEPS',
-  'FINETUNE_STEPS',
-  'WARMUP_STEPS',
-  'NUM_SEQUENCES',
+  *(
+    'BATCH_SIZE',
+    'NUM_MICROBATCHES',
+    'MODEL_PARTITIONS',
+    'PARAMETER_PARTITIONING_DIMS',
+  ),
+  *('TRAIN_STEPS', 'FINETUNE_STEPS', 'WARMUP_STEPS', 'EVAL_STEPS', 'NUM_SEQUENCES'),
+  *('EVAL_PERIOD', 'STATS_PERIOD', 'CHECKPOINT_PERIOD', 'KEEP_PERIOD'),
+  *('KEEP_CHECKPOINTS', 'NUM_KV_HEADS', 'NUM_DECODES', 'VOCAB_SIZE'),
 )
-_COUNTS += ('EVAL_PERIOD', 'EVAL_STEPS', 'STATS_PERIOD', 'CHECKPOINT_PERIOD')
-_COUNTS += ('KEEP_CHECKPOINTS', 'KEEP_PERIOD', 'NUM_MICROBATCHES', 'MODEL_PARTITIONS')
-_COUNTS += ('NUM_KV_HEADS', 'ENCODER_NUM_KV_HEADS', 'NUM_DECODES')
-# A macro of the command line, whose name has no dot.
-_GIVEN = re.compile(r'--gin(?:\.|_bindings=\s*)(\w+)\s*=')
+# The macros, whose names have no dot, among a command's words; \0 is between two words.
+_GIVEN = re.compile(r'(?:^|\0)--?gin(?:\.|_bindings[=\0])\s*([\w/]+)\s*=')
 
 
 @gin.config.register_finalize_hook
@@ -44,7 +45,7 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
     if selector == 'gin.macro' and 'value' in parameters
   }
   used = {ref.config_key[0] for ref in gin.config.iterate_references(bindings)}
-  for name in filter(None, map(_given_macro, sys.argv[1:])):
+  for name in _GIVEN.findall('\0'.join(sys.argv)):
     if name in macros and name not in used:
       near = difflib.get_close_matches(name, used, 1)
       hint = f'; do you mean {near[0]}?' if near else ''
@@ -63,11 +64,6 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
       f'BATCH_SIZE={rows} is not divisible by NUM_MICROBATCHES={parts}; choose a'
       ' divisor.'
     )
-
-
-def _given_macro(word: str) -> str | None:
-  match = _GIVEN.match(word)
-  return match[1] if match else None
 
 
 def gin_flags(command: Command) -> None:

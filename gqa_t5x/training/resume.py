@@ -60,7 +60,8 @@ def get_dataset(
   if latest is not None:
     restore.check_fits(latest, model)
   if not jax.process_index():
-    _check_data(folder, cfg, go_on=save_dataset and latest is not None)
+    if save_dataset:
+      _check_data(folder, cfg, go_on=latest is not None)
     config.write(folder, restore.config_of(model))
   dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
   return Batches(dataset, folder) if save_dataset else dataset
@@ -78,9 +79,9 @@ def _check_data(folder: epath.Path, cfg: utils.DatasetConfig, go_on: bool) -> No
     'TASK_FEATURE_LENGTHS': str(dict(cfg.task_feature_lengths)),
     'hosts': str(jax.process_count()),
   }
-  if go_on:
+  if go_on and (folder / SETTINGS).exists():
     try:
-      _check_settings(folder, settings, needed=False)
+      _check_settings(folder, settings)
     except BadInput as error:
       raise BadInput(
         f'{error} Or --gin.SAVE_DATASET=False: the data then begins anew.'
@@ -124,30 +125,31 @@ def inference_folder(path: str) -> str:
   """
   folder = epath.Path(files.absolute(path))
   claim(folder, 'INFER_OUTPUT_DIR')
-  lines = gin.config_str(max_line_length=10**6).splitlines()
-  settings = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
-  settings.pop('INFER_OUTPUT_DIR', None)
-  if jax.process_index() == 0:
-    names = (path.name for path in folder.iterdir())
-    _check_settings(folder, settings, any('.jsonl' in name for name in names))
-    files.write_json(folder / SETTINGS, settings)
+  if not jax.process_index():
+    _check_inference(folder)
   return str(folder)
 
 
-def _check_settings(folder: epath.Path, now: Mapping[str, str], needed: bool) -> None:
-  """Raises BadInput if what is in a folder was made with other settings.
+def _check_inference(folder: epath.Path) -> None:
+  """Keeps gin's configuration in a folder, and holds runs to it.
 
-  Args:
-    now: name -> value.
-    needed: whether settings must be known.
+  Raises:
+    BadInput: there are results of another one.
   """
+  lines = gin.config_str(max_line_length=10**6).splitlines()
+  settings = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
+  settings.pop('INFER_OUTPUT_DIR', None)
+  names = [path.name for path in folder.iterdir()]
+  if any(name.startswith('tmp-') or '.jsonl' in name for name in names):
+    _check_settings(folder, settings)
+  files.write_json(folder / SETTINGS, settings)
+
+
+def _check_settings(folder: epath.Path, now: Mapping[str, str]) -> None:
+  """Raises BadInput if a folder has no settings, or others; name -> value."""
   file = folder / SETTINGS
   if not file.exists():
-    if needed:
-      raise BadInput(
-        f'{folder} has results of unknown settings; choose another folder.'
-      )
-    return
+    raise BadInput(f'{folder} has results of unknown settings; choose another folder.')
   try:
     before = dict(json.loads(file.read_text()))
   except (ValueError, TypeError) as error:
