@@ -57,7 +57,7 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
   for name, value in counts.items():
     is_number = isinstance(value, int | float | str)
     if is_number and (type(value) is not int or value < 1):
-      raise BadInput(f'{name}={value!r} must be a whole number, at least 1.')
+      raise BadInput(f'{name}={value!r} must be at least 1, and a whole number.')
   parts, rows = counts.get('NUM_MICROBATCHES'), counts.get('BATCH_SIZE')
   if type(parts) is int and type(rows) is int and rows % parts:
     raise BadInput(

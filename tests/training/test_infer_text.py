@@ -162,12 +162,12 @@ def test_from_file_to_file(pretrained, tmp_path):
   macros |= {'CHECKPOINT_PATH': str(pretrained / 'mha' / 'checkpoint_6')}
   macros |= {'INFER_OUTPUT_DIR': 'out'}
   files = ['tiny.gin', 'gin/infer_text.gin']
-  commands.files_here(tmp_path, 't5x.infer', files, **macros)
   (tmp_path / 'bad.txt').write_text('one\n\n')
   with pytest.raises(ValueError, match=r'unreadable lines: 2 .empty.'):
     commands.files_here(
       tmp_path, 't5x.infer', files, **macros | {'INPUT_FILE': 'bad.txt'}
     )
+  commands.files_here(tmp_path, 't5x.infer', files, **macros)
   (file,) = (tmp_path / 'out').glob('text_in_*.jsonl-00000-of-00001')
   rows = [json.loads(line) for line in file.read_text().splitlines()]
   assert [row['line'] for row in rows] == list(range(1, 11))
