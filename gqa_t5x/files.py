@@ -14,12 +14,13 @@ from gqa_t5x.errors import BadInput
 _TEMPORARY = '.tmp-'
 
 
-def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
+def absolute(path: str | Sequence[str], any_name: bool = False) -> str | Sequence[str]:
   """Makes a path absolute, as T5X's Orbax checkpoints need it.
 
   Args:
     path: from gin or the command line: local (relative to the working directory, `~`
       allowed) or `gs://...`; or an empty list, which is T5X's "no checkpoint".
+    any_name: whether no checkpoint is saved or looked for there.
 
   Returns:
     The absolute path; an empty list stays one.
@@ -33,7 +34,8 @@ def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
     return path
   if '://' not in path:
     path = str(epath.Path(path).expanduser().absolute())
-  check_name(path)
+  if not any_name:
+    check_name(path)
   return path
 
 

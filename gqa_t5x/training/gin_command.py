@@ -58,6 +58,9 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
     is_number = isinstance(value, int | float | str)
     if is_number and (type(value) is not int or value < 1):
       raise BadInput(f'{name}={value!r} must be at least 1, and a whole number.')
+  divisor = macros.get('LOSS_NORMALIZING_FACTOR')
+  if isinstance(divisor, int | float) and not divisor > 0:
+    raise BadInput(f'LOSS_NORMALIZING_FACTOR={divisor!r} must be above 0.')
   parts, rows = counts.get('NUM_MICROBATCHES'), counts.get('BATCH_SIZE')
   if type(parts) is int and type(rows) is int and rows % parts:
     raise BadInput(
