@@ -84,6 +84,13 @@ class Trainer(trainer.Trainer):
       OSError: the next checkpoint would not fit on the disk.
       BadInput: the state is not finite any more; it is not saved.
     """
+    try:
+      return self._train(batch_iter, num_steps, start_step)
+    except (BadInput, OSError):
+      self.close()  # Threads that end after this one would have the last word.
+      raise
+
+  def _train(self, batch_iter: Iterator[Any], num_steps: int, start_step: Any) -> Any:
     self._check_room()
     if start_step is None:
       start_step = int(self.train_state.step)
