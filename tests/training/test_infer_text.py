@@ -288,6 +288,15 @@ def test_only_the_same_settings_go_on(kind, infer):
   assert infer(kind, INFER_OUTPUT_DIR=other.name) == [whole]
 
 
+@pytest.mark.slow
+def test_float16_decodes_padded_inputs(infer):
+  (found,) = infer('text', INFER_OUTPUT_DIR='half', ACTIVATION_DTYPE='float16')
+  (whole,) = infer('text')
+  for half, single in zip(found.splitlines(), whole.splitlines(), strict=True):
+    expected = json.loads(single)['score']
+    assert json.loads(half)['score'] == pytest.approx(expected, rel=1e-2)
+
+
 def test_a_folder_in_which_another_run_is_at_work(infer):
   folder = infer.folder / 'in use'
   folder.mkdir()
