@@ -177,6 +177,8 @@ class Trainer(trainer.Trainer):
 
   def _stop(self, step: int) -> None:
     """Raises what ends training before `step`."""
+    if self._bar is not None:
+      self._bar.close()
     again = 'the same command, run again, goes on from there'
     if step == self._total_steps:
       again = 'this was the last; python -m t5x.eval evaluates it'

@@ -14,7 +14,7 @@ import pytest
 from gqa_t5x import best
 from gqa_t5x.errors import BadInput
 from gqa_t5x.reproduce import __main__ as reproduce
-from gqa_t5x.training import restore, run_lock
+from gqa_t5x.training import gin_command, restore, run_lock
 from helpers import commands, trees
 
 # What the reading threads of a damaged checkpoint raise besides.
@@ -194,6 +194,10 @@ def test_a_macro_that_nothing_uses(words, message, tmp_path, monkeypatch):
     parse(tmp_path, monkeypatch, *words)
 
 
+def check(name, value) -> None:
+  gin_command.check_macros({(name, 'gin.macro'): {'value': value}})
+
+
 # 0 has a meaning.
 NO_COUNTS = {'RANDOM_SEED', 'TOP_K', 'LOSS_NORMALIZING_FACTOR'}
 
@@ -205,13 +209,18 @@ def test_every_count_is_checked(tmp_path, monkeypatch):
   counts |= {'NUM_KV_HEADS', 'NUM_MICROBATCHES', 'KEEP_CHECKPOINTS', 'KEEP_PERIOD'}
   assert len(counts - NO_COUNTS) == 17
   bad = {name: (0, -1) for name in counts - NO_COUNTS}
-  bad |= {'TRAIN_STEPS': (4e0, '4', True), 'TASK_FEATURE_LENGTHS': ({'inputs': 0},)}
+  bad |= {
+    'TRAIN_STEPS': (4e0, '4', True),
+    'KEEP_CHECKPOINTS': (0, False),
+    'TASK_FEATURE_LENGTHS': ({'inputs': 0},),
+  }
   for name, values in bad.items():
     for value in values:
       with pytest.raises(BadInput, match=rf'^{name}.*must be at least 1'):
-        parse(tmp_path, monkeypatch, **{name: value})
+        check(name, value)
+  check('KEEP_CHECKPOINTS', None)
   with pytest.raises(BadInput, match=r'^LOSS_NORMALIZING_FACTOR=0 must be above 0'):
-    parse(tmp_path, monkeypatch, LOSS_NORMALIZING_FACTOR=0)
+    check('LOSS_NORMALIZING_FACTOR', 0)
   with pytest.raises(BadInput, match=r'^BATCH_SIZE=8 is not divisible by .*=3; choose'):
     parse(tmp_path, monkeypatch, NUM_MICROBATCHES=3)
 
