@@ -132,7 +132,7 @@ class Trainer(trainer.Trainer):
       step = int(self.train_state.step)
       if self._is_saved(step):
         self._stop(step)
-      return {}
+      return {name: {} for name in batch_iters}  # T5X refuses an empty mapping.
 
   def compile_train(self, batch: Any) -> None:
     """Compiles the training step, and has it remember its result; see T5X's method."""
