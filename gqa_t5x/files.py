@@ -18,12 +18,13 @@ _TEMPORARY = '.tmp-'
 _POINTER = b'version https://git-lfs'
 
 
-def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
+def absolute(path: str | Sequence[str], any_name: bool = False) -> str | Sequence[str]:
   """Makes a path absolute, as T5X's Orbax checkpoints need it.
 
   Args:
     path: from gin or the command line: local (relative to the working directory, `~`
       allowed) or `gs://...`; or an empty list, which is T5X's "no checkpoint".
+    any_name: whether no checkpoint is saved or looked for there.
 
   Returns:
     The absolute path; an empty list stays one.
@@ -37,7 +38,8 @@ def absolute(path: str | Sequence[str]) -> str | Sequence[str]:
     return path
   if not _is_remote(path):
     path = str(epath.Path(path).expanduser().absolute())
-  check_name(path)
+  if not any_name:
+    check_name(path)
   return path
 
 

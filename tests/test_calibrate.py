@@ -15,7 +15,7 @@ from gqa_t5x.conversion.input_sums import add_sums, mean_statistics, sum_inputs
 from gqa_t5x.model import network
 from gqa_t5x.training import calibration, partitioning
 from helpers import commands, model_oracle, tiny_task
-from helpers.trees import write_msgpack
+from helpers.trees import flat, nest, write_msgpack
 
 # As commands.TINY_GIN.
 CONFIG = network.config(
@@ -239,6 +239,21 @@ def test_bad_input(run, tmp_path, monkeypatch, macros, message):
   assert re.search(message, error)
   assert {path.suffix for path in tmp_path.iterdir()} == {'.gin'}
   assert (tmp_path / 'task.gin').read_text() == commands.TASK_GIN
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_finite(run, tmp_path):
+  """One weight of the last layer; nothing is written."""
+  arrays = dict(flat(VALUES))
+  name = 'decoder/layers_1/pre_self_attention_layer_norm/scale'
+  arrays[name] = arrays[name] * np.float32(np.nan)
+  tree = {'target': nest(arrays), 'state': {'step': np.int32(7), 'param_states': {}}}
+  source = write_msgpack(tmp_path.with_name('nan') / 'checkpoint_7', tree)
+  code, said = run(CHECKPOINT_PATH=str(source), NUM_SEQUENCES=8)
+  assert code == 1
+  message = r'error: the \w+ moments of decoder/layers_1/\w+ are not finite'
+  assert re.match(message, said.splitlines()[-1])
+  assert not (tmp_path / 'out.npz').exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from helpers.trees import (
   N,
   convert,
   flat,
+  nest,
   read,
   tiny_shapes,
   tiny_state,
@@ -65,6 +66,30 @@ def test_converts_each_layout(make, num_kv_heads, tmp_path, capsys):
   assert f'{cache} per output token, {cache} per input token' in out
   assert out.endswith(f"INITIAL_CHECKPOINT_PATH = '{output}/checkpoint_1000'\n")
   assert [p.name for p in output.iterdir()] == ['checkpoint_1000']
+
+
+@pytest.mark.parametrize('method', ['mean', 'svd', 'refit', 'procrustes'])
+@pytest.mark.parametrize(
+  'path',
+  [
+    KEY,
+    KEY.replace('self_attention/key', 'encoder_decoder_attention/out'),
+    'target/decoder/layers_0/pre_self_attention_layer_norm/scale',
+    'target/token_embedder/embedding',  # copied
+    KEY.replace('target/', 'state/param_states/') + '/v',
+  ],
+)
+def test_what_is_not_finite_is_refused(method, path, tmp_path, capsys):
+  arrays = dict(flat(tiny_state()))
+  arrays[path] = arrays[path].copy()
+  arrays[path].flat[[1, 3]] = np.nan, -np.inf
+  source = write_msgpack(tmp_path / 'bad' / 'checkpoint_1000', nest(arrays))
+  flags = (f'--input={source}', f'--output={tmp_path}/new', f'--method={method}')
+  assert run(*flags, '--num_kv_heads=2') == 1
+  error = capsys.readouterr().err.splitlines()[-1]
+  message = f'error: {path} has 2 values that are not finite, of {arrays[path].size}: '
+  assert error.startswith(message)
+  assert [folder.name for folder in tmp_path.iterdir()] == ['bad']
 
 
 def test_model_dir_means_its_latest_checkpoint(mha, tmp_path, capsys):

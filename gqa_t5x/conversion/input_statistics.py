@@ -153,12 +153,17 @@ class StatisticsFile:
     """Reads the statistics of one attention module, float32 [D, D] each.
 
     Raises:
-      BadInput: the module is missing, or the file is damaged.
+      BadInput: the module is missing, or the file is damaged or not finite.
     """
     arrays: dict[str, np.ndarray] = {}
     for name in self._names(module):
       with self._member(module, name) as member:
         arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+      if not np.isfinite(arrays[name]).all():
+        raise BadInput(
+          f'{self.path} has values that are not finite in {name}, of {module}; make it'
+          ' anew from a checkpoint that has none'
+        )
     names = self.modules[module]
     return InputStatistics(**{moment: arrays[names[moment]] for moment in _NAMES})
 

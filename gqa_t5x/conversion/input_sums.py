@@ -17,7 +17,6 @@ from flax import traverse_util
 
 from gqa_t5x.checkpoints.tree import KINDS
 from gqa_t5x.conversion.input_statistics import InputStatistics
-from gqa_t5x.errors import BadInput
 from gqa_t5x.model.attention import GroupedQueryAttention
 from gqa_t5x.model.network import Encoder
 
@@ -124,20 +123,12 @@ def mean_statistics(totals: dict[str, np.ndarray]) -> dict[str, InputStatistics]
   Returns:
     "decoder/layers_0/self_attention" -> its statistics, float32. What modules share is
     one array.
-
-  Raises:
-    BadInput: a sum is not finite: the checkpoint has values that are not.
   """
   tokens = {stack: max(int(totals.pop(stack)), 1) for stack in ('encoder', 'decoder')}
   means: dict[str, dict[str, np.ndarray]] = {}
   for path in list(totals):
     module, _, name = path.rpartition('/')
     count = tokens[path.partition('/')[0]]
-    if not np.isfinite(totals[path]).all():
-      raise BadInput(
-        f'The inputs of {module} are not finite: the checkpoint has values that are'
-        ' not, or the dtype is too narrow for them'
-      )
     means.setdefault(module, {})[name] = (totals.pop(path) / count).astype(np.float32)
   encoded = means.pop('encoder')
   statistics = {}

@@ -97,6 +97,7 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
   new_heads = _choose_num_kv_heads(source, recipe)
   target = dataclasses.replace(source, num_kv_heads=new_heads)
   units, log, shapes = [], {}, target.shapes()
+  checked = {path: _checked(path, tensor) for path, tensor in tensors.items()}
   for kind, path in source.attention_modules():
     if new_heads[kind] == source.num_kv_heads[kind]:
       continue
@@ -107,7 +108,7 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
       head_dim=source.head_dim,
       seed=recipe.seed,
     )
-    unit, notes = _module_unit(tensors, module, kind, recipe, statistics, shapes)
+    unit, notes = _module_unit(checked, module, kind, recipe, statistics, shapes)
     units.append(unit)
     log |= notes
   changed = {path for unit in units for path in unit.outputs}
@@ -194,7 +195,7 @@ def _module_unit(
       notes[path] = adafactor_moments.describe(old, new, rule)
 
   def compute():
-    kernels = {name: _read(tensors, tree.TARGET + p) for name, p in paths.items()}
+    kernels = {name: tensors[tree.TARGET + p].read() for name, p in paths.items()}
     kernels = {n: k.astype(_at_least_float32(k.dtype)) for n, k in kernels.items()}
     inputs = None
     if uses_inputs and statistics:
@@ -219,16 +220,20 @@ def _module_unit(
   return Unit(outputs, compute), notes
 
 
-def _read(tensors: Tensors, path: str) -> np.ndarray:
-  """Reads a tensor; BadInput if it has values that are not finite."""
-  array = tensors[path].read()
-  if not np.isfinite(array).all():
-    count = array.size - np.count_nonzero(np.isfinite(array))
-    raise BadInput(
-      f'{path} has {count:,} values that are not finite, of {array.size:,}: this'
-      ' checkpoint is of a run that diverged, or damaged; take an earlier one'
-    )
-  return array
+def _checked(path: str, tensor: LazyTensor) -> LazyTensor:
+  """The same tensor; reading values that are not finite raises BadInput."""
+
+  def read() -> np.ndarray:
+    array = tensor.read()
+    if not np.isfinite(array).all():
+      count = array.size - np.count_nonzero(np.isfinite(array))
+      raise BadInput(
+        f'{path} has {count:,} values that are not finite, of {array.size:,}: this'
+        ' checkpoint is of a run that diverged, or damaged; take an earlier one'
+      )
+    return array
+
+  return LazyTensor(tensor.shape, tensor.dtype, read)
 
 
 def _at_least_float32(dtype: np.dtype) -> np.dtype:
@@ -249,7 +254,7 @@ def _in_state(parameter: str, moments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
-  return Unit({path: tensor}, lambda: {path: _read({path: tensor}, path)})
+  return Unit({path: tensor}, lambda: {path: _checked(path, tensor).read()})
 
 
 def _read_source(tensors: Tensors) -> tree.Architecture:

@@ -18,18 +18,13 @@ from gqa_t5x.command_line import Command
 from gqa_t5x.errors import BadInput
 
 # Macros that count something; None, where a file allows it, is not checked.
-_COUNTS = (
-  'BATCH_SIZE',
-  'TRAIN_STEPS',
-  'FINETUNE_STEPS',
-  'WARMUP_STEPS',
-  'NUM_SEQUENCES',
-)
-_COUNTS += ('EVAL_PERIOD', 'EVAL_STEPS', 'STATS_PERIOD', 'CHECKPOINT_PERIOD')
-_COUNTS += ('KEEP_CHECKPOINTS', 'KEEP_PERIOD', 'NUM_MICROBATCHES', 'MODEL_PARTITIONS')
-_COUNTS += ('NUM_KV_HEADS', 'ENCODER_NUM_KV_HEADS', 'NUM_DECODES')
-# A macro of the command line, whose name has no dot.
-_GIVEN = re.compile(r'--gin(?:\.|_bindings=\s*)(\w+)\s*=')
+_COUNTS = ('BATCH_SIZE', 'NUM_MICROBATCHES', 'TRAIN_STEPS', 'FINETUNE_STEPS')
+_COUNTS += ('WARMUP_STEPS', 'EVAL_STEPS', 'NUM_SEQUENCES', 'EVAL_PERIOD')
+_COUNTS += ('STATS_PERIOD', 'CHECKPOINT_PERIOD', 'KEEP_PERIOD', 'KEEP_CHECKPOINTS')
+_COUNTS += ('MODEL_PARTITIONS', 'PARAMETER_PARTITIONING_DIMS', 'NUM_KV_HEADS')
+_COUNTS += ('NUM_DECODES', 'VOCAB_SIZE')
+# The macros, whose names have no dot, among a command's words; \0 is between two words.
+_GIVEN = re.compile(r'(?:^|\0)--?gin(?:\.|_bindings[=\0])\s*([\w/]+)\s*=')
 
 
 @gin.config.register_finalize_hook
@@ -46,7 +41,7 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
     if selector == 'gin.macro' and 'value' in parameters
   }
   used = {ref.config_key[0] for ref in gin.config.iterate_references(bindings)}
-  for name in filter(None, map(_given_macro, sys.argv[1:])):
+  for name in _GIVEN.findall('\0'.join(sys.argv)):
     if name in macros and name not in used:
       near = difflib.get_close_matches(name, used, 1)
       hint = f'; do you mean {near[0]}?' if near else ''
@@ -58,18 +53,16 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
   for name, value in counts.items():
     is_number = isinstance(value, int | float | str)
     if is_number and (type(value) is not int or value < 1):
-      raise BadInput(f'{name}={value!r} must be a whole number, at least 1.')
+      raise BadInput(f'{name}={value!r} must be at least 1, and a whole number.')
+  divisor = macros.get('LOSS_NORMALIZING_FACTOR')
+  if isinstance(divisor, int | float) and not divisor > 0:
+    raise BadInput(f'LOSS_NORMALIZING_FACTOR={divisor!r} must be above 0.')
   parts, rows = counts.get('NUM_MICROBATCHES'), counts.get('BATCH_SIZE')
   if type(parts) is int and type(rows) is int and rows % parts:
     raise BadInput(
       f'BATCH_SIZE={rows} is not divisible by NUM_MICROBATCHES={parts}; choose a'
       ' divisor.'
     )
-
-
-def _given_macro(word: str) -> str | None:
-  match = _GIVEN.match(word)
-  return match[1] if match else None
 
 
 def check_bindings(bindings: Sequence[str]) -> None:

@@ -140,6 +140,8 @@ def read_line(line: bytes, key: str | None) -> str:
       value = json.loads(text)
     except json.JSONDecodeError as error:
       raise Unreadable(f'not JSON at column {error.colno}') from error
+    except (ValueError, RecursionError) as error:  # A long number, or too deep.
+      raise Unreadable(f'not JSON: {first_line(error)}') from error
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
       raise Unreadable(f'no text under {key!r}')
     text = value[key]

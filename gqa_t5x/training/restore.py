@@ -45,8 +45,11 @@ def check_fits(path: epath.Path, model: Any) -> None:
   """
   params = tree.parameters(folders.open_checkpoint(path))
   models.check_params(model, params, str(path))
-  theirs, ours = config.read(path), config_of(model)
-  for name, value in dataclasses.asdict(theirs).items() if theirs else ():
+  theirs = config.read(path)
+  if theirs is None:
+    return
+  ours = config_of(model)
+  for name, value in dataclasses.asdict(theirs).items():
     if value != getattr(ours, name):
       remedy = _REMEDIES.get(name, _OF_NETWORK).format(name, value)
       raise BadInput(

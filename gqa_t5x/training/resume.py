@@ -59,33 +59,33 @@ def get_dataset(
   latest = latest_readable(folder)
   if latest is not None:
     restore.check_fits(latest, model)
+  settings = _data_settings(cfg)
   if not jax.process_index():
-    _check_data(folder, cfg, go_on=save_dataset and latest is not None)
+    if save_dataset and latest is not None and (folder / SETTINGS).exists():
+      _check_data(folder, settings)
     config.write(folder, restore.config_of(model))
   dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
-  return Batches(dataset, folder) if save_dataset else dataset
+  return Batches(dataset, folder, settings) if save_dataset else dataset
 
 
-def _check_data(folder: epath.Path, cfg: utils.DatasetConfig, go_on: bool) -> None:
-  """Keeps the settings that a position in the data depends on, and holds runs to them.
-
-  Raises:
-    BadInput: a run goes on with other ones.
-  """
-  settings = {
+def _data_settings(cfg: utils.DatasetConfig) -> dict[str, str]:
+  """What a position in the data depends on."""
+  return {
     'BATCH_SIZE': str(cfg.batch_size),
     'MIXTURE_OR_TASK_NAME': str(cfg.mixture_or_task_name),
     'TASK_FEATURE_LENGTHS': str(dict(cfg.task_feature_lengths)),
     'hosts': str(jax.process_count()),
   }
-  if go_on:
-    try:
-      _check_settings(folder, settings, needed=False)
-    except BadInput as error:
-      raise BadInput(
-        f'{error} Or --gin.SAVE_DATASET=False: the data then begins anew.'
-      ) from error
-  files.write_json(folder / SETTINGS, settings)
+
+
+def _check_data(folder: epath.Path, settings: Mapping[str, str]) -> None:
+  """Raises BadInput if the saved positions in the data are of other settings."""
+  try:
+    _check_settings(folder, settings)
+  except BadInput as error:
+    raise BadInput(
+      f'{error} Or --gin.SAVE_DATASET=False: the data then begins anew.'
+    ) from error
 
 
 def claim(folder: epath.Path, macro: str = 'MODEL_DIR') -> None:
@@ -124,30 +124,31 @@ def inference_folder(path: str) -> str:
   """
   folder = epath.Path(files.absolute(path))
   claim(folder, 'INFER_OUTPUT_DIR')
-  lines = gin.config_str(max_line_length=10**6).splitlines()
-  settings = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
-  settings.pop('INFER_OUTPUT_DIR', None)
-  if jax.process_index() == 0:
-    names = (path.name for path in folder.iterdir())
-    _check_settings(folder, settings, any('.jsonl' in name for name in names))
-    files.write_json(folder / SETTINGS, settings)
+  if not jax.process_index():
+    _check_inference(folder)
   return str(folder)
 
 
-def _check_settings(folder: epath.Path, now: Mapping[str, str], needed: bool) -> None:
-  """Raises BadInput if what is in a folder was made with other settings.
+def _check_inference(folder: epath.Path) -> None:
+  """Keeps gin's configuration in a folder, and holds runs to it.
 
-  Args:
-    now: name -> value.
-    needed: whether settings must be known.
+  Raises:
+    BadInput: there are results of another one.
   """
+  lines = gin.config_str(max_line_length=10**6).splitlines()
+  settings = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
+  settings.pop('INFER_OUTPUT_DIR', None)
+  names = [path.name for path in folder.iterdir()]
+  if any(name.startswith('tmp-') or '.jsonl' in name for name in names):
+    _check_settings(folder, settings)
+  files.write_json(folder / SETTINGS, settings)
+
+
+def _check_settings(folder: epath.Path, now: Mapping[str, str]) -> None:
+  """Raises BadInput if a folder has no settings, or others; name -> value."""
   file = folder / SETTINGS
   if not file.exists():
-    if needed:
-      raise BadInput(
-        f'{folder} has results of unknown settings; choose another folder.'
-      )
-    return
+    raise BadInput(f'{folder} has results of unknown settings; choose another folder.')
   try:
     before = dict(json.loads(file.read_text()))
   except (ValueError, TypeError) as error:
@@ -245,17 +246,26 @@ class Batches(clu.data.TfDatasetIterator):
   It differs from clu's iterator in two things. A position is read from checkpoints in
   the run's `folder` alone: a converted checkpoint has none, and that of another run is
   of other data. And a run that begins saves the beginning first: by then, T5X has drawn
-  a batch ahead, but trained on none.
+  a batch ahead, but trained on none. With the first position that it saves, it keeps
+  `settings` of the data in the folder.
   """
 
-  def __init__(self, dataset: Any, folder: epath.Path):
+  def __init__(
+    self,
+    dataset: Any,
+    folder: epath.Path,
+    settings: Mapping[str, str] | None = None,
+  ):
     super().__init__(dataset, checkpoint=True)
-    self._folder = folder
+    self._folder, self._settings = folder, settings
     self._beginning = tempfile.TemporaryDirectory()
     super().save(epath.Path(self._beginning.name) / 'position')
 
   def save(self, filename: epath.Path) -> None:
     """Saves the position; see clu's method."""
+    if self._settings and not jax.process_index():
+      files.write_json(self._folder / SETTINGS, self._settings)
+    self._settings = None
     if self._beginning is None:
       super().save(filename)
       return

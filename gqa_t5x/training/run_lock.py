@@ -168,5 +168,5 @@ def _message(path: epath.Path, text: str) -> str:
     by = 'another process'
   return (
     f'{path.parent} is in use by {by}. Wait for it or end it, or give this run another'
-    ' MODEL_DIR.'
+    ' folder.'
   )

@@ -46,8 +46,8 @@ class Trainer(trainer.Trainer):
       None if none is saved.
 
   Raises:
-    BadInput: restored parameters or optimizer moments do not fit the model, or are of a
-      later step than the last of the run.
+    BadInput: restored parameters or optimizer moments do not fit the model, are not
+      finite, or are of a later step than the last of the run.
   """
 
   def __init__(
@@ -62,12 +62,13 @@ class Trainer(trainer.Trainer):
     **kwargs,
   ):
     _check_train_state(model, train_state, total_steps)
+    _check_finite(train_state)
     super().__init__(
       model=model, train_state=train_state, summary_dir=summary_dir, **kwargs
     )
     self._total_steps, self._model_dir = total_steps, summary_dir
     self._bar, self._newest = None, None
-    self._notice, self._save_period = preemption.Notice(), save_period
+    self._notice, self._saves = preemption.Notice(), bool(save_period)
     self._loss_normalizing_factor = loss_normalizing_factor
     self._watch = loss_watch.Watch()
     self._found = dict.fromkeys(loss_watch.SCALARS, 0)
@@ -81,8 +82,15 @@ class Trainer(trainer.Trainer):
       SystemExit: the same, if this step is saved already.
       InUse: another run has taken the folder; nothing more is saved.
       OSError: the next checkpoint would not fit on the disk.
-      BadInput: parameters are not finite any more; they are not saved.
+      BadInput: the state is not finite any more; it is not saved.
     """
+    try:
+      return self._train(batch_iter, num_steps, start_step)
+    except (BadInput, OSError):
+      self.close()  # Threads that end after this one would have the last word.
+      raise
+
+  def _train(self, batch_iter: Iterator[Any], num_steps: int, start_step: Any) -> Any:
     self._check_room()
     if start_step is None:
       start_step = int(self.train_state.step)
@@ -93,8 +101,9 @@ class Trainer(trainer.Trainer):
     except trainer.PreemptionError:
       if self._newest is not None:  # T5X sets train_state after the last step alone.
         self.train_state = self._newest
+      _check_finite(self.train_state)
       raise
-    self._check_finite(start_step + num_steps)
+    _check_finite(self.train_state)
     if not jax.process_index() and not isinstance(self._loss_normalizing_factor, str):
       # In the thread that wrote the metrics: training does not wait for them.
       step = start_step + num_steps
@@ -104,8 +113,11 @@ class Trainer(trainer.Trainer):
   def eval(self, batch_iters: Mapping[str, Iterator[Any]]) -> Any:
     """Evaluates; see T5X's method.
 
-    On one host SIGTERM ends an evaluation before its next batch, without numbers: the
-    next step of training then saves, and stops.
+    On one host SIGTERM ends an evaluation before its next batch, without numbers. If
+    the step is not saved, training saves it before its next one, and stops.
+
+    Raises:
+      SystemExit: SIGTERM came, and the step is saved.
     """
 
     def until_preempted(batches):
@@ -117,7 +129,10 @@ class Trainer(trainer.Trainer):
     try:
       return super().eval({n: until_preempted(x) for n, x in batch_iters.items()})
     except _EndOfEvaluation:
-      return {}
+      step = int(self.train_state.step)
+      if self._is_saved(step):
+        self._stop(step)
+      return {name: {} for name in batch_iters}  # T5X refuses an empty mapping.
 
   def compile_train(self, batch: Any) -> None:
     """Compiles the training step, and has it remember its result; see T5X's method."""
@@ -131,7 +146,7 @@ class Trainer(trainer.Trainer):
     self._compiled_train_step = remembered
 
   def _check_room(self) -> None:
-    if not self._save_period or jax.process_index() or '://' in self._model_dir:
+    if not self._saves or jax.process_index() or '://' in self._model_dir:
       return
     needed = sum(x.nbytes for x in jax.tree.leaves(self.train_state))
     free = shutil.disk_usage(self._model_dir).free
@@ -140,26 +155,6 @@ class Trainer(trainer.Trainer):
         f'MODEL_DIR={self._model_dir} has no room for a checkpoint: {needed:,} bytes'
         f' are needed, {free:,} are free. Free some, or keep fewer (KEEP_CHECKPOINTS);'
         ' then run the same command again.'
-      )
-
-  def _check_finite(self, step: int) -> None:
-    """Raises BadInput if parameters that are to be saved are not finite."""
-    if not self._save_period or (
-      step % self._save_period and step != self._total_steps
-    ):
-      return
-    bad = [
-      jax.tree_util.keystr(path, simple=True, separator='/')
-      for path, is_finite in jax.tree_util.tree_leaves_with_path(
-        _finite(self.train_state.params)
-      )
-      if not is_finite
-    ]
-    if bad:
-      raise BadInput(
-        f'{len(bad)} parameters are not finite at step {step}, {bad[0]} among them: the'
-        ' run has diverged, and they are not saved. Start again from the checkpoint'
-        ' before, or with a smaller learning rate or a longer warm-up.'
       )
 
   def _begin_bar(self, start_step: int) -> None:
@@ -182,13 +177,19 @@ class Trainer(trainer.Trainer):
 
   def _stop(self, step: int) -> None:
     """Raises what ends training before `step`."""
+    if self._bar is not None:
+      self._bar.close()
     again = 'the same command, run again, goes on from there'
-    folder = epath.Path(self._model_dir or '') / f'checkpoint_{step}'
-    saved = bool(self._model_dir) and folder.exists()
-    if multihost_utils.broadcast_one_to_all(np.int32(saved)):
+    if step == self._total_steps:
+      again = 'this was the last; python -m t5x.eval evaluates it'
+    if multihost_utils.broadcast_one_to_all(np.int32(self._is_saved(step))):
       self.close()
       raise SystemExit(f'SIGTERM at step {step}, which is saved: {again}.')
     raise trainer.PreemptionError(f'SIGTERM at step {step}: saved, if it can; {again}.')
+
+  def _is_saved(self, step: int) -> bool:
+    folder = epath.Path(self._model_dir or '') / f'checkpoint_{step}'
+    return bool(self._model_dir) and folder.exists()
 
   def _look(self, step: int, summary: Any) -> None:
     """Logs spikes and divergence in the period that ends at `step`; writes counts."""
@@ -221,8 +222,27 @@ class Trainer(trainer.Trainer):
 
 
 @jax.jit
-def _finite(params: Any) -> Any:
-  return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.isfinite(x).all() for x in arrays]
+
+
+def _check_finite(state: Any) -> None:
+  """Raises BadInput if parameters or optimizer moments (not shapes) are not finite."""
+  trees = {'target': state.params, 'moments': state.param_states}
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): x
+    for path, x in jax.tree_util.tree_leaves_with_path(trees)
+    if isinstance(x, jax.Array | np.ndarray)
+  }
+  are_finite = _are_finite([*named.values()])
+  bad = [name for name, ok in zip(named, are_finite, strict=True) if not ok]
+  if bad:
+    raise BadInput(
+      f'At step {int(state.step)}, {len(bad)} of {len(named)} arrays of the state are'
+      f' not finite, {bad[-1]} among them: training has diverged. They are not saved;'
+      ' go on from an earlier checkpoint, or with a smaller learning rate or a longer'
+      ' warm-up.'
+    )
 
 
 def _check_train_state(model: Any, train_state: Any, total_steps: int | None) -> None:

@@ -91,6 +91,17 @@ def test_failure_leaves_the_old_file(path, bad):
   assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_file_that_is_not_finite(path, monkeypatch):
+  monkeypatch.setattr(input_statistics.np, 'isfinite', lambda x: np.ones(1, bool))
+  broken = np.full((D, D), np.nan)
+  rewrite(ARRAYS['x'], broken, ARRAYS['x'])(path)
+  monkeypatch.undo()
+  with pytest.raises(
+    BadInput, match=f'{path} has values that are not finite in .*{SELF}'
+  ):
+    input_statistics.open_statistics(path).read(SELF)
+
+
 # --- Bad input ----------------------------------------------------------------
 
 

@@ -254,5 +254,7 @@ def gin_config(files, bindings=(), search_path=ROOT):
       stack.enter_context(mock.patch.object(__main__, name, function, create=True))
     prefixes = mock.patch.object(gin.config, '_LOCATION_PREFIXES', [])
     stack.enter_context(prefixes)
+    words = [*sys.argv, *(f'--gin_bindings={binding}' for binding in bindings)]
+    stack.enter_context(mock.patch.object(sys, 'argv', words))
     gin_utils.parse_gin_flags(str(search_path).split(','), list(files), list(bindings))
     yield lambda name: gin.get_configurable(recorders()[name])()

@@ -9,9 +9,9 @@ import t5.data.mixtures  # noqa: F401
 from t5x import utils
 
 from gqa_t5x import calibrate
-from gqa_t5x.checkpoints import folders
+from gqa_t5x.checkpoints import config, folders
 from gqa_t5x.data import benchmarks
-from gqa_t5x.training import models
+from gqa_t5x.training import models, resume
 from helpers import commands
 
 TRAIN = {'MODEL_DIR': 'gs://bucket/out'}
@@ -71,6 +71,9 @@ def parsed(gin_files, given):
       (folders, 'find_checkpoint', lambda path: path),
       (folders, 'open_checkpoint', lambda path: {}),
       (folders, 'step_is_known', lambda path: True),
+      (config, 'read', lambda path: None),
+      (resume, 'claim', lambda *folder: None),
+      (resume, '_check_inference', lambda folder: None),
       (models, 'check_params', lambda model, _, path: checked.append((model, path))),
     ):
       stack.enter_context(mock.patch.object(module, name, stand_in))

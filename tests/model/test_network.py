@@ -116,6 +116,15 @@ def test_bfloat16_is_close_to_float32():
   assert 1e-4 < error / size < BFLOAT16_ERROR
 
 
+def test_float16_of_padded_inputs():
+  """The mask fits float16, whose least value is -65504."""
+  cfg = oracle.config(2, dtype=jnp.float16)
+  logits = np.asarray(oracle.forward(cfg)(oracle.params(cfg), oracle.batch()))
+  real = oracle.batch()['decoder_target_tokens'] > 0
+  error = np.abs(logits - padded_logits(2))[real].max()
+  assert error < 0.02 * np.abs(padded_logits(2)).max()
+
+
 def sum_of_logits(forward, params):
   return jnp.sum(forward(params, oracle.batch()))
 

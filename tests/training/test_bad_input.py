@@ -7,10 +7,14 @@ and so has `python -m gqa_t5x.convert` (test_convert.py).
 import gc
 import re
 import shutil
+import sys
 
 import pytest
 
-from gqa_t5x.training import restore, run_lock
+from gqa_t5x import best
+from gqa_t5x.errors import BadInput
+from gqa_t5x.reproduce import __main__ as reproduce
+from gqa_t5x.training import gin_command, restore, run_lock
 from helpers import commands, trees
 
 # What the reading threads of a damaged checkpoint raise besides.
@@ -153,3 +157,107 @@ def test_last_step_that_is_unknown(path, num_steps, message):
   """Of a known one, the last step is in gin_files/test_gin_papers.py."""
   with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
     restore.step_after(path, num_steps)
+
+
+# --- Before anything runs -------------------------------------------------------
+
+PRETRAIN = ['tiny.gin', 'gin/runs/pretrain.gin', 'task.gin', 'train.gin']
+
+
+def parse(folder, monkeypatch, *words, **macros) -> None:
+  """Parses a training's gin files, with words of the command line."""
+  commands.write_gin(folder)
+  monkeypatch.setattr(sys, 'argv', ['train', *words])
+  bindings = [re.sub(r'^--gin(\.|_bindings=)', '', word) for word in words]
+  bindings = [word for word in bindings if not word.startswith('--')]
+  macros = {'MODEL_DIR': 'run', **macros}
+  bindings += [f'{name} = {value!r}' for name, value in macros.items()]
+  with commands.gin_config(PRETRAIN, bindings, f'{commands.ROOT},{folder}'):
+    pass
+
+
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    (['--gin.NUM_KV_HEAD=2'], 'NUM_KV_HEAD: .*; do you mean NUM_KV_HEADS?'),
+    (['--gin_bindings=TRAIN_STEP = 2'], 'TRAIN_STEP: .* mean TRAIN_STEPS?'),
+    (['--gin_bindings', 'BATCHSIZE=2'], 'BATCHSIZE: .* mean BATCH_SIZE?'),
+    (['--gin.train/RANDOM_SEED=2'], 'train/RANDOM_SEED: .* mean RANDOM_SEED?'),
+    (['--gin.XYZ=2'], 'no gin file of this run uses XYZ$'),
+    # Of other runs.
+    (['--gin.NUM_SEQUENCES=2'], 'no gin file of this run uses NUM_SEQUENCES'),
+  ],
+)
+def test_a_macro_that_nothing_uses(words, message, tmp_path, monkeypatch):
+  parse(tmp_path, monkeypatch, '--gin.NUM_KV_HEADS=2', "--gin.MODEL_DIR='x'")
+  with pytest.raises(BadInput, match=message.replace('?', '[?]')):
+    parse(tmp_path, monkeypatch, *words)
+
+
+def check(name, value) -> None:
+  gin_command.check_macros({(name, 'gin.macro'): {'value': value}})
+
+
+# 0 has a meaning.
+NO_COUNTS = {'RANDOM_SEED', 'TOP_K', 'LOSS_NORMALIZING_FACTOR'}
+
+
+def test_every_count_is_checked(tmp_path, monkeypatch):
+  """Whole numbers in gin files, and what may be one instead of None."""
+  text = '\n'.join(commands.gin_files().values())
+  counts = set(re.findall(r'^([A-Z_]+) = \d[\d_]*(?!\S)', text, flags=re.MULTILINE))
+  counts |= {'NUM_KV_HEADS', 'NUM_MICROBATCHES', 'KEEP_CHECKPOINTS', 'KEEP_PERIOD'}
+  assert len(counts - NO_COUNTS) == 17
+  bad = {name: (0, -1) for name in counts - NO_COUNTS}
+  bad |= {
+    'TRAIN_STEPS': (4e0, '4', True),
+    'KEEP_CHECKPOINTS': (0, False),
+    'TASK_FEATURE_LENGTHS': ({'inputs': 0},),
+  }
+  for name, values in bad.items():
+    for value in values:
+      with pytest.raises(BadInput, match=rf'^{name}.*must be at least 1'):
+        check(name, value)
+  check('KEEP_CHECKPOINTS', None)
+  with pytest.raises(BadInput, match=r'^LOSS_NORMALIZING_FACTOR=0 must be above 0'):
+    check('LOSS_NORMALIZING_FACTOR', 0)
+  with pytest.raises(BadInput, match=r'^BATCH_SIZE=8 is not divisible by .*=3; choose'):
+    parse(tmp_path, monkeypatch, NUM_MICROBATCHES=3)
+
+
+@pytest.mark.parametrize(
+  ('module', 'run_file', 'macros'),
+  [
+    ('t5x.train', 'pretrain', {'MODEL_DIR': 'run [v2]', 'TRAIN_STEPS': 2}),
+    ('t5x.train', 'uptrain', {'INITIAL_CHECKPOINT_PATH': 'a*/checkpoint_0'}),
+    ('t5x.eval', 'eval', {'CHECKPOINT_PATH': 'gs://bucket/what?/checkpoint_0'}),
+    ('t5x.eval', 'eval', {'EVAL_OUTPUT_DIR': 'b]'}),
+    ('t5x.infer', 'infer', {'INFER_OUTPUT_DIR': 'b['}),
+    ('t5x.train', 'pretrain', {'MODEL_DIR': 'below', 'TRAIN_STEPS': 2}),
+  ],
+)
+def test_a_folder_that_orbax_takes_for_a_pattern(
+  module, run_file, macros, root, tmp_path
+):
+  folder = tmp_path / 'a [b]' if 'below' in macros.values() else tmp_path
+  folder.mkdir(exist_ok=True)
+  given = {
+    't5x.train': {'MODEL_DIR': 'run', 'TRAIN_STEPS': 2},
+    't5x.eval': {'EVAL_OUTPUT_DIR': 'run'},
+    't5x.infer': {'INFER_OUTPUT_DIR': 'run'},
+  }[module]
+  if module != 't5x.train':
+    given['CHECKPOINT_PATH'] = str(root / 'mha' / 'checkpoint_0')
+  with pytest.raises(ValueError, match=r'in its name, which .* takes for a pattern'):
+    commands.engine_here(folder, module, run_file, **given | macros)
+  assert {path.suffix for path in folder.iterdir()} == {'.gin'}
+
+
+def test_commands_that_write_below_a_pattern(root, tmp_path, capsys):
+  source = f'--input={root}/mha/checkpoint_0'
+  assert trees.run_convert(source, f'--output={tmp_path}/[x]', '--num_kv_heads=2') == 1
+  assert best.main(['best', f'--model_dir={tmp_path}/*']) == 1
+  argv = ['reproduce', f'--output_dir={tmp_path}/?']
+  assert reproduce.define_command().run(argv, reproduce.act) == 1
+  assert capsys.readouterr().err.count('in its name, which') == 3
+  assert list(tmp_path.iterdir()) == []

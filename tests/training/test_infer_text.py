@@ -1,12 +1,17 @@
 """Inference on users' files: what is read, what is refused, what comes out."""
 
 import json
+import math
+import os
+import shutil
 
 import pytest
 import seqio
 import tensorflow as tf
 
-from gqa_t5x.training import infer_text
+from gqa_t5x import files
+from gqa_t5x.errors import BadInput
+from gqa_t5x.training import infer_text, resume, run_lock
 from helpers import commands, tiny_task
 
 TEXT, JSON = None, 'inputs'
@@ -20,6 +25,7 @@ TEXT, JSON = None, 'inputs'
     ('größer'.encode(), TEXT, 'größer'),
     (b'{"inputs": "a\\nb", "more": 3}', JSON, 'a\nb'),
     (b'{"question": "why"}', 'question', 'why'),
+    (b'{"inputs": "a\\ud83d\\ude00"}', JSON, 'a\N{GRINNING FACE}'),
   ],
 )
 def test_lines(line, key, expected):
@@ -38,6 +44,18 @@ def test_lines(line, key, expected):
     (b'"inputs"', JSON, "no text under 'inputs'"),
     (b'{"input": "x"}', JSON, "no text under 'inputs'"),
     (b'{"inputs": 3}', JSON, "no text under 'inputs'"),
+    (b'{"inputs": "a\\ud83d"}', JSON, r'half a character \(a surrogate\) at 1'),
+    (b'{"inputs": "\\ude00"}', JSON, r'half a character \(a surrogate\) at 0'),
+    (
+      b'{"inputs": "x", "n": NaN, "deep": ' + b'[' * 10**5,
+      JSON,
+      'not JSON: maximum rec.*',
+    ),
+    (
+      b'{"inputs": "x", "n": ' + b'1' * 5000 + b'}',
+      JSON,
+      'not JSON: Exceeds the limit .*',
+    ),
   ],
 )
 def test_unreadable_lines(line, key, why):
@@ -78,7 +96,9 @@ def test_a_task_has_the_lines_in_order(register, tmp_path):
   vocabulary = tiny_task.vocabulary()
   expected = [*vocabulary.encode('say: abc'), vocabulary.eos_id]
   assert found[0]['inputs'].tolist() == expected
-  assert len(found[1]['inputs']) == 32
+  # Cut inputs, too, have an end marker.
+  cut = vocabulary.encode('say: ' + 'x' * 50)[:31]
+  assert found[1]['inputs'].tolist() == [*cut, vocabulary.eos_id]
   assert [p.name for p in (tmp_path / 'out').iterdir()] == [f'{name}.tfrecord']
 
 
@@ -117,12 +137,36 @@ def test_unreadable_lines_are_skipped_and_reported(register, capsys):
   )
 
 
+@pytest.mark.parametrize('name', ['in.txt', 'in.JSONL', 'n' * 249 + '.jsonl'])
+def test_names_and_byte_order_marks(register, tmp_path, name):
+  """A mark elsewhere than at the beginning of the file is text."""
+  lines = [b'"a"', b'\xef\xbb\xbfb', b'"\\ud800"']
+  if name != 'in.txt':
+    lines = [b'{"inputs": "a"}', b'{"inputs": "\xef\xbb\xbfb"}', b'{"inputs": "\\ud8"}']
+  lines[0] = b'\xef\xbb\xbf' + lines[0]
+  found = examples(register(lines, name=name, unreadable='skip'))
+  texts = [e['inputs_pretokenized'].decode() for e in found]
+  skipped = [] if name != 'in.txt' else ['"\\ud800"']
+  assert texts == ['"a"' if name == 'in.txt' else 'a', '\ufeffb', *skipped]
+  assert not list((tmp_path / 'out').glob('*.tmp*'))
+
+
+def test_a_name_with_glob_characters(register):
+  """Unlike a folder of checkpoints."""
+  assert len(examples(register([b'a'], name='in [1]*?.txt'))) == 1
+
+
 @pytest.mark.parametrize(
   ('lines', 'changes', 'message'),
   [
     ([b'a'], {'unreadable': 'drop'}, "UNREADABLE='drop'; choose one of refuse, skip"),
     ([b'a'], {'path': 'nowhere.txt'}, 'INPUT_FILE=nowhere.txt: there is no such file'),
     ([b'', b' '], {'unreadable': 'skip'}, 'in.txt has no line to infer on'),
+    ([b'a'], {'path': '/'}, 'INPUT_FILE=/: it is a folder'),
+    ([b'a'], {'path': 'x' * 300}, 'INPUT_FILE=x+: there is no such file'),
+    ([b'a'], {'path': 'a\0b'}, 'INPUT_FILE=a'),
+    ([b'{}'], {'name': 'in.json'}, r'in\.json: is it text, or JSON[?] Name it'),
+    ([b'{}'], {'name': 'in.Json'}, r'in\.Json: is it text, or JSON[?] Name it'),
   ],
 )
 def test_bad_input(register, lines, changes, message):
@@ -148,6 +192,11 @@ def test_several_decodes_are_lists(tmp_path):
     row = json.loads((tmp_path / 'out.jsonl').read_text())
     expected = {'line': 5, 'input': 'x', 'prediction': texts, 'score': scores[0]}
     assert row == expected
+  for scores, line in (([-math.inf], '-inf'), ([[-1.0, math.nan]], r'\[-1.0, nan\]')):
+    with pytest.raises(ValueError, match=f'The score of line 5 is {line}: the check'):
+      infer_text.write(
+        path, (words, {'scores': scores}), examples, 'predict_with_aux', vocabulary
+      )
   with pytest.raises(ValueError, match="mode='score'; scores need predict_with_aux"):
     infer_text.write(path, ([], {}), examples, 'score', vocabulary)
 
@@ -162,12 +211,12 @@ def test_from_file_to_file(pretrained, tmp_path):
   macros |= {'CHECKPOINT_PATH': str(pretrained / 'mha' / 'checkpoint_6')}
   macros |= {'INFER_OUTPUT_DIR': 'out'}
   files = ['tiny.gin', 'gin/infer_text.gin']
-  commands.files_here(tmp_path, 't5x.infer', files, **macros)
   (tmp_path / 'bad.txt').write_text('one\n\n')
   with pytest.raises(ValueError, match=r'unreadable lines: 2 .empty.'):
     commands.files_here(
       tmp_path, 't5x.infer', files, **macros | {'INPUT_FILE': 'bad.txt'}
     )
+  commands.files_here(tmp_path, 't5x.infer', files, **macros)
   (file,) = (tmp_path / 'out').glob('text_in_*.jsonl-00000-of-00001')
   rows = [json.loads(line) for line in file.read_text().splitlines()]
   assert [row['line'] for row in rows] == list(range(1, 11))
@@ -176,3 +225,82 @@ def test_from_file_to_file(pretrained, tmp_path):
     assert row['prediction'] == mirrored['prediction']
     assert row['score'] == pytest.approx(mirrored['score'], rel=1e-4)
     assert row['score'] < 0
+
+
+BEAM = 'gin/decoding/beam_search.gin'
+FILES = {
+  'text': ['tiny.gin', 'gin/infer_text.gin'],
+  'task': ['tiny.gin', 'gin/runs/infer.gin', 'task.gin'],
+}
+
+
+@pytest.fixture(scope='module')
+def infer(pretrained, tmp_path_factory):
+  """Infers in a folder of its own on the lines of a file, or on the tiny task."""
+  folder = tmp_path_factory.mktemp('infer')
+  commands.write_gin(folder)
+  (folder / 'in.txt').write_text('\n'.join(tiny_task.WORDS))
+
+  def run(kind, *more_files, step=6, **macros):
+    given = {'INPUT_FILE': 'in.txt'} if kind == 'text' else {}
+    given |= {'CHECKPOINT_PATH': str(pretrained / 'mha' / f'checkpoint_{step}')}
+    given |= {'INFER_OUTPUT_DIR': kind, 'BATCH_SIZE': 4}
+    given |= {'infer_script.infer.checkpoint_period': 1} | macros
+    files = [*FILES[kind], *more_files]
+    commands.files_here(folder, 't5x.infer', files, **given)
+    found = (folder / given['INFER_OUTPUT_DIR']).glob('*.jsonl-00000-of-00001')
+    return [path.read_text() for path in found]
+
+  run.folder = folder
+  return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', FILES)
+def test_only_the_same_settings_go_on(kind, infer):
+  """Whether results are complete or not; before there are any, all settings do."""
+  (whole,) = infer(kind)
+  for more, changes, message in (
+    ((), {'BATCH_SIZE': 10}, 'BATCH_SIZE was 4, is 10'),
+    ((BEAM,), {}, r'DECODE_FN was @\S+greedy, is @\S+beam_search'),
+    ((BEAM,), {}, 'BREVITY_PENALTY was not set, is 0.6'),
+    ((), {'step': 4}, r"CHECKPOINT_PATH was '.*checkpoint_6', is '.*checkpoint_4'"),
+    (
+      (),
+      {'SPLIT': 'train'},
+      'SPLIT was .*, is .train.*Give the same settings to go on',
+    ),
+  ):
+    with pytest.raises(BadInput, match=f'{kind} has results of other .*{message}'):
+      infer(kind, *more, **changes)
+  assert infer(kind) == [whole]
+  # Stopped: parts of another number of rows are there.
+  other = infer.folder / f'other_{kind}'
+  other.mkdir()
+  shutil.copy(infer.folder / kind / resume.SETTINGS, other)
+  (other / f'tmp-{kind}').mkdir()
+  with pytest.raises(BadInput, match='BATCH_SIZE was 4, is 2'):
+    infer(kind, INFER_OUTPUT_DIR=other.name, BATCH_SIZE=2)
+  (other / resume.SETTINGS).unlink()
+  with pytest.raises(BadInput, match='results of unknown settings; choose another'):
+    infer(kind, INFER_OUTPUT_DIR=other.name)
+  (other / f'tmp-{kind}').rmdir()
+  assert infer(kind, INFER_OUTPUT_DIR=other.name) == [whole]
+
+
+@pytest.mark.slow
+def test_float16_decodes_padded_inputs(infer):
+  (found,) = infer('text', INFER_OUTPUT_DIR='half', ACTIVATION_DTYPE='float16')
+  (whole,) = infer('text')
+  for half, single in zip(found.splitlines(), whole.splitlines(), strict=True):
+    expected = json.loads(single)['score']
+    assert json.loads(half)['score'] == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_folder_in_which_another_run_is_at_work(infer):
+  folder = infer.folder / 'in use'
+  folder.mkdir()
+  lock = files.lock(folder / run_lock.NAME)
+  with pytest.raises(run_lock.InUse, match=r'in use is in use by .* another folder'):
+    infer('task', INFER_OUTPUT_DIR=folder.name)
+  os.close(lock)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import types
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from t5x import trainer as t5x_trainer
 
+from gqa_t5x.errors import BadInput
 from gqa_t5x.training import preemption, run_lock
 from helpers.trainers import make_state, make_trainer
 
@@ -105,6 +107,49 @@ def test_what_was_trained_is_what_is_saved(train, stop_at, trained):
   assert ''.join(made.seen) == 'abc'[:trained]
   assert next(made.batches) == 'abcd'[trained]
   made.close()
+
+
+def test_what_is_not_finite_is_not_saved(train):
+  """Neither when a run is stopped, nor from the beginning."""
+  made = train(stop_at=42)
+  params = jax.tree.map(lambda x: x * np.inf, made.train_state.params)
+  bad = made.train_state
+  bad = bad.restore_state({**bad.state_dict(), 'target': params})
+  made._compiled_train_step = lambda state, batch: (bad, {})
+  with pytest.raises(BadInput, match=r'^At step 0, .* training has diverged'):
+    made.train(made.batches, 1, start_step=40)
+  made._newest = bad
+  with pytest.raises(BadInput, match=r'^At step 0, .* training has diverged'):
+    made.train(made.batches, 1, start_step=42)
+  with pytest.raises(BadInput, match=r'^At step 0, .* training has diverged'):
+    make_trainer(bad)
+
+
+@pytest.mark.parametrize('saved', [False, True])
+def test_an_evaluation_ends_before_its_next_batch(train, tmp_path, monkeypatch, saved):
+  """A step that is not saved yet is saved by the next call of train."""
+  seen = []
+
+  def engine_eval(self, batch_iters):
+    for batches in batch_iters.values():
+      for batch in batches:
+        seen.append(batch)
+        received.set()
+    return {'x': 1}
+
+  monkeypatch.setattr(t5x_trainer.Trainer, 'eval', engine_eval)
+  made, received = train(stop_at=0), threading.Event()
+  made._notice.received = lambda: received.is_set()
+  assert made.eval({'a': iter('')}) == {'x': 1}
+  if saved:
+    (tmp_path / 'checkpoint_0').mkdir()
+    with pytest.raises(SystemExit, match='SIGTERM at step 0, which is saved: the same'):
+      made.eval({'a': iter('abc'), 'b': iter('d')})
+  else:
+    assert made.eval({'a': iter('abc'), 'b': iter('d')}) == {'a': {}, 'b': {}}
+    with pytest.raises(t5x_trainer.PreemptionError, match='SIGTERM at step 0: saved'):
+      made.train(made.batches, 1, start_step=0)
+  assert seen == ['a']
 
 
 def test_what_is_saved_is_not_saved_again(train, tmp_path):

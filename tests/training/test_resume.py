@@ -5,10 +5,12 @@ import pathlib
 import shutil
 
 import clu.data
+import numpy as np
 import pytest
 import tensorflow as tf
 from etils import epath
 
+from gqa_t5x.errors import BadInput
 from gqa_t5x.training import resume
 from helpers import commands, trees
 
@@ -45,7 +47,18 @@ def truncate(path):
   os.truncate(path, os.path.getsize(path) // 2)
 
 
+def overwrite_with_nan(folder):
+  """The same checkpoint, but for one value of one tensor."""
+  arrays = trees.read(folder)
+  name = 'target/decoder/logits_dense/kernel'
+  arrays[name] = arrays[name].copy()
+  arrays[name][3, 5] = np.nan
+  shutil.rmtree(folder / 'state')
+  trees.write_orbax(pathlib.Path(folder), trees.nest(arrays))
+
+
 DAMAGE = {
+  'not finite': overwrite_with_nan,
   'values cut': lambda c: truncate(largest(c / 'state')),
   'no state': lambda c: shutil.rmtree(c / 'state'),
   'position cut': lambda c: truncate(largest(c / 'dataset')),
@@ -91,6 +104,39 @@ def test_training_goes_on_from_the_one_before(pretrained, run, tmp_path, caplog)
   # The data, too, goes on where it was: the same steps give the same parameters.
   before = trees.read(pretrained / 'mha' / 'checkpoint_6')
   trees.assert_same(trees.read(run / 'checkpoint_6'), before)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_is_not_saved(run, tmp_path):
+  """A run that diverges; and one that begins from what another has left."""
+  rate = {'utils.create_learning_rate_scheduler.base_learning_rate': 1e38}
+  macros = commands.PRETRAINING | {'MODEL_DIR': str(run), 'TRAIN_STEPS': 12}
+  with pytest.raises(BadInput, match=r'^At step 8, .* target/.* has diverged'):
+    commands.engine_here(tmp_path, 't5x.train', 'pretrain', **macros, **rate)
+  assert commands.steps(run) == [0, 4, 6]
+  overwrite_with_nan(run / 'checkpoint_6')
+  macros = {'MODEL_DIR': 'new', 'INITIAL_CHECKPOINT_PATH': str(run / 'checkpoint_6')}
+  with pytest.raises(
+    BadInput, match=r'^At step 6, 1 of .* target/decoder/logits_dense'
+  ):
+    commands.engine_here(tmp_path, 't5x.train', 'uptrain', TRAIN_STEPS=8, **macros)
+  assert commands.steps(tmp_path / 'new') == []
+
+
+@pytest.mark.slow
+def test_other_data_than_the_position_is_of(run, tmp_path):
+  lengths = {'inputs': 20, 'targets': 8}
+  macros = commands.PRETRAINING | {'MODEL_DIR': str(run), 'TRAIN_STEPS': 8}
+  for change, message in (
+    ({'TASK_FEATURE_LENGTHS': lengths}, r"TASK_\w+ was .*'inputs': 24.*, is .* 20"),
+    ({'BATCH_SIZE': 4}, r'BATCH_SIZE was 8, is 4\. .* Or --gin\.SAVE_DATASET=False: '),
+  ):
+    with pytest.raises(BadInput, match=message):
+      commands.engine_here(tmp_path, 't5x.train', 'pretrain', **macros | change)
+  assert commands.steps(run) == [0, 4, 6]
+  macros |= {'BATCH_SIZE': 4, 'SAVE_DATASET': False}
+  commands.engine_here(tmp_path, 't5x.train', 'pretrain', **macros)
+  assert commands.steps(run)[-1] == 8
 
 
 # --- The position in the data ---------------------------------------------------

@@ -44,7 +44,7 @@ def another(tmp_path):
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path, another):
-  message = rf'{tmp_path} is in use by process {another.pid} on .* another MODEL_DIR\.'
+  message = rf'{tmp_path} is in use by process {another.pid} on .* another folder\.'
   with pytest.raises(run_lock.InUse, match=message):
     run_lock.hold(epath.Path(tmp_path))
   assert json.loads((tmp_path / run_lock.NAME).read_text())['process'] == another.pid
