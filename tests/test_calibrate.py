@@ -222,7 +222,7 @@ def test_command(saved, tmp_path):
 @pytest.mark.parametrize(
   ('macros', 'message'),
   [
-    ({'NUM_SEQUENCES': 0}, 'NUM_SEQUENCES=0 must be a whole number, at least 1'),
+    ({'NUM_SEQUENCES': 0}, 'NUM_SEQUENCES=0 must be at least 1, and a whole number'),
     ({'tiny_task.vocabulary.extra_ids': 5}, '(?i)vocabularies'),
     ({'SPLIT': 'empty'}, "tiny_words has no split 'empty'; choose one of train, val"),
     ({}, 'tiny_words has no data in split train'),
