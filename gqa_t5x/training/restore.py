@@ -2,13 +2,14 @@
 
 T5X silently drops layers that the model lacks, and its errors on a missing or partial
 checkpoint neither name it nor say what to do. The gin files pass the path through here
-before `utils.RestoreCheckpointConfig`. Nothing is read but names and shapes.
+before `utils.RestoreCheckpointConfig`. Little is read but names and shapes.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from gqa_t5x.checkpoints import config, folders, tree
@@ -41,10 +42,17 @@ def check_fits(path: epath.Path, model: Any) -> None:
   """Raises BadInput if a checkpoint is not of the model.
 
   That is if parameters are missing, unknown, or of another shape, or if its file of the
-  configuration (checkpoints/config.py) has other values than the model.
+  configuration (checkpoints/config.py) has other values than the model. A run that
+  diverged is known by the scales of its layer norms, which are small: they are read.
   """
   params = tree.parameters(folders.open_checkpoint(path))
   models.check_params(model, params, str(path))
+  for name, tensor in params.items():
+    if len(tensor.shape) == 1 and not np.isfinite(tensor.read()).all():
+      raise BadInput(
+        f'{path} has values that are not finite, in {name}: it is of a run that'
+        ' diverged, or damaged. Take an earlier one.'
+      )
   theirs = config.read(path)
   if theirs is None:
     return

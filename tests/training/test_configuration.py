@@ -3,12 +3,14 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 from etils import epath
 
 from gqa_t5x.checkpoints import config, folders
 from gqa_t5x.errors import BadInput
-from helpers import commands
+from gqa_t5x.training import models, restore
+from helpers import commands, trees
 
 OTHER = config.ModelConfig(layer_norm_epsilon=0.3, relpos_max_distance=40)
 BINDINGS = {f'network.config.{name}': getattr(OTHER, name) for name in
@@ -61,3 +63,14 @@ def test_what_a_run_does_not_compute(changes, message, source, tmp_path):
   config.write(source, dataclasses.replace(OTHER, **changes))
   with pytest.raises(BadInput, match=message):
     train(tmp_path, source, **bindings)
+
+
+@pytest.mark.parametrize('value', [np.nan, -np.inf])
+def test_a_checkpoint_of_a_run_that_diverged(value, monkeypatch, tmp_path):
+  """Whoever opens it: only its layer norms are read."""
+  state = trees.tiny_state()
+  state['target']['encoder']['encoder_norm']['scale'][1] = value
+  folder = trees.write_t5x(tmp_path / 'checkpoint_1000', state)
+  monkeypatch.setattr(models, 'check_params', lambda *args: None)
+  with pytest.raises(BadInput, match=r'1000 has .* in encoder/encoder_norm/'):
+    restore.checked_path(str(folder), model=None)
