@@ -243,10 +243,11 @@ def test_bad_input(run, tmp_path, monkeypatch, macros, message):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite(run, tmp_path):
-  """One weight of the last layer; nothing is written."""
+  """One weight before the last layer; nothing is written."""
   arrays = dict(flat(VALUES))
-  name = 'decoder/layers_1/pre_self_attention_layer_norm/scale'
-  arrays[name] = arrays[name] * np.float32(np.nan)
+  name = 'decoder/layers_0/mlp/wo/kernel'
+  arrays[name] = np.array(arrays[name])
+  arrays[name][0, 0] = np.nan
   tree = {'target': nest(arrays), 'state': {'step': np.int32(7), 'param_states': {}}}
   source = write_msgpack(tmp_path.with_name('nan') / 'checkpoint_7', tree)
   code, said = run(CHECKPOINT_PATH=str(source), NUM_SEQUENCES=8)

@@ -20,7 +20,7 @@ from t5x import (  # noqa: E402
 )
 from t5x import train as train_lib  # noqa: E402
 
-from helpers import tiny_task, toy, trees  # noqa: E402
+from helpers import commands, tiny_task, toy, trees  # noqa: E402
 
 # --- Checkpoints --------------------------------------------------------------
 
@@ -202,3 +202,12 @@ def test_unknown_split_and_missing_dataset_state_are_named(tmp_path):
 def test_the_base_model_says_that_it_cannot_decode():
   with pytest.raises(NotImplementedError, match='gqa_t5x'):
     toy.toy_model().predict_batch({}, {})
+
+
+@pytest.mark.parametrize('module', ['t5x.eval', 't5x.infer'])
+def test_the_last_line_names_a_binding_that_gin_cannot_read(module, tmp_path):
+  words = ['--gin_file=no.gin', '--gin.SPLIT=test', '--gin.B=1']
+  done = commands.run(tmp_path, '-m', module, *words)
+  assert done.returncode == 1
+  *_, last = done.stdout.splitlines()
+  assert '--gin.SPLIT=test: gin cannot read this value. Text needs quotes' in last
