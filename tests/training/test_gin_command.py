@@ -65,3 +65,11 @@ def test_engines_name_the_splits(module, folder, tmp_path):
   macros = {'CHECKPOINT_PATH': 'lost', folder: str(tmp_path / 'out'), 'SPLIT': 'dev'}
   with pytest.raises(BadInput, match=f'tiny_words {NAMES}train, validation'):
     commands.engine_here(tmp_path, module, module.removeprefix('t5x.'), **macros)
+
+
+def test_training_names_the_splits_that_it_decodes(tmp_path):
+  macros = {'MODEL_DIR': str(tmp_path / 'run'), 'SPLIT': 'dev', 'TRAIN_STEPS': 2}
+  with pytest.raises(BadInput, match=f'tiny_words {NAMES}train, validation'):
+    commands.engine_here(
+      tmp_path, 't5x.train', 'pretrain', ['gin/runs/decoded_eval.gin'], **macros
+    )
