@@ -117,20 +117,27 @@ def temperature_sample(
     state = state.replace(rng=next_rng, cache=cache)
     return _append(state, *drawn, forced_RT[:, state.step], limit_R, eos_id)
 
-  R, cache = B * num_decodes, decode_cache.repeat_rows(cache, num_decodes)
-  first_R1 = jnp.repeat(inputs[:, :1], num_decodes, axis=0).astype(jnp.int32)
-  start = _SamplingState(
+  start = _start(inputs, num_decodes, cache, decode_rng)
+  final = loop.while_loop(
+    lambda state: ~jnp.all(state.ended_R), decode_one, start, beams=1
+  )
+  return _by_score(final, B)
+
+
+def _start(
+  inputs_BT: Array, num_decodes: int, cache: Any, decode_rng: Array | None
+) -> _SamplingState:
+  """Returns the state before the first step."""
+  first_R1 = jnp.repeat(inputs_BT[:, :1], num_decodes, axis=0).astype(jnp.int32)
+  R, T = len(first_R1), inputs_BT.shape[1]
+  return _SamplingState(
     step=jnp.zeros((), jnp.int32),
     sequences_RT=jnp.pad(first_R1, ((0, 0), (0, T))),
     scores_R=jnp.zeros(R, jnp.float32),
     ended_R=jnp.zeros(R, bool),
     rng=jax.random.PRNGKey(0) if decode_rng is None else decode_rng,
-    cache=cache,
+    cache=decode_cache.repeat_rows(cache, num_decodes),
   )
-  final = loop.while_loop(
-    lambda state: ~jnp.all(state.ended_R), decode_one, start, beams=1
-  )
-  return _by_score(final, B)
 
 
 def _append(

@@ -2,13 +2,13 @@
 
 It checks a restored checkpoint against the model before the first step, shows progress
 with the time to go, watches the loss (loss_watch.py), stops to be saved when the
-machine is taken away (preemption.py), and ends when another run has taken its folder
-(run_lock.py).
+machine is taken away, and ends when another run has taken its folder (run_lock.py).
 """
 
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,13 +21,40 @@ from etils import epath
 from jax.experimental import multihost_utils
 from t5x import trainer
 
+from gqa_t5x import command_line
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import loss_watch, models, preemption, run_lock
+from gqa_t5x.training import loss_watch, models, run_lock
 
 # Seconds between redraws: few where they would fill a log file.
 _INTERVAL = (
   {} if sys.stderr.isatty() or 'TQDM_MININTERVAL' in os.environ else {'mininterval': 10}
 )
+
+
+class Notice:
+  """Listens for SIGTERM, which a machine gets that is taken away (pre-emption).
+
+  On several hosts, all agree on the step to stop at: with `jax.distributed`, JAX's
+  pre-emption service takes the signal and tells the other hosts. On one host alone,
+  this class takes it; a second SIGTERM ends the process.
+
+  Attributes:
+    close: function that gives the signal back.
+  """
+
+  def __init__(self):
+    self._received = threading.Event()
+    self.close = lambda: None
+    if not jax.distributed.is_initialized():
+      self.close = command_line.on_sigterm(self._received.set)
+
+  def received(self) -> bool:
+    """Returns whether SIGTERM has come; never with `jax.distributed`."""
+    return self._received.is_set()
+
+  def reached(self, step: int) -> bool:
+    """Returns whether to stop before the next step; all hosts ask before each."""
+    return self.received() or multihost_utils.reached_preemption_sync_point(step)
 
 
 class _EndOfEvaluation(Exception):
@@ -68,7 +95,7 @@ class Trainer(trainer.Trainer):
     )
     self._total_steps, self._model_dir = total_steps, summary_dir
     self._bar, self._newest = None, None
-    self._notice, self._saves = preemption.Notice(), bool(save_period)
+    self._notice, self._saves = Notice(), bool(save_period)
     self._loss_normalizing_factor = loss_normalizing_factor
     self._watch = loss_watch.Watch()
     self._found = dict.fromkeys(loss_watch.SCALARS, 0)
@@ -234,7 +261,7 @@ def _check_finite(state: Any) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(trees)
     if isinstance(x, jax.Array | np.ndarray)
   }
-  are_finite = _are_finite([*named.values()])
+  are_finite = jax.device_get(_are_finite([*named.values()]))  # At once: one wait.
   bad = [name for name, ok in zip(named, are_finite, strict=True) if not ok]
   if bad:
     raise BadInput(

@@ -12,7 +12,7 @@ import pytest
 from t5x import trainer as t5x_trainer
 
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import preemption, run_lock
+from gqa_t5x.training import run_lock, trainer
 from helpers.trainers import make_state, make_trainer
 
 # --- The signal -----------------------------------------------------------------
@@ -28,7 +28,7 @@ def received(monkeypatch):
 
 
 def test_the_first_signal_is_a_notice_and_the_second_is_not(received):
-  notice = preemption.Notice()
+  notice = trainer.Notice()
   assert not notice.reached(1)
   os.kill(os.getpid(), signal.SIGTERM)
   assert notice.reached(1)
@@ -39,7 +39,7 @@ def test_the_first_signal_is_a_notice_and_the_second_is_not(received):
 
 
 def test_the_signal_is_given_back(received):
-  notice = preemption.Notice()
+  notice = trainer.Notice()
   notice.close()
   notice.close()
   os.kill(os.getpid(), signal.SIGTERM)
@@ -51,9 +51,9 @@ def test_several_hosts_ask_jax(received, monkeypatch):
   """JAX's service has the signal, and tells all hosts the same step."""
   monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
   monkeypatch.setattr(
-    preemption.multihost_utils, 'reached_preemption_sync_point', lambda step: step == 7
+    trainer.multihost_utils, 'reached_preemption_sync_point', lambda step: step == 7
   )
-  notice = preemption.Notice()
+  notice = trainer.Notice()
   assert [step for step in range(10) if notice.reached(step)] == [7]
   os.kill(os.getpid(), signal.SIGTERM)
   assert received == [signal.SIGTERM]
