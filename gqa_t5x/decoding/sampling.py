@@ -118,9 +118,7 @@ def temperature_sample(
     return _append(state, *drawn, forced_RT[:, state.step], limit_R, eos_id)
 
   start = _start(inputs, num_decodes, cache, decode_rng)
-  final = loop.while_loop(
-    lambda state: ~jnp.all(state.ended_R), decode_one, start, beams=1
-  )
+  final = loop.while_loop(lambda s: ~jnp.all(s.ended_R), decode_one, start, beams=1)
   return _by_score(final, B)
 
 
