@@ -42,6 +42,7 @@ setuptools.setup(
       'matplotlib',
       'optax',
       'orbax-checkpoint',
+      'pyarrow',
       'seqio',
       'tensorboard',
       'tensorflow',
