@@ -31,6 +31,7 @@ METRICS = {
   **dict.fromkeys(('f1', 'em'), metrics.squad),
   'exact_match': metrics.exact_match,
 }
+_CACHE = seqio.CacheDatasetPlaceholder()
 _TEXT_KINDS = ('txt', 'jsonl', 'json', 'parquet')
 _PAIR_KINDS = ('jsonl', 'json', 'tsv', 'parquet')
 
@@ -72,14 +73,12 @@ def text_files(
   prepared = _train_and_validation(
     ('TEXT_FILES', files), validation_files, validation_share, common
   )
-  before = [
-    functools.partial(
-      t5_preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
-    )
-  ]
+  rekey = functools.partial(
+    t5_preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
+  )
   return _register(
     'text_files', prepared, ('text',), vocabulary, [objective],
-    before=before, after=[OBJECTIVES[objective]],
+    [rekey, seqio.preprocessors.tokenize, _CACHE, OBJECTIVES[objective]],
   )  # fmt: skip
 
 
@@ -133,9 +132,9 @@ def pairs(
     return pair | {'inputs': tf.strings.join([input_prefix, pair['inputs']])}
 
   return _register(
-    'pairs', prepared, common['features'], vocabulary, [input_prefix], named=named,
-    before=[with_prefix], cut=[preprocessors.cut_characters],
-    metric_fns=[] if metric is None else [METRICS[metric]],
+    'pairs', prepared, common['features'], vocabulary, [input_prefix],
+    [with_prefix, _CACHE, preprocessors.cut_characters, seqio.preprocessors.tokenize],
+    metric_fns=[] if metric is None else [METRICS[metric]], named=named,
   )  # fmt: skip
 
 
@@ -185,10 +184,7 @@ def _register(
   features: Sequence[str],
   vocabulary: seqio.Vocabulary,
   settings: Sequence[str],
-  *,
-  before: Sequence[Callable],
-  cut: Sequence[Callable] = (),
-  after: Sequence[Callable] = (),
+  preprocessors: Sequence[Callable],
   metric_fns: Sequence[Callable] = (),
   named: int | None = None,
 ) -> str:
@@ -209,15 +205,9 @@ def _register(
     source=seqio.TFExampleDataSource(
       patterns, dict.fromkeys(features, tf.io.FixedLenFeature([], tf.string))
     ),
-    preprocessors=[
-      *before,
-      *cut,
-      seqio.preprocessors.tokenize,
-      seqio.CacheDatasetPlaceholder(),
-      *after,
-      seqio.preprocessors.append_eos_after_trim,
-    ],
-    output_features={'inputs': feature(required=not after), 'targets': feature()},
+    # Inputs that are too long are cut, and keep their end marker.
+    preprocessors=[*preprocessors, seqio.preprocessors.append_eos_after_trim],
+    output_features={'inputs': feature(required=False), 'targets': feature()},
     metric_fns=metric_fns,
   )
   return name
