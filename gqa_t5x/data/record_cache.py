@@ -110,8 +110,17 @@ def find(patterns: str | Sequence[str], setting: str, kinds: Sequence[str]):
         ' behind it where it is no .parquet.'
       )
   with futures.ThreadPoolExecutor(32) as pool:
-    stats = [*pool.map(tf.io.gfile.stat, found)]
-  return tuple(found), tuple((stat.length, int(stat.mtime_nsec)) for stat in stats)
+    stamps = [*pool.map(_stamp, found)]
+  return tuple(found), tuple(stamps)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+  """Returns size and time; TensorFlow's time of a local file is in whole seconds."""
+  if '://' not in path:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+  stat = tf.io.gfile.stat(path)
+  return stat.length, int(stat.mtime_nsec)
 
 
 @functools.cache
