@@ -257,8 +257,8 @@ def _prepared(request: Request, folder: epath.Path) -> Prepared:
   for name, count in counts.items():
     if not count:
       raise BadInput(
-        f'{request.setting}: none of its {total} records is in the split {name}, which'
-        f' has a share of them by hash. Change VALIDATION_SHARE, or give'
+        f'{request.setting}: by VALIDATION_SHARE={request.splits[0][0]:.4g} and a hash,'
+        f' none of the {total} records is in the split {name}. Give another share, or'
         ' VALIDATION_FILES.'
       )
   digest = hashlib.sha256(json.dumps([part['digest'] for part in parts]).encode())

@@ -172,7 +172,7 @@ def test_fine_tuning_evaluation_and_inference(pretrained):
   ],
 )
 def test_bad_input_leaves_nothing(root, task, changes, message, tmp_path):
-  files = [f for f in PRETRAIN]
+  files = [*PRETRAIN]
   files[1] = f'gin/tasks/{"text_files" if task is TEXT else "pairs"}.gin'
   macros = {'MODEL_DIR': str(tmp_path / 'new'), 'TRAIN_STEPS': 2} | task | changes
   with pytest.raises(ValueError) as caught:

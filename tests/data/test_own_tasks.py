@@ -1,6 +1,7 @@
 """Tasks on users' own files: what is in which split, and what a model gets of it."""
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -334,6 +335,33 @@ def test_two_processes_and_one_that_is_killed(folder):
   assert len(cached(folder)) == 80
 
 
+def test_hosts_share_the_work_in_a_bucket(folder, monkeypatch):
+  """Each writes every other file; what both have written is what one would have."""
+  for i in range(5):
+    write_texts(f'{i}.jsonl', TEXTS[i::5])
+  alone, written = text_task(), []
+  write = record_cache._write
+
+  def writes(request, folder, i, bar):
+    written[-1].append(i)
+    write(request, folder, i, bar)
+
+  monkeypatch.setattr(record_cache, '_write', writes)
+  for host in range(2):
+    share = contextlib.nullcontext((host, 2))
+    monkeypatch.setattr(record_cache, '_alone', lambda folder, share=share: share)
+    monkeypatch.setattr(record_cache, '_prepared', lambda *request: None)
+    written.append([])
+    record_cache.prepare.cache_clear()
+    with contextlib.suppress(AttributeError):  # Not all files are there yet.
+      text_task(cache_dir='shared')
+  assert written == [[0, 2, 4], [1, 3]]
+  monkeypatch.undo()
+  monkeypatch.chdir(folder)
+  record_cache.prepare.cache_clear()
+  assert text_task(cache_dir='shared') == alone
+
+
 # --- Bad input ------------------------------------------------------------------
 
 
@@ -356,7 +384,10 @@ def test_two_processes_and_one_that_is_killed(folder):
     ({'key': 'body', 'unreadable': 'skip'}, 'a.jsonl is empty: it has no record'),
     ({'validation_share': 1}, 'VALIDATION_SHARE=1 must be at least 0, and below 1'),
     ({'validation_share': '1'}, "VALIDATION_SHARE='1' must be at least 0"),
-    ({'validation_share': 1e-9}, 'none of its 300 records is in the split validation'),
+    (
+      {'validation_share': 1e-9},
+      r'SHARE=1e-09 and a hash, none of the 300 records is in',
+    ),
     ({'validation_files': 'v'}, r'VALIDATION_FILES=/\S+/v: there is no such file'),
     ({'cache_dir': 'a.jsonl'}, r'a.jsonl/records/\w+ cannot be written: .*CACHE_DIR'),
   ],
