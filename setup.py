@@ -51,6 +51,7 @@ setuptools.setup(
       'matplotlib',
       'optax',
       'orbax-checkpoint',
+      'pyarrow',
       'seqio',
       'tensorboard',
       'tensorflow',
