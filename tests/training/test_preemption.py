@@ -155,6 +155,7 @@ def test_an_evaluation_ends_before_its_next_batch(train, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('received')
 def test_a_decoding_evaluation_ends(tmp_path, monkeypatch):
   """Before its next batch, the step saved; and the same command goes on from there."""
   read, drawn = decoded_eval._Dataset.as_numpy_iterator, []
@@ -171,13 +172,15 @@ def test_a_decoding_evaluation_ends(tmp_path, monkeypatch):
   macros |= {'EVAL_PERIOD': 2, 'CHECKPOINT_PERIOD': 4, 'RUN_EVAL_BEFORE_TRAINING': True}
   # 21 batches and a part of one.
   macros |= {'SPLIT': 'train', 'infer_eval/utils.DatasetConfig.batch_size': 3}
-  arguments, run = (tmp_path, 't5x.train', 'finetune'), tmp_path / 'run'
+  first, again = tmp_path / 'first', tmp_path / 'again'
+  first.mkdir()
   with pytest.raises(t5x_trainer.PreemptionError, match='^SIGTERM at step 2: saved'):
-    commands.engine_here(*arguments, **macros)
-  assert (len(drawn), commands.steps(run)) == (22 + 3, [0, 2])
-  commands.engine(*arguments, **macros)
-  assert commands.steps(run) == [0, 2, 4]
-  metrics = run / 'inference_eval' / 'tiny_words-metrics.jsonl'
+    commands.engine_here(first, 't5x.train', 'finetune', **macros)
+  assert (len(drawn), commands.steps(first / 'run')) == (22 + 3, [0, 2])
+  shutil.copytree(first, again)  # This process has the first's lock.
+  commands.engine(again, 't5x.train', 'finetune', **macros)
+  assert commands.steps(again / 'run') == [0, 2, 4]
+  metrics = again / 'run' / 'inference_eval' / 'tiny_words-metrics.jsonl'
   rows = map(json.loads, metrics.read_text().splitlines())
   assert [(row['step'], row['examples']) for row in rows] == [
     (step, 64) for step in (0, 2, 4)
