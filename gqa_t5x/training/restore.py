@@ -83,8 +83,8 @@ def check_finite(tree: Any, source: str) -> None:
   if bad := not_finite(tree):
     more = f' and {len(bad) - 3} more' if len(bad) > 3 else ''
     raise BadInput(
-      f'{source} has values that are not finite, in {", ".join(bad[:3])}{more}: it is of'
-      ' a run that diverged, or damaged. Take an earlier one.'
+      f'{source} has values that are not finite, in {", ".join(bad[:3])}{more}: it is'
+      ' of a run that diverged, or damaged. Take an earlier one.'
     )
 
 

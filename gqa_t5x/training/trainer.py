@@ -231,7 +231,9 @@ class Trainer(trainer.Trainer):
     again = 'the same command, run again, goes on from there'
     if step == self._total_steps:
       again = 'this was the last; python -m t5x.eval evaluates it'
-    if multihost_utils.broadcast_one_to_all(np.int32(bool(_saved(self._model_dir, step)))):
+    if multihost_utils.broadcast_one_to_all(
+      np.int32(bool(_saved(self._model_dir, step)))
+    ):
       self.close()
       raise SystemExit(f'SIGTERM at step {step}, which is saved: {again}.')
     raise trainer.PreemptionError(f'SIGTERM at step {step}: saved, if it can; {again}.')

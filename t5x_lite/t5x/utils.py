@@ -183,7 +183,9 @@ def restore_for_inference(model, partitioner, shapes, types, cfg, output_dir: st
   if path is None:
     raise ValueError(f'no checkpoint: RestoreCheckpointConfig.path is {cfg.path!r}')
   shape = initializer.global_train_state_shape
-  manager = cfg.checkpoint_manager_cls(path, shape, partitioner, restore_dtype=cfg.dtype)
+  manager = cfg.checkpoint_manager_cls(
+    path, shape, partitioner, restore_dtype=cfg.dtype
+  )
   state = manager.restore(path=path)
   manager.close()
   return state, initializer.train_state_axes

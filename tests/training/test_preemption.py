@@ -174,7 +174,7 @@ def test_a_decoding_evaluation_ends(tmp_path, monkeypatch):
   macros |= {'SPLIT': 'train', 'infer_eval/utils.DatasetConfig.batch_size': 3}
   first, again = tmp_path / 'first', tmp_path / 'again'
   first.mkdir()
-  with pytest.raises(t5x_trainer.PreemptionError, match='^SIGTERM at step 2: saved'):
+  with pytest.raises(t5x_trainer.PreemptionError, match=r'^SIGTERM at step 2: saved'):
     commands.engine_here(first, 't5x.train', 'finetune', **macros)
   assert (len(drawn), commands.steps(first / 'run')) == (22 + 3, [0, 2])
   shutil.copytree(first, again)  # This process has the first's lock.
