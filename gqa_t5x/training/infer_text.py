@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from typing import Any
 
 import jax
@@ -122,7 +123,8 @@ def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
     if not count:
       raise BadInput(f'INPUT_FILE={path} has no line to infer on.')
   if bad:
-    print(f'{path}: {len(bad)} unreadable lines are skipped, {count} are left.')
+    skipped = f'{len(bad)} unreadable lines are skipped, {count} are left.'
+    print(f'{path}: {skipped}', file=sys.stderr)  # Which can write any name.
 
 
 def read_line(line: bytes, key: str | None) -> str:

@@ -150,7 +150,7 @@ def _check_settings(folder: epath.Path, now: Mapping[str, str]) -> None:
   if not file.exists():
     raise BadInput(f'{folder} has results of unknown settings; choose another folder.')
   try:
-    before = dict(json.loads(file.read_text()))
+    before = dict(json.loads(file.read_bytes()))
   except (ValueError, TypeError) as error:
     raise BadInput(f'{file} is truncated or damaged: {error}') from error
   changes = [

@@ -61,7 +61,7 @@ def _lock(path: epath.Path) -> int:
   """Locks a local file, and returns the descriptor that holds the lock."""
   descriptor = files.lock(path)
   if descriptor is None:
-    raise InUse(_message(path, path.read_text()))
+    raise InUse(_message(path, path.read_text('utf-8')))
   if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(descriptor)):
     os.close(descriptor)
     return _lock(path)  # Its owner ended meanwhile, and removed it.
@@ -137,14 +137,14 @@ class Heartbeat:
 
   def _write(self) -> None:
     self._count += 1
-    self._path.write_text(f'{self._owner}\n{self._count}')
+    self._path.write_text(f'{self._owner}\n{self._count}', 'utf-8')
 
   def _is_mine(self, text: str) -> bool:
     return text.partition('\n')[0] == self._owner
 
   def _read(self) -> str:
     try:
-      return self._path.read_text()
+      return self._path.read_text('utf-8')
     except FileNotFoundError:
       return ''
 

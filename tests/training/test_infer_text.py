@@ -133,7 +133,7 @@ def test_unreadable_lines_are_skipped_and_reported(register, capsys):
     (4, b'b'),
   ]
   assert (
-    'in.jsonl: 2 unreadable lines are skipped, 2 are left.' in capsys.readouterr().out
+    'in.jsonl: 2 unreadable lines are skipped, 2 are left.' in capsys.readouterr().err
   )
 
 
