@@ -29,25 +29,29 @@ from gqa_t5x.errors import BadInput
 
 NAME = 'in_use'
 _BEAT_S = 15.0  # between two writes of the file in a bucket
-_held: dict[str, Any] = {}  # folder -> its lock, until this process ends
+_held: dict[str, Any] = {}  # file -> its lock, until this process ends
 
 
 class InUse(BadInput):
   """Another run is at work in the folder; the message names it."""
 
 
-def hold(folder: epath.Path) -> None:
+def hold(folder: epath.Path, name: str = NAME) -> None:
   """Locks an existing folder until this process ends; again does nothing.
+
+  Args:
+    folder: local or gs://.
+    name: of the file; locks of other names do not count.
 
   Raises:
     InUse: another process holds it.
     OSError: the folder cannot be written.
   """
-  name = os.fspath(folder)
-  if name in _held:
+  path = os.fspath(folder / name)
+  if path in _held:
     return
-  take = Heartbeat if '://' in name else _lock
-  _held[name] = take(folder / NAME)
+  take = Heartbeat if '://' in path else _lock
+  _held[path] = take(folder / name)
 
 
 def check() -> None:
