@@ -23,6 +23,10 @@ _COUNTS += ('WARMUP_STEPS', 'EVAL_STEPS', 'NUM_SEQUENCES', 'EVAL_PERIOD')
 _COUNTS += ('STATS_PERIOD', 'CHECKPOINT_PERIOD', 'KEEP_PERIOD', 'KEEP_CHECKPOINTS')
 _COUNTS += ('MODEL_PARTITIONS', 'PARAMETER_PARTITIONING_DIMS', 'NUM_KV_HEADS')
 _COUNTS += ('NUM_DECODES', 'VOCAB_SIZE')
+# The same, bound without a macro.
+_COUNT_PARAMETERS = ('batch_size', 'num_microbatches', 'total_steps', 'keep')
+_COUNT_PARAMETERS += ('force_keep_period', 'checkpoint_period', 'num_kv_heads')
+_COUNT_PARAMETERS += ('num_decodes', 'num_shards')
 # The macros, whose names have no dot, among a command's words; \0 is between two words.
 _GIVEN = re.compile(r'(?:^|\0)--?gin(?:\.|_bindings[=\0])\s*([\w/]+)\s*=')
 
@@ -54,7 +58,7 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
     f'{scope}/{selector}.{name}'.strip('/'): value
     for (scope, selector), parameters in bindings.items()
     for name, value in parameters.items()
-    if name in ('num_microbatches', 'batch_size')
+    if name in _COUNT_PARAMETERS
   }
   for name, value in counts.items():
     is_number = isinstance(value, int | float | str)
