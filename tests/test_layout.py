@@ -19,7 +19,7 @@ ROOMS = {
   'inference': {'model', 'decoding', 'checkpoints', 'conversion'},
   'data': {'checkpoints', 'inference'},
   'training': {'model', 'decoding', 'checkpoints', 'conversion', 'data'},
-  'analysis': {'model', 'decoding', 'checkpoints', 'conversion'},
+  'analysis': {'model', 'decoding', 'checkpoints', 'conversion', 'inference'},
 }
 ROOMS['reproduce'] = set(ROOMS)
 # What they do not import at the top of a file, nor what they import does.
