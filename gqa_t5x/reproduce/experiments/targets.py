@@ -107,6 +107,19 @@ def intensity_file(output_dir: Any) -> Any:
   return output_dir / 'intensity.json'
 
 
+def heads(plan: Planner) -> None:
+  """Methods of conversion on the heads of a public model that was trained for long."""
+  words, folder = ('evaluate', 'heads'), plan.output_dir
+  command = commands.module('gqa_t5x.reproduce', *words, output_dir=folder)
+  result = heads_file(folder)
+  plan.require(Stage('convert long-trained heads', result, command))
+
+
+def heads_file(output_dir: Any) -> Any:
+  """Returns where the rows of the long-trained heads are."""
+  return output_dir / 'heads.json'
+
+
 TARGETS: dict[str, Callable[[Planner], None]] = {
   'table1': table1,
   'figure3': table1,
@@ -116,10 +129,13 @@ TARGETS: dict[str, Callable[[Planner], None]] = {
   'appendix_a': appendix_a,
   'shazeer': shazeer,
   'conversion': study,
+  'heads': heads,
   'intensity': intensity,
   'compiled': lambda plan: plan.require(*compiled.stages(plan.output_dir)),
 }
 ALL = 'all'
+# (target, scale) that run by themselves alone: what they need is installed apart.
+APART = (('compiled', 'local'), ('heads', 'local'), ('heads', 'paper'))
 
 
 def make_plan(
@@ -128,15 +144,14 @@ def make_plan(
   """Collects the stages of a target.
 
   Args:
-    target: a key of TARGETS, or ALL. `compiled` is of the paper's scale alone there:
-      it takes hours here.
+    target: a key of TARGETS, or ALL, without what is APART.
     scale: a key of SCALES.
     output_dir: folder of all results.
     tfds_data_dir: of TensorFlow Datasets.
   """
   plan = Planner(SCALES[scale], output_dir, tfds_data_dir)
   for name, add in TARGETS.items():
-    if target == name or (target == ALL and (name, scale) != ('compiled', LOCAL.name)):
+    if target == name or (target == ALL and (name, scale) not in APART):
       add(plan)
   check_plan(plan.stages)
   return plan

@@ -1,0 +1,289 @@
+"""Conversion of heads that were trained for long: how much of a model is left.
+
+All self-attention of a sentence encoder is converted, without any training after it,
+and its embeddings of texts are compared with the original's. Statistics are of other
+texts. Both are docstrings (data/corpus.py), one sample of them after the other.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from gqa_t5x import files
+from gqa_t5x.conversion.input_statistics import InputStatistics
+from gqa_t5x.conversion.kernels import AttentionModule, Kernels
+from gqa_t5x.conversion.methods import convert_module
+from gqa_t5x.conversion.shared_heads import share_heads, spectra, svd
+from gqa_t5x.data import corpus
+from gqa_t5x.errors import BadInput
+from gqa_t5x.reproduce.experiments.models import METHODS, SVD, SVD_BY_WEIGHTS, Method
+from gqa_t5x.reproduce.experiments.targets import heads_file
+from gqa_t5x.reproduce.results import sentence_encoder
+from gqa_t5x.reproduce.results.rows import Row, measured
+from gqa_t5x.reproduce.results.sentence_encoder import SentenceEncoder
+from gqa_t5x.reproduce.results.spectra import describe
+
+NUM_KV_HEADS = (6, 3, 1)  # of 12
+CORPUS = 'pydocs'
+TEXTS = 200  # of a sample: as many to calibrate on, as many to judge by
+SAMPLES = 3
+RIDGE = 1e-3  # of the mean of the diagonal
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One way to convert, at the cache of a number of key/value heads.
+
+  Attributes:
+    method: of conversion.
+    latent: whether all heads read one key/value head, of as many numbers as the K heads
+      have together.
+    refit_outputs: whether `refit_outputs` comes after it.
+  """
+
+  method: Method
+  latent: bool = False
+  refit_outputs: bool = False
+
+  @property
+  def title(self) -> str:
+    """What a reader calls it, e.g. 'svd (calibrated), outputs refitted'."""
+    words = ['latent'] * self.latent + [self.method.title]
+    return ', '.join(words + ['outputs refitted'] * self.refit_outputs)
+
+
+LATENT = Variant(SVD, latent=True)
+VARIANTS = (
+  *map(Variant, METHODS),
+  Variant(SVD, refit_outputs=True),
+  Variant(SVD_BY_WEIGHTS, latent=True),
+  LATENT,
+)
+SPECTRA = (Variant(SVD_BY_WEIGHTS), Variant(SVD), LATENT)
+Texts = Sequence[np.ndarray]  # tokens, int [B, L] each
+Attention = Sequence[Kernels]
+
+
+def write(output_dir: str) -> None:
+  """Writes the rows into the folder of all results.
+
+  Raises:
+    BadInput: the package of the model is missing, or of another version.
+  """
+  folder = sentence_encoder.find()
+  encoder = sentence_encoder.load(folder)
+  rows = []
+  for sample in range(1, SAMPLES + 1):
+    calibration, evaluation = (
+      sentence_encoder.batches(folder, _texts(split, sample))
+      for split in ('train', 'validation')
+    )
+    rows += sample_rows(encoder, calibration, evaluation, sample)
+  files.write_json(heads_file(epath.Path(output_dir)), rows)
+
+
+def _texts(split: str, sample: int) -> list[str]:
+  """The texts of a split that belong to a sample, 1 to SAMPLES."""
+  found = corpus.read(corpus.CORPORA[CORPUS], split)
+  texts = list(itertools.islice(found, (sample - 1) * TEXTS, sample * TEXTS))
+  if len(texts) < TEXTS:
+    raise BadInput(
+      f'the corpus {CORPUS!r} has too few texts in its {split} split: {SAMPLES} samples'
+      f' take {SAMPLES * TEXTS}'
+    )
+  return texts
+
+
+def sample_rows(
+  encoder: SentenceEncoder, calibration: Texts, evaluation: Texts, sample: int
+) -> Iterator[Row]:
+  """Converts with the statistics of some texts, and judges by others.
+
+  Yields:
+    Rows of kind 'heads', one for each variant (its title) and cache, that of
+    `cache_heads` heads: `cosine`, the mean over texts of the embedding's cosine with
+    the original's, and `same_neighbor`, the share of texts whose nearest other text is
+    the same. Rows of kind 'heads_spectrum', for each layer and side, of the variants
+    SPECTRA: see `spectra.rows`.
+  """
+  N, H, layers = encoder.num_heads, encoder.head_dim, len(encoder.attention)
+  inputs = [encoder.run(tokens)[1] for tokens in calibration]
+  statistics = {
+    'none': [None] * layers,
+    'weights': [_from_norm(*encoder.norm_before(i)) for i in range(layers)],
+    'calibrated': _moments(calibration, inputs),
+  }
+  original = _embed(encoder, evaluation, encoder.attention)
+  for K, variant in itertools.product(NUM_KV_HEADS, VARIANTS):
+    if K == 1 and (variant.latent or variant.method.grouping != 'contiguous'):
+      continue  # One head of all, as all the others then have.
+    form = {'num_kv_heads': K, 'kv_head_dim': H}
+    if variant.latent:
+      form = {'num_kv_heads': 1, 'kv_head_dim': K * H}
+    shared = {
+      'model': f'{sentence_encoder.PACKAGE} {sentence_encoder.VERSION}',
+      'sample': sample,
+      'calibration_texts': sum(map(len, calibration)),
+      'texts': sum(map(len, evaluation)),
+      'corpus': corpus.CORPORA[CORPUS].folder.name,
+      'num_heads': N,
+      **form,
+      'cache_heads': K,
+      'variant': variant.title,
+    }
+    attention = convert(encoder, variant, K, statistics[variant.method.statistics])
+    if variant.refit_outputs:
+      attention = refit_outputs(encoder, attention, calibration, inputs)
+    yield {
+      **_common('heads'),
+      **shared,
+      **agreement(original, _embed(encoder, evaluation, attention)),
+    }
+    if variant in SPECTRA:
+      used = statistics[variant.method.statistics]
+      for place in _dropped(encoder, used, **form):
+        yield {**_common('heads_spectrum'), **shared, **place}
+
+
+def _common(kind: str) -> Row:
+  return measured(kind, 'python -m gqa_t5x.reproduce run heads --scale=local')
+
+
+def _from_norm(scale_D: np.ndarray, bias_D: np.ndarray) -> InputStatistics:
+  """What weights alone say, as `from_norms`: inputs white before scale and bias."""
+  variance_E = np.append(np.square(scale_D, dtype=np.float64), 0.0)
+  mean_E = np.append(bias_D.astype(np.float64), 1.0)
+  second = np.diag(variance_E) + np.outer(mean_E, mean_E)
+  return InputStatistics(query=second, key=variance_E, value=second)
+
+
+def _moments(texts: Texts, inputs: Sequence[np.ndarray]) -> list[InputStatistics]:
+  """Second moments of what each layer reads, [layers, B, L, E] by batch."""
+  count = sum(np.count_nonzero(tokens) for tokens in texts)
+  layers, E = len(inputs[0]), inputs[0].shape[-1]
+  second, centred = np.zeros((2, layers, E, E))
+  for tokens_BL, read in zip(texts, inputs, strict=True):
+    real_BL1 = (tokens_BL > 0)[..., None]
+    lengths_B11 = real_BL1.sum(axis=1, keepdims=True)
+    for i, x_BLE in enumerate(read.astype(np.float64)):
+      x_BLE *= real_BL1
+      second[i] += np.tensordot(x_BLE, x_BLE, ((0, 1), (0, 1))) / count
+      x_BLE -= real_BL1 * x_BLE.sum(axis=1, keepdims=True) / lengths_B11
+      centred[i] += np.tensordot(x_BLE, x_BLE, ((0, 1), (0, 1))) / count
+  return [
+    InputStatistics(query=x, key=k, value=x)
+    for x, k in zip(second, centred, strict=True)
+  ]
+
+
+def convert(
+  encoder: SentenceEncoder,
+  variant: Variant,
+  num_kv_heads: int,
+  statistics: Sequence[InputStatistics | None],
+) -> Attention:
+  """Converts the attention of all layers.
+
+  Args:
+    statistics: of each layer; those that the variant's method names.
+    num_kv_heads: K, whose cache the result has.
+  """
+  rank = num_kv_heads * encoder.head_dim
+  converted = []
+  for i, (kernels, inputs) in enumerate(
+    zip(encoder.attention, statistics, strict=True)
+  ):
+    module = _module(encoder, i, 1 if variant.latent else num_kv_heads)
+    if variant.latent:
+      solve = functools.partial(svd, rank=rank)
+      new = share_heads(solve, 'absorbed', kernels, module, inputs)
+    else:
+      name, _, grouping = variant.method
+      new = convert_module(kernels, module, name, inputs, grouping)
+    converted.append(new)
+  return converted
+
+
+def _module(encoder: SentenceEncoder, layer: int, num_kv_heads: int) -> AttentionModule:
+  return AttentionModule(
+    path=f'encoder/layers_{layer}/attention',
+    source_num_kv_heads=encoder.num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=encoder.head_dim,
+  )
+
+
+def refit_outputs(
+  encoder: SentenceEncoder,
+  attention: Attention,
+  texts: Texts,
+  inputs: Sequence[np.ndarray],
+) -> Attention:
+  """Moves the output kernels to where modules come closest to the original's outputs.
+
+  By ridge regression, which starts from the kernels that conversion left. Each module
+  is given what it reads in the original model.
+
+  Args:
+    attention: converted kernels by layer.
+    texts: to fit to.
+    inputs: what each layer reads of them, [layers, B, L, E] by batch.
+  """
+  refitted = []
+  for i, new in enumerate(attention):
+    # Z what the heads read, Y what the original module adds to a token.
+    ZZ, ZY = 0.0, 0.0
+    for tokens_BL, read in zip(texts, inputs, strict=True):
+      Z, old = (
+        np.asarray(_heads(dict(kernels), read[i], tokens_BL, encoder.num_heads))[
+          tokens_BL > 0
+        ].astype(np.float64)
+        for kernels in (new, encoder.attention[i])
+      )
+      ZZ = ZZ + Z.T @ Z
+      ZY = ZY + Z.T @ (old @ encoder.attention[i]['out'] - Z @ new['out'])
+    ridge = RIDGE * np.trace(ZZ) / len(ZZ) * np.eye(len(ZZ))
+    out = new['out'] + np.linalg.solve(ZZ + ridge, ZY)
+    refitted.append({**new, 'out': out.astype(np.float32)})
+  return refitted
+
+
+_heads = jax.jit(sentence_encoder.read_heads, static_argnames='num_heads')
+
+
+def _dropped(
+  encoder: SentenceEncoder,
+  statistics: Sequence[InputStatistics],
+  num_kv_heads: int,
+  kv_head_dim: int,
+) -> Iterator[Row]:
+  """What of each layer's spectra does not fit into the shared heads."""
+  for i, kernels in enumerate(encoder.attention):
+    module = _module(encoder, i, num_kv_heads)
+    for side, values in spectra(kernels, module, statistics[i]).items():
+      yield {'layer': i, 'side': side, **describe(values, kv_head_dim)}
+
+
+def _embed(encoder: SentenceEncoder, texts: Texts, attention: Attention) -> np.ndarray:
+  """Embeddings of all texts, [texts, D]."""
+  return np.concatenate([encoder.run(tokens, attention)[0] for tokens in texts])
+
+
+def agreement(original: np.ndarray, converted: np.ndarray) -> Mapping[str, float]:
+  """Compares embeddings of the same texts, [texts, D] each, of length 1."""
+
+  def nearest(embeddings):
+    likeness = embeddings @ embeddings.T
+    np.fill_diagonal(likeness, -np.inf)
+    return likeness.argmax(axis=1)
+
+  same = nearest(original) == nearest(converted)
+  return {
+    'cosine': float(np.mean(np.sum(original * converted, axis=1))),
+    'same_neighbor': float(np.mean(same)),
+  }
