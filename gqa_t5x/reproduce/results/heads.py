@@ -107,7 +107,7 @@ def sample_rows(
   Yields:
     Rows of kind 'heads', one for each variant (its title) and cache, that of
     `cache_heads` heads: `cosine`, the mean over texts of the embedding's cosine with
-    the original's, and `same_neighbor`, the share of texts whose nearest other text is
+    the original's, and `same_neighbour`, the share of texts whose nearest other text is
     the same. Rows of kind 'heads_spectrum', for each layer and side, of the variants
     SPECTRA: see `spectra.rows`.
   """
@@ -285,5 +285,5 @@ def agreement(original: np.ndarray, converted: np.ndarray) -> Mapping[str, float
   same = nearest(original) == nearest(converted)
   return {
     'cosine': float(np.mean(np.sum(original * converted, axis=1))),
-    'same_neighbor': float(np.mean(same)),
+    'same_neighbour': float(np.mean(same)),
   }

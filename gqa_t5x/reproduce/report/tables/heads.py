@@ -12,7 +12,7 @@ from gqa_t5x.reproduce.results.heads import LATENT, VARIANTS, Variant
 from gqa_t5x.reproduce.results.reader import Measured
 from gqa_t5x.reproduce.results.rows import Row
 
-HEAD = ('cosine', 'same neighbor', 'keys dropped', 'values dropped')
+HEAD = ('cosine', 'same neighbour', 'keys dropped', 'values dropped')
 STYLES = {
   Variant(MEAN): figures.METHODS['mean'],
   Variant(SVD_BY_WEIGHTS): (figures.GREEN, 'v'),
@@ -49,7 +49,7 @@ def _conditions(rows: Sequence[Row]) -> str:
   return (
     f'All self-attention of {row["model"]}, a sentence encoder of {row["num_heads"]}'
     ' heads, converted and not trained after it. Cosine of the embeddings with the'
-    " original's, and how often a text's nearest neighbor is the same, of"
+    " original's, and how often a text's nearest neighbour is the same, of"
     f' {row["texts"]} docstrings; statistics of {row["calibration_texts"]} others; mean'
     f' ± standard deviation of {samples} samples. Dropped: the share of the spectrum'
     ' that the shared heads do not hold, mean over layers and groups. Latent: all heads'
@@ -67,7 +67,7 @@ def _cells(
   part: Part, rows: Sequence[Row], spectra: Sequence[Row], variant: Variant, K: int
 ) -> list[str]:
   found, command = _of(rows, variant, K), (rows[0]['command'],)
-  values = [[row[key] for row in found] for key in ('cosine', 'same_neighbor')]
+  values = [[row[key] for row in found] for key in ('cosine', 'same_neighbour')]
   cells = [part.doc.number(Measured(tuple(v), 'measured', command), 3) for v in values]
   for side in SIDES:
     by_sample = [
@@ -75,7 +75,7 @@ def _cells(
       for row in found
     ]
     number = Measured(tuple(by_sample), 'measured', command)
-    cells.append('' if None in by_sample else part.doc.number(number, 3))
+    cells.append('-' if None in by_sample else part.doc.number(number, 3))
   return cells
 
 
