@@ -189,6 +189,8 @@ def _tsv(path: str, keys: Keys, document: str):
   del document
   lines = _lines(path)
   if all(isinstance(key, int) for key in keys):
+    if min(keys) < 1:
+      raise BadInput(f'there is no column {min(keys)}; columns are counted from 1.')
     places, width = [key - 1 for key in keys], None
   else:
     names = _decoded(next(lines, (1, b''))[1]).split('\t')

@@ -200,6 +200,7 @@ def test_damaged_files(tmp_path, name):
 
 
 def test_columns_that_are_not_there(tmp_path):
+  """Nor is there one before the first."""
   (tmp_path / 'x.tsv').write_bytes(tab_lines(TEXTS))
   parquet(tmp_path / 'x.parquet', TEXTS)
   for name, message in (
@@ -208,6 +209,8 @@ def test_columns_that_are_not_there(tmp_path):
   ):
     with pytest.raises(BadInput, match=message):
       read(tmp_path / name, ('q', 'de'))
+  with pytest.raises(BadInput, match=r'x.tsv: there is no column 0; columns are count'):
+    read(tmp_path / 'x.tsv', (0, 1))
 
 
 @pytest.mark.parametrize(
