@@ -11,7 +11,13 @@ from etils import epath
 from tqdm import tqdm
 
 from gqa_t5x import files
-from gqa_t5x.checkpoints import config, folders, t5x_layouts, writer
+from gqa_t5x.checkpoints import (
+  config,
+  folders,
+  t5x_layouts,
+  tokenizer_files,
+  writer,
+)
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
 from gqa_t5x.checkpoints.tree import PARAM_STATES, TARGET
 from gqa_t5x.conversion import manifest
@@ -69,6 +75,7 @@ def convert(request: Request) -> None:
     )
     files.write_json(folder / manifest.NAME, record)
     config.write(folder, model_config)
+    tokenizer_files.copy(source, folder)
 
   writer.check_space(target, plan.nbytes)
   with tqdm(
@@ -221,7 +228,7 @@ def _report(
   if plan.source == plan.target:
     print('It has as many key/value heads already: only the layout changed')
   elif not plan.log:
-    print('The checkpoint has no optimizer state: none was written')
+    print('The checkpoint has no optimizer state by layer: none was written')
   if names := folders.dataset_state(source):
     print(f'Not copied: the state of the data pipeline ({", ".join(names)})')
   print(f'Converted by {request.method}: {_describe_sizes(plan)}')
