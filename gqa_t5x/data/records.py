@@ -52,7 +52,7 @@ def readable(
       .tsv numbers of columns. Not used for .txt.
     document: one of `DOCUMENTS`, for .txt.
     unreadable: 'refuse' the file if a line is unreadable, or 'skip' the line.
-    setting: what the path is called in gin, for messages.
+    setting: what the path is called in gin, or a flag, for messages.
 
   Raises:
     BadInput: for an unknown `unreadable` or name, a damaged file, and, after the last
@@ -71,9 +71,11 @@ def readable(
       logging.warning('%s, line %d is unreadable: %s.', path, number, texts)
   if bad and unreadable == 'refuse':
     more = f' and {bad - len(shown)} more' if bad > len(shown) else ''
+    of_gin = not setting.startswith('--')
+    skip = ', or leave them out by --gin.UNREADABLE="\'skip\'"' if of_gin else ''
     raise BadInput(
-      f'{setting}={path} has unreadable lines: {", ".join(shown)}{more}. Mend them, or'
-      ' leave them out by --gin.UNREADABLE="\'skip\'".'
+      f'{setting}={path} has unreadable lines: {", ".join(shown)}{more}. Mend'
+      f' them{skip}.'
     )
   if bad:
     print(f'{path}: {bad} unreadable lines are skipped, {count} are left.')

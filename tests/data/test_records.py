@@ -130,6 +130,8 @@ def test_unreadable_lines(tmp_path, line, key, why, capsys):
     read(path, [key])
   assert str(caught.value).startswith(f'FILES={path} has unreadable lines: 2 ({why}')
   assert str(caught.value).endswith('leave them out by --gin.UNREADABLE="\'skip\'".')
+  with pytest.raises(BadInput, match=r'\. Mend them\.$'):
+    list(records.readable(str(path), [key], 'line', 'refuse', '--texts'))
   assert read(path, [key], unreadable='skip') == [(1, ('good',)), (3, ('good',))]
   out = capsys.readouterr().out
   assert out == f'{path}: 1 unreadable lines are skipped, 2 are left.\n'
