@@ -67,7 +67,7 @@ def test_inference_by_command_is_generate(folder):
     BATCH_SIZE=4,
     **{'utils.RestoreCheckpointConfig.dtype': 'float32'},  # T5X's way is 16 bits.
   )
-  (file,) = (folder / 'predictions').glob('*predict_with_aux.jsonl-*')
+  (file,) = (folder / 'predictions').glob('*predict_with_aux.jsonl-00000-of-00001')
   found = [json.loads(line) for line in file.read_text().splitlines()]
   model = gqa_t5x.load(folder / 'run')
   texts, scores = model.generate(TEXTS[:5], max_length=8, return_scores=True)
