@@ -21,10 +21,10 @@ from etils import epath
 from tqdm import tqdm
 
 from gqa_t5x.checkpoints import config as config_file
-from gqa_t5x.checkpoints import folders, tokenizer_files, tree, writer
+from gqa_t5x.checkpoints import folders, tokenizer_files, tree
 from gqa_t5x.conversion import input_statistics, input_sums, methods, plan
 from gqa_t5x.errors import BadInput
-from gqa_t5x.inference import examples, programs, tokenizer
+from gqa_t5x.inference import examples, programs, saved, tokenizer
 from gqa_t5x.inference.layout import Layout
 from gqa_t5x.inference.texts import Text, Texts
 from gqa_t5x.model import network, sizes
@@ -375,12 +375,9 @@ class Model:
     if target.exists():
       raise BadInput(f'{target} exists already; choose another folder')
 
-    def add_files(place: epath.Path, _) -> None:
-      config_file.write(place, self._model_config)
-      if self._tokenizer_path is not None:
-        tokenizer_files.copy(self._tokenizer_path, place)
-
-    writer.write_params(target, self.params, self._step, add_files)
+    saved.write(
+      target, self.params, self._step, self._model_config, self._tokenizer_path
+    )
     print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
 
   # --- Inside -------------------------------------------------------------------
