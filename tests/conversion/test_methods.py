@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from gqa_t5x.conversion import shared_heads
 from gqa_t5x.conversion.input_statistics import InputStatistics
@@ -150,6 +151,23 @@ def test_svd_by_hand():
   spectra = shared_heads.spectra(kernels, two, inputs)
   np.testing.assert_allclose(spectra['key'], [[10, 5]])
   np.testing.assert_allclose(spectra['value'], [[10, 5]])
+
+
+@pytest.mark.parametrize('rank', [None, 1, 4, 9])
+def test_what_svd_drops_is_the_rest_of_the_spectrum(rank):
+  rng, G, H = np.random.default_rng(3), 3, 3
+  x, *q = (rng.standard_normal((20, n)) for n in (G * H, H, H, H))
+  S, M = x.T @ x, np.stack([one.T @ one for one in q])
+  found = shared_heads.svd(S.reshape(G, H, G, H), M, rank)
+  F = found.merge_GHH.reshape(G * H, -1)
+  assert F.shape[1] == (rank or H)
+  lost = 0.0
+  for i in range(G):
+    missed = np.eye(G * H)[:, i * H : (i + 1) * H] - F @ found.absorb_GHH[i].T
+    lost += np.trace(M[i] @ missed.T @ S @ missed)
+  root = scipy.linalg.sqrtm(scipy.linalg.block_diag(*M)).real
+  spectrum = np.linalg.eigvalsh(root @ S @ root)[::-1]
+  np.testing.assert_allclose(lost, spectrum[rank or H :].sum(), atol=1e-8)
 
 
 def test_refit_by_hand():

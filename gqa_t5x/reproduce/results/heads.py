@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+import tqdm
 from etils import epath
 
 from gqa_t5x import files
@@ -119,9 +120,10 @@ def sample_rows(
     'calibrated': _moments(calibration, inputs),
   }
   original = _embed(encoder, evaluation, encoder.attention)
-  for K, variant in itertools.product(NUM_KV_HEADS, VARIANTS):
+  ways = list(itertools.product(NUM_KV_HEADS, VARIANTS))
+  for K, variant in tqdm.tqdm(ways, f'sample {sample} of {SAMPLES}', unit='model'):
     if K == 1 and (variant.latent or variant.method.grouping != 'contiguous'):
-      continue  # One head of all, as all the others then have.
+      continue  # One head: latent is GQA, and there is one grouping.
     form = {'num_kv_heads': K, 'kv_head_dim': H}
     if variant.latent:
       form = {'num_kv_heads': 1, 'kv_head_dim': K * H}

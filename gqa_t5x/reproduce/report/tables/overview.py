@@ -34,8 +34,9 @@ def write(part: Part) -> None:
     name,
     f'Fewer key/value heads decode faster (T5.1.1-{first["size"]}, input'
     f' {first["input_length"]}, batch {first["batch_size"]}, {first["device"]}),'
-    ' and cost next to nothing if a checkpoint is converted by svd (a tiny T5.1.1 with'
-    f' {losses.num_heads} heads). All measured.',
+    ' and cost a tiny T5.1.1 next to nothing if it is converted by svd'
+    f' ({losses.num_heads} heads, trained briefly; heads that were trained for long lose'
+    ' more, see part 2). All measured.',
   )
 
 
