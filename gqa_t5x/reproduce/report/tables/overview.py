@@ -35,8 +35,8 @@ def write(part: Part) -> None:
     f'Fewer key/value heads decode faster (T5.1.1-{first["size"]}, input'
     f' {first["input_length"]}, batch {first["batch_size"]}, {first["device"]}),'
     ' and cost a tiny T5.1.1 next to nothing if it is converted by svd'
-    f' ({losses.num_heads} heads, trained briefly; heads that were trained for long lose'
-    ' more, see part 2). All measured.',
+    f' ({losses.num_heads} heads, trained briefly; heads that were trained for long'
+    ' lose more, see part 2). All measured.',
   )
 
 
