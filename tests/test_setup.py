@@ -58,7 +58,7 @@ def pins():
 
 def test_every_requirement_is_pinned(setup_arguments, pins):
   extras = setup_arguments['extras_require']
-  assert set(extras) == {'train', 't5x', 'test', 'torch'}
+  assert set(extras) == {'train', 't5x', 'test', 'torch', 'ctranslate2'}
   required = sum(extras.values(), setup_arguments['install_requires'])
   assert len(required) > 20
   # Versions are in constraints.txt alone.
