@@ -6,6 +6,7 @@
 Formats (docs/export.md has an example of each):
 
   ctranslate2   a model of CTranslate2, which keeps the few key/value heads
+  stablehlo     the whole decoder as one program, served with JAX alone
 
 The input is a checkpoint of T5X or a Hugging Face folder, or a folder of checkpoints,
 whose latest is taken. Nothing is left behind when a run fails.
@@ -20,9 +21,16 @@ from gqa_t5x.command_line import Command
 from gqa_t5x.errors import BadInput
 from gqa_t5x.exports import run
 from gqa_t5x.exports.ctranslate2 import QUANTIZATIONS
+from gqa_t5x.exports.stablehlo import DTYPES
 
 _REQUIRED = ('input', 'output', 'format')
-_OPTIONS = ('vocabulary', 'quantization')
+_NUMBERS = {
+  'batch_size': 'Of stablehlo: inputs that are decoded together; 1 by default.',
+  'input_length': 'Of stablehlo: tokens of an input; 512 by default.',
+  'output_length': 'Of stablehlo: most tokens of an output; 64 by default.',
+  'num_beams': 'Of stablehlo: more than 1 is beam search; 1 by default.',
+}
+_OPTIONS = ('vocabulary', 'quantization', 'dtype', *_NUMBERS)
 
 
 def define_command() -> Command:
@@ -48,6 +56,11 @@ def define_command() -> Command:
     f'Of ctranslate2: how weights are stored, one of {", ".join(QUANTIZATIONS)}.'
     ' float32 by default.',
   )
+  command.text(
+    'dtype', None, f'Of stablehlo: one of {", ".join(DTYPES)}. float32 by default.'
+  )
+  for name, text in _NUMBERS.items():
+    command.whole(name, None, text)
   return command
 
 

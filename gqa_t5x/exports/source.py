@@ -9,6 +9,7 @@ from etils import epath
 from gqa_t5x.checkpoints import folders, tree
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.model import network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,29 @@ class Source:
   def read(self, path: str) -> np.ndarray:
     """Reads one parameter, as float32."""
     return self.params[path].read().astype(np.float32)
+
+  def network_config(self, dtype: str = 'float32') -> network.T5Config:
+    """The network that computes this model, with activations of `dtype`."""
+    sizes, config = self.architecture, self.config
+    K = sizes.num_kv_heads
+    return network.T5Config(
+      vocab_size=sizes.vocab_size,
+      emb_dim=sizes.emb_dim,
+      num_heads=sizes.num_heads,
+      num_encoder_layers=sizes.num_layers['encoder'],
+      num_decoder_layers=sizes.num_layers['decoder'],
+      head_dim=sizes.head_dim,
+      mlp_dim=sizes.mlp_dim,
+      dtype=np.dtype(dtype),
+      mlp_activations=('gelu', 'linear'),
+      dropout_rate=0.0,
+      encoder_num_kv_heads=K['encoder'],
+      self_attention_num_kv_heads=K['self_attention'],
+      cross_attention_num_kv_heads=K['cross_attention'],
+      relpos_num_buckets=config.relpos_num_buckets,
+      relpos_max_distance=config.relpos_max_distance,
+      layer_norm_epsilon=config.layer_norm_epsilon,
+    )
 
 
 def open_source(path: epath.PathLike) -> Source:

@@ -1,0 +1,68 @@
+"""The command: what it refuses, and that it leaves nothing behind."""
+
+import pytest
+
+from gqa_t5x.exports import run
+from helpers import exports, model_oracle
+
+
+@pytest.fixture
+def source(tmp_path):
+  return exports.checkpoint(tmp_path / 'run', model_oracle.config(2))
+
+
+def test_unknown_format(source, tmp_path):
+  said = exports.refused(source, tmp_path / 'out', 'onnx')
+  assert said == f'--format=onnx is unknown; choose one of {", ".join(run.FORMATS)}'
+
+
+def test_saved_model_is_of_t5x(source, tmp_path):
+  said = exports.refused(source, tmp_path / 'out', 'saved_model')
+  assert 'python -m t5x.export' in said
+
+
+def test_option_of_another_format(source, tmp_path):
+  said = exports.refused(source, tmp_path / 'out', 'stablehlo', quantization='int8')
+  assert said == '--quantization is not for --format=stablehlo; leave it out'
+
+
+@pytest.mark.parametrize('format', run.FORMATS)
+def test_existing_output(format, source, tmp_path):
+  output = tmp_path / 'out'
+  output.mkdir()
+  (output / 'precious').write_text('text')
+  said = exports.refused(source, output, format)
+  assert said == f'{output} exists already; choose another --output, or delete it'
+  assert [file.name for file in output.iterdir()] == ['precious']
+
+
+def test_output_in_a_bucket(source, tmp_path):
+  with pytest.raises(run.BadInput, match='must be a local folder'):
+    run.export(source, 'gs://bucket/out', 'ctranslate2')
+
+
+def test_no_checkpoint(tmp_path):
+  said = exports.refused(tmp_path / 'none', tmp_path / 'out', 'ctranslate2')
+  assert said.startswith(f'there is no checkpoint at {tmp_path / "none"}')
+
+
+@pytest.mark.parametrize('missing', ['input', 'output', 'format'])
+def test_missing_flags(missing, tmp_path, capsys):
+  from gqa_t5x import export
+
+  flags = {'input': tmp_path, 'output': tmp_path / 'out', 'format': 'ctranslate2'}
+  given = [f'--{name}={value}' for name, value in flags.items() if name != missing]
+  assert export.main(['export', *given]) == 1
+  assert f'error: --{missing} is missing' in capsys.readouterr().err
+
+
+def test_a_failed_export_leaves_nothing(source, tmp_path, monkeypatch):
+  def fail(source, folder):
+    (folder / 'half').write_text('half of it')
+    raise OSError('No space left on device')
+
+  monkeypatch.setitem(run.FORMATS, 'failing', fail)
+  before = sorted(tmp_path.iterdir())
+  with pytest.raises(OSError, match='No space left'):
+    run.export(source, tmp_path / 'out', 'failing')
+  assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,97 @@
+"""What the tests of exports share: checkpoints of the small model, and the command."""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from etils import epath
+
+from gqa_t5x import export
+from gqa_t5x.checkpoints import config
+from gqa_t5x.decoding import sampling
+from gqa_t5x.decoding.generate import generate
+from gqa_t5x.errors import BadInput
+from gqa_t5x.exports import run
+from gqa_t5x.model import network
+from helpers import model_oracle, trees
+
+STEP = 5
+
+
+def checkpoint(folder: pathlib.Path, cfg, **model_config) -> pathlib.Path:
+  """Writes the model of a configuration as a run of T5X would, and returns the run.
+
+  Args:
+    folder: to make.
+    cfg: a `network.T5Config`.
+    **model_config: of `config.ModelConfig`, what `cfg` does not say.
+  """
+  state = {'step': np.asarray(STEP, np.int32)}
+  tree = {'target': model_oracle.params(cfg), 'state': state}
+  made = trees.write_t5x(folder / f'checkpoint_{STEP}', tree)
+  names = ('relpos_num_buckets', 'relpos_max_distance', 'layer_norm_epsilon')
+  values = {name: getattr(cfg, name) for name in names} | model_config
+  config.write(epath.Path(made), config.ModelConfig(**values))
+  return folder
+
+
+def write_tokenizer(folder: pathlib.Path, tokens) -> pathlib.Path:
+  """Writes a tokenizer.json of these tokens."""
+  content = {
+    'model': {'type': 'Unigram', 'vocab': [[token, 0.0] for token in tokens[3:]]},
+    'added_tokens': [{'id': i, 'content': token} for i, token in enumerate(tokens[:3])],
+  }
+  # The first three are in both, as in T5's.
+  content['model']['vocab'][:0] = [[token, 0.0] for token in tokens[:3]]
+  file = folder / 'tokenizer.json'
+  file.write_text(json.dumps(content))
+  return file
+
+
+def command(source, output, format, *flags) -> None:
+  """Runs `python -m gqa_t5x.export` in this process."""
+  given = (f'--input={source}', f'--output={output}', f'--format={format}', *flags)
+  assert export.main(['export', *given]) == 0
+
+
+def refused(source, output, format, **options) -> str:
+  """Returns what an export says that must fail, and leaves nothing behind."""
+  parent = pathlib.Path(output).parent
+  before = sorted(parent.iterdir())
+  with pytest.raises(BadInput) as error:
+    run.export(source, output, format, **options)
+  assert sorted(parent.iterdir()) == before
+  assert '\n' not in str(error.value)
+  return str(error.value)
+
+
+def inputs(*lengths: int) -> np.ndarray:
+  """Random tokens that are neither padding nor an end, padded to int32 `[B, S]`."""
+  rng = np.random.default_rng(0)
+  tokens = np.zeros((len(lengths), max(lengths)), np.int32)
+  for row, length in zip(tokens, lengths, strict=True):
+    row[:length] = rng.integers(8, model_oracle.V, length)
+  return tokens
+
+
+@functools.cache
+def _greedy(cfg):
+  module = network.Transformer(cfg)
+  return model_oracle.jit(
+    functools.partial(generate, module, decode_fn=sampling.greedy)
+  )
+
+
+def greedy(cfg, tokens_BS, length, *, start=0, eos=1):
+  """Our decoder: tokens `[B, T]`, 0 after the end, and log-probabilities `[B]`."""
+  prompts = np.zeros((len(tokens_BS), length), np.int32)
+  prompts[:, 0] = start
+  tokens, scores = _greedy(cfg)(
+    params=model_oracle.params(cfg),
+    encoder_input_tokens=tokens_BS,
+    prompts=prompts,
+    eos_id=eos,
+  )
+  return np.asarray(tokens)[:, 0], np.asarray(scores)[:, 0]
