@@ -125,7 +125,7 @@ def test_output_names_the_step_of_a_source_without_one(tmp_path, monkeypatch):
 def test_what_is_not_there_or_not_copied_is_said(three_layers, tmp_path, capsys):
   convert(three_layers, tmp_path / 'gqa')
   out = capsys.readouterr().out
-  assert 'The checkpoint has no optimizer state: none was written' in out
+  assert 'The checkpoint has no optimizer state by layer: none was written' in out
   assert 'Not copied: the state of the data pipeline (train_ds-000-of-001.index)' in out
 
 

@@ -16,6 +16,7 @@ from gqa_t5x import files
 from gqa_t5x.errors import BadInput
 
 NAME = 'gqa_t5x_config.json'
+ACTIVATIONS = ('relu', 'gelu', 'silu')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ModelConfig:
     layer_norm_epsilon: added to the mean square.
     decoder_start_token_id: what the decoder reads first.
     eos_token_id: the end marker.
+    mlp_activation: of the MLP, a function of `flax.linen`; None: T5's, which is gelu
+      (its tanh form) where the MLP is gated, and relu where it is not.
   """
 
   relpos_num_buckets: int = 32
@@ -34,6 +37,7 @@ class ModelConfig:
   layer_norm_epsilon: float = 1e-6
   decoder_start_token_id: int = 0
   eos_token_id: int = 1
+  mlp_activation: str | None = None
 
 
 def read(folder: epath.Path) -> ModelConfig | None:
@@ -60,9 +64,15 @@ def _parse(file: epath.Path) -> ModelConfig:
   try:
     values: dict[str, Any] = json.loads(file.read_text())
     unknown = values.keys() - ModelConfig.__dataclass_fields__.keys()
-    wrong = {name for name, x in values.items() if type(x) not in (int, float)}
+    wrong = {name for name, x in values.items() if not _is_valid(name, x)}
   except (ValueError, AttributeError) as error:
     raise BadInput(f'{file} is truncated or damaged: {error}') from error
   if unknown or wrong:
     raise BadInput(f'{file} has bad values: {", ".join(sorted(unknown | wrong))}')
   return ModelConfig(**values)
+
+
+def _is_valid(name: str, value: Any) -> bool:
+  if name == 'mlp_activation':
+    return value is None or value in ACTIVATIONS
+  return type(value) in (int, float)

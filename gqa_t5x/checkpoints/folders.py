@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from gqa_t5x import files
-from gqa_t5x.checkpoints import config, huggingface, t5x_layouts, tree
+from gqa_t5x.checkpoints import config, huggingface, t5x_layouts, tree, weight_files
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.t5x_layouts import METADATA, MSGPACK, STATE
@@ -52,7 +52,7 @@ def find_checkpoint(path: epath.Path) -> epath.Path:
     raise BadInput(
       f'there is no checkpoint at {path}: no such file or folder{_of_hub(path)}'
     )
-  names = {MSGPACK, huggingface.CONFIG, *sum(huggingface.WEIGHTS, ())}
+  names = {MSGPACK, huggingface.CONFIG, *sum(weight_files.WEIGHTS, ())}
   if path.name in names and not path.is_dir():
     path = path.parent
   if _entry(path) is not None or (path / STATE).is_dir():
@@ -94,7 +94,7 @@ def _what_is_there(path: epath.Path) -> str:
 
 def step_is_known(path: epath.Path) -> bool:
   """Whether a folder keeps its step; Hugging Face's do not: theirs reads as 0."""
-  return huggingface.weights_file(path) is None
+  return weight_files.weights_file(path) is None
 
 
 def _entry(path: epath.Path) -> epath.Path | None:
@@ -103,7 +103,7 @@ def _entry(path: epath.Path) -> epath.Path | None:
   # Orbax itself wrote both for a while.
   orbax = [file for file in orbax if file.exists()][:1]
   found = [file for file in (path / MSGPACK, *orbax) if file.exists()]
-  weights = huggingface.weights_file(path)
+  weights = weight_files.weights_file(path)
   found += [weights] if weights else []
   if len(found) > 1:
     raise BadInput(f'{path} has two checkpoints, {found[0]} and {found[1]}; keep one')
@@ -116,7 +116,7 @@ def read_config(path: epath.Path) -> ModelConfig:
   Raises:
     BadInput: it is damaged, or a value is one that this project cannot compute with.
   """
-  if huggingface.weights_file(path) is not None:
+  if weight_files.weights_file(path) is not None:
     return huggingface.read_config(path)
   return config.read(path) or ModelConfig()
 
@@ -155,7 +155,7 @@ def read_params(path: epath.PathLike) -> tuple[dict[str, Any], tree.Architecture
   """Reads the parameters of a checkpoint of any layout into memory, and its sizes.
 
   Raises:
-    BadInput: a part is missing or damaged, or it is not of T5.1.1.
+    BadInput: a part is missing or damaged, or it is not of a T5.
   """
   tensors = tree.parameters(open_checkpoint(epath.Path(path)))
   architecture = tree.read_architecture({name: t.shape for name, t in tensors.items()})

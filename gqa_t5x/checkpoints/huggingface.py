@@ -1,12 +1,13 @@
-"""Reads Hugging Face's T5 v1.1 folders under T5X's names, a tensor at a time.
+"""Reads Hugging Face's folders of T5, mT5 and umT5 under T5X's names, tensor by tensor.
 
-  config.json                     sizes, and whether it is of v1.1
+  config.json                     sizes, activation, and what else is computed
   model.safetensors               the tensors; or model.safetensors.index.json and
                                   the files that it names
   pytorch_model.bin               the same in PyTorch's format, or with an index
 
-The logits are those of `lm_head.weight`; where that is missing, of the embedding, and
-the config says whether divided by sqrt(D). T5X's kernel is the same.
+The logits are those of `lm_head.weight`; where that is missing, or equal to the
+embedding, those of the embedding. The config says whether they are divided by sqrt(D).
+T5X divides where it has no kernel of logits, and only there.
 
 A linear layer's weight is [out, in] there and [in, out] in T5X, the relative position
 bias [buckets, heads] there and [heads, buckets] in T5X. No step is kept: it reads as 0.
@@ -14,42 +15,43 @@ bias [buckets, heads] there and [heads, buckets] in T5X. No step is kept: it rea
 Source: T5ForConditionalGeneration of the library transformers.
 """
 
-import functools
-import json
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from gqa_t5x import files
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
-from gqa_t5x.checkpoints.safetensors import dtype_of, read_index
 from gqa_t5x.checkpoints.tree import KINDS, TARGET, Architecture
-from gqa_t5x.errors import BadInput, first_line
+from gqa_t5x.checkpoints.weight_files import open_weights, read_json
+from gqa_t5x.errors import BadInput
 
 CONFIG = 'config.json'
-# As transformers does: safetensors goes first if the folder has both formats.
-WEIGHTS = (
-  ('model.safetensors', 'model.safetensors.index.json'),
-  ('pytorch_model.bin', 'pytorch_model.bin.index.json'),
-)
-_OTHER_WEIGHTS = ('flax_model.msgpack', 'tf_model.h5')
-_SAVE = 'save the model as safetensors: model.save_pretrained(FOLDER)'
-# PyTorch's names of dtypes -> those of safetensors.
-_KINDS = {'float16': 'F16', 'bfloat16': 'BF16', 'float32': 'F32', 'float64': 'F64'}
 _EMBEDDING, _LOGITS = 'shared.weight', 'lm_head.weight'
 # Copies of the embedding; and a bias that old checkpoints keep, but no model uses.
 _EMBEDDING_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
 _UNUSED = ('decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',)
-# Values of config.json that decide what is computed -> those that are computed here.
-# `gelu_new` is the tanh approximation, T5X's `gelu`.
-_WANTED = {
-  'feed_forward_proj': ('gated-gelu', 'gated-gelu_new'),
-  'dense_act_fn': ('gelu_new', 'gelu_pytorch_tanh'),
-  'is_gated_act': (True,),
-  'is_encoder_decoder': (True,),
+# model_type -> its feed_forward_proj where config.json has none.
+_FAMILIES = {'t5': 'relu', 'mt5': 'gated-gelu', 'umt5': 'gated-gelu'}
+# Relatives, and why they are not read.
+_RELATIVES = {
+  'longt5': 'its encoder attends locally, and to summaries of the rest',
+  'switch_transformers': 'its MLPs are choices among experts',
+  't5gemma': 'its positions are rotary, and its blocks are those of Gemma',
+  't5gemma2': 'its positions are rotary, and its blocks are those of Gemma',
+  'bart': 'its positions are learned, and its layer norms have a mean and a bias',
+  'mbart': 'its positions are learned, and its layer norms have a mean and a bias',
+  'pegasus': 'its positions are sinusoids, and its layer norms have a mean and a bias',
+}
+# Names of activations -> those of flax.linen, whose `gelu` is the tanh approximation.
+_ACTIVATIONS = {
+  'relu': 'relu',
+  'gelu_new': 'gelu',
+  'gelu_pytorch_tanh': 'gelu',
+  'silu': 'silu',
+  'swish': 'silu',
 }
 # T5X's modules -> Hugging Face's, whose sublayers have numbers.
 _IN_LAYERS = {
@@ -72,35 +74,14 @@ _KERNELS = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
 _OUTSIDE = {
   'token_embedder': 'shared',
   'logits_dense': 'lm_head',
-  'relpos_bias': '{}.block.0.layer.0.SelfAttention.relative_attention_bias',
+  'relpos_bias': '{}.block.{}.layer.0.SelfAttention.relative_attention_bias',
   'encoder_norm': '{}.final_layer_norm',
   'decoder_norm': '{}.final_layer_norm',
 }
 
 
-def weights_file(folder: epath.Path) -> epath.Path | None:
-  """Finds the file that holds or lists the tensors of a Hugging Face folder.
-
-  Raises:
-    BadInput: two files are there of which only one can be right, or only formats that
-      are not read.
-  """
-  for names in WEIGHTS:
-    found = [folder / name for name in names if (folder / name).exists()]
-    if len(found) == 2:
-      raise BadInput(
-        f'{folder} has two models, {found[0].name} and {found[1].name}; keep one'
-      )
-    if found:
-      return found[0]
-  for name in _OTHER_WEIGHTS:
-    if (folder / name).exists():
-      raise BadInput(f'{folder / name} is of a format that is not read; {_SAVE}')
-  return None
-
-
 def open_folder(file: epath.Path) -> dict[str, LazyTensor]:
-  """Opens a folder of T5 v1.1, flan-t5 or mT5, by what `weights_file` found.
+  """Opens a folder of a T5, by what `weights_file` found.
 
   Returns:
     "target/decoder/...", under T5X's names and in its layout, and "state/step", an
@@ -109,14 +90,12 @@ def open_folder(file: epath.Path) -> dict[str, LazyTensor]:
   Raises:
     BadInput: it is another model, or a part is missing or damaged.
   """
-  config = _read_json(file.parent / CONFIG)
+  config = read_json(file.parent / CONFIG)
   architecture = _architecture(file.parent / CONFIG, config)
-  shapes, tensors = architecture.shapes(), _open_weights(file)
+  tensors = open_weights(file)
   tensors |= _embedding(file, tensors)
-  if _LOGITS not in tensors and _EMBEDDING in tensors:
-    tensors[_LOGITS] = tensors[_EMBEDDING]
-  if _is_scaled(config) and _LOGITS in tensors:
-    tensors[_LOGITS] = _divided(tensors[_LOGITS], architecture.emb_dim**0.5)
+  architecture = _with_logits(architecture, tensors, _is_scaled(config))
+  shapes = architecture.shapes()
   names = {path: _name(path) for path in shapes}
   expected = {
     n: shapes[p] if n == _EMBEDDING else shapes[p][::-1] for p, n in names.items()
@@ -159,15 +138,38 @@ def _embedding(
   return {_EMBEDDING: LazyTensor(first.shape, first.dtype, read)}
 
 
+def _with_logits(
+  architecture: Architecture, tensors: dict[str, LazyTensor], scaled: bool
+) -> Architecture:
+  """Says whether logits have a kernel of their own; in `tensors`, makes it T5X's."""
+  embedding, logits = tensors.get(_EMBEDDING), tensors.get(_LOGITS)
+  if embedding is None:
+    return architecture  # `_check_shapes` says what is missing.
+  # Old files of PyTorch hold a copy. The config says that it is one: then they scale.
+  if logits is None or (scaled and _are_equal(embedding, logits)):
+    tensors.pop(_LOGITS, None)
+    if scaled:
+      return dataclasses.replace(architecture, own_logits=False)
+    tensors[_LOGITS] = embedding
+  elif scaled:
+    tensors[_LOGITS] = _divided(logits, architecture.emb_dim**0.5)
+  return architecture
+
+
+def _are_equal(a: LazyTensor, b: LazyTensor) -> bool:
+  return a.shape == b.shape and np.array_equal(a.read(), b.read())
+
+
 def _is_scaled(config: Mapping[str, Any]) -> bool:
   """Whether logits are divided by sqrt(D), as transformers 4 and 5 write it.
 
-  transformers 5 has a name for it; before, it was so for a T5 whose output was tied.
+  transformers 5 has a name for it; before, it was so where the output was tied, as it
+  is by default but in mT5.
   """
   if config.get('scale_decoder_outputs') is not None:
     return bool(config['scale_decoder_outputs'])
   return (
-    config.get('model_type') == 't5' and config.get('tie_word_embeddings') is not False
+    config.get('model_type') != 'mt5' and config.get('tie_word_embeddings') is not False
   )
 
 
@@ -185,10 +187,11 @@ def _name(path: str) -> str:
   """Hugging Face's name of a parameter."""
   parts = path.split('/')[:-1]
   stack = parts[0]
+  layer = parts[1].removeprefix('layers_') if len(parts) > 2 else '0'
   if parts[-1] in _OUTSIDE:
-    return _OUTSIDE[parts[-1]].format(stack) + '.weight'
-  _, layer, module, *kernel = parts
-  there = [stack, 'block', layer.removeprefix('layers_'), 'layer']
+    return _OUTSIDE[parts[-1]].format(stack, layer) + '.weight'
+  _, _, module, *kernel = parts
+  there = [stack, 'block', layer, 'layer']
   there += [_IN_LAYERS[stack][module], *(_KERNELS.get(k, k) for k in kernel)]
   return '.'.join([*there, 'weight'])
 
@@ -227,38 +230,37 @@ def read_config(folder: epath.Path) -> ModelConfig:
     BadInput: a value is no number, or one that this project cannot compute with.
   """
   file = folder / CONFIG
-  config = _read_json(file)
+  config = read_json(file)
   pad = _number(file, config, 'pad_token_id', 0)
   if pad != 0:
     raise BadInput(
       f'{file} has pad_token_id {pad!r}; here padding is 0, as in every T5'
     )
   start = _number(file, config, 'decoder_start_token_id', pad)
+  gated, activation = _activation(file, config)
   return ModelConfig(
     relpos_num_buckets=_number(file, config, 'relative_attention_num_buckets', 32),
     relpos_max_distance=_number(file, config, 'relative_attention_max_distance', 128),
     layer_norm_epsilon=_number(file, config, 'layer_norm_epsilon', 1e-6),
     decoder_start_token_id=start,
     eos_token_id=_number(file, config, 'eos_token_id', 1),
+    mlp_activation=None if activation == ('gelu' if gated else 'relu') else activation,
   )
 
 
 def _architecture(file: epath.Path, config: Mapping[str, Any]) -> Architecture:
   """Reads the sizes, and refuses by name what this project does not compute."""
   kind = config.get('model_type')
-  if kind not in ('t5', 'mt5'):
-    raise BadInput(f'{file} has model_type {kind!r}; T5 v1.1, flan-t5 or mT5 is needed')
-  for name, wanted in _WANTED.items():
-    if config.get(name, wanted[0]) not in wanted:
-      raise BadInput(
-        f'{file} is of another T5: it has {name} {config[name]!r}; T5 v1.1, flan-t5 or'
-        f' mT5 is needed, with {wanted[0]!r}'
-      )
-  if 'feed_forward_proj' not in config and kind == 't5':
+  if kind not in _FAMILIES:
+    why = f': {_RELATIVES[kind]}' if kind in _RELATIVES else ''
+    known = ', '.join(_FAMILIES)
+    raise BadInput(f'{file} has model_type {kind!r}, not one of {known}{why}')
+  if config.get('is_encoder_decoder', True) is not True:
     raise BadInput(
-      f'{file} is of another T5: without feed_forward_proj it is of T5 1.0 (relu); T5'
-      " v1.1, flan-t5 or mT5 is needed, with 'gated-gelu'"
+      f'{file} has is_encoder_decoder {config["is_encoder_decoder"]!r}; a model with an'
+      ' encoder and a decoder is needed'
     )
+  gated, _ = _activation(file, config)
 
   def size(name: str, default: int | None = None) -> int:
     value = _number(file, config, name, default)
@@ -276,7 +278,38 @@ def _architecture(file: epath.Path, config: Mapping[str, Any]) -> Architecture:
     num_buckets=size('relative_attention_num_buckets', 32),
     num_layers={'encoder': layers, 'decoder': size('num_decoder_layers', layers)},
     num_kv_heads=dict.fromkeys(KINDS, size('num_heads')),
+    gated=gated,
+    bias_per_layer=kind == 'umt5',
   )
+
+
+def _activation(file: epath.Path, config: Mapping[str, Any]) -> tuple[bool, str]:
+  """Whether the MLP has a gate, and its activation, by flax's name.
+
+  Raises:
+    BadInput: it is not computed here, or values contradict each other.
+  """
+  default = _FAMILIES.get(config.get('model_type'))
+  projection = str(config.get('feed_forward_proj', default))
+  gated, name = projection.startswith('gated-'), projection.removeprefix('gated-')
+  # transformers does the same: T5 v1.1's gelu has always been the approximation.
+  name = 'gelu_new' if projection == 'gated-gelu' else name
+  said = config.get('dense_act_fn', name)
+  if name not in _ACTIVATIONS:
+    raise BadInput(
+      f'{file} has feed_forward_proj {projection!r}; this project computes'
+      f' {", ".join(_ACTIVATIONS)}, gated or not'
+    )
+  if _ACTIVATIONS.get(said) != _ACTIVATIONS[name]:
+    raise BadInput(
+      f'{file} has dense_act_fn {said!r}, and feed_forward_proj {projection!r}'
+    )
+  if config.get('is_gated_act', gated) is not gated:
+    raise BadInput(
+      f'{file} has is_gated_act {config["is_gated_act"]!r}, and feed_forward_proj'
+      f' {projection!r}'
+    )
+  return gated, _ACTIVATIONS[name]
 
 
 def _number(
@@ -286,79 +319,3 @@ def _number(
   if type(value) not in (int, float) or value < 0:
     raise BadInput(f'{file} has {name} {value!r}, expected a number')
   return value
-
-
-def _read_json(file: epath.Path) -> dict[str, Any]:
-  if not file.exists():
-    raise BadInput(f'{file} is missing: the folder is only partly copied')
-  try:
-    content = json.loads(file.read_text())
-  except ValueError as error:
-    raise BadInput(f'{file} is truncated or damaged: {error}') from error
-  if not isinstance(content, dict):
-    raise BadInput(f'{file} is damaged: it holds no JSON object')
-  return content
-
-
-def _open_weights(file: epath.Path) -> dict[str, LazyTensor]:
-  """Opens one file, or an index and all files that it names."""
-  read = _open_torch if file.name.startswith('pytorch') else read_index
-
-  def opener(file: epath.Path) -> dict[str, LazyTensor]:
-    files.refuse_pointer(file)
-    return read(file)
-
-  if file.suffix != '.json':
-    return opener(file)
-  shard_of = _read_json(file).get('weight_map')
-  if not isinstance(shard_of, dict) or not shard_of:
-    raise BadInput(f'{file} is damaged: it has no weight_map')
-  names = sorted(set(map(str, shard_of.values())))
-  missing = [name for name in names if not (file.parent / name).exists()]
-  if missing:
-    raise BadInput(
-      f'{file} names {", ".join(missing)}, which is not there: the folder is only'
-      ' partly copied'
-    )
-  shards = {name: opener(file.parent / name) for name in names}
-  tensors = {}
-  for tensor, shard in shard_of.items():
-    if tensor not in shards[shard]:
-      raise BadInput(f'{file} says that {tensor} is in {shard}; it is not')
-    tensors[tensor] = shards[shard][tensor]
-  return tensors
-
-
-def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
-  if str(file).startswith('gs://'):
-    raise BadInput(f'{file} must be on a local disk, as PyTorch reads it; {_SAVE}')
-  try:
-    import torch
-  except ImportError as error:
-    raise BadInput(
-      f"{file} needs PyTorch: pip install 'gqa_t5x[torch]', or {_SAVE}"
-    ) from error
-
-  try:
-    state = torch.load(str(file), map_location='cpu', mmap=True, weights_only=True)
-  except Exception as error:  # of many types, for many kinds of damage
-    raise BadInput(f'cannot read {file}: {first_line(error)}; {_SAVE}') from error
-
-  def read(name: str, dtype: np.dtype) -> np.ndarray:
-    try:
-      tensor = state[name].contiguous()
-      # NumPy has no bfloat16: the bits go over as integers.
-      bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-      return np.array(bits.numpy()).view(dtype)
-    except Exception as error:  # the file changed, or is damaged inside
-      raise BadInput(
-        f'cannot read the tensor {name} of {file}: {first_line(error)}'
-      ) from error
-
-  tensors = {}
-  for name, tensor in state.items():
-    kind = str(tensor.dtype).removeprefix('torch.')
-    dtype = dtype_of(file, name, _KINDS.get(kind, kind))
-    read_it = functools.partial(read, name, dtype)
-    tensors[name] = LazyTensor(tuple(tensor.shape), dtype, read_it)
-  return tensors

@@ -9,24 +9,30 @@
 Of what is in TensorStore, nothing is read but names and shapes. The msgpack is read
 whole, as T5X reads it: T5X keeps only small tensors in it. Old or hand-made checkpoints
 with all tensors in it need twice the file's size of memory, then its size.
+
+T5X's scalable_t5 (umT5) scans its layers: each parameter of all layers of a stack is
+one tensor, "decoder/decoder/mlp/wo/kernel", with the layers along axis 1. They are
+opened as "decoder/layers_0/mlp/wo/kernel" and so on, without the optimizer's state.
 """
 
 import ast
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, StoredTensor
-from gqa_t5x.checkpoints.tree import flatten
+from gqa_t5x.checkpoints.tree import PARAM_STATES, flatten
 from gqa_t5x.errors import BadInput, first_line
 
 MSGPACK = 'checkpoint'
 STATE = 'state'
 METADATA = '_METADATA'
 _OCDBT = 'manifest.ocdbt'
+_SCANNED = re.compile(r'target/(encoder|decoder)/\1/(.*)')
 _PLACEHOLDER = 'PLACEHOLDER://'
 # What msgpack, NumPy and flax raise for a damaged msgpack.
 _DAMAGE = (
@@ -105,6 +111,8 @@ def open_tree(file: epath.Path) -> dict[str, LazyTensor]:
   import tensorstore as ts
 
   leaves = _legacy_leaves(file) if file.name == MSGPACK else _orbax_leaves(file)
+  if any(_SCANNED.fullmatch(path) for path in leaves):
+    leaves = {p: x for p, x in leaves.items() if not p.startswith(PARAM_STATES)}
   folder = file.parent
   base = kvstore(folder)
   ocdbt = (folder / _OCDBT).exists()
@@ -126,14 +134,19 @@ def open_tree(file: epath.Path) -> dict[str, LazyTensor]:
       except ValueError as error:
         unreadable.append(f'{path} ({_one_line(error)})')
     elif isinstance(leaf, np.ndarray | np.generic | int | float):
-      tensors[path] = LazyTensor.of(np.asarray(leaf))
+      layers = _by_layer(path, np.asarray(leaf))
+      tensors |= {name: LazyTensor.of(array) for name, array in layers.items()}
     else:
       raise BadInput(f'{file}: {path} is of type {type(leaf).__name__}, not an array')
   for path, (leaf, future) in opening.items():
     try:
       array = future.result()
       _check_shape(leaf, array.shape)
-      tensors[path] = _lazy(path, folder, array)
+      layers = _by_layer(path, array)
+      if path not in layers:
+        del tensors[path]
+      for name, part in layers.items():
+        tensors[name] = _lazy(name, folder, part, whole=name == path)
     except ValueError as error:
       unreadable.append(f'{path} ({_one_line(error)})')
   if unreadable:
@@ -142,6 +155,16 @@ def open_tree(file: epath.Path) -> dict[str, LazyTensor]:
       f' {len(unreadable)} of {len(leaves)} tensors: {", ".join(unreadable)}'
     )
   return tensors
+
+
+def _by_layer(path: str, array: Any) -> dict[str, Any]:
+  """An array under its path; of scanned layers, each layer's part under its own."""
+  match = _SCANNED.fullmatch(path)
+  if not match:
+    return {path: array}
+  stack, name = match.groups()
+  layers = range(array.shape[1] if len(array.shape) > 1 else 0)
+  return {f'target/{stack}/layers_{i}/{name}': array[:, i] for i in layers}
 
 
 def _tensor_folder(leaf: dict) -> str:
@@ -181,7 +204,7 @@ def _check_shape(leaf: dict, shape: tuple[int, ...]) -> None:
     raise ValueError(f'it has shape {tuple(shape)}, and {listed} in the file {MSGPACK}')
 
 
-def _lazy(path: str, folder: epath.Path, array: Any) -> LazyTensor:
+def _lazy(path: str, folder: epath.Path, array: Any, whole: bool) -> LazyTensor:
   def read():
     try:
       return array.read(order='C').result()
@@ -191,7 +214,8 @@ def _lazy(path: str, folder: epath.Path, array: Any) -> LazyTensor:
       ) from error
 
   dtype = np.dtype(array.dtype.numpy_dtype)
-  return LazyTensor(tuple(array.shape), dtype, read, _stored(path, array, dtype))
+  stored = _stored(path, array, dtype) if whole else None
+  return LazyTensor(tuple(array.shape), dtype, read, stored)
 
 
 def _stored(path: str, array: Any, dtype: np.dtype) -> StoredTensor | None:

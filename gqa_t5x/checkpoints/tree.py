@@ -1,7 +1,9 @@
-"""Reads sizes and head counts from a T5.1.1 tree, and says what does not fit.
+"""Reads sizes and head counts from the tree of a T5, and says what does not fit.
 
 Everything is found in the checkpoint itself: the relative position bias has one row a
 query head, the query kernel gives the head size, the key kernels the key/value heads.
+T5 1.0 is known by its one input kernel of an MLP, and by logits without a kernel of
+their own, umT5 by its position bias in every layer.
 
 Letters: V vocabulary, D width, F MLP width, N query heads, K key/value heads, H head
 size.
@@ -33,22 +35,27 @@ _NORMS = {
     'pre_mlp_layer_norm',
   ),
 }
-_EMBEDDING = 'token_embedder/embedding'
-_BIAS = '{}/relpos_bias/rel_embedding'
+EMBEDDING = 'token_embedder/embedding'
+LOGITS = 'decoder/logits_dense/kernel'
 _QUERY = 'decoder/layers_0/self_attention/query/kernel'
-_MLP = 'decoder/layers_0/mlp/wi_0/kernel'
+_MLP = 'decoder/layers_0/mlp/wo/kernel'
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """Sizes of a T5.1.1 model.
+  """Sizes of a T5, and which of its variants it is.
 
   Attributes:
     num_buckets: columns of the relative position bias (32).
     num_layers: by stack, "encoder" and "decoder".
     num_kv_heads: by kind of attention, the keys of KINDS.
+    gated: whether the MLP has a gate: kernels `wi_0` and `wi_1`, not `wi`.
+    own_logits: whether logits have a kernel of their own; else they are those of the
+      embedding, divided by sqrt(D).
+    bias_per_layer: whether every layer has a position bias of its own, as in umT5; else
+      the layers of a stack share one.
   """
 
   vocab_size: int
@@ -59,6 +66,9 @@ class Architecture:
   num_buckets: int
   num_layers: dict[str, int]
   num_kv_heads: dict[str, int]
+  gated: bool = True
+  own_logits: bool = True
+  bias_per_layer: bool = False
 
   def attention_modules(self) -> Iterator[tuple[str, str]]:
     """Yields (kind, path) of every attention module."""
@@ -66,20 +76,27 @@ class Architecture:
       for layer in range(self.num_layers[stack]):
         yield kind, f'{stack}/layers_{layer}/{name}'
 
+  def bias_path(self, module: str) -> str:
+    """Where the position bias of a self-attention module is, by its path."""
+    stack, layer, _ = module.split('/')
+    return _bias(stack, layer if self.bias_per_layer else None)
+
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """The whole tree: path -> shape of every parameter."""
     V, D, F = self.vocab_size, self.emb_dim, self.mlp_dim
     NH = self.num_heads * self.head_dim
-    shapes = {_EMBEDDING: (V, D), 'decoder/logits_dense/kernel': (D, V)}
+    shapes = {EMBEDDING: (V, D)} | ({LOGITS: (D, V)} if self.own_logits else {})
+    wi = ('wi_0', 'wi_1') if self.gated else ('wi',)
     for stack, norms in _NORMS.items():
-      shapes[_BIAS.format(stack)] = (self.num_heads, self.num_buckets)
       shapes[f'{stack}/{stack}_norm/scale'] = (D,)
       for layer in range(self.num_layers[stack]):
         prefix = f'{stack}/layers_{layer}'
         shapes |= {f'{prefix}/{norm}/scale': (D,) for norm in norms}
-        shapes |= {f'{prefix}/mlp/wi_{i}/kernel': (D, F) for i in (0, 1)}
+        shapes |= {f'{prefix}/mlp/{name}/kernel': (D, F) for name in wi}
         shapes[f'{prefix}/mlp/wo/kernel'] = (F, D)
     for kind, path in self.attention_modules():
+      if kind != 'cross_attention':
+        shapes[self.bias_path(path)] = (self.num_heads, self.num_buckets)
       KH = self.num_kv_heads[kind] * self.head_dim
       shapes[f'{path}/query/kernel'] = (D, NH)
       shapes[f'{path}/key/kernel'] = (D, KH)
@@ -100,6 +117,10 @@ class Architecture:
     """
     layers = self.num_layers[KINDS[kind][0]]
     return 2 * layers * self.num_kv_heads[kind] * self.head_dim * 2
+
+
+def _bias(stack: str, layer: str | None) -> str:
+  return '/'.join(filter(None, (stack, layer, 'relpos_bias/rel_embedding')))
 
 
 def norms_before(kind: str, path: str) -> tuple[str, str]:
@@ -125,25 +146,32 @@ def read_architecture(shapes: Shapes) -> Architecture:
     shapes: path ("decoder/layers_0/mlp/wo/kernel") -> shape.
 
   Raises:
-    BadInput: the tree is not a T5.1.1's. The message lists every missing, extra
-      and mismatched key.
+    BadInput: the tree is not a T5's. The message lists every missing, extra and
+      mismatched key.
   """
   num_layers = {stack: _count_layers(shapes, stack) for stack in _NORMS}
+  per_layer = _bias('decoder', 'layers_0')
+  variant = {
+    'gated': 'decoder/layers_0/mlp/wi/kernel' not in shapes,
+    'own_logits': LOGITS in shapes,
+    'bias_per_layer': per_layer in shapes,
+  }
   # Sizes play no role for the names.
   sizes = (*[1] * 6, num_layers, dict.fromkeys(KINDS, 1))
-  names = Architecture(*sizes).shapes().keys()
+  names = Architecture(*sizes, **variant).shapes().keys()
   missing, extra = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
   problems = []
   if missing:
     problems.append(f'{len(missing)} missing: {", ".join(missing)}')
   if extra:
     problems.append(f'{len(extra)} extra: {", ".join(extra)}')
-  anchors = (_EMBEDDING, _MLP, _QUERY, _BIAS.format('decoder'))
+  bias = per_layer if variant['bias_per_layer'] else _bias('decoder', None)
+  anchors = (EMBEDDING, _MLP, _QUERY, bias)
   unusable = [a for a in anchors if a in shapes and len(shapes[a]) != 2]
   problems += [f'{a} has shape {shapes[a]}, expected 2 dimensions' for a in unusable]
   if unusable or not all(a in shapes for a in anchors):
     raise _not_t5(problems)
-  architecture = _read_sizes(shapes, num_layers, problems)
+  architecture = _read_sizes(shapes, bias, num_layers, variant, problems)
   expected = architecture.shapes()
   mismatched = [
     f'{path} has shape {tuple(shapes[path])}, expected {expected[path]}'
@@ -164,16 +192,20 @@ def _count_layers(shapes: Shapes, stack: str) -> int:
 
 
 def _read_sizes(
-  shapes: Shapes, num_layers: dict[str, int], problems: list[str]
+  shapes: Shapes,
+  bias: str,
+  num_layers: dict[str, int],
+  variant: Mapping[str, bool],
+  problems: list[str],
 ) -> Architecture:
   """Takes the sizes from four anchor tensors and the first key kernels."""
-  num_heads, num_buckets = shapes[_BIAS.format('decoder')]
-  vocab_size, emb_dim = shapes[_EMBEDDING]
+  num_heads, num_buckets = shapes[bias]
+  vocab_size, emb_dim = shapes[EMBEDDING]
   query_columns = shapes[_QUERY][1]
   if query_columns % num_heads:
     problems.append(
       f'{_QUERY} has {query_columns} columns, not a multiple of the {num_heads} heads'
-      f' in {_BIAS.format("decoder")}'
+      f' in {bias}'
     )
   head_dim = max(query_columns // num_heads, 1)
   num_kv_heads = {}
@@ -190,12 +222,13 @@ def _read_sizes(
   return Architecture(
     vocab_size=vocab_size,
     emb_dim=emb_dim,
-    mlp_dim=shapes[_MLP][1],
+    mlp_dim=shapes[_MLP][0],
     num_heads=num_heads,
     head_dim=head_dim,
     num_buckets=num_buckets,
     num_layers=num_layers,
     num_kv_heads=num_kv_heads,
+    **variant,
   )
 
 
@@ -205,7 +238,7 @@ def parameters(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_t5(problems: list[str]) -> BadInput:
-  return BadInput(f'not a T5.1.1 checkpoint: {"; ".join(problems)}')
+  return BadInput(f'not a T5 checkpoint: {"; ".join(problems)}')
 
 
 def flatten(

@@ -221,7 +221,7 @@ def _report(
   if plan.source == plan.target:
     print('It has as many key/value heads already: only the layout changed')
   elif not plan.log:
-    print('The checkpoint has no optimizer state: none was written')
+    print('The checkpoint has no optimizer state by layer: none was written')
   if names := folders.dataset_state(source):
     print(f'Not copied: the state of the data pipeline ({", ".join(names)})')
   print(f'Converted by {request.method}: {_describe_sizes(plan)}')

@@ -1,4 +1,4 @@
-"""T5.1.1 around attention: norm, MLP, embedding, position bias, and whole layers.
+"""T5 around attention: norm, MLP, embedding, position bias, and whole layers.
 
 Parameter names, shapes, initialisers and arithmetic are those of T5X's minimal
 T5.1.1, so that a checkpoint of one is a checkpoint of the other.
@@ -9,13 +9,14 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.partitioning import param_with_axes
 from jax import Array, lax
 
-from gqa_t5x.model import attention, axes, sharding
+from gqa_t5x.model import attention, axes, decode_cache, sharding
 from gqa_t5x.model.dense import Dense
 
 
@@ -150,8 +151,9 @@ class EncoderLayer(nn.Module):
   config: Any  # A `network.T5Config`, as in all that follows.
 
   @nn.compact
-  def __call__(self, x_BTD, mask, bias, deterministic):
+  def __call__(self, x_BTD, at, shared, deterministic):
     cfg = self.config
+    mask, bias = shared or mask_and_bias(cfg, at, bidirectional=True)
     y = layer_norm(cfg, 'pre_attention_layer_norm')(x_BTD)
     y = _attention(cfg, cfg.encoder_kv, 'attention')(
       y, y, mask, bias, deterministic=deterministic
@@ -166,12 +168,12 @@ class DecoderLayer(nn.Module):
   config: Any
 
   @nn.compact
-  def __call__(self, x_BTD, encoded_BSD, masks, bias, cache_index, deterministic):
+  def __call__(self, x_BTD, encoded_BSD, cross_mask, at, shared, deterministic):
     cfg = self.config
-    self_mask, cross_mask = masks
+    mask, bias = shared or mask_and_bias(cfg, at, bidirectional=False)
     y = layer_norm(cfg, 'pre_self_attention_layer_norm')(x_BTD)
     y = _attention(cfg, cfg.self_kv, 'self_attention')(
-      y, y, self_mask, bias, cache_index=cache_index, deterministic=deterministic
+      y, y, mask, bias, cache_index=at.index, deterministic=deterministic
     )
     x_BTD = x_BTD + dropout(cfg, y, deterministic)
     y = layer_norm(cfg, 'pre_cross_attention_layer_norm')(x_BTD)
@@ -198,15 +200,34 @@ def layer_norm(cfg: Any, name: str) -> nn.Module:
   return LayerNorm(cfg.dtype, cfg.layer_norm_epsilon, name=name)
 
 
-def relative_position_biases(cfg: Any, bidirectional: bool) -> nn.Module:
-  return RelativePositionBiases(
+def shared_mask_and_bias(
+  cfg: Any, at: decode_cache.Positions, bidirectional: bool
+) -> tuple[Array, Array] | None:
+  """Returns what a stack's layers share; None where each has a bias of its own."""
+  return None if cfg.relpos_per_layer else mask_and_bias(cfg, at, bidirectional)
+
+
+def mask_and_bias(
+  cfg: Any, at: decode_cache.Positions, bidirectional: bool
+) -> tuple[Array, Array]:
+  """Returns mask and position bias of self-attention, by the slots of its keys.
+
+  The table of the bias is a parameter of the module that calls.
+  """
+  bias = RelativePositionBiases(
     num_heads=cfg.num_heads,
     bidirectional=bidirectional,
     num_buckets=cfg.relpos_num_buckets,
     max_distance=cfg.relpos_max_distance,
     dtype=cfg.dtype,
     name='relpos_bias',
-  )
+  )(at.queries_BT, at.keys_S)
+  mask, bias = at.by_slot(bias)
+  if at.index is not None:  # While decoding it lies where keys and values do.
+    _, _, heads = axes.kv_axes(cfg.num_heads, cfg.self_kv)
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    bias = sharding.constrain(bias, (free, heads, free, free))
+  return mask, bias
 
 
 def _mlp(cfg: Any, x_BTD: Array, deterministic: bool) -> Array:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from gqa_t5x.model import axes, decode_cache, layers, sharding
+from gqa_t5x.model import axes, decode_cache, layers
 from gqa_t5x.model.dense import Dense
 from gqa_t5x.model.sizes import SIZES, VOCAB_SIZE
 
@@ -37,6 +37,8 @@ class T5Config:
     self_attention_num_kv_heads, cross_attention_num_kv_heads: K of one kind, if it
       differs.
     encoder_num_kv_heads: K of the encoder; None means all heads, as in the paper.
+    relpos_per_layer: every layer has a position bias of its own (umT5); else the layers
+      of a stack share one.
     relpos_num_buckets, relpos_max_distance: of relative positions, the latter in
       tokens; Hugging Face's relative_attention_num_buckets and _max_distance.
     layer_norm_epsilon: added to the mean square.
@@ -64,6 +66,7 @@ class T5Config:
   self_attention_num_kv_heads: int | None = None
   cross_attention_num_kv_heads: int | None = None
   encoder_num_kv_heads: int | None = None
+  relpos_per_layer: bool = False
   relpos_num_buckets: int = 32
   relpos_max_distance: int = 128
   layer_norm_epsilon: float = 1e-6
@@ -123,7 +126,7 @@ def _remat(layer: type[nn.Module], cfg: T5Config, static_argnum: int):
 
 
 class Encoder(nn.Module):
-  """The stack of encoder layers, with one relative position bias for all."""
+  """The stack of encoder layers."""
 
   config: T5Config
   shared_embedding: nn.Module
@@ -132,21 +135,20 @@ class Encoder(nn.Module):
   def __call__(self, tokens_BS: Array, mask: Array, deterministic: bool) -> Array:
     """Encodes int `[B, S]` under a bool mask `[B, 1, S, S]` to `[B, S, D]`."""
     cfg = self.config
-    length = tokens_BS.shape[1]
-    bias = layers.relative_position_biases(cfg, bidirectional=True)(
-      jnp.arange(length)[None], jnp.arange(length)
-    )
+    S = tokens_BS.shape[1]
+    at = decode_cache.Positions(jnp.arange(S)[None], jnp.arange(S), mask)
+    shared = layers.shared_mask_and_bias(cfg, at, bidirectional=True)
     x_BSD = layers.dropout(cfg, self.shared_embedding(tokens_BS), deterministic)
     layer = _remat(layers.EncoderLayer, cfg, static_argnum=4)
     for i in range(cfg.num_encoder_layers):
-      x_BSD = layer(cfg, name=f'layers_{i}')(x_BSD, mask, bias, deterministic)
+      x_BSD = layer(cfg, name=f'layers_{i}')(x_BSD, at, shared, deterministic)
     x_BSD = layers.layer_norm(cfg, 'encoder_norm')(x_BSD)
     # Here T5X drops single units, not whole columns.
     return nn.Dropout(cfg.dropout_rate)(x_BSD, deterministic=deterministic)
 
 
 class Decoder(nn.Module):
-  """The stack of decoder layers, with one relative position bias for all."""
+  """The stack of decoder layers."""
 
   config: T5Config
   shared_embedding: nn.Module
@@ -171,20 +173,12 @@ class Decoder(nn.Module):
       at = decode_cache.advance(self, T, max_decode_length, prefill_lengths)
     else:
       at = decode_cache.Positions(jnp.arange(T)[None], jnp.arange(T), self_mask)
-    bias = layers.relative_position_biases(cfg, bidirectional=False)(
-      at.queries_BT, at.keys_S
-    )
-    mask, bias = at.by_slot(bias)
-    if decode:  # Once for all layers.
-      _, _, heads = axes.kv_axes(cfg.num_heads, cfg.self_kv)
-      free = jax.sharding.PartitionSpec.UNCONSTRAINED
-      bias = sharding.constrain(bias, (free, heads, free, free))
-
+    shared = layers.shared_mask_and_bias(cfg, at, bidirectional=False)
     x_BTD = layers.dropout(cfg, self.shared_embedding(tokens_BT), deterministic)
     layer = _remat(layers.DecoderLayer, cfg, static_argnum=6)
     for i in range(cfg.num_decoder_layers):
       x_BTD = layer(cfg, name=f'layers_{i}')(
-        x_BTD, encoded_BSD, (mask, cross_mask), bias, at.index, deterministic
+        x_BTD, encoded_BSD, cross_mask, at, shared, deterministic
       )
     x_BTD = layers.layer_norm(cfg, 'decoder_norm')(x_BTD)
     x_BTD = layers.dropout(cfg, x_BTD, deterministic)
@@ -196,7 +190,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-  """T5.1.1; encode, decode and __call__ take T5X's arguments."""
+  """T5; encode, decode and __call__ take T5X's arguments."""
 
   config: T5Config
 

@@ -12,7 +12,9 @@ from safetensors import numpy as safetensors
 
 from gqa_t5x.checkpoints import folders
 from gqa_t5x.checkpoints.config import ModelConfig
-from gqa_t5x.model import network
+from gqa_t5x.decoding import generate
+from gqa_t5x.decoding.sampling import greedy
+from gqa_t5x.model import network, sizes
 from helpers import huggingface_folders as by_hand
 from helpers.trees import run_convert as run
 
@@ -40,27 +42,19 @@ def convert(source, output, *flags):
   return output / 'checkpoint_0'
 
 
-def logits(folder, kv_heads=None):
-  """The logits of a checkpoint by this project's network."""
+def opened(folder):
+  """The network and the parameters of a checkpoint."""
   folder = folders.find_checkpoint(epath.Path(folder))
-  params, sizes = folders.read_params(folder)
-  values = folders.read_config(folder)
-  config = network.T5Config(
-    vocab_size=sizes.vocab_size,
-    emb_dim=sizes.emb_dim,
-    num_heads=sizes.num_heads,
-    num_encoder_layers=sizes.num_layers['encoder'],
-    num_decoder_layers=sizes.num_layers['decoder'],
-    head_dim=sizes.head_dim,
-    mlp_dim=sizes.mlp_dim,
-    mlp_activations=('gelu', 'linear'),
-    num_kv_heads=kv_heads,
-    relpos_num_buckets=values.relpos_num_buckets,
-    relpos_max_distance=values.relpos_max_distance,
-    layer_norm_epsilon=values.layer_norm_epsilon,
-  )
+  params, architecture = folders.read_params(folder)
+  fields = sizes.from_checkpoint(architecture, folders.read_config(folder))
+  return network.Transformer(network.T5Config(**fields)), params
+
+
+def logits(folder):
+  """The logits of a checkpoint by this project's network."""
+  module, params = opened(folder)
   targets = jnp.asarray(GOLDEN['decoder_inputs'])
-  return network.Transformer(config).apply(
+  return module.apply(
     {'params': params},
     jnp.asarray(GOLDEN['inputs']),
     targets,
@@ -80,6 +74,47 @@ def test_logits_are_those_of_transformers(case, tmp_path):
   np.testing.assert_allclose(logits(again), GOLDEN[f'{case}/logits'], atol=1e-4)
 
 
+@pytest.mark.parametrize('case', CASES)
+def test_greedy_tokens_are_those_of_transformers(case, tmp_path):
+  module, params = opened(write(tmp_path / 'there', case))
+  inputs, prompts = jnp.asarray(GOLDEN['inputs']), jnp.zeros((2, 12), jnp.int32)
+  tokens, _ = generate.generate(module, params, inputs, prompts, greedy, eos_id=1)
+  np.testing.assert_array_equal(tokens[:, 0], GOLDEN[f'{case}/greedy'])
+
+
+@pytest.mark.parametrize('case', ['t5_1_0', 'umt5', 'byt5'])
+def test_fewer_heads_are_the_mean_repeated(case, tmp_path):
+  """For every query: a model with all heads, whose key/value heads are the means."""
+  folder = write(tmp_path / 'there', case)
+  gqa, params = opened(convert(folder, tmp_path / 'here', '--num_kv_heads=1'))
+  mha, original = opened(folder)
+  assert (mha.config.self_kv, gqa.config.self_kv, gqa.config.cross_kv) == (2, 1, 1)
+  for layer in original['decoder'].values():
+    for kind in ('self_attention', 'encoder_decoder_attention'):
+      for name in ('key', 'value') if kind in layer else ():
+        kernel_DNH = layer[kind][name]['kernel'].reshape(8, 2, 4)
+        repeated = np.repeat(kernel_DNH.mean(1, keepdims=True), 2, axis=1)
+        layer[kind][name]['kernel'] = repeated.reshape(8, 8)
+  tokens = jnp.asarray(GOLDEN['inputs']), jnp.asarray(GOLDEN['decoder_inputs'])
+  got, expected = (
+    module.apply({'params': p}, *tokens, jnp.ones_like(tokens[1]), enable_dropout=False)
+    for module, p in ((gqa, params), (mha, original))
+  )
+  np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_a_copy_of_the_embedding_is_no_projection(tmp_path):
+  """As in the PyTorch files of T5 1.0; T5X has no kernel of logits there."""
+  folder = write(tmp_path / 'there', 't5_1_0')
+  tensors = safetensors.load_file(folder / 'model.safetensors')
+  tensors['lm_head.weight'] = tensors['shared.weight'].copy()
+  safetensors.save_file(tensors, folder / 'model.safetensors')
+  module, params = opened(folder)
+  assert module.config.logits_via_embedding
+  assert 'logits_dense' not in params['decoder']
+  np.testing.assert_allclose(logits(folder), GOLDEN['t5_1_0/logits'], atol=1e-4)
+
+
 @pytest.mark.parametrize(
   ('name', 'value'),
   [
@@ -97,11 +132,12 @@ def test_each_number_counts(name, value, tmp_path):
     assert difference.max() > 0.05
 
 
-def test_ids_are_read_and_kept(tmp_path):
-  there = write(tmp_path / 'a', 'mt5', decoder_start_token_id=5, eos_token_id=3)
+def test_ids_and_activation_are_read_and_kept(tmp_path):
+  there = write(tmp_path / 'a', 'gated_silu', decoder_start_token_id=5, eos_token_id=3)
   folder = convert(there, tmp_path / 'b', '--num_kv_heads=1')
-  config = folders.read_config(epath.Path(folder))
-  assert config == ModelConfig(decoder_start_token_id=5, eos_token_id=3)
+  assert folders.read_config(epath.Path(folder)) == ModelConfig(
+    decoder_start_token_id=5, eos_token_id=3, mlp_activation='silu'
+  )
 
 
 def test_no_file_is_added_to_a_model_as_published(tmp_path):
@@ -110,7 +146,10 @@ def test_no_file_is_added_to_a_model_as_published(tmp_path):
   assert folders.read_config(epath.Path(folder)) == ModelConfig()
 
 
-@pytest.mark.parametrize('text', ['{', '[]', '{"width": 3}', '{"eos_token_id": "1"}'])
+@pytest.mark.parametrize(
+  'text',
+  ['{', '[]', '{"width": 3}', '{"eos_token_id": "1"}', '{"mlp_activation": "tanh"}'],
+)
 def test_damaged_file(text, tmp_path):
   folder = convert(write(tmp_path / 'a', 'mt5'), tmp_path / 'b', '--num_kv_heads=1')
   (folder / 'gqa_t5x_config.json').write_text(text)
@@ -124,9 +163,9 @@ def test_damaged_file(text, tmp_path):
     {'pad_token_id': 3},
     {'eos_token_id': [1, 2]},
     {'dense_act_fn': 'gelu'},
+    {'dense_act_fn': 'relu'},
     {'is_gated_act': False},
-    {'feed_forward_proj': 'gated-silu'},
-    {'feed_forward_proj': 'relu'},
+    {'feed_forward_proj': 'gelu'},
     {'d_kv': '4'},
     {'num_decoder_layers': 0},
     {'layer_norm_epsilon': 'small'},

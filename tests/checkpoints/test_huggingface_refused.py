@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from gqa_t5x.checkpoints import huggingface
+from gqa_t5x.checkpoints import weight_files
 from gqa_t5x.errors import BadInput
 from helpers.huggingface_folders import refused, shard, weights, write
 from helpers.trees import D, H, N, tiny_state, write_msgpack, write_orbax
@@ -17,11 +17,14 @@ NH = N * H
 @pytest.mark.parametrize(
   ('config', 'message'),
   [
-    ({'model_type': 'bert'}, "has model_type 'bert'; T5 v1.1, flan-t5 or mT5 is"),
+    ({'model_type': 'bert'}, "has model_type 'bert', not one of t5, mt5, umt5"),
     ({'model_type': None}, 'has model_type None'),
-    ({'feed_forward_proj': 'relu'}, "has feed_forward_proj 'relu'"),
-    ({'feed_forward_proj': None}, 'without feed_forward_proj it is of T5 1.0'),
-    ({'feed_forward_proj': 'gated-silu'}, 'T5 v1.1, flan-t5 or mT5 is needed'),
+    ({'model_type': 'longt5'}, 'umt5: its encoder attends locally'),
+    ({'model_type': 'switch_transformers'}, 'its MLPs are choices among experts'),
+    ({'model_type': 't5gemma'}, 'its positions are rotary'),
+    ({'model_type': 'bart'}, 'its positions are learned'),
+    ({'feed_forward_proj': 'gelu'}, "has feed_forward_proj 'gelu'; this project"),
+    ({'dense_act_fn': 'relu'}, "has dense_act_fn 'relu', and feed_forward_proj"),
     ({'is_gated_act': False}, 'has is_gated_act False'),
     ({'d_model': None}, 'has d_model None, expected a number'),
     ({'num_heads': '4'}, "has num_heads '4', expected a number"),
@@ -48,6 +51,10 @@ BIAS = 'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
     ({'d_kv': 3}, f'{Q} has shape (8, 6), expected (12, 6)'),
     ({'num_layers': 2}, 'encoder.block.1.layer.0.SelfAttention.k.weight is missing'),
     ({'num_decoder_layers': 1}, f'{Q} is extra'),
+    (
+      {'feed_forward_proj': 'relu', 'is_gated_act': False},
+      'encoder.block.0.layer.1.DenseReluDense.wi.weight is missing',
+    ),
   ],
 )
 def test_tensors_that_config_does_not_speak_of(config, message, tmp_path):
@@ -122,7 +129,7 @@ def test_formats_that_are_not_read(name, tmp_path):
 def test_torch_in_a_bucket():
   file = epath.Path('gs://bucket/t5/pytorch_model.bin')
   with pytest.raises(BadInput, match=r'gs://bucket/t5/.* on a local disk'):
-    huggingface._open_torch(file)
+    weight_files._open_torch(file)
 
 
 def write_header(file, header, nbytes=0):

@@ -67,7 +67,7 @@ def test_every_missing_extra_and_mismatched_key_is_listed():
   with pytest.raises(BadInput) as error:
     read_architecture(shapes)
   assert str(error.value) == (
-    'not a T5.1.1 checkpoint: 2 missing: decoder/layers_1/mlp/wo/kernel,'
+    'not a T5 checkpoint: 2 missing: decoder/layers_1/mlp/wo/kernel,'
     ' encoder/encoder_norm/scale; 2 extra: decoder/layers_0/bias, lm_head/kernel;'
     ' 2 mismatched: decoder/layers_1/self_attention/value/kernel has shape (6, 4),'
     ' expected (6, 8), encoder/layers_0/mlp/wi_1/kernel has shape (6, 6),'
@@ -102,5 +102,5 @@ def test_shapes_that_contradict_each_other(path, shape, message):
 
 
 def test_another_model_is_refused():
-  with pytest.raises(BadInput, match=r'29 missing: .*; 1 extra: bert/kernel'):
+  with pytest.raises(BadInput, match=r'28 missing: .*; 1 extra: bert/kernel'):
     read_architecture({'bert/kernel': (3, 4)})

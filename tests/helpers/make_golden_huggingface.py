@@ -33,6 +33,7 @@ OTHER_NUMBERS = {
   'layer_norm_epsilon': 0.3,
 }
 V1_1 = {'feed_forward_proj': 'gated-gelu'}
+BYT5 = {'vocab_size': 384, 'num_layers': 2, 'num_decoder_layers': 1}
 UNSCALED = V1_1 | {'tie_word_embeddings': False}
 # Name -> kind of model, its configuration, whether it has an output projection.
 CASES = {
@@ -41,6 +42,13 @@ CASES = {
   'tied_and_scaled': ('T5', V1_1, False),
   'mt5_tied': ('MT5', {}, False),
   'mt5': ('MT5', {}, True),
+  't5_1_0': ('T5', {}, False),
+  't5_1_0_untied': ('T5', {'tie_word_embeddings': False}, True),
+  'gated_silu': ('T5', {'feed_forward_proj': 'gated-silu'}, True),
+  'silu': ('T5', {'feed_forward_proj': 'silu'}, False),
+  'umt5': ('UMT5', {'num_layers': 2, 'tie_word_embeddings': False}, True),
+  'umt5_tied': ('UMT5', {'num_layers': 2}, False),
+  'byt5': ('T5', UNSCALED | BYT5, True),
 }
 
 
@@ -50,16 +58,24 @@ def tokens(rng, length, rows=2):
 
 def random_model(kind, config, has_projection):
   make = getattr(transformers, f'{kind}ForConditionalGeneration')
-  model = make(getattr(transformers, f'{kind}Config')(**SIZE, **config))
+  model = make(getattr(transformers, f'{kind}Config')(**SIZE | config))
   torch.manual_seed(0)
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       noise = torch.randn(parameter.shape)
       parameter.copy_(1 + 0.2 * noise if 'layer_norm' in name else 0.6 * noise)
     if has_projection:
-      shape = SIZE['vocab_size'], SIZE['d_model']
+      shape = model.shared.weight.shape
       model.lm_head.weight = torch.nn.Parameter(0.6 * torch.randn(shape))
   return model
+
+
+def greedy(model, batch):
+  """At most twelve tokens of each input, int [2, 12]; 0 after the end marker."""
+  batch = {name: batch[name] for name in ('input_ids', 'attention_mask')}
+  options = {'max_new_tokens': 12, 'do_sample': False, 'use_cache': False}
+  tokens = model.eval().generate(**batch, **options).numpy()[:, 1:]
+  return np.pad(tokens, ((0, 0), (0, 12 - tokens.shape[1])))
 
 
 def main():
@@ -84,6 +100,7 @@ def main():
     found[f'{name}/facts'] = np.array(json.dumps(facts))
     found[f'{name}/weights'] = np.concatenate([w.ravel() for w in weights.values()])
     found[f'{name}/logits'] = logits
+    found[f'{name}/greedy'] = greedy(model, batch)
   np.savez_compressed(PATH, **found)
 
 

@@ -15,25 +15,29 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.model import axes
 from gqa_t5x.model.network import T5Config
 
-# A query reads a bias by relative position from 32 buckets (layers.py).
-RELPOS_BUCKETS = 32
-
 
 def num_parameters(cfg: T5Config) -> int:
   """Returns the number of parameters: kernels, embedding, norms and position biases.
 
-  Source: T5.1.1; GQA, section 2.2 (K and V kernels of K heads).
+  Source: T5; GQA, section 2.2 (K and V kernels of K heads).
   """
   made_once = products.encoder(cfg, 1, 1), products.cross_kv(cfg, 1, 1)
-  # Both stacks have a norm at their end, too, and a bias.
+  # Both stacks have a norm at their end, too.
   norms = 2 * cfg.num_encoder_layers + 3 * cfg.num_decoder_layers + 2
   return (
     products.total(made_once).weights
     + step_kernels(cfg)
     + cfg.vocab_size * cfg.emb_dim
     + norms * cfg.emb_dim
-    + 2 * RELPOS_BUCKETS * cfg.num_heads
+    + _biases(cfg, cfg.num_encoder_layers)
+    + _biases(cfg, cfg.num_decoder_layers)
   )
+
+
+def _biases(cfg: T5Config, num_layers: int) -> int:
+  """Returns the number of parameters in the position biases of a stack."""
+  tables = num_layers if cfg.relpos_per_layer else 1
+  return tables * cfg.relpos_num_buckets * cfg.num_heads
 
 
 def step_kernels(cfg: T5Config) -> int:
@@ -112,8 +116,8 @@ def decode_step(
   rows = batch_size * num_beams
   norms = 3 * cfg.num_decoder_layers + 1
   vectors = cfg.vocab_size if cfg.logits_via_embedding else rows
-  biases = RELPOS_BUCKETS * cfg.num_heads
-  read = step_kernels(cfg) + (norms + vectors) * cfg.emb_dim + biases
+  read = step_kernels(cfg) + (norms + vectors) * cfg.emb_dim
+  read += _biases(cfg, cfg.num_decoder_layers)
   return DecodeStep(
     flops=products.decoder(cfg, rows, 1, self_positions, input_length).flops,
     param_bytes=param_itemsize * read,
