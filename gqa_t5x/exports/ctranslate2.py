@@ -22,6 +22,8 @@ QUANTIZATIONS = (
   *('float32', 'float16', 'bfloat16', 'int16', 'int8'),
   *('int8_float32', 'int8_float16', 'int8_bfloat16'),
 )
+# Of flax.linen, whose `gelu` is the tanh form -> of CTranslate2.
+_ACTIVATIONS = {'relu': 'RELU', 'gelu': 'GELUTanh', 'silu': 'SWISH'}
 _UNKNOWN_TOKEN = 2  # Of every T5's vocabulary; 0 is padding.
 
 
@@ -80,9 +82,11 @@ def _spec(source: Source) -> Any:
 
   sizes = source.architecture
   common = dict(
-    activation=specs.Activation.GELUTanh,
+    activation=specs.Activation[
+      _ACTIVATIONS[source.network_config().mlp_activations[0]]
+    ],
     relative_attention_bias=True,
-    ffn_glu=True,
+    ffn_glu=sizes.gated,
     rms_norm=True,
     head_dim=sizes.head_dim,
   )
@@ -100,7 +104,7 @@ def _spec(source: Source) -> Any:
       **common,
     ),
   }
-  embedding = source.read('token_embedder/embedding')
+  embedding = source.read(tree.EMBEDDING)
   for name, stack in stacks.items():
     stack.scale_embeddings = False
     stack.layer_norm.gamma = source.read(f'{name}/{name}_norm/scale')
@@ -109,7 +113,11 @@ def _spec(source: Source) -> Any:
   stacks['encoder'].embeddings[0].weight = embedding
   decoder = stacks['decoder']
   decoder.embeddings.weight = embedding
-  decoder.projection.weight = _weight(source, 'decoder/logits_dense')
+  if sizes.own_logits:
+    decoder.projection.weight = _weight(source, 'decoder/logits_dense')
+  else:
+    decoder.projection.weight = embedding
+    decoder.scale_outputs = sizes.emb_dim**-0.5
   for kind, path in sizes.attention_modules():
     stack, layer = path.split('/')[:2]
     layer = stacks[stack].layer[int(layer.removeprefix('layers_'))]
@@ -120,8 +128,11 @@ def _spec(source: Source) -> Any:
 
 def _fill_mlp(ffn: Any, source: Source, layer: str) -> None:
   ffn.layer_norm.gamma = source.read(f'{layer}/pre_mlp_layer_norm/scale')
-  ffn.linear_0.weight = _weight(source, f'{layer}/mlp/wi_0')
-  ffn.linear_0_noact.weight = _weight(source, f'{layer}/mlp/wi_1')
+  if source.architecture.gated:
+    ffn.linear_0.weight = _weight(source, f'{layer}/mlp/wi_0')
+    ffn.linear_0_noact.weight = _weight(source, f'{layer}/mlp/wi_1')
+  else:
+    ffn.linear_0.weight = _weight(source, f'{layer}/mlp/wi')
   ffn.linear_1.weight = _weight(source, f'{layer}/mlp/wo')
 
 
@@ -140,8 +151,7 @@ def _fill_attention(attention: Any, source: Source, kind: str, path: str) -> Non
     attention.linear[1].weight = np.concatenate([key, value])
     return
   attention.linear[0].weight = np.concatenate([query, key, value])
-  stack = path.partition('/')[0]
-  bias_NR = source.read(f'{stack}/relpos_bias/rel_embedding')
+  bias_NR = source.read(source.architecture.bias_path(path))
   attention.relative_attention_bias = np.ascontiguousarray(bias_NR.T)
   distance = np.int32(source.config.relpos_max_distance)
   attention.relative_attention_max_distance = distance

@@ -9,7 +9,7 @@ from etils import epath
 from gqa_t5x.checkpoints import folders, tree
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
-from gqa_t5x.model import network
+from gqa_t5x.model import network, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +34,32 @@ class Source:
 
   def network_config(self, dtype: str = 'float32') -> network.T5Config:
     """The network that computes this model, with activations of `dtype`."""
-    sizes, config = self.architecture, self.config
-    K = sizes.num_kv_heads
-    return network.T5Config(
-      vocab_size=sizes.vocab_size,
-      emb_dim=sizes.emb_dim,
-      num_heads=sizes.num_heads,
-      num_encoder_layers=sizes.num_layers['encoder'],
-      num_decoder_layers=sizes.num_layers['decoder'],
-      head_dim=sizes.head_dim,
-      mlp_dim=sizes.mlp_dim,
-      dtype=np.dtype(dtype),
-      mlp_activations=('gelu', 'linear'),
-      dropout_rate=0.0,
-      encoder_num_kv_heads=K['encoder'],
-      self_attention_num_kv_heads=K['self_attention'],
-      cross_attention_num_kv_heads=K['cross_attention'],
-      relpos_num_buckets=config.relpos_num_buckets,
-      relpos_max_distance=config.relpos_max_distance,
-      layer_norm_epsilon=config.layer_norm_epsilon,
+    fields = sizes.from_checkpoint(self.architecture, self.config)
+    return network.T5Config(**fields, dtype=np.dtype(dtype))
+
+  def with_all_heads(self) -> 'Source':
+    """The same function with as many key/value heads as query heads, by repeating."""
+    N = self.architecture.num_heads
+    params = dict(self.params)
+    for kind, path in self.architecture.attention_modules():
+      K = self.architecture.num_kv_heads[kind]
+      for name in (f'{path}/key/kernel', f'{path}/value/kernel') if K < N else ():
+        params[name] = _repeated(params[name], K, N // K)
+    architecture = dataclasses.replace(
+      self.architecture, num_kv_heads=dict.fromkeys(tree.KINDS, N)
     )
+    return dataclasses.replace(self, params=params, architecture=architecture)
+
+
+def _repeated(kernel: LazyTensor, K: int, repeats: int) -> LazyTensor:
+  """A kernel `[D, K*H]` with each head that often, side by side, once it is read."""
+  D, width = kernel.shape
+
+  def read() -> np.ndarray:
+    heads_DKH = kernel.read().reshape(D, K, width // K)
+    return np.repeat(heads_DKH, repeats, axis=1).reshape(D, width * repeats)
+
+  return LazyTensor((D, width * repeats), kernel.dtype, read)
 
 
 def open_source(path: epath.PathLike) -> Source:

@@ -14,23 +14,16 @@ ctranslate2 = pytest.importorskip('ctranslate2')
 
 # Beyond 128, the distance from which on positions share a bucket.
 INPUTS = exports.inputs(3, 150, 40, 17)
-OTHER_NUMBERS = dict(
-  relpos_num_buckets=12, relpos_max_distance=10, layer_norm_epsilon=0.05
-)
-OTHER_TOKENS = dict(decoder_start_token_id=3, eos_token_id=7)
 CASES = {
-  'MQA': (dict(num_kv_heads=1), {}),
-  'GQA': (dict(num_kv_heads=2), {}),
-  'MHA': (dict(num_kv_heads=N), {}),
-  'kinds': (
-    dict(
-      encoder_num_kv_heads=2,
-      self_attention_num_kv_heads=1,
-      cross_attention_num_kv_heads=N,
-    ),
-    {},
+  'MQA': dict(num_kv_heads=1),
+  'GQA': dict(num_kv_heads=2),
+  'MHA': dict(num_kv_heads=N),
+  'kinds': dict(
+    encoder_num_kv_heads=2,
+    self_attention_num_kv_heads=1,
+    cross_attention_num_kv_heads=N,
   ),
-  'numbers': (dict(num_kv_heads=2, **OTHER_NUMBERS), OTHER_TOKENS),
+  **{name: dict(num_kv_heads=2, **sizes) for name, sizes in exports.FAMILY.items()},
 }
 
 
@@ -57,18 +50,15 @@ def until_end(row, eos=1):
 
 @pytest.mark.parametrize('case', CASES)
 def test_it_decodes_as_we_do(case, tmp_path):
-  sizes, tokens = CASES[case]
-  cfg = model_oracle.config(**sizes)
+  cfg = model_oracle.config(**CASES[case])
+  tokens = exports.TOKENS if case == 'numbers' else {}
   source = exports.checkpoint(tmp_path / 'run', cfg, **tokens)
   exports.command(source, tmp_path / 'out', 'ctranslate2')
   got = translate(tmp_path / 'out', INPUTS, 24)
-  special = {
-    'start': tokens.get('decoder_start_token_id', 0),
-    'eos': tokens.get('eos_token_id', 1),
-  }
-  expected, scores = exports.greedy(cfg, INPUTS, 24, **special)
+  start, eos = tokens.values() if tokens else (0, 1)
+  expected, scores = exports.greedy(cfg, INPUTS, 24, start=start, eos=eos)
   for one, row, score in zip(got, expected, scores, strict=True):
-    assert one.hypotheses[0] == [str(token) for token in until_end(row, special['eos'])]
+    assert one.hypotheses[0] == [str(token) for token in until_end(row, eos)]
     assert one.scores[0] == pytest.approx(score, abs=1e-4)
 
 

@@ -18,6 +18,19 @@ from gqa_t5x.model import network
 from helpers import model_oracle, trees
 
 STEP = 5
+T5_1_0 = dict(mlp_activations=('relu',), logits_via_embedding=True)
+# Name -> fields of a `network.T5Config` of what differs from T5 1.1.
+FAMILY = {
+  't5_1_1': {},
+  't5_1_0': T5_1_0,
+  'umt5': dict(relpos_per_layer=True, num_encoder_layers=2),
+  'silu': dict(mlp_activations=('silu', 'linear')),
+  'numbers': dict(
+    relpos_num_buckets=12, relpos_max_distance=10, layer_norm_epsilon=0.05
+  ),
+}
+# Other tokens than T5's.
+TOKENS = dict(decoder_start_token_id=3, eos_token_id=7)
 
 
 def checkpoint(folder: pathlib.Path, cfg, **model_config) -> pathlib.Path:
@@ -33,6 +46,7 @@ def checkpoint(folder: pathlib.Path, cfg, **model_config) -> pathlib.Path:
   made = trees.write_t5x(folder / f'checkpoint_{STEP}', tree)
   names = ('relpos_num_buckets', 'relpos_max_distance', 'layer_norm_epsilon')
   values = {name: getattr(cfg, name) for name in names} | model_config
+  values['mlp_activation'] = cfg.mlp_activations[0]
   config.write(epath.Path(made), config.ModelConfig(**values))
   return folder
 
