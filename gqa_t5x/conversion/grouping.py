@@ -1,9 +1,9 @@
 """Which heads share: those that are alike, whatever basis each of them is written in.
 
 The heads of a module may be reordered freely where no position bias tells them apart:
-in cross-attention. In self-attention one bias table serves all layers of a stack, so
-an order of its own for each layer would change the model; there, groups stay
-contiguous.
+in cross-attention, and where the module has a bias of its own, whose rows go along
+(umT5). In T5's self-attention one bias table serves all layers of a stack, so an order
+of its own for each layer would change the model; there, groups stay contiguous.
 
 Letters: J heads of the module, K groups, G = J / K heads of a group, H head size.
 """

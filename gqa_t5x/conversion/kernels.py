@@ -63,7 +63,7 @@ def permute_heads(kernels: Kernels, order_J: np.ndarray) -> dict[str, np.ndarray
   """Reorders the heads of a module, which by itself does not change its function.
 
   Args:
-    kernels: of the whole module.
+    kernels: of the whole module; `bias`, its table of the position bias [N, R], too.
     order_J: new position -> source key/value head; its query heads go along.
   """
   J = len(order_J)
@@ -74,7 +74,8 @@ def permute_heads(kernels: Kernels, order_J: np.ndarray) -> dict[str, np.ndarray
   def rows(kernel):
     return kernel.reshape(J, -1)[order_J].reshape(kernel.shape)
 
-  return {n: rows(k) if n == 'out' else columns(k) for n, k in kernels.items()}
+  by_row = ('out', 'bias')
+  return {n: rows(k) if n in by_row else columns(k) for n, k in kernels.items()}
 
 
 def group_kernels(kernels: Kernels, module: AttentionModule, group: int) -> Kernels:

@@ -159,8 +159,8 @@ def convert_module(
     module: head counts, path and seed.
     method: a key of METHODS.
     inputs: needed by the methods that use them and by grouping by similarity.
-    grouping: "contiguous", or "similarity": heads are reordered first, which only a
-      module without a position bias allows (cross-attention).
+    grouping: "contiguous", or "similarity": heads are reordered first. A position bias
+      of the module's own goes along, as the kernel `bias` [N, R].
 
   Returns:
     The same names; key and value are now [D, K*H], in the dtype they came in.

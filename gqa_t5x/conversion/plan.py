@@ -31,8 +31,8 @@ class Recipe:
     cross_attention_num_kv_heads: of cross-attention alone.
     encoder_num_kv_heads: of the encoder; None leaves it.
     method: a key of methods.METHODS.
-    grouping: "contiguous", or "similarity": heads of cross-attention are reordered,
-      those of self-attention, which a position bias tells apart, are not.
+    grouping: "contiguous", or "similarity": heads are reordered, but for those of
+      self-attention where one position bias, which tells them apart, serves all layers.
     statistics: file of `python -m gqa_t5x.calibrate`, for methods that use statistics
       of the modules' inputs; None: the scales of the layer norms in front of a module
       stand in, as if its inputs were white before them.
@@ -87,7 +87,7 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
   Raises:
     BadInput: unknown method or grouping, statistics of another model or for a
       method that uses none, heads that do not divide, parameters that are not floating
-      point, or a tree that is not a T5.1.1's (every missing, extra and mismatched key
+      point, or a tree that is not a T5's (every missing, extra and mismatched key
       is listed).
 
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 2.2.
@@ -108,7 +108,11 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
       head_dim=source.head_dim,
       seed=recipe.seed,
     )
-    unit, notes = _module_unit(checked, module, kind, recipe, statistics, shapes)
+    bias = None if kind == 'cross_attention' else source.bias_path(path)
+    may_reorder = bias is None or source.bias_per_layer
+    reorder = may_reorder and recipe.grouping == 'similarity'
+    spec = _ModuleSpec(module, kind, recipe, reorder, bias if reorder else None)
+    unit, notes = _module_unit(checked, spec, statistics, shapes)
     units.append(unit)
     log |= notes
   changed = {path for unit in units for path in unit.outputs}
@@ -158,11 +162,25 @@ def _check_heads(num_heads: int, source_heads: int, name: str, wish: int) -> Non
   raise BadInput(f'num_heads={num_heads} is not divisible by {name}={wish}; {choose}')
 
 
+@dataclasses.dataclass(frozen=True)
+class _ModuleSpec:
+  """What becomes of one attention module.
+
+  Attributes:
+    reorder: whether its heads are reordered, and with them its position bias, the
+      parameter `bias`, if it has one of its own.
+  """
+
+  module: AttentionModule
+  kind: str
+  recipe: Recipe
+  reorder: bool
+  bias: str | None
+
+
 def _module_unit(
   tensors: Tensors,
-  module: AttentionModule,
-  kind: str,
-  recipe: Recipe,
+  spec: _ModuleSpec,
   statistics: input_statistics.StatisticsFile | None,
   shapes: Shapes,
 ) -> tuple[Unit, dict[str, str]]:
@@ -174,13 +192,13 @@ def _module_unit(
   Returns:
     The unit, and path of each changed kernel -> what is done to its moments.
   """
+  module, recipe, reorder = spec.module, spec.recipe, spec.reorder
   method = methods.METHODS[recipe.method]
-  # Self-attention has a position bias: its heads keep their order.
-  reorder = recipe.grouping == 'similarity' and kind == 'cross_attention'
   names = ALL_KERNELS if reorder else method.kernels
   rule = 'reset' if reorder else method.adafactor
   uses_inputs = reorder or method.uses_inputs
   paths = {name: f'{module.path}/{name}/kernel' for name in names}
+  paths |= {'bias': spec.bias} if spec.bias else {}
   if uses_inputs and statistics:
     statistics.check(module.path, width=shapes[paths['query']][0])
   outputs, notes = {}, {}
@@ -201,7 +219,7 @@ def _module_unit(
     if uses_inputs and statistics:
       inputs = statistics.read(module.path)
     elif uses_inputs:
-      inputs = input_statistics.from_norms(tensors, kind, module.path)
+      inputs = input_statistics.from_norms(tensors, spec.kind, module.path)
     grouping = 'similarity' if reorder else 'contiguous'
     new = methods.convert_module(kernels, module, recipe.method, inputs, grouping)
     results = {tree.TARGET + path: new[name] for name, path in paths.items()}

@@ -18,12 +18,12 @@ CROSS = 'encoder_decoder_attention'
 FEWER = [(N, 2), (2, 1)]
 
 
-def logits(params, K=N):
-  return np.asarray(oracle.forward(oracle.config(K))(params, oracle.batch()))
+def logits(params, K=N, **config):
+  return np.asarray(oracle.forward(oracle.config(K, **config))(params, oracle.batch()))
 
 
-def model_params(K=N):
-  return oracle.params(oracle.config(K))
+def model_params(K=N, **config):
+  return oracle.params(oracle.config(K, **config))
 
 
 def kernels_of(params, path):
@@ -46,9 +46,9 @@ def attention_modules(params, *names):
 # Logits.
 
 
-def with_shared_subspaces(source, K):
+def with_shared_subspaces(source, K, **config):
   """A model whose decoder has K/V heads B R_i, with B common to each of K groups."""
-  params, rng = model_params(source), np.random.default_rng(0)
+  params, rng = model_params(source, **config), np.random.default_rng(0)
   for path in attention_modules(params, 'self_attention', CROSS):
     kernels = kernels_of(params, path)
     for name in ('key', 'value'):
@@ -81,6 +81,24 @@ def test_grouping_by_similarity_keeps_the_logits_where_related_heads_are_apart()
   for grouping in ('contiguous', 'similarity'):
     got = convert_params(params, num_kv_heads=2, method='svd', grouping=grouping)
     error[grouping] = np.abs(logits(got, 2) - logits(params)).max()
+  assert error['similarity'] < 1e-4
+  assert error['contiguous'] > 1e-2
+
+
+def test_grouping_by_similarity_takes_the_bias_of_a_layer_along():
+  """As in umT5: heads of self-attention, too, are reordered where each has its own."""
+  per_layer = {'relpos_per_layer': True}
+  params = with_shared_subspaces(N, 2, **per_layer)
+  for path in attention_modules(params, 'self_attention'):
+    bias = f'{path.rpartition("/")[0]}/relpos_bias/rel_embedding'
+    kernels = kernels_of(params, path) | {'bias': dict(flat(params))[bias]}
+    kernels = permute_heads(kernels, np.array([0, 2, 1, 3]))
+    params = unflatten({**dict(flat(params)), bias: kernels.pop('bias')})
+    params = with_kernels(params, path, kernels)
+  error, expected = {}, logits(params, **per_layer)
+  for grouping in ('contiguous', 'similarity'):
+    got = convert_params(params, num_kv_heads=2, method='svd', grouping=grouping)
+    error[grouping] = np.abs(logits(got, 2, **per_layer) - expected).max()
   assert error['similarity'] < 1e-4
   assert error['contiguous'] > 1e-2
 

@@ -100,6 +100,48 @@ def test_logits_via_embedding():
   np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('K', oracle.KV_HEADS)
+def test_a_position_bias_in_each_layer(K):
+  """Equal tables are one; another table of one layer counts, also while decoding."""
+  own, shared = oracle.config(K, relpos_per_layer=True), oracle.config(K)
+  params = oracle.params(shared)
+  stacks = {name: dict(params[name]) for name in ('encoder', 'decoder')}
+  for stack in stacks.values():
+    bias = stack.pop('relpos_bias')
+    layers = [name for name in stack if name.startswith('layers_')]
+    stack |= {name: stack[name] | {'relpos_bias': bias} for name in layers}
+  expected = oracle.forward(shared)(params, oracle.batch())
+  got = oracle.forward(own)(params | stacks, oracle.batch())
+  np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+  same = {name: dict(stack) for name, stack in stacks.items()}
+  last = dict(stacks['decoder'][layers[-1]])
+  stacks['decoder'][layers[-1]] = last
+  last['relpos_bias'] = {'rel_embedding': last['relpos_bias']['rel_embedding'][::-1]}
+  changed = params | stacks
+  full = oracle.forward(own)(changed, oracle.batch())
+  assert np.abs(full - expected).max() > 0.01
+  prompts = oracle.prompt_batch()
+  beams = [
+    oracle.decode(cfg, 'beam_search', 3)(tree, prompts, 1)
+    for cfg, tree in ((shared, params), (own, params | same))
+  ]
+  np.testing.assert_array_equal(beams[0][0], beams[1][0])
+  # The score of a decode is its log-probability by the full forward pass.
+  tokens, scores = oracle.decode(own)(changed, prompts, oracle.V)
+  inputs = oracle.batch()['encoder_input_tokens']
+  batch = {
+    'encoder_input_tokens': inputs,
+    'decoder_input_tokens': np.pad(tokens[:, 0, :-1], ((0, 0), (1, 0))),
+    'decoder_target_tokens': np.ones_like(tokens[:, 0]),
+  }
+  log_probs = jax.nn.log_softmax(oracle.forward(own)(changed, batch))
+  chosen = np.take_along_axis(
+    np.asarray(log_probs), np.asarray(tokens)[:, 0, :, None], 2
+  )
+  np.testing.assert_allclose(scores[:, 0], chosen.sum((1, 2)), atol=1e-3, rtol=1e-4)
+
+
 # bfloat16 keeps 8 bits. Eight residual branches of about five roundings each add up
 # like a random walk: sqrt(40) * eps / 2 of the size of the logits.
 BFLOAT16_ERROR = np.sqrt(40) * float(jnp.finfo(jnp.bfloat16).eps) / 2
@@ -153,6 +195,26 @@ COUNTS = {
   'large': {None: 783_150_080, 8: 732_818_432},
   'xl': {None: 2_849_757_184, 8: 2_547_767_296},
   'xxl': {None: 11_135_332_352, 8: 9_726_046_208},
+  't5_small': {None: 60_506_624},
+  't5_base': {None: 222_903_552},
+  't5_large': {None: 737_668_096},
+  't5_3b': {None: 2_851_598_336},
+  't5_11b': {None: 11_307_321_344},
+  'mt5_small': {None: 300_176_768},
+  'mt5_base': {None: 582_401_280},
+  'mt5_large': {None: 1_229_581_312},
+  'mt5_xl': {None: 3_742_619_648},
+  'mt5_xxl': {None: 12_921_057_280},
+  'byt5_small': {None: 299_637_760},
+  'byt5_base': {None: 581_653_248},
+  'byt5_large': {None: 1_228_183_552},
+  'byt5_xl': {None: 3_737_801_728},
+  'byt5_xxl': {None: 12_906_899_328},
+  'umt5_small': {None: 306_601_984},
+  'umt5_base': {None: 592_043_520},
+  'umt5_large': {None: 1_242_449_920},
+  'umt5_xl': {None: 3_768_356_864},
+  'umt5_xxl': {None: 12_972_531_712},
   # Both have as many parameters (Shazeer 2019).
   'shazeer_mha': {None: 209_748_480},
   'shazeer_mqa': {None: 209_748_480},
@@ -191,8 +253,7 @@ def test_parameter_counts():
   [
     (
       lambda: network.config('huge'),
-      "size='huge' is unknown; choose one of tiny, mini, small, base, large, xl, xxl,"
-      ' shazeer_mha, shazeer_mqa.',
+      f"size='huge' is unknown; choose one of {', '.join(sizes.SIZES)}.",
     ),
     (
       lambda: oracle.config(remat_policy='some'),
