@@ -6,7 +6,9 @@
 Formats (docs/export.md has an example of each):
 
   ctranslate2   a model of CTranslate2, which keeps the few key/value heads
+  huggingface   a folder for transformers; key/value heads are repeated, exactly
   stablehlo     the whole decoder as one program, served with JAX alone
+  t5x           a checkpoint with all key/value heads, for T5X's own network
 
 The input is a checkpoint of T5X or a Hugging Face folder, or a folder of checkpoints,
 whose latest is taken. Nothing is left behind when a run fails.
@@ -19,9 +21,7 @@ from absl import flags
 
 from gqa_t5x.command_line import Command
 from gqa_t5x.errors import BadInput
-from gqa_t5x.exports import run
-from gqa_t5x.exports.ctranslate2 import QUANTIZATIONS
-from gqa_t5x.exports.stablehlo import DTYPES
+from gqa_t5x.exports import ctranslate2, huggingface, run, stablehlo
 
 _REQUIRED = ('input', 'output', 'format')
 _NUMBERS = {
@@ -30,7 +30,7 @@ _NUMBERS = {
   'output_length': 'Of stablehlo: most tokens of an output; 64 by default.',
   'num_beams': 'Of stablehlo: more than 1 is beam search; 1 by default.',
 }
-_OPTIONS = ('vocabulary', 'quantization', 'dtype', *_NUMBERS)
+_OPTIONS = ('vocabulary', 'quantization', 'dtype', 'num_kv_heads', *_NUMBERS)
 
 
 def define_command() -> Command:
@@ -47,18 +47,22 @@ def define_command() -> Command:
   command.text(
     'vocabulary',
     None,
-    "The model's tokens: tokenizer.json, or a model of SentencePiece. By default those"
-    ' in the folder of --input.',
+    "Of ctranslate2 and huggingface, the model's tokens: tokenizer.json, or a model of"
+    ' SentencePiece. By default those in the folder of --input.',
   )
   command.text(
     'quantization',
     None,
-    f'Of ctranslate2: how weights are stored, one of {", ".join(QUANTIZATIONS)}.'
-    ' float32 by default.',
+    'Of ctranslate2: how weights are stored, one of'
+    f' {", ".join(ctranslate2.QUANTIZATIONS)}. float32 by default.',
   )
   command.text(
-    'dtype', None, f'Of stablehlo: one of {", ".join(DTYPES)}. float32 by default.'
+    'dtype',
+    None,
+    f'Of stablehlo, one of {", ".join(stablehlo.DTYPES)}; float32 by default. Of'
+    f" huggingface, one of {', '.join(huggingface.DTYPES)}; the input's by default.",
   )
+  command.text('num_kv_heads', None, 'Of t5x: all.')
   for name, text in _NUMBERS.items():
     command.whole(name, None, text)
   return command

@@ -8,13 +8,15 @@ from etils import epath
 
 from gqa_t5x import files
 from gqa_t5x.errors import BadInput
-from gqa_t5x.exports import ctranslate2, stablehlo
+from gqa_t5x.exports import ctranslate2, huggingface, stablehlo, t5x
 from gqa_t5x.exports.source import open_source
 
 # Format -> what fills the folder: its named arguments are the format's options.
 FORMATS: dict[str, Callable[..., None]] = {
   'ctranslate2': ctranslate2.write,
+  'huggingface': huggingface.write,
   'stablehlo': stablehlo.write,
+  't5x': t5x.write,
 }
 _SAVED_MODEL = (
   'saved_model is written by T5X itself: python -m t5x.export, with'

@@ -9,6 +9,7 @@ from etils import epath
 from gqa_t5x.checkpoints import folders, tree
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network, sizes
 
 
@@ -21,12 +22,14 @@ class Source:
     params: path ("decoder/layers_0/mlp/wo/kernel") -> tensor, all parameters.
     architecture: sizes and head counts.
     config: what the shapes do not show.
+    step: of training; 0 of a Hugging Face folder, which has none.
   """
 
   folder: epath.Path
   params: Mapping[str, LazyTensor]
   architecture: tree.Architecture
   config: ModelConfig
+  step: int
 
   def read(self, path: str) -> np.ndarray:
     """Reads one parameter, as float32."""
@@ -69,6 +72,10 @@ def open_source(path: epath.PathLike) -> Source:
     BadInput: there is none, or a part is missing, damaged, or of another model.
   """
   folder = folders.find_checkpoint(epath.Path(path))
-  params = tree.parameters(folders.open_checkpoint(folder))
+  tensors = folders.open_checkpoint(folder)
+  params = tree.parameters(tensors)
   architecture = tree.read_architecture({name: t.shape for name, t in params.items()})
-  return Source(folder, params, architecture, folders.read_config(folder))
+  if 'state/step' not in tensors:
+    raise BadInput(f'{folder} has no tensor state/step: it is not of T5X')
+  step = int(tensors['state/step'].read())
+  return Source(folder, params, architecture, folders.read_config(folder), step)

@@ -1,8 +1,5 @@
 """Hugging Face's folders compute what transformers computes: its logits, to 1e-4."""
 
-import json
-import pathlib
-
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,24 +13,10 @@ from gqa_t5x.decoding import generate
 from gqa_t5x.decoding.sampling import greedy
 from gqa_t5x.model import network, sizes
 from helpers import huggingface_folders as by_hand
+from helpers.huggingface_folders import GOLDEN
+from helpers.huggingface_folders import GOLDEN_CASES as CASES
+from helpers.huggingface_folders import write_golden as write
 from helpers.trees import run_convert as run
-
-GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'golden' / 'huggingface.npz')
-CASES = sorted(name.removesuffix('/logits') for name in GOLDEN if 'logits' in name)
-
-
-def write(folder, case, dtype=np.float32, **changes):
-  """Writes the folder that transformers wrote, with other values in config.json."""
-  facts, values = json.loads(str(GOLDEN[f'{case}/facts'])), GOLDEN[f'{case}/weights']
-  tensors, start = {}, 0
-  for name, shape in facts['shapes'].items():
-    end = start + int(np.prod(shape))
-    tensors[name] = values[start:end].reshape(shape).astype(dtype)
-    start = end
-  folder.mkdir()
-  (folder / 'config.json').write_text(json.dumps(facts['config'] | changes))
-  safetensors.save_file(tensors, folder / 'model.safetensors')
-  return folder
 
 
 def convert(source, output, *flags):
