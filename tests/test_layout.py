@@ -16,6 +16,7 @@ ROOMS = {
   'decoding': {'model'},
   'checkpoints': set(),
   'conversion': {'checkpoints', 'model'},
+  'exports': {'model', 'decoding', 'checkpoints'},
   'data': set(),
   'training': {'model', 'decoding', 'checkpoints', 'conversion', 'data'},
   'analysis': {'model', 'decoding', 'checkpoints', 'conversion'},
@@ -24,7 +25,7 @@ ROOMS['reproduce'] = set(ROOMS)
 # What they do not import at the top of a file, nor what they import does.
 HEAVY = {'tensorflow', 'seqio', 'gin', 't5x', 't5', 'clu', 'tensorflow_text', 'torch'}
 LIGHT = ('model', 'decoding', 'checkpoints', 'conversion', 'analysis/costs')
-LIGHT += ('analysis/benchmarks',)
+LIGHT += ('exports', 'analysis/benchmarks')
 
 
 def modules() -> dict[str, pathlib.Path]:
