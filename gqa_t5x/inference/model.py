@@ -1,0 +1,391 @@
+"""A T5 in memory: loaded from any format, converted, decoded, scored, saved.
+
+  model = gqa_t5x.load('flan-t5-base')
+  fast = model.convert(num_kv_heads=4, texts=texts)
+  fast.generate(['translate English to German: How are you?'])
+
+Letters: B batch, S input length, T target length, n beams or samples of an input.
+"""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from gqa_t5x.checkpoints import config as config_file
+from gqa_t5x.checkpoints import folders, tokenizer_files, tree, writer
+from gqa_t5x.conversion import input_statistics, input_sums, methods, plan
+from gqa_t5x.errors import BadInput
+from gqa_t5x.inference import examples, programs, tokenizer
+from gqa_t5x.inference.layout import Layout
+from gqa_t5x.inference.texts import Text, Texts
+from gqa_t5x.model import network, sizes
+
+_DTYPES = ('float32', 'bfloat16')
+_PROGRESS_FROM = 64  # inputs: below, no progress is shown
+
+
+def load(
+  path: epath.PathLike,
+  *,
+  dtype: str = 'float32',
+  tokenizer_path: epath.PathLike | None = None,
+  model_partitions: int | None = None,
+) -> 'Model':
+  """Loads a T5 of any size.
+
+  Args:
+    path: a folder, local or gs://: of Hugging Face, a checkpoint of T5X or a folder of
+      those (the latest counts), or what `Model.save` wrote.
+    dtype: of parameters and activations: 'float32' or 'bfloat16'.
+    tokenizer_path: a folder or a file of the tokenizer; None: that beside the weights,
+      if there is one. Without one the model takes and returns token ids.
+    model_partitions: over how many devices a copy of the model is spread, all devices
+      being used; None: one device.
+
+  Raises:
+    BadInput: a part is missing or damaged, or it is another model.
+  """
+  if dtype not in _DTYPES:
+    raise BadInput(f'dtype={dtype!r} is unknown; choose one of {", ".join(_DTYPES)}')
+  path = epath.Path(os.path.expanduser(os.fspath(path)))
+  folder = folders.find_checkpoint(path)
+  model_config = folders.read_config(folder)
+  params, architecture = folders.read_params(folder)
+  fields = sizes.from_checkpoint(architecture, model_config)
+  cfg = network.T5Config(**fields, dtype=jnp.dtype(dtype), dropout_rate=0.0)
+  place = tokenizer_path or tokenizer_files.find(folder)
+  return Model(
+    cfg,
+    jax.tree.map(lambda x: x.astype(dtype), params),
+    model_config,
+    tokenizer.load(place) if place else None,
+    tokenizer_path=place and epath.Path(place),
+    step=folders.checkpoint_step(folder) or 0,
+    model_partitions=model_partitions,
+  )
+
+
+class Model:
+  """A T5 with its parameters on the devices; `load` makes it.
+
+  Attributes:
+    config: a `network.T5Config`.
+    params: nested dict of arrays, under T5X's names.
+    tokenizer: of `gqa_t5x.inference.tokenizer`, or None.
+  """
+
+  def __init__(
+    self,
+    config: network.T5Config,
+    params: Any,
+    model_config: config_file.ModelConfig,
+    tokenizer: tokenizer.Tokenizer | None,
+    *,
+    tokenizer_path: epath.Path | None = None,
+    step: int = 0,
+    model_partitions: int | None = None,
+  ):
+    self.config, self.tokenizer = config, tokenizer
+    self._model_config, self._tokenizer_path = model_config, tokenizer_path
+    self._step, self._model_partitions = step, model_partitions
+    self._texts = Texts(tokenizer, config.vocab_size, model_config.eos_token_id)
+    self._module = network.Transformer(config)
+    self._layout = Layout(config, model_partitions) if model_partitions else None
+    put = self._layout.put_params if self._layout else jax.device_put
+    self.params = put(params)
+
+  def __repr__(self) -> str:
+    c = self.config
+    return (
+      f'<T5 of {self.num_parameters:,} parameters: {c.num_encoder_layers} +'
+      f' {c.num_decoder_layers} layers, width {c.emb_dim}, {c.num_heads} heads;'
+      f' key/value heads: self-attention {c.self_kv}, cross-attention {c.cross_kv}>'
+    )
+
+  @property
+  def num_parameters(self) -> int:
+    """Elements of all parameters."""
+    return sum(x.size for x in jax.tree.leaves(self.params))
+
+  # --- Fewer heads --------------------------------------------------------------
+
+  def convert(
+    self,
+    num_kv_heads: int | None = None,
+    method: str = 'svd',
+    texts: Sequence[Any] | None = None,
+    *,
+    batch_size: int = 8,
+    **recipe: Any,
+  ) -> 'Model':
+    """Returns a model with fewer key/value heads in decoder self- and cross-attention.
+
+    Args:
+      num_kv_heads: 1 is MQA; it must divide the heads that there are.
+      method: of `python -m gqa_t5x.convert --help`: 'mean' is the paper's, 'svd' loses
+        least.
+      texts: some hundred that are like those the model will see, for methods that use
+        statistics ('svd'): pairs (input, target), or texts alone, of which T5's
+        span corruption makes pairs. None: the weights alone decide, which costs more.
+      batch_size: of the texts that are run through the model together.
+      **recipe: `grouping`, `seed`, `self_attention_num_kv_heads`,
+        `cross_attention_num_kv_heads`, `encoder_num_kv_heads`.
+
+    Raises:
+      BadInput: unknown method, heads that do not divide, or texts for a method that
+        uses none.
+    """
+    recipe |= {'num_kv_heads': num_kv_heads, 'method': method}
+    allowed = plan.Recipe.__dataclass_fields__.keys() - {'statistics'}
+    if unknown := sorted(recipe.keys() - allowed):
+      raise BadInput(f'convert knows no {", ".join(unknown)}; see its docstring')
+    if not any(v for name, v in recipe.items() if name.endswith('kv_heads')):
+      raise BadInput('num_kv_heads is missing')
+    uses = methods.get_method(method).uses_inputs or recipe.get('grouping')
+    if texts is not None and not uses:
+      raise BadInput(
+        f'texts were given, and method={method!r} uses none; leave them out'
+      )
+    with tempfile.TemporaryDirectory() as folder:
+      if texts is not None:
+        recipe['statistics'] = os.path.join(folder, 'statistics.npz')
+        encoder = recipe.get('encoder_num_kv_heads') is not None
+        self._write_statistics(recipe['statistics'], texts, batch_size, encoder)
+      host = jax.tree.map(np.asarray, self.params)
+      params = plan.convert_params(host, **recipe)
+    dtype = self.config.dtype
+    params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
+    shapes = {name: x.shape for name, x in tree.flatten(params)}
+    fields = sizes.from_checkpoint(tree.read_architecture(shapes), self._model_config)
+    return Model(
+      dataclasses.replace(self.config, **fields),
+      params,
+      self._model_config,
+      self.tokenizer,
+      tokenizer_path=self._tokenizer_path,
+      step=self._step,
+      model_partitions=self._model_partitions,
+    )
+
+  def _write_statistics(
+    self, path: str, texts: Sequence[Any], batch_size: int, encoder: bool
+  ) -> None:
+    """Runs texts through the model, and writes what its attention modules read."""
+    found, totals = self.examples(texts), {}
+    columns = [[e.inputs for e in found], [e.targets for e in found]]
+    with tqdm(total=len(found), desc='Calibrating', unit='text', disable=None) as bar:
+      for batch in examples.batches(columns, batch_size):
+        inputs, targets = batch.arrays
+        sums = self._run(
+          programs.sum_inputs,
+          self._module,
+          encoder,
+          self.params,
+          inputs,
+          targets,
+          self._start,
+        )
+        input_sums.add_sums(totals, sums)
+        bar.update(len(batch.rows))
+    info = {'num_texts': len(found)}
+    statistics = input_sums.mean_statistics(totals)
+    input_statistics.write_statistics(path, statistics, info)
+
+  # --- Text to text -------------------------------------------------------------
+
+  def generate(
+    self,
+    inputs: Sequence[Text],
+    *,
+    max_length: int = 128,
+    num_beams: int = 1,
+    alpha: float = 0.6,
+    temperature: float = 0.0,
+    topk: int = 0,
+    topp: float = 0.0,
+    num_decodes: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_input_length: int | None = None,
+    return_scores: bool = False,
+    progress: bool | None = None,
+  ) -> Any:
+    """Decodes a text, or several, for each input: greedily by default.
+
+    Inputs of like length are decoded together; each length, rounded up to a power of
+    two, is compiled once.
+
+    Args:
+      inputs: texts, to which the end marker is added, or lists of token ids, to which
+        it is not.
+      max_length: most tokens of a result, the end marker included.
+      num_beams: above 1, beam search.
+      alpha: of beam search; scores are divided by ((5 + length) / 6)^alpha.
+      temperature: above 0, sampling; divides the logits.
+      topk, topp: of sampling: draw from so many of the likeliest tokens, or from those
+        that together have this probability; 0: from all.
+      num_decodes: results of each input: samples, or the best beams.
+      seed: of sampling.
+      batch_size: inputs that are decoded together.
+      max_input_length: longer inputs are cut to so many tokens; None: none is.
+      return_scores: return scores, too.
+      progress: show it; None: from 64 inputs on, in a terminal.
+
+    Returns:
+      A list with a text for each input (a list of ids without a tokenizer), or with
+      num_decodes > 1 a list of them, best first. With return_scores, (that, the
+      log-probabilities: the sampled distribution's, or by beam search as of `alpha`).
+
+    Raises:
+      BadInput: options that contradict each other, or text without a tokenizer.
+    """
+    if isinstance(inputs, str):
+      raise BadInput('inputs is one text; give a list: generate([text])')
+    way = programs.Way(num_beams, alpha, temperature, topk, topp, num_decodes)
+    way.check(max_length, batch_size)
+    ids = [self._texts.ids(text, max_input_length) for text in inputs]
+    results: list[Any] = [None] * len(ids)
+    key = jax.random.key(seed, impl='threefry2x32')
+    with tqdm(
+      total=len(ids),
+      desc='Decoding',
+      unit='input',
+      disable=None if progress is None and len(ids) >= _PROGRESS_FROM else not progress,
+    ) as bar:
+      for number, batch in enumerate(
+        examples.batches([ids], batch_size) if ids else ()
+      ):
+        prompts = np.zeros((len(batch.arrays[0]), max_length), np.int32)
+        prompts[:, 0] = self._start
+        tokens, scores = self._run(
+          programs.decode,
+          self._module,
+          way,
+          self._model_config.eos_token_id,
+          self.params,
+          batch.arrays[0],
+          prompts,
+          jax.random.key_data(jax.random.fold_in(key, number)),
+        )
+        tokens, scores = np.asarray(tokens), np.asarray(scores)
+        for row, i in enumerate(batch.rows):
+          best = range(tokens.shape[1] - 1, tokens.shape[1] - 1 - num_decodes, -1)
+          results[i] = [
+            (self._texts.text(tokens[row, d]), scores[row, d]) for d in best
+          ]
+        bar.update(len(batch.rows))
+    one = num_decodes == 1
+    texts = [r[0][0] if one else [text for text, _ in r] for r in results]
+    if not return_scores:
+      return texts
+    values = [[float(s) for _, s in r] for r in results]
+    return texts, [v[0] for v in values] if one else values
+
+  def loss(
+    self,
+    inputs: Sequence[Text],
+    targets: Sequence[Text],
+    *,
+    batch_size: int = 8,
+  ) -> float:
+    """Returns the cross-entropy in nats a target token, the end marker included.
+
+    Args:
+      inputs, targets: as many; texts, to which the end marker is added, or token ids.
+      batch_size: pairs that are computed together; padding does not count.
+    """
+    if len(inputs) != len(targets):
+      raise BadInput(f'{len(inputs)} inputs and {len(targets)} targets were given')
+    pairs = list(zip(inputs, targets, strict=True))
+    found = self._texts.examples(pairs)
+    return self.evaluate(found, batch_size)['loss']
+
+  def evaluate(
+    self, found: Sequence[examples.Example], batch_size: int = 8
+  ) -> dict[str, float]:
+    """Returns 'loss' (nats) and 'accuracy', of a target token, and how many 'tokens'.
+
+    Args:
+      found: of `examples`.
+    """
+    totals = np.zeros(3)
+    for batch in examples.batches(
+      [[e.inputs for e in found], [e.targets for e in found]], batch_size
+    ):
+      sums = self._run(
+        programs.score, self._module, self.params, *batch.arrays, self._start
+      )
+      totals += np.asarray(sums)
+    loss, correct, tokens = totals / [totals[2], totals[2], 1]
+    return {'loss': float(loss), 'accuracy': float(correct), 'tokens': int(tokens)}
+
+  def examples(
+    self,
+    texts: Sequence[Any],
+    *,
+    input_length: int = 512,
+    target_length: int = 128,
+    seed: int = 0,
+  ) -> list[examples.Example]:
+    """Makes examples of texts: pairs as they are, single texts by span corruption.
+
+    Args:
+      texts: pairs (input, target), or single texts; a text is a string or token ids.
+      input_length, target_length: longer pairs are cut to so many tokens; a longer
+        single text is cut into several.
+      seed: draws the spans.
+
+    Raises:
+      BadInput: no example is left.
+    """
+    rng = np.random.default_rng(seed)
+    return self._texts.examples(texts, input_length, target_length, rng)
+
+  # --- Out ----------------------------------------------------------------------
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes a checkpoint of T5X, with the tokenizer, into a folder.
+
+    `load` reads it, and `t5x.train` as INITIAL_CHECKPOINT_PATH, by the name
+    PATH/checkpoint_<step>, which is printed.
+
+    Raises:
+      BadInput: the folder has a checkpoint of this step, or cannot be written.
+    """
+    folder = epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
+    if '://' in os.fspath(path):
+      folder = epath.Path(path)
+    target = folder / f'checkpoint_{self._step}'
+    if target.exists():
+      raise BadInput(f'{target} exists already; choose another folder')
+
+    def add_files(place: epath.Path, _) -> None:
+      config_file.write(place, self._model_config)
+      if self._tokenizer_path is not None:
+        tokenizer_files.copy(self._tokenizer_path, place)
+
+    writer.write_params(target, self.params, self._step, add_files)
+    print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
+
+  # --- Inside -------------------------------------------------------------------
+
+  @property
+  def _start(self) -> int:
+    return self._model_config.decoder_start_token_id
+
+  def _run(self, function: Any, *args: Any) -> Any:
+    """Calls a compiled function, its NumPy arrays split over the devices."""
+    entered = self._layout.entered() if self._layout else contextlib.nullcontext()
+    put = self._layout.put_rows if self._layout else lambda x: x
+    args = [put(x) if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in args]
+    with entered:
+      return function(*args)

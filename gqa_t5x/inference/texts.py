@@ -1,0 +1,78 @@
+"""Texts as a model takes and gives them: token ids that end with its end marker."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gqa_t5x.errors import BadInput
+from gqa_t5x.inference.examples import Example, of_text
+from gqa_t5x.inference.tokenizer import Tokenizer
+
+Text = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """The tokenizer of a model, None if it has none, and what the model knows of ids."""
+
+  tokenizer: Tokenizer | None
+  vocab_size: int
+  eos_id: int
+
+  def ids(self, text: Text, most: int | None = None) -> list[int]:
+    """Returns at most so many ids of a text; the end marker stays where it is cut.
+
+    Raises:
+      BadInput: text without a tokenizer, or ids that the model does not have.
+    """
+    if isinstance(text, str):
+      return [*self._encode(text)[: most and most - 1], self.eos_id]
+    wrong = [i for i in text if isinstance(i, str) or not 0 <= i < self.vocab_size]
+    if wrong:
+      raise BadInput(
+        f'{wrong[0]!r} is no token id: the vocabulary has {self.vocab_size}'
+      )
+    return [int(i) for i in text][:most]
+
+  def text(self, tokens: np.ndarray) -> Any:
+    """Returns the text of ids up to the end marker; the ids without a tokenizer."""
+    ids = tokens.tolist()
+    if self.eos_id in ids:
+      ids = ids[: ids.index(self.eos_id)]
+    return ids if self.tokenizer is None else self.tokenizer.decode(ids)
+
+  def examples(
+    self,
+    texts: Sequence[Any],
+    input_length: int | None = None,
+    target_length: int | None = None,
+    rng: np.random.Generator | None = None,
+  ) -> list[Example]:
+    """Makes examples of texts; see `Model.examples`. No length: none is cut."""
+    result: list[Example] = []
+    for text in texts:
+      if isinstance(text, tuple):
+        inputs, targets = text
+        pair = self.ids(inputs, input_length), self.ids(targets, target_length)
+        result.append(Example(*pair))
+      else:
+        ids = self._encode(text) if isinstance(text, str) else self.ids(text)
+        result += of_text(ids, input_length, self._sentinel, self.eos_id, rng)
+    if not result:
+      raise BadInput(f'there is nothing in {len(texts)} texts')
+    return result
+
+  def _encode(self, text: str) -> list[int]:
+    if self.tokenizer is None:
+      raise BadInput(
+        'the model has no tokenizer: give token ids, or load it with tokenizer_path'
+      )
+    return self.tokenizer.encode(text)
+
+  @property
+  def _sentinel(self) -> int:
+    """The id of `<extra_id_0>`: the last that the tokenizer has."""
+    size = self.tokenizer.size if self.tokenizer else self.vocab_size
+    return min(size, self.vocab_size) - 1
