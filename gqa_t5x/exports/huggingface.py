@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from gqa_t5x import files
-from gqa_t5x.checkpoints import huggingface
+from gqa_t5x.checkpoints import huggingface, tokenizer_files
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.weight_files import write_weights
 from gqa_t5x.errors import BadInput
@@ -41,14 +41,14 @@ def write(
   Args:
     source: the model.
     folder: empty.
-    vocabulary: a file of tokens, which is copied; None: what the source's folder has.
+    vocabulary: a file of tokens, which is copied; None: the source's tokenizer is.
     dtype: of the tensors, one of DTYPES; None: that of the source, or float32 if it has
       several.
 
   Raises:
     BadInput: the dtype is unknown, or there is no such vocabulary.
   """
-  tokens = vocabularies.find(source.folder, vocabulary)
+  tokens = vocabulary and vocabularies.find(source.folder, vocabulary)
   to = _dtype(source, dtype)
   whole = source.with_all_heads()
   names = {path: huggingface.name_of(path) for path in whole.params}
@@ -63,12 +63,12 @@ def write(
   special = {name: config[name] for name in config if name.endswith('_token_id')}
   files.write_json(folder / huggingface.CONFIG, config | {'torch_dtype': to.name})
   files.write_json(folder / 'generation_config.json', special)
-  if vocabulary is not None:
-    tokens.copy(folder / vocabularies.TOKENS[tokens.suffix != '.json'])
-  elif tokens is not None:
-    for file in (source.folder / name for name in vocabularies.FILES):
-      if file.exists():
-        file.copy(folder / file.name)
+  if vocabulary is None:
+    tokenizer_files.copy(source.folder, folder)
+  else:
+    is_json = tokens.suffix == '.json'
+    name = tokenizer_files.TOKENIZERS if is_json else tokenizer_files.SENTENCEPIECE
+    tokens.copy(folder / name)
 
 
 def _dtype(source: Source, given: str | None) -> np.dtype:

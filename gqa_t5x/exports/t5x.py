@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 from etils import epath
 
-from gqa_t5x.checkpoints import config, writer
+from gqa_t5x.checkpoints import config, tokenizer_files, writer
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, Unit
 from gqa_t5x.checkpoints.tree import TARGET
 from gqa_t5x.errors import BadInput
@@ -41,15 +41,16 @@ def write(source: Source, folder: epath.Path, *, num_kv_heads: str = 'all') -> N
       ' python -m gqa_t5x.convert'
     )
   _check(source)
-  params = source.with_all_heads().params
-  tensors = {f'{TARGET}{path}': tensor for path, tensor in params.items()}
-  tensors['state/step'] = LazyTensor.of(np.asarray(source.step, np.int32))
-  units = [Unit({p: t}, lambda p=p, t=t: {p: t.read()}) for p, t in tensors.items()]
+  params = {f'{TARGET}{n}': t for n, t in source.with_all_heads().params.items()}
+  params['state/step'] = LazyTensor.of(np.asarray(source.step, np.int32))
+  units = [Unit({n: t}, lambda n=n, t=t: {n: t.read()}) for n, t in params.items()]
+
+  def add_files(made: epath.Path, _) -> None:
+    config.write(made, source.config)
+    tokenizer_files.copy(source.folder, made)
+
   writer.write_checkpoint(
-    folder / f'checkpoint_{source.step}',
-    units,
-    lambda nbytes: None,
-    add_files=lambda made, _: config.write(made, source.config),
+    folder / f'checkpoint_{source.step}', units, lambda _: None, add_files=add_files
   )
 
 

@@ -100,7 +100,7 @@ def test_tokens_are_those_of_the_tokenizer(place, tmp_path):
   if place == 'given':
     flags = [f'--vocabulary={exports.write_tokenizer(tmp_path, words)}']
   else:
-    exports.write_tokenizer(source / f'checkpoint_{exports.STEP}', words)
+    exports.write_tokenizer(source, words)  # The run's, for all its checkpoints.
     flags = []
   exports.command(source, tmp_path / 'out', 'ctranslate2', *flags)
   names = [*words, f'<unused_{V - 2}>', f'<unused_{V - 1}>']
