@@ -62,7 +62,14 @@ setuptools.setup(
       'sentencepiece',
     ],
     # What the real T5X imports besides.
-    't5x': ['cached_property', 'chex', 'fiddle', 'grain', 'jaxtyping'],
+    't5x': [
+      'cached_property',
+      'chex',
+      'fiddle',
+      'grain',
+      'jaxtyping',
+      'tensorflow-serving-api',
+    ],
     # To convert Hugging Face folders that have pytorch_model.bin alone.
     'torch': ['torch'],
     # To export to CTranslate2.

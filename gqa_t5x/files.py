@@ -142,6 +142,18 @@ def remove_contents(folder: epath.Path) -> None:
       entry.unlink()
 
 
+def new_folder(path: epath.PathLike) -> str:
+  """The absolute path, local or gs://, of a folder to make.
+
+  Raises:
+    BadInput: there is something already, other than an empty folder.
+  """
+  target = epath.Path(absolute(os.fspath(path), any_name=True))
+  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    raise BadInput(f'{target} exists already; choose another, or delete it')
+  return str(target)
+
+
 def _send(data: bytes, path: epath.PathLike) -> None:
   sys.stdout.flush()  # What was printed before comes before.
   own = _own_output(path)

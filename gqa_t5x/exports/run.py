@@ -1,6 +1,7 @@
 """Exports a checkpoint: finds the format, checks its options, writes whole or not."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,9 @@ def export(
   for name in options:
     if name not in known:
       raise BadInput(f'--{name} is not for --format={format}; leave it out')
-  target = _target(output)
+  if '://' in os.fspath(output):
+    raise BadInput(f'--output={output} must be a local folder; copy it afterwards')
+  target = epath.Path(files.new_folder(output))
   source = open_source(epath.Path(input).expanduser())
   with files.whole_folder(target) as folder:
     write(source, folder, **options)
@@ -57,13 +60,3 @@ def _writer(format: str) -> Callable[..., None]:
   if format not in FORMATS:
     raise BadInput(f'--format={format} is unknown; choose one of {", ".join(FORMATS)}')
   return FORMATS[format]
-
-
-def _target(output: epath.PathLike) -> epath.Path:
-  """The absolute path of the folder to make; BadInput if there is something."""
-  if '://' in str(output):
-    raise BadInput(f'--output={output} must be a local folder; copy it afterwards')
-  target = epath.Path(output).expanduser().absolute()
-  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-    raise BadInput(f'{target} exists already; choose another --output, or delete it')
-  return target

@@ -32,7 +32,7 @@ def test_existing_output(format, source, tmp_path):
   output.mkdir()
   (output / 'precious').write_text('text')
   said = exports.refused(source, output, format)
-  assert said == f'{output} exists already; choose another --output, or delete it'
+  assert said == f'{output} exists already; choose another, or delete it'
   assert [file.name for file in output.iterdir()] == ['precious']
 
 

@@ -34,6 +34,7 @@ RUNNABLE = {
 MODELS = {s if 'shazeer' in s else f't5_1_1_{s}': s for s in sizes.SIZES}
 BEST = 'gin/runs/best_checkpoint.gin'
 INFER_TEXT = 'gin/infer_text.gin'  # reads its input: test_infer_text.py
+EXPORT = 'gin/runs/export.gin'  # of Google's T5X alone: test_saved_model.py
 # Name -> files, function, required values, size, key/value heads.
 CASES = {file: ([file], *row) for file, row in RUNNABLE.items()}
 # Every run with the smallest model, every model with one run.
@@ -74,7 +75,7 @@ def test_every_part_is_used():
   used = roots.union(*map(commands.includes, roots))
   # gin/tasks and best_checkpoint.gin: test_gin_papers.py.
   tasks = {file for file in commands.gin_files() if file.startswith('gin/tasks/')}
-  assert set(commands.gin_files()) == used | tasks | {BEST, INFER_TEXT}
+  assert set(commands.gin_files()) == used | tasks | {BEST, INFER_TEXT, EXPORT}
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -46,7 +46,8 @@ def checkpoint(folder: pathlib.Path, cfg, **model_config) -> pathlib.Path:
   made = trees.write_t5x(folder / f'checkpoint_{STEP}', tree)
   names = ('relpos_num_buckets', 'relpos_max_distance', 'layer_norm_epsilon')
   values = {name: getattr(cfg, name) for name in names} | model_config
-  values['mlp_activation'] = cfg.mlp_activations[0]
+  own = cfg.mlp_activations[0]
+  values['mlp_activation'] = None if own in ('gelu', 'relu') else own
   config.write(epath.Path(made), config.ModelConfig(**values))
   return folder
 

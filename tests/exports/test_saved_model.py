@@ -1,0 +1,100 @@
+"""T5X's own export, and its InteractiveModel: texts to texts and scores."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from gqa_t5x.model import network
+from helpers import commands, exports, tiny_task
+
+TEXTS = ['red green blue', 'pink', 'gold ' * 9]  # The last one is cut.
+LENGTHS = {'inputs': 24, 'targets': 8}
+FILES = ('tiny.gin', 'gin/runs/export.gin')
+MACROS = {
+  'NUM_KV_HEADS': 2,
+  'CHECKPOINT_PATH': f'run/checkpoint_{exports.STEP}',
+  'SAVED_MODEL_DIR': 'out/1',
+  'TASK_FEATURE_LENGTHS': LENGTHS,
+  'BATCH_SIZE': 4,
+}
+CALL = """
+import json, sys
+import tensorflow as tf
+call = tf.saved_model.load('out/1').signatures['serving_default']
+out = call(text_batch=tf.constant(json.loads(sys.argv[1])))
+texts = [text.decode() for text in out['output_0'].numpy()]
+print(json.dumps([texts, out['output_1'].numpy().tolist()]))
+"""
+
+google = pytest.mark.skipif(
+  not all(map(importlib.util.find_spec, ('t5x.export_lib', 'tensorflow_serving'))),
+  reason="needs Google's T5X",
+)
+
+
+def cfg():
+  """The model of `commands.TINY_GIN`."""
+  return network.config(
+    'tiny', vocab_size=384, num_kv_heads=2, num_encoder_layers=1, num_decoder_layers=2
+  )
+
+
+def expected():
+  """Our greedy texts of TEXTS, and their scores."""
+  inputs = np.zeros((len(TEXTS), LENGTHS['inputs']), np.int32)
+  for row, text in zip(inputs, TEXTS, strict=True):
+    ids = [*tiny_task.vocabulary().encode(text)[: len(row) - 1], 1]
+    row[: len(ids)] = ids
+  tokens, scores = exports.greedy(cfg(), inputs, LENGTHS['targets'])
+  return [tiny_task.vocabulary().decode(row.tolist()) for row in tokens], scores
+
+
+def export(folder, **changes):
+  commands.write_gin(folder)
+  exports.checkpoint(folder / 'run', cfg())
+  words = commands.engine_args('t5x.export', FILES, **MACROS | changes)
+  return commands.run(folder, *words)
+
+
+@google
+@pytest.mark.slow
+def test_a_saved_model_takes_and_gives_texts(tmp_path):
+  done = export(tmp_path)
+  assert done.returncode == 0, done.stdout[-3000:]
+  texts = json.dumps([*TEXTS, ''])  # Batches are filled up.
+  done = commands.run(tmp_path, '-c', CALL, texts)
+  got, scores = json.loads(done.stdout.splitlines()[-1])
+  texts, log_probs = expected()
+  # Of bytes that are no UTF-8, TensorFlow leaves none, and we leave a mark.
+  plain = [text.encode('ascii', 'ignore').decode() for text in texts]
+  assert [text.encode('ascii', 'ignore').decode() for text in got[:3]] == plain
+  np.testing.assert_allclose(scores[:3], log_probs, atol=1e-3)
+  # Again, where there is one.
+  done = export_again(tmp_path)
+  assert 'out/1 exists already; choose another, or delete it' in done.stdout
+
+
+def export_again(folder):
+  return commands.run(folder, *commands.engine_args('t5x.export', FILES, **MACROS))
+
+
+@google
+@pytest.mark.slow
+def test_the_size_of_a_batch_is_fixed(tmp_path):
+  done = export(tmp_path, BATCH_SIZE=None)
+  assert done.returncode != 0
+  assert 'cannot be decoded; set BATCH_SIZE to a number' in done.stdout
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('t5x.export_lib') is not None, reason='of the stand-in'
+)
+def test_the_stand_in_says_what_is_needed(tmp_path):
+  done = commands.run(tmp_path, '-m', 't5x.export', '--gin_file=x.gin')
+  assert done.returncode == 1
+  assert done.stdout.splitlines()[-1] == (
+    "error: t5x.export is of Google's T5X alone: make setup ENGINE=t5x"
+  )
