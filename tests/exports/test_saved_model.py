@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
 
 from gqa_t5x.model import network
-from helpers import commands, exports, tiny_task
+from helpers import commands, exports, model_oracle, tiny_task
 
 TEXTS = ['red green blue', 'pink', 'gold ' * 9]  # The last one is cut.
 LENGTHS = {'inputs': 24, 'targets': 8}
@@ -87,6 +89,65 @@ def test_the_size_of_a_batch_is_fixed(tmp_path):
   assert done.returncode != 0
   assert 'cannot be decoded; set BATCH_SIZE to a number' in done.stdout
   assert not (tmp_path / 'out').exists()
+
+
+MADE = """
+from gqa_t5x.model import network
+from helpers import tiny_task
+
+config = network.config('tiny', vocab_size=384, num_kv_heads=2, **LAYERS)
+vocabulary = tiny_task.vocabulary()
+checkpoint = 'run/checkpoint_5'
+"""
+
+
+FOUND = """
+import json
+
+(_, log_prob), _ = t5.score([{'input': 'red', 'target': 'blue'}] * 2)
+found = [text.decode() for _, text in predictions], aux['scores'], log_prob
+print('found', json.dumps(found, default=float))
+"""
+
+
+@google
+@pytest.mark.slow
+def test_interactive_model_as_in_the_docs(tmp_path):
+  exports.checkpoint(tmp_path / 'run', cfg())
+  code = exports.code_in_docs('InteractiveModel(')
+  made = f'LAYERS = dict(num_encoder_layers=1, num_decoder_layers=2)\n{MADE}'
+  code, count = re.subn(r'(?s)\nconfig = .*?\n\n', f'\n{made}\n', code)
+  assert count == 1
+  code = code.replace("'summarize: ...', 'summarize: ...'", "'red green blue', 'pink'")
+  code = code.replace('/tmp/interactive', 'interactive')
+  code += FOUND
+  done = commands.run(tmp_path, '-c', code)
+  assert done.returncode == 0, done.stdout[-3000:]
+  inputs = np.zeros((2, 128), np.int32)
+  for row, text in zip(inputs, TEXTS, strict=False):
+    ids = [*tiny_task.vocabulary().encode(text), 1]
+    row[: len(ids)] = ids
+  tokens, scores = exports.greedy(cfg(), inputs, 32)
+  texts = [tiny_task.vocabulary().decode(row.tolist()) for row in tokens]
+  (line,) = re.findall(r'^found (.*)$', done.stdout, re.MULTILINE)
+  got, got_scores, got_log_prob = json.loads(line)
+  assert got == texts
+  np.testing.assert_allclose(got_scores, scores, atol=1e-3)
+  assert got_log_prob == pytest.approx(log_prob_of_blue(), abs=1e-3)
+
+
+def log_prob_of_blue():
+  """Of the target "blue", given "red", by our forward pass."""
+  vocabulary = tiny_task.vocabulary()
+  inputs, targets = ([*vocabulary.encode(text), 1] for text in ('red', 'blue'))
+  logits_TV = network.Transformer(cfg()).apply(
+    {'params': model_oracle.params(cfg())},
+    np.array([inputs]),
+    np.array([[0, *targets[:-1]]]),
+    np.array([targets]),
+    enable_dropout=False,
+  )[0]
+  return jax.nn.log_softmax(logits_TV)[np.arange(len(targets)), targets].sum()
 
 
 @pytest.mark.skipif(

@@ -1,7 +1,6 @@
 """One program for three platforms, served in a process that has JAX alone."""
 
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from gqa_t5x.model import network
 from helpers import exports, model_oracle
 from helpers.model_oracle import N
 
-DOCS = pathlib.Path(__file__).parents[2] / 'docs' / 'export.md'
 LENGTHS = dict(batch_size=3, input_length=9, output_length=8)
 FLAGS = [f'--{name}={value}' for name, value in LENGTHS.items()]
 INPUTS = exports.inputs(7, 9)  # One fewer than the batch.
@@ -35,9 +33,7 @@ print(json.dumps([tokens.tolist(), scores.tolist()]))
 
 def served(folder):
   """What the program of docs/export.md returns for INPUTS."""
-  blocks = re.findall(r'(?:^    .*\n|^\n(?=    ))+', DOCS.read_text(), re.MULTILINE)
-  (code,) = [block for block in blocks if 'deserialize' in block]
-  code = '\n'.join(line[4:] for line in code.splitlines())
+  code = exports.code_in_docs('deserialize')
   code = re.sub(
     r'^folder = .*$', f'folder = {str(folder) + "/"!r}', code, flags=re.MULTILINE
   )

@@ -3,6 +3,8 @@
 import functools
 import json
 import pathlib
+import re
+import textwrap
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from gqa_t5x.exports import run
 from gqa_t5x.model import network
 from helpers import model_oracle, trees
 
+DOCS = pathlib.Path(__file__).parents[2] / 'docs' / 'export.md'
 STEP = 5
 T5_1_0 = dict(mlp_activations=('relu',), logits_via_embedding=True)
 # Name -> fields of a `network.T5Config` of what differs from T5 1.1.
@@ -63,6 +66,13 @@ def write_tokenizer(folder: pathlib.Path, tokens) -> pathlib.Path:
   file = folder / 'tokenizer.json'
   file.write_text(json.dumps(content))
   return file
+
+
+def code_in_docs(name: str) -> str:
+  """Returns the one code block of docs/export.md that has a name in it."""
+  blocks = re.findall(r'(?:^    .*\n|^\n(?=    ))+', DOCS.read_text(), re.MULTILINE)
+  (code,) = [block for block in blocks if name in block]
+  return textwrap.dedent(code)
 
 
 def command(source, output, format, *flags) -> None:
