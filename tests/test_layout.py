@@ -17,15 +17,16 @@ ROOMS = {
   'checkpoints': set(),
   'conversion': {'checkpoints', 'model'},
   'exports': {'model', 'decoding', 'checkpoints'},
-  'data': set(),
+  'inference': {'model', 'decoding', 'checkpoints', 'conversion', 'exports'},
+  'data': {'checkpoints', 'inference'},
   'training': {'model', 'decoding', 'checkpoints', 'conversion', 'data'},
-  'analysis': {'model', 'decoding', 'checkpoints', 'conversion'},
+  'analysis': {'model', 'decoding', 'checkpoints', 'conversion', 'inference'},
 }
 ROOMS['reproduce'] = set(ROOMS)
 # What they do not import at the top of a file, nor what they import does.
 HEAVY = {'tensorflow', 'seqio', 'gin', 't5x', 't5', 'clu', 'tensorflow_text', 'torch'}
-LIGHT = ('model', 'decoding', 'checkpoints', 'conversion', 'analysis/costs')
-LIGHT += ('exports', 'analysis/benchmarks')
+LIGHT = ('model', 'decoding', 'checkpoints', 'conversion', 'inference')
+LIGHT += ('exports', 'analysis/costs', 'analysis/benchmarks')
 
 
 def modules() -> dict[str, pathlib.Path]:

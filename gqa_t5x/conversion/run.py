@@ -11,7 +11,13 @@ from etils import epath
 from tqdm import tqdm
 
 from gqa_t5x import files
-from gqa_t5x.checkpoints import config, folders, t5x_layouts, writer
+from gqa_t5x.checkpoints import (
+  config,
+  folders,
+  t5x_layouts,
+  tokenizer_files,
+  writer,
+)
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
 from gqa_t5x.checkpoints.tree import PARAM_STATES, TARGET
 from gqa_t5x.conversion import manifest
@@ -69,6 +75,7 @@ def convert(request: Request) -> None:
     )
     files.write_json(folder / manifest.NAME, record)
     config.write(folder, model_config)
+    tokenizer_files.copy(source, folder)
 
   writer.check_space(target, plan.nbytes)
   with tqdm(

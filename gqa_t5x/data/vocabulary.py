@@ -1,7 +1,7 @@
-"""The SentencePiece vocabulary of the offline corpus, trained when first needed.
+"""Vocabularies: that of a checkpoint's tokenizer, and that of the offline corpus.
 
-A seqio task and a T5X model must name the same vocabulary file; both get it from
-`pydocs_vocabulary`. In gin:
+The latter, of SentencePiece, is trained when it is first needed. A seqio task and a T5X
+model must name the same vocabulary file; both get it from here. In gin:
 
     from gqa_t5x.data import vocabulary
     VOCABULARY = @vocabulary.pydocs_vocabulary()
@@ -13,13 +13,18 @@ import tempfile
 import time
 from collections.abc import Iterable
 
+import numpy as np
 import sentencepiece
 import seqio
+import tensorflow as tf
+from etils import epath
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from gqa_t5x.checkpoints import folders, tokenizer_files
 from gqa_t5x.data import corpus as corpus_lib
 from gqa_t5x.errors import BadInput
+from gqa_t5x.inference import tokenizer as tokenizer_lib
 
 _EXTRA_IDS = 100  # T5's sentinels
 _NUM_PIECES = 4096 - _EXTRA_IDS  # with pad, end of sequence, unknown and 256 bytes
@@ -27,6 +32,72 @@ _NUM_PIECES = 4096 - _EXTRA_IDS  # with pad, end of sequence, unknown and 256 by
 # are a fair sample; twice as much takes twice as long for 1% fewer tokens.
 _TRAINING_CHARS = 2_000_000
 FILE = 'vocabulary.model'
+
+
+def of_checkpoint(path: str, tokenizer: str | None = None) -> seqio.Vocabulary:
+  """Returns the vocabulary of the tokenizer that lies beside a checkpoint.
+
+  Args:
+    path: the checkpoint, of any format.
+    tokenizer: a folder or a file of the tokenizer, if it is elsewhere.
+
+  Raises:
+    BadInput: there is none, or it is damaged.
+  """
+  if tokenizer is None:
+    folder = folders.find_checkpoint(epath.Path(path))
+    place = tokenizer_files.find(folder)
+    if place is None:
+      raise BadInput(
+        f'{folder} has no tokenizer ({tokenizer_files.SENTENCEPIECE},'
+        f' {tokenizer_files.TOKENIZERS}); give --gin.TOKENIZER, or --gin.VOCABULARY'
+      )
+    tokenizer = str(place)
+  found = tokenizer_lib.load(tokenizer)
+  if isinstance(found, tokenizer_lib.ByteTokenizer):
+    return seqio.ByteVocabulary()
+  if isinstance(found, tokenizer_lib.SentencePieceTokenizer):
+    return seqio.SentencePieceVocabulary(found.file, extra_ids=found.extra_ids)
+  return _JsonVocabulary(found, tokenizer)
+
+
+class _JsonVocabulary(seqio.Vocabulary):
+  """The vocabulary of a tokenizer.json; equal to another one of the same file."""
+
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer, path: str):
+    self._tokenizer, self._path = tokenizer, path
+    super().__init__(extra_ids=0)
+
+  bos_id = None
+  eos_id, unk_id = tokenizer_lib.EOS, 2
+
+  @property
+  def _base_vocab_size(self) -> int:
+    return self._tokenizer.size
+
+  def _encode(self, s: str) -> list[int]:
+    return self._tokenizer.encode(s)
+
+  def _decode(self, ids: Iterable[int]) -> str:
+    return self._tokenizer.decode(list(ids))
+
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def encode(text: np.ndarray | bytes) -> np.ndarray:
+      text = np.asarray(text).item().decode(errors='replace')
+      return np.asarray(self._encode(text), np.int32)
+
+    ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+    ids.set_shape([None])
+    return ids
+
+  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    def decode(ids: np.ndarray) -> bytes:
+      return self._decode(ids.tolist()).encode()
+
+    return tf.numpy_function(decode, [ids], tf.string, stateful=False)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _JsonVocabulary) and self._path == other._path
 
 
 class CorpusVocabulary(seqio.SentencePieceVocabulary):

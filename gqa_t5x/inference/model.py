@@ -138,17 +138,17 @@ class Model:
         span corruption makes pairs. None: the weights alone decide, which costs more.
       batch_size: of the texts that are run through the model together.
       **recipe: `grouping`, `seed`, `self_attention_num_kv_heads`,
-        `cross_attention_num_kv_heads`, `encoder_num_kv_heads`.
+        `cross_attention_num_kv_heads`, `encoder_num_kv_heads`; and `statistics`, a file
+        of `calibrate` in the place of texts.
 
     Raises:
       BadInput: unknown method, heads that do not divide, or texts for a method that
         uses none.
     """
     recipe |= {'num_kv_heads': num_kv_heads, 'method': method}
-    allowed = plan.Recipe.__dataclass_fields__.keys() - {'statistics'}
-    if unknown := sorted(recipe.keys() - allowed):
+    if unknown := sorted(recipe.keys() - plan.Recipe.__dataclass_fields__.keys()):
       raise BadInput(f'convert knows no {", ".join(unknown)}; see its docstring')
-    if not any(v for name, v in recipe.items() if name.endswith('kv_heads')):
+    if all(v is None for name, v in recipe.items() if name.endswith('kv_heads')):
       raise BadInput('num_kv_heads is missing')
     uses = methods.get_method(method).uses_inputs or recipe.get('grouping')
     if texts is not None and not uses:
@@ -159,7 +159,7 @@ class Model:
       if texts is not None:
         recipe['statistics'] = os.path.join(folder, 'statistics.npz')
         encoder = recipe.get('encoder_num_kv_heads') is not None
-        self._write_statistics(recipe['statistics'], texts, batch_size, encoder)
+        self.calibrate(texts, recipe['statistics'], batch_size, encoder)
       host = jax.tree.map(np.asarray, self.params)
       params = plan.convert_params(host, **recipe)
     dtype = self.config.dtype
@@ -176,10 +176,17 @@ class Model:
       model_partitions=self._model_partitions,
     )
 
-  def _write_statistics(
-    self, path: str, texts: Sequence[Any], batch_size: int, encoder: bool
+  def calibrate(
+    self,
+    texts: Sequence[Any],
+    path: epath.PathLike,
+    batch_size: int = 8,
+    include_encoder: bool = False,
   ) -> None:
-    """Runs texts through the model, and writes what its attention modules read."""
+    """Runs texts through the model, and writes what its attention modules read.
+
+    The file is that of `python -m gqa_t5x.calibrate`; it serves every number of heads.
+    """
     found, totals = self.examples(texts), {}
     columns = [[e.inputs for e in found], [e.targets for e in found]]
     with tqdm(total=len(found), desc='Calibrating', unit='text', disable=None) as bar:
@@ -188,7 +195,7 @@ class Model:
         sums = self._run(
           programs.sum_inputs,
           self._module,
-          encoder,
+          include_encoder,
           self.params,
           inputs,
           targets,

@@ -41,14 +41,16 @@ class SentencePieceTokenizer:
   """A SentencePiece model, with T5's `<extra_id_N>` after its pieces.
 
   Args:
-    model: the bytes of the file.
+    file: the SentencePiece model, local or gs://.
     extra_ids: how many are added; `<extra_id_0>` is the last id.
   """
 
-  def __init__(self, model: bytes, extra_ids: int):
+  def __init__(self, file: str, extra_ids: int):
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
+    self.file, self.extra_ids = file, extra_ids
+    model = epath.Path(file).read_bytes()
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     for i in reversed(range(extra_ids)):
       proto.pieces.add(
@@ -136,7 +138,7 @@ def load(path: epath.PathLike) -> Tokenizer:
   try:
     if file.suffix == '.json':
       return JsonTokenizer(file.read_bytes().decode())
-    return SentencePieceTokenizer(file.read_bytes(), _extra_ids(config, file))
+    return SentencePieceTokenizer(str(file), _extra_ids(config, file))
   except ImportError as error:
     raise BadInput(
       f"{file} needs the package {error.name}: pip install 'gqa_t5x[inference]'"
@@ -166,5 +168,5 @@ def _extra_ids(config: dict[str, Any], file: epath.Path) -> int:
 @functools.cache
 def _has_extra_ids(file: str) -> bool:
   """Whether the pieces of a file end with T5's extra ids, as those of mT5 do."""
-  tokenizer = SentencePieceTokenizer(epath.Path(file).read_bytes(), extra_ids=0)
+  tokenizer = SentencePieceTokenizer(file, extra_ids=0)
   return 'extra_id_' in tokenizer._processor.IdToPiece(tokenizer.size - 1)

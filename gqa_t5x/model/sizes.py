@@ -16,11 +16,11 @@ _TABLE = {
   'large': (1024, 16, 64, 2816, 24, 24),
   'xl': (2048, 32, 64, 5120, 24, 24),
   'xxl': (4096, 64, 64, 10240, 24, 24),
-  't5_small': (512, 8, 64, 2048, 6, 6),
-  't5_base': (768, 12, 64, 3072, 12, 12),
-  't5_large': (1024, 16, 64, 4096, 24, 24),
-  't5_3b': (1024, 32, 128, 16384, 24, 24),
-  't5_11b': (1024, 128, 128, 65536, 24, 24),
+  't5_1_0_small': (512, 8, 64, 2048, 6, 6),
+  't5_1_0_base': (768, 12, 64, 3072, 12, 12),
+  't5_1_0_large': (1024, 16, 64, 4096, 24, 24),
+  't5_1_0_3b': (1024, 32, 128, 16384, 24, 24),
+  't5_1_0_11b': (1024, 128, 128, 65536, 24, 24),
   'byt5_small': (1472, 6, 64, 3584, 12, 4),
   'byt5_base': (1536, 12, 64, 3968, 18, 6),
   'byt5_large': (1536, 16, 64, 3840, 36, 12),
@@ -35,7 +35,7 @@ for _size in ('small', 'base', 'large', 'xl', 'xxl'):
   SIZES[f'mt5_{_size}'] = SIZES[_size] | dict(vocab_size=250112)
   SIZES[f'umt5_{_size}'] = SIZES[_size] | dict(vocab_size=256384, relpos_per_layer=True)
   SIZES[f'byt5_{_size}'] |= dict(vocab_size=384)
-for _size in ('t5_small', 't5_base', 't5_large', 't5_3b', 't5_11b',
+for _size in ('t5_1_0_small', 't5_1_0_base', 't5_1_0_large', 't5_1_0_3b', 't5_1_0_11b',
               'shazeer_mha', 'shazeer_mqa'):
   SIZES[_size] |= dict(mlp_activations=('relu',), logits_via_embedding=True)
 for _size, _K in (('shazeer_mha', 8), ('shazeer_mqa', 1)):

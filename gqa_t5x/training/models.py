@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import seqio
+from etils import epath
 from flax import linen as nn
 from t5x import models
 
+from gqa_t5x.checkpoints import folders, tree
 from gqa_t5x.decoding import generate, sampling
 from gqa_t5x.errors import BadInput
+from gqa_t5x.model import network, sizes
 
 Array = jax.Array
 
@@ -88,6 +91,34 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     """Checks parameters, and then scores; see T5X's method."""
     check_params(self, params)
     return super().score_batch(params, batch, return_intermediates)
+
+
+def config_from_checkpoint(
+  path: str, num_kv_heads: int | None = None, **overrides: Any
+) -> network.T5Config:
+  """Returns the configuration of the model that a checkpoint of any format holds.
+
+  Args:
+    path: as of `folders.find_checkpoint`; nothing is read but names and shapes.
+    num_kv_heads: what the checkpoint must have; None: what it has.
+    **overrides: other fields of a `T5Config`.
+
+  Raises:
+    BadInput: there is no checkpoint, or it has other heads.
+  """
+  folder = folders.find_checkpoint(epath.Path(path))
+  params = tree.parameters(folders.open_checkpoint(folder))
+  architecture = tree.read_architecture({name: t.shape for name, t in params.items()})
+  for kind in ('self_attention', 'cross_attention'):
+    heads = architecture.num_kv_heads[kind]
+    if num_kv_heads not in (None, heads):
+      raise BadInput(
+        f'NUM_KV_HEADS={num_kv_heads}, and {folder} has {heads} key/value heads in'
+        f' {kind.replace("_", "-")}; leave it out, or convert the checkpoint: python -m'
+        ' gqa_t5x.convert --help'
+      )
+  fields = sizes.from_checkpoint(architecture, folders.read_config(folder))
+  return network.T5Config(**fields | overrides)
 
 
 def check_params(

@@ -71,6 +71,8 @@ _OF_NETWORK = '; give --gin.network.config.{}={}'
 _REMEDIES = {
   'decoder_start_token_id': ', as T5X trains and decodes; it can only be converted',
   'eos_token_id': ", as its vocabulary says; choose the checkpoint's VOCABULARY",
+  'mlp_activation': '; take the model from the checkpoint, by'
+  ' --gin_file=gin/models/from_checkpoint.gin',
 }
 
 
@@ -79,6 +81,9 @@ def config_of(model: Any) -> config.ModelConfig:
   module = getattr(model.module, 'config', None)
   fields = dataclasses.asdict(config.ModelConfig())
   values = {name: getattr(module, name, value) for name, value in fields.items()}
+  activation, *gate = getattr(module, 'mlp_activations', ('gelu', 'linear'))
+  own = None if activation == ('gelu' if gate else 'relu') else activation
+  values['mlp_activation'] = own
   eos_id = getattr(model.output_vocabulary, 'eos_id', None)
   return config.ModelConfig(**values | ({'eos_token_id': eos_id} if eos_id else {}))
 

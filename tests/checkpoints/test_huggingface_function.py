@@ -13,9 +13,7 @@ from gqa_t5x.decoding import generate
 from gqa_t5x.decoding.sampling import greedy
 from gqa_t5x.model import network, sizes
 from helpers import huggingface_folders as by_hand
-from helpers.huggingface_folders import GOLDEN
-from helpers.huggingface_folders import GOLDEN_CASES as CASES
-from helpers.huggingface_folders import write_golden as write
+from helpers.golden_huggingface import CASES, GOLDEN, write
 from helpers.trees import run_convert as run
 
 

@@ -10,6 +10,7 @@ from etils import epath
 from flax import serialization
 
 from gqa_t5x.checkpoints import folders, t5x_layouts
+from gqa_t5x.checkpoints.tree import read_architecture
 from gqa_t5x.errors import BadInput
 from helpers.trees import (
   assert_same,
@@ -29,6 +30,47 @@ KEY = 'target/decoder/layers_0/self_attention/key/kernel'
 def test_each_layout_is_read_whole(make, tmp_path):
   tree = tiny_state()
   assert_same(read(make(tmp_path / 'checkpoint_1000', tree)), tree)
+
+
+def scanned(tree):
+  """The same state with all layers of a stack in one tensor, along axis 1, as umT5's.
+
+  As T5X's scalable_t5 names them; the shared position bias goes to every layer.
+  """
+  result, layers = {}, {}
+  for path, array in flat(tree['target']):
+    stack, _, name = path.partition('/')
+    if name.startswith('layers_'):
+      _, _, name = name.partition('/')
+      layers.setdefault(f'{stack}/{stack}/{name}', []).append(array)
+    elif name.startswith('relpos_bias'):
+      copies = [array + i for i in range(2 if stack == 'decoder' else 1)]
+      layers[f'{stack}/{stack}/{name}'] = copies
+    else:
+      result[path] = array
+  result |= {path: np.stack(arrays, axis=1) for path, arrays in layers.items()}
+  moments = nest({f'{path}/v': array for path, array in result.items()})
+  state = {'step': tree['state']['step'], 'param_states': moments}
+  return {'target': nest(result), 'state': state}
+
+
+@pytest.mark.parametrize('make', [write_msgpack, write_orbax, write_t5x])
+def test_scanned_layers_are_read_one_by_one(make, tmp_path):
+  """Without the optimizer's state, which belongs to all layers together."""
+  tree = tiny_state(moments=False)
+  got = read(make(tmp_path / 'checkpoint_1000', scanned(tree)))
+  expected = dict(flat(tree))
+  for stack, layers in (('encoder', 1), ('decoder', 2)):
+    bias = expected.pop(f'target/{stack}/relpos_bias/rel_embedding')
+    for i in range(layers):
+      expected[f'target/{stack}/layers_{i}/relpos_bias/rel_embedding'] = bias + i
+  assert got.keys() == expected.keys()
+  for path, array in expected.items():
+    np.testing.assert_array_equal(got[path], array)
+  params = {p.removeprefix('target/'): a.shape for p, a in got.items() if 'target' in p}
+  architecture = read_architecture(params)
+  assert architecture.bias_per_layer
+  assert architecture.num_layers == {'encoder': 1, 'decoder': 2}
 
 
 def test_bfloat16_and_tensors_of_zeros_survive(tmp_path):

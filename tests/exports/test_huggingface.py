@@ -8,7 +8,13 @@ import pytest
 from safetensors import numpy as safetensors
 
 from gqa_t5x.checkpoints import weight_files
-from helpers import exports, huggingface_folders, model_oracle, trees
+from helpers import (
+  exports,
+  golden_huggingface,
+  huggingface_folders,
+  model_oracle,
+  trees,
+)
 from helpers.model_oracle import N
 
 INPUTS = exports.inputs(3, 150, 40)
@@ -29,9 +35,9 @@ COMPUTED = (
 )
 
 
-@pytest.mark.parametrize('case', huggingface_folders.GOLDEN_CASES)
+@pytest.mark.parametrize('case', golden_huggingface.CASES)
 def test_what_transformers_wrote_comes_out_again(case, tmp_path):
-  there = huggingface_folders.write_golden(tmp_path / 'there', case)
+  there = golden_huggingface.write(tmp_path / 'there', case)
   exports.command(there, tmp_path / 'again', 'huggingface')
   expected, got = weights(there), weights(tmp_path / 'again')
   config, again = (

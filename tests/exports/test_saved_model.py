@@ -106,7 +106,7 @@ import json
 
 (_, log_prob), _ = t5.score([{'input': 'red', 'target': 'blue'}] * 2)
 found = [text.decode() for _, text in predictions], aux['scores'], log_prob
-print('found', json.dumps(found, default=float))
+print('found', json.dumps(found, default=lambda x: x.tolist()))
 """
 
 

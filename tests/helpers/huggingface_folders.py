@@ -1,7 +1,6 @@
-"""Hugging Face's folders: of T5 v1.1, by hand; and those that transformers wrote."""
+"""Hugging Face's T5 v1.1 folders, written by hand."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from gqa_t5x.checkpoints import folders
 from gqa_t5x.errors import BadInput
 from helpers.trees import D, F, H, N, V
 
-GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'golden' / 'huggingface.npz')
-GOLDEN_CASES = sorted(n.removesuffix('/logits') for n in GOLDEN if 'logits' in n)
 NH = N * H
 CONFIG = {
   'architectures': ['T5ForConditionalGeneration'],
@@ -96,20 +93,6 @@ def write(folder, tensors=None, **config):
   (folder / 'config.json').write_text(json.dumps(config))
   tensors = weights() if tensors is None else tensors
   safetensors.save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
-  return folder
-
-
-def write_golden(folder, case, dtype=np.float32, **changes):
-  """Writes the folder that transformers wrote, with other values in config.json."""
-  facts, values = json.loads(str(GOLDEN[f'{case}/facts'])), GOLDEN[f'{case}/weights']
-  tensors, start = {}, 0
-  for name, shape in facts['shapes'].items():
-    end = start + int(np.prod(shape))
-    tensors[name] = values[start:end].reshape(shape).astype(dtype)
-    start = end
-  folder.mkdir()
-  (folder / 'config.json').write_text(json.dumps(facts['config'] | changes))
-  safetensors.save_file(tensors, folder / 'model.safetensors')
   return folder
 
 

@@ -161,7 +161,8 @@ def _row(
 ) -> dict[str, Any]:
   """Returns a row; `python -m gqa_t5x.benchmark decode --help` explains its keys."""
   rows, step = setting.batch_size * setting.num_beams, setting.cost
-  rate = workload.matmul_rate(setting.size, rows, setting.dtype)
+  cfg = setting.config
+  rate = workload.matmul_rate(cfg.emb_dim, cfg.mlp_dim, rows, setting.dtype)
   floor = max(step.bytes / (1e9 * stream), step.flops / (1e9 * rate))
   total = encode_seconds + setting.output_length * seconds
   return workload.common_keys('decode_benchmark', command, vars(setting)) | {

@@ -118,7 +118,8 @@ def _row(setting: Setting, seconds: float, command: str) -> dict[str, Any]:
   """Returns a row; `python -m gqa_t5x.benchmark train --help` explains its keys."""
   input_tokens = setting.batch_size * setting.input_length
   tokens = input_tokens + setting.batch_size * setting.target_length
-  rate = workload.matmul_rate(setting.size, input_tokens, setting.dtype)
+  cfg = setting.config
+  rate = workload.matmul_rate(cfg.emb_dim, cfg.mlp_dim, input_tokens, setting.dtype)
   return workload.common_keys('train_benchmark', command, vars(setting)) | {
     'ms_per_step': 1e3 * seconds,
     'tokens_per_s': tokens / seconds,

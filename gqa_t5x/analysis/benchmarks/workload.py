@@ -12,7 +12,7 @@ import jax
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import timing
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import network, sizes
+from gqa_t5x.model import network
 
 
 def check_memory(setting: Any, output: str) -> None:
@@ -49,9 +49,8 @@ def _random(seed, shape, dtype):
 
 
 @functools.cache
-def matmul_rate(size: str, rows: int, dtype: str) -> float:
-  """Returns GFLOP/s of the machine on products of `rows` with a model's MLP kernels."""
-  D, F = sizes.SIZES[size]['emb_dim'], sizes.SIZES[size]['mlp_dim']
+def matmul_rate(D: int, F: int, rows: int, dtype: str) -> float:
+  """Returns GFLOP/s of the machine on products of `rows` with MLP kernels `[D, F]`."""
   return timing.matmul_gflop_per_s(rows, D, F, models.DTYPES[dtype])
 
 

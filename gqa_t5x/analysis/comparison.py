@@ -1,0 +1,222 @@
+"""What a checkpoint loses and gains with fewer key/value heads, on a user's texts."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from gqa_t5x.analysis.benchmarks import decode_benchmark
+from gqa_t5x.analysis.costs import formulas
+from gqa_t5x.analysis.tpu.chips import CHIPS
+from gqa_t5x.conversion import methods
+from gqa_t5x.errors import BadInput
+from gqa_t5x.inference.examples import Example
+from gqa_t5x.inference.model import Model
+from gqa_t5x.model.network import T5Config
+
+UNCONVERTED = '-'
+_BFLOAT16 = 2  # bytes
+Choice = tuple[int, str]  # key/value heads, method
+
+COLUMNS = {
+  'num_kv_heads': 'K',
+  'method': 'method',
+  'loss': 'loss',
+  'loss_increase': 'more',
+  'accuracy': 'accuracy',
+  'cache_bytes_per_input_token': 'B/input token',
+  'cache_bytes_per_output_token': 'B/output token',
+  'largest_batch': 'batch',
+  'chip_ms_per_step': 'ms (chip)',
+  'ms_per_step': 'ms (here)',
+}
+
+
+def choices(
+  num_heads: int, words: Sequence[str], method_names: Sequence[str]
+) -> list[Choice]:
+  """Returns what is compared, first the model as it is.
+
+  Args:
+    num_heads: key/value heads of the model.
+    words: numbers of heads; 'all' is the model as it is, which is compared anyway.
+    method_names: keys of `methods.METHODS`.
+
+  Raises:
+    BadInput: heads that do not divide, or an unknown method.
+  """
+  for name in method_names:
+    methods.get_method(name)
+  divisors = [k for k in range(1, num_heads + 1) if num_heads % k == 0]
+  found: list[Choice] = [(num_heads, UNCONVERTED)]
+  for word in words:
+    if word == 'all':
+      continue
+    if not word.isdecimal() or int(word) not in divisors:
+      known = ', '.join(map(str, divisors))
+      raise BadInput(f'num_kv_heads={word}; choose from {known}, all')
+    if int(word) != num_heads:
+      found += [(int(word), name) for name in method_names]
+  return list(dict.fromkeys(found))
+
+
+def quality(
+  model: Model,
+  chosen: Sequence[Choice],
+  calibration: Sequence[Any],
+  evaluation: Sequence[Example],
+  batch_size: int,
+) -> Iterator[dict[str, Any]]:
+  """Yields loss and accuracy of each choice right after conversion, as a row.
+
+  Args:
+    calibration: texts or pairs, for methods that use statistics of the model's inputs.
+    evaluation: others, of `Model.examples`.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    statistics = os.path.join(folder, 'statistics.npz')
+    for K, method in chosen:
+      one = model
+      if method != UNCONVERTED:
+        recipe = {}
+        if methods.get_method(method).uses_inputs:
+          if not os.path.exists(statistics):
+            model.calibrate(calibration, statistics, batch_size)
+          recipe = {'statistics': statistics}
+        one = model.convert(K, method, **recipe)
+      yield {
+        'num_kv_heads': K,
+        'method': method,
+        **one.evaluate(evaluation, batch_size),
+      }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting(decode_benchmark.Setting):
+  """A setting of the decode benchmark, of a configuration that has no name."""
+
+  cfg: T5Config | None = None
+
+  @property
+  def config(self) -> T5Config:
+    return self.cfg
+
+
+def decode_times(
+  cfg: T5Config,
+  heads: Sequence[int],
+  lengths: tuple[int, int],
+  batch_size: int,
+  repeats: int,
+) -> Iterator[tuple[int, float]]:
+  """Yields (K, milliseconds of a decode step); those that fit in memory take turns.
+
+  Args:
+    lengths: of inputs and of outputs.
+  """
+  settings = [
+    _Setting(
+      size='checkpoint',
+      num_kv_heads=K,
+      batch_size=batch_size,
+      input_length=lengths[0],
+      output_length=lengths[1],
+      dtype=str(jnp.dtype(cfg.dtype)),
+      num_beams=1,
+      cfg=with_heads(cfg, K),
+    )
+    for K in heads
+  ]
+  for setting in settings:
+    setting.check()
+  for row in decode_benchmark.measure(settings, repeats, ''):
+    yield row['num_kv_heads'], row['ms_per_step']
+
+
+def with_heads(cfg: T5Config, K: int) -> T5Config:
+  """Returns the configuration with K key/value heads in the decoder."""
+  heads = {'self_attention_num_kv_heads': K, 'cross_attention_num_kv_heads': K}
+  return dataclasses.replace(cfg, **heads)
+
+
+def costs(
+  cfg: T5Config, K: int, chip: str | None, lengths: tuple[int, int], batch_size: int
+) -> dict[str, Any]:
+  """Returns what K heads cost by formula, in bfloat16.
+
+  Returns:
+    Bytes of the cache a token of the input, and of the output; and on a chip, a key of
+    `CHIPS`: the largest batch beside the parameters (the encoder's activations not
+    counted), and milliseconds a step at the chip's peaks.
+  """
+  cfg = dataclasses.replace(with_heads(cfg, K), dtype=jnp.bfloat16)
+  per_token = 2 * cfg.num_decoder_layers * K * cfg.head_dim * _BFLOAT16
+  row = {
+    'cache_bytes_per_input_token': per_token,
+    'cache_bytes_per_output_token': per_token,
+  }
+  if chip is None:
+    return row
+  step = formulas.decode_step(cfg, batch_size, *lengths, param_itemsize=_BFLOAT16)
+  peak = CHIPS[chip]
+  room = (peak.usable or peak.memory) - _BFLOAT16 * formulas.num_parameters(cfg)
+  seconds = max(step.bytes / peak.bandwidth, step.flops / peak.flops)
+  return row | {
+    'largest_batch': max(0, int(room // (per_token * sum(lengths)))),
+    'chip_ms_per_step': 1e3 * seconds,
+  }
+
+
+def recommendation(rows: Sequence[Mapping[str, Any]], tolerance: float) -> str:
+  """Returns one sentence: the smallest cache within `tolerance` nats, or what to do.
+
+  Args:
+    rows: the model as it is first.
+  """
+  whole, *others = rows
+  if not others:
+    return 'Nothing was compared: give fewer heads.'
+  good = [r for r in others if r['loss_increase'] <= tolerance]
+  if not good:
+    best = min(others, key=lambda r: r['loss_increase'])
+    return (
+      f'None is within {tolerance} nats: the least, {_name(best)}, loses'
+      f' {best["loss_increase"]:.3f}; uptrain it first (docs/conversion.md).'
+    )
+  best = min(good, key=lambda r: (r['num_kv_heads'], r['loss_increase']))
+  less = whole['num_kv_heads'] / best['num_kv_heads']
+  faster = ''
+  if best.get('ms_per_step'):
+    factor = whole['ms_per_step'] / best['ms_per_step']
+    faster = f' and {1 / factor:.2f} of the time of a step'
+  return (
+    f'Take {_name(best)}: it loses {best["loss_increase"]:.3f} nats at once, with a'
+    f' {less:g}th of the cache{faster}; uptraining wins most of the loss back.'
+  )
+
+
+def _name(row: Mapping[str, Any]) -> str:
+  return f'K = {row["num_kv_heads"]} by {row["method"]}'
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the rows as a table of text; what is not there is left out."""
+  keys = [key for key in COLUMNS if any(key in row for row in rows)]
+  lines = [[COLUMNS[key] for key in keys]]
+  lines += [[_cell(key, row.get(key)) for key in keys] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return '\n'.join(
+    '  '.join(f'{cell:>{w}}' for cell, w in zip(line, widths, strict=True))
+    for line in lines
+  )
+
+
+def _cell(key: str, value: Any) -> str:
+  if value is None:
+    return ''
+  if not isinstance(value, float):
+    return f'{value:,}' if isinstance(value, int) else str(value)
+  return f'{value:.3g}' if key.endswith('ms_per_step') else f'{value:.3f}'

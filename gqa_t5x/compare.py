@@ -1,0 +1,175 @@
+"""Says what a T5 would lose and gain with fewer key/value heads, on your own texts.
+
+  python -m gqa_t5x.compare --input=flan-t5-base --texts=texts.txt \\
+    --num_kv_heads=1,4,all --methods=mean,svd
+
+converts the checkpoint, of any format, in memory, measures the loss of each result on
+the texts right after the conversion, and times a decode step on this machine. A row
+says, too, how much the cache of keys and values takes (bfloat16), and with --chip how
+many inputs would fit on a chip, and what a step would take at its peaks (analytic).
+The last line recommends one.
+
+--texts is a .txt file (a text a paragraph), .jsonl, .tsv or .parquet, perhaps .gz or
+.zst. Of single texts T5's span corruption makes inputs and targets. Of a model that was
+fine-tuned, give pairs:
+
+  python -m gqa_t5x.compare --input=my-model --texts=pairs.jsonl --keys=inputs,targets
+
+Every second text calibrates the methods that use statistics (svd), the others are
+judged on. --json keeps the rows as they are measured: the same command goes on there.
+Nothing is written otherwise; python -m gqa_t5x.convert converts.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from etils import epath
+from tqdm import tqdm
+
+import gqa_t5x
+from gqa_t5x import command_line, files, quiet
+from gqa_t5x.errors import BadInput
+
+_CHIPS = ('v3', 'v4', 'v5e', 'v5p', 'v6e')
+# What rows depend on: rows of others are not gone on with.
+_SETTINGS = ('input', 'keys', 'document', 'max_texts', 'dtype', 'chip')
+_SETTINGS += ('batch_size', 'input_length', 'output_length', 'time')
+
+
+def define_command() -> command_line.Command:
+  """The command's flags."""
+  command = command_line.Command('gqa_t5x.compare', __doc__)
+  command.text('input', None, 'The checkpoint: a folder of Hugging Face or T5X.')
+  command.text('texts', None, 'A file of texts, or of pairs.')
+  command.words(
+    'keys', 'text', 'Where a text is in .jsonl, .tsv, .parquet; two: a pair.'
+  )
+  command.choice(
+    'document', 'paragraph', ('paragraph', 'line', 'file'), 'A text of a .txt file.'
+  )
+  command.words('num_kv_heads', '1,all', 'Key/value heads; all: as they are.')
+  command.words('methods', 'mean,svd', 'Of conversion, as of gqa_t5x.convert.')
+  command.whole('max_texts', 512, 'Texts that are used, at most.', 2)
+  command.text('tokenizer', None, 'Folder or file, if it is not beside the weights.')
+  command.choice('dtype', 'float32', ('float32', 'bfloat16'), 'Of parameters.')
+  command.whole('batch_size', 8, 'Texts, or inputs to decode, together.')
+  command.whole('input_length', 512, 'Tokens of an input that is decoded.')
+  command.whole('output_length', 64, 'Tokens that are decoded.', 4)
+  command.switch('time', True, 'Time a decode step here.')
+  command.choice('chip', None, _CHIPS, 'Say what a step takes on this one.')
+  flags.DEFINE_float(
+    'tolerance',
+    0.05,
+    'Nats that the recommended model may lose at once.',
+    0.0,
+    flag_values=command.values,
+    module_name='gqa_t5x.compare',
+  )
+  command.text('json', None, 'Keep the rows in this file, and go on from there.')
+  return command
+
+
+def _act(args: flags.FlagValues) -> None:
+  for name in ('input', 'texts'):
+    if not args[name].value:
+      raise BadInput(f'--{name} is missing; see --help for an example')
+  if len(args.keys) > 2:
+    raise BadInput(f'--keys={",".join(args.keys)}: give one, or two of a pair')
+  files.check_outputs(args.json)
+  texts = _read(args)
+  quiet.find_devices()
+  from gqa_t5x.analysis import comparison  # here: --help need not wait for JAX
+
+  model = gqa_t5x.load(args.input, dtype=args.dtype, tokenizer_path=args.tokenizer)
+  cfg = model.config
+  if cfg.self_kv != cfg.cross_kv:
+    raise BadInput(
+      f'{args.input} has {cfg.self_kv} key/value heads in self-attention and'
+      f' {cfg.cross_kv} in cross-attention; here both must have as many'
+    )
+  print(model)
+  chosen = comparison.choices(cfg.self_kv, args.num_kv_heads, args.methods)
+  settings = {name: args[name].value for name in _SETTINGS}
+  settings['texts'] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+  rows = {(r['num_kv_heads'], r['method']): r for r in _kept(args.json, settings)}
+  left = [choice for choice in chosen if choice not in rows]
+  lengths = args.input_length, args.output_length
+  evaluation = model.examples(texts[1::2])
+  measured = comparison.quality(model, left, texts[::2], evaluation, args.batch_size)
+  for row in tqdm(measured, 'Comparing', len(left), unit='model', disable=None):
+    row |= comparison.costs(
+      cfg, row['num_kv_heads'], args.chip, lengths, args.batch_size
+    )
+    key = row['num_kv_heads'], row['method']
+    rows[key] = {'kind': 'comparison', 'source': 'measured', **row}
+    _keep(args.json, settings, rows.values())
+  found = [rows[choice] for choice in chosen]
+  for row in found:
+    row['loss_increase'] = row['loss'] - found[0]['loss']
+  heads = dict.fromkeys(row['num_kv_heads'] for row in found)
+  if args.time and any('ms_per_step' not in row for row in found):
+    times = comparison.decode_times(cfg, list(heads), lengths, args.batch_size, 5)
+    for K, ms in tqdm(times, 'Timing', len(heads), unit='model', disable=None):
+      for row in found:
+        row |= {'ms_per_step': ms} if row['num_kv_heads'] == K else {}
+  _keep(args.json, settings, rows.values())
+  print(comparison.table(found))
+  print(
+    f'loss in nats a target token, on {len(evaluation)} examples of {args.texts}; a'
+    f' step of batch {args.batch_size}, input {lengths[0]}'
+  )
+  print(comparison.recommendation(found, args.tolerance))
+
+
+def _read(args: flags.FlagValues) -> list[Any]:
+  """The first texts of the file, or pairs; BadInput if there are fewer than two."""
+  from gqa_t5x.data import records
+
+  texts: list[Any] = []
+  found = records.readable(args.texts, args.keys, args.document, 'refuse', '--texts')
+  for _, record in found:
+    texts.append(tuple(record) if len(record) > 1 else record[0])
+    if len(texts) == args.max_texts:
+      break
+  if len(texts) < 2:
+    raise BadInput(
+      f'{args.texts} has {len(texts)} texts; two are the least: one to calibrate, one'
+      ' to judge on'
+    )
+  return texts
+
+
+def _kept(path: str | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+  """Rows of an earlier run; BadInput if they are of other settings."""
+  if not path or files.is_stream(path) or not epath.Path(path).exists():
+    return []
+  try:
+    content = json.loads(epath.Path(path).read_bytes())
+    rows, made_with = list(content['rows']), dict(content['settings'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise BadInput(f'{path} is no file of this command: name another') from error
+  different = [n for n, value in settings.items() if made_with.get(n) != value]
+  if different:
+    raise BadInput(
+      f'{path} was made with other {", ".join(different)}; name another file'
+    )
+  return rows
+
+
+def _keep(path: str | None, settings: dict[str, Any], rows: Any) -> None:
+  if path:
+    files.write_json(path, {'settings': settings, 'rows': list(rows)})
+
+
+def main(argv: Sequence[str]) -> int:
+  """The command; returns 0, 1 for bad input, 130 or 143 when stopped by a signal."""
+  stopped = 'stopped; rows until then are in the file of --json, if there is one'
+  return define_command().run(argv, _act, expected=(ValueError,), stopped=stopped)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
