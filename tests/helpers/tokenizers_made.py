@@ -1,9 +1,12 @@
-"""Tokenizers as public checkpoints have them, made small."""
+"""Tokenizers, and a whole folder, as public checkpoints have them, made small."""
 
 import io
 import json
+import pathlib
 
+import numpy as np
 import sentencepiece
+from safetensors import numpy as safetensors
 
 TEXTS = ['the cat sat on the mat', 'a dog ate the cat', 'on a mat sat a dog'] * 4
 PIECES = 20
@@ -51,4 +54,45 @@ def write_json(folder):
   made.enable_truncation(2)
   folder.mkdir(parents=True, exist_ok=True)
   made.save(str(folder / 'tokenizer.json'))
+  return folder
+
+
+def write_flan(folder, num_heads):
+  """A Hugging Face folder of T5 v1.1 with random weights, and its tokenizer."""
+  folder = pathlib.Path(folder)
+  tree_of = {'decoder': 2, 'encoder': 1}
+  D, H, F, V, NH = 16, 4, 24, 128, 4 * num_heads
+  shapes = {'shared.weight': (V, D), 'lm_head.weight': (V, D)}
+  for stack, layers in tree_of.items():
+    shapes[f'{stack}.final_layer_norm.weight'] = (D,)
+    bias = f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+    shapes[bias] = (32, num_heads)
+    kinds = ['SelfAttention', 'EncDecAttention'][: 2 if stack == 'decoder' else 1]
+    for i in range(layers):
+      block = f'{stack}.block.{i}.layer'
+      for j, kind in enumerate(kinds):
+        shapes[f'{block}.{j}.layer_norm.weight'] = (D,)
+        shapes |= {f'{block}.{j}.{kind}.{n}.weight': (NH, D) for n in 'qkv'}
+        shapes[f'{block}.{j}.{kind}.o.weight'] = (D, NH)
+      mlp = f'{block}.{len(kinds)}'
+      shapes[f'{mlp}.layer_norm.weight'] = (D,)
+      shapes |= {f'{mlp}.DenseReluDense.wi_{n}.weight': (F, D) for n in (0, 1)}
+      shapes[f'{mlp}.DenseReluDense.wo.weight'] = (D, F)
+  rng = np.random.default_rng(0)
+  tensors = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+  write_sentencepiece(folder)
+  safetensors.save_file(tensors, folder / 'model.safetensors')
+  config = {
+    'model_type': 't5',
+    'vocab_size': V,
+    'd_model': D,
+    'd_kv': H,
+    'd_ff': F,
+    'num_heads': num_heads,
+    'num_layers': tree_of['encoder'],
+    'num_decoder_layers': tree_of['decoder'],
+    'feed_forward_proj': 'gated-gelu',
+    'tie_word_embeddings': False,
+  }
+  (folder / 'config.json').write_text(json.dumps(config))
   return folder
