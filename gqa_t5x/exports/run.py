@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -10,7 +10,7 @@ from etils import epath
 from gqa_t5x import files
 from gqa_t5x.errors import BadInput
 from gqa_t5x.exports import ctranslate2, huggingface, stablehlo, t5x
-from gqa_t5x.exports.source import open_source
+from gqa_t5x.exports.source import Source, open_source
 
 # Format -> what fills the folder: its named arguments are the format's options.
 FORMATS: dict[str, Callable[..., None]] = {
@@ -32,6 +32,20 @@ def export(
 
   Args:
     input: a checkpoint folder of T5X or Hugging Face, or a model_dir; local or gs://.
+    output, format, **options: as of `write`.
+
+  Raises:
+    BadInput: bad input; nothing is left behind.
+  """
+  _check(output, format, options)
+  write(open_source(epath.Path(input).expanduser()), output, format, **options)
+
+
+def write(source: Source, output: epath.PathLike, format: str, **options: Any) -> None:
+  """Writes a model in the format of another program, and says so.
+
+  Args:
+    source: the model.
     output: the local folder to make.
     format: a key of FORMATS.
     **options: of the format, as of its `write`; None is the default.
@@ -39,24 +53,25 @@ def export(
   Raises:
     BadInput: bad input; nothing is left behind.
   """
-  write = _writer(format)
-  options = {name: value for name, value in options.items() if value is not None}
-  known = inspect.signature(write).parameters
-  for name in options:
-    if name not in known:
-      raise BadInput(f'--{name} is not for --format={format}; leave it out')
-  if '://' in os.fspath(output):
-    raise BadInput(f'--output={output} must be a local folder; copy it afterwards')
-  target = epath.Path(files.new_folder(output))
-  source = open_source(epath.Path(input).expanduser())
+  target, options = _check(output, format, options)
   with files.whole_folder(target) as folder:
-    write(source, folder, **options)
-  print(f'{source.folder} is written to {target}, as {format}')
+    FORMATS[format](source, folder, **options)
+  print(f'{source.name} is written to {target}, as {format}')
 
 
-def _writer(format: str) -> Callable[..., None]:
+def _check(
+  output: epath.PathLike, format: str, options: Mapping[str, Any]
+) -> tuple[epath.Path, dict[str, Any]]:
+  """The folder to make, and the options that are given; BadInput for bad ones."""
   if format == 'saved_model':
     raise BadInput(_SAVED_MODEL)
   if format not in FORMATS:
     raise BadInput(f'--format={format} is unknown; choose one of {", ".join(FORMATS)}')
-  return FORMATS[format]
+  given = {name: value for name, value in options.items() if value is not None}
+  known = inspect.signature(FORMATS[format]).parameters
+  for name in given:
+    if name not in known or name in ('source', 'folder'):
+      raise BadInput(f'--{name} is not for --format={format}; leave it out')
+  if '://' in os.fspath(output):
+    raise BadInput(f'--output={output} must be a local folder; copy it afterwards')
+  return epath.Path(files.new_folder(output)), given

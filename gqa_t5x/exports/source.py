@@ -18,18 +18,23 @@ class Source:
   """A checkpoint of any layout; nothing is read of it but names and shapes.
 
   Attributes:
-    folder: where it is.
+    folder: where it, or at least its tokenizer, is; None of a model in memory.
     params: path ("decoder/layers_0/mlp/wo/kernel") -> tensor, all parameters.
     architecture: sizes and head counts.
     config: what the shapes do not show.
     step: of training; 0 of a Hugging Face folder, which has none.
   """
 
-  folder: epath.Path
+  folder: epath.Path | None
   params: Mapping[str, LazyTensor]
   architecture: tree.Architecture
   config: ModelConfig
   step: int
+
+  @property
+  def name(self) -> str:
+    """What messages call it."""
+    return str(self.folder or 'The model')
 
   def read(self, path: str) -> np.ndarray:
     """Reads one parameter, as float32."""

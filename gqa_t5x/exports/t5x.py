@@ -10,10 +10,11 @@ import dataclasses
 import numpy as np
 from etils import epath
 
-from gqa_t5x.checkpoints import config, tokenizer_files, writer
+from gqa_t5x.checkpoints import config, writer
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, Unit
 from gqa_t5x.checkpoints.tree import TARGET
 from gqa_t5x.errors import BadInput
+from gqa_t5x.exports import vocabulary
 from gqa_t5x.exports.source import Source
 
 # What T5X's network computes in one way only; its activation can be set, and the end
@@ -47,7 +48,7 @@ def write(source: Source, folder: epath.Path, *, num_kv_heads: str = 'all') -> N
 
   def add_files(made: epath.Path, _) -> None:
     config.write(made, source.config)
-    tokenizer_files.copy(source.folder, made)
+    vocabulary.copy(source, made)
 
   writer.write_checkpoint(
     folder / f'checkpoint_{source.step}', units, lambda _: None, add_files=add_files
@@ -59,12 +60,12 @@ def _check(source: Source) -> None:
   for name in _FIXED:
     if (value := getattr(source.config, name)) != published[name]:
       raise BadInput(
-        f"{source.folder} has {name}={value}, and T5X's own network computes"
+        f"{source.name} has {name}={value}, and T5X's own network computes"
         f' {published[name]} alone; train and evaluate this model with'
         ' gqa_t5x.model.network'
       )
   if source.architecture.bias_per_layer:
     raise BadInput(
-      f"{source.folder} is a umT5, with a position bias in every layer; T5X's own"
+      f"{source.name} is a umT5, with a position bias in every layer; T5X's own"
       ' network of T5.1.1 has one a stack'
     )

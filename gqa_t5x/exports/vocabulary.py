@@ -35,9 +35,9 @@ def read_tokens(source: Source, given: str | None = None) -> list[str]:
     BadInput: the file is missing, damaged, or has more tokens than the embedding rows.
   """
   size = source.architecture.vocab_size
-  file = find(source.folder, given)
+  file = find(source, given)
   if file is None:
-    print(f'No tokenizer in {source.folder}: tokens are ids, as text')
+    print(f'{source.name} has no tokenizer: tokens are ids, as text')
     return [str(i) for i in range(size)]
   if file.name == tokenizer_files.CONFIG:
     tokens = dict(enumerate([*_SPECIAL, *map(chr, range(256))]))
@@ -53,18 +53,30 @@ def read_tokens(source: Source, given: str | None = None) -> list[str]:
   return [tokens.get(i, f'<unused_{i}>') for i in range(size)]
 
 
-def find(folder: epath.Path, given: str | None = None) -> epath.Path | None:
+def find(source: Source, given: str | None = None) -> epath.Path | None:
   """The file of a model's tokens, or None; BadInput if the one given is missing."""
   if given is not None:
     if not epath.Path(given).is_file():
       raise BadInput(f'--vocabulary={given}: there is no such file')
     return epath.Path(given)
-  place = tokenizer_files.find(folder)
+  if source.folder is None or source.folder.is_file():
+    return source.folder
+  place = tokenizer_files.find(source.folder)
   names = (tokenizer_files.TOKENIZERS, tokenizer_files.SENTENCEPIECE)
   found = [place / name for name in names if place and (place / name).exists()]
   if place and not found and _config(place).get('tokenizer_class') in _BYTES:
     found = [place / tokenizer_files.CONFIG]
   return found[0] if found else None
+
+
+def copy(source: Source, folder: epath.Path, given: str | None = None) -> None:
+  """Copies all files of the tokenizer in the source's folder, or the one of `find`."""
+  if given is None and source.folder is not None and source.folder.is_dir():
+    tokenizer_files.copy(source.folder, folder)
+  elif (file := find(source, given)) is not None:
+    is_json = file.suffix == '.json'
+    name = tokenizer_files.TOKENIZERS if is_json else tokenizer_files.SENTENCEPIECE
+    (folder / name).write_bytes(file.read_bytes())
 
 
 def _config(folder: epath.Path) -> dict[str, Any]:

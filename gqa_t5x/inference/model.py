@@ -21,10 +21,10 @@ from etils import epath
 from tqdm import tqdm
 
 from gqa_t5x.checkpoints import config as config_file
-from gqa_t5x.checkpoints import folders, tokenizer_files, tree, writer
+from gqa_t5x.checkpoints import folders, tokenizer_files, tree
 from gqa_t5x.conversion import input_statistics, input_sums, methods, plan
 from gqa_t5x.errors import BadInput
-from gqa_t5x.inference import examples, programs, tokenizer
+from gqa_t5x.inference import examples, outputs, programs, tokenizer
 from gqa_t5x.inference.layout import Layout
 from gqa_t5x.inference.texts import Text, Texts
 from gqa_t5x.model import network, sizes
@@ -368,22 +368,23 @@ class Model:
     Raises:
       BadInput: the folder has a checkpoint of this step, or cannot be written.
     """
-    folder = epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
-    if '://' in os.fspath(path):
-      folder = epath.Path(path)
-    target = folder / f'checkpoint_{self._step}'
-    if target.exists():
-      raise BadInput(f'{target} exists already; choose another folder')
+    outputs.save(path, *self._parts)
 
-    def add_files(place: epath.Path, _) -> None:
-      config_file.write(place, self._model_config)
-      if self._tokenizer_path is not None:
-        tokenizer_files.copy(self._tokenizer_path, place)
+  def export(self, path: epath.PathLike, format: str, **options: Any) -> None:
+    """Writes the model for other programs, as `python -m gqa_t5x.export` does.
 
-    writer.write_params(target, self.params, self._step, add_files)
-    print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
+    Args:
+      path: the local folder to make; BadInput if there is one.
+      format: 'ctranslate2', 'huggingface', 'stablehlo' or 't5x' (docs/export.md).
+      **options: the command's flags for the format.
+    """
+    outputs.export(path, format, options, *self._parts)
 
   # --- Inside -------------------------------------------------------------------
+
+  @property
+  def _parts(self) -> tuple:
+    return self.params, self._model_config, self._step, self._tokenizer_path
 
   @property
   def _start(self) -> int:

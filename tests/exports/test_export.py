@@ -2,6 +2,7 @@
 
 import pytest
 
+import gqa_t5x
 from gqa_t5x.exports import run
 from helpers import exports, model_oracle
 
@@ -66,3 +67,25 @@ def test_a_failed_export_leaves_nothing(source, tmp_path, monkeypatch):
   with pytest.raises(OSError, match='No space left'):
     run.export(source, tmp_path / 'out', 'failing')
   assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize('format', ['ctranslate2', 'huggingface', 't5x'])
+@pytest.mark.parametrize('place', ['beside', 'given', 'none'])
+def test_the_python_api_writes_what_the_command_does(format, place, source, tmp_path):
+  if format == 'ctranslate2':
+    pytest.importorskip('ctranslate2')
+  options, flags = {}, []
+  if place == 'beside':
+    exports.write_spiece(source, extra_ids=4)
+  if place == 'given' and format != 't5x':
+    tokens = ['<pad>', '</s>', '<unk>', 'a']
+    file = exports.write_tokenizer(tmp_path, tokens)
+    options['vocabulary'] = str(file)
+    flags = [f'--vocabulary={file}']
+  gqa_t5x.load(source).export(tmp_path / 'here', format, **options)
+  exports.command(source, tmp_path / 'there', format, *flags)
+  there, here = (
+    {f.relative_to(folder): f.read_bytes() for f in folder.rglob('*') if f.is_file()}
+    for folder in (tmp_path / 'there', tmp_path / 'here')
+  )
+  assert here == there

@@ -1,6 +1,5 @@
 """Tokens by id, of each kind of tokenizer."""
 
-import io
 import json
 import types
 
@@ -10,6 +9,7 @@ from etils import epath
 
 from gqa_t5x.errors import BadInput
 from gqa_t5x.exports import vocabulary
+from helpers import exports
 
 PIECES = ['<pad>', '</s>', '<unk>', '▁a', 'b', '▁c']
 
@@ -20,31 +20,11 @@ def read(folder, size, given=None):
   return vocabulary.read_tokens(source, given)
 
 
-@pytest.fixture(scope='module')
-def spiece():
-  """A model of SentencePiece with T5's special tokens; the bytes of its file."""
-  written = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(['a b c ab bc ca'] * 4),
-    model_writer=written,
-    vocab_size=12,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    hard_vocab_limit=False,
-    minloglevel=2,
-  )
-  return written.getvalue()
-
-
-@pytest.mark.parametrize(('config', 'extra_ids'), [(None, 100), ({'extra_ids': 4}, 4)])
-def test_sentencepiece(config, extra_ids, spiece, tmp_path):
-  (tmp_path / 'spiece.model').write_bytes(spiece)
-  if config:
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+@pytest.mark.parametrize(('given', 'extra_ids'), [(None, 100), (4, 4)])
+def test_sentencepiece(given, extra_ids, tmp_path):
+  exports.write_spiece(tmp_path, given)
   tokens = read(tmp_path, 128)
-  pieces = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+  pieces = sentencepiece.SentencePieceProcessor(model_proto=exports.spiece())
   n = len(pieces)
   assert tokens[:3] == ['<pad>', '</s>', '<unk>']
   assert tokens[:n] == [pieces.id_to_piece(i) for i in range(n)]
@@ -72,9 +52,9 @@ def test_bytes(tmp_path):
   assert len(set(tokens)) == 384
 
 
-def test_a_file_that_is_given_goes_first(spiece, tmp_path):
+def test_a_file_that_is_given_goes_first(tmp_path):
   (tmp_path / 'tokenizer.json').write_text('{')
-  (tmp_path / 'my.model').write_bytes(spiece)
+  (tmp_path / 'my.model').write_bytes(exports.spiece())
   assert '▁' in read(tmp_path, 200, tmp_path / 'my.model')
 
 
@@ -97,7 +77,7 @@ def test_damage(name, text, said, tmp_path):
     read(tmp_path, 50)
 
 
-def test_more_tokens_than_rows(spiece, tmp_path):
-  (tmp_path / 'spiece.model').write_bytes(spiece)
+def test_more_tokens_than_rows(tmp_path):
+  exports.write_spiece(tmp_path)
   with pytest.raises(BadInput, match='but the model has 50 rows of its embedding'):
     read(tmp_path, 50)

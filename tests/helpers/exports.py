@@ -1,6 +1,7 @@
 """What the tests of exports share: checkpoints of the small model, and the command."""
 
 import functools
+import io
 import json
 import pathlib
 import re
@@ -66,6 +67,34 @@ def write_tokenizer(folder: pathlib.Path, tokens) -> pathlib.Path:
   file = folder / 'tokenizer.json'
   file.write_text(json.dumps(content))
   return file
+
+
+@functools.cache
+def spiece() -> bytes:
+  """A SentencePiece model of a dozen pieces, with T5's special tokens."""
+  import sentencepiece
+
+  written = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['a b c ab bc ca'] * 4),
+    model_writer=written,
+    vocab_size=12,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    hard_vocab_limit=False,
+    minloglevel=2,
+  )
+  return written.getvalue()
+
+
+def write_spiece(folder: pathlib.Path, extra_ids: int | None = None) -> None:
+  """Writes it as Hugging Face does."""
+  (folder / 'spiece.model').write_bytes(spiece())
+  if extra_ids is not None:
+    text = json.dumps({'extra_ids': extra_ids})
+    (folder / 'tokenizer_config.json').write_text(text)
 
 
 def code_in_docs(name: str) -> str:
