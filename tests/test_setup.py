@@ -58,7 +58,8 @@ def pins():
 
 def test_every_requirement_is_pinned(setup_arguments, pins):
   extras = setup_arguments['extras_require']
-  assert set(extras) == {'train', 't5x', 'test', 'torch', 'ctranslate2'}
+  names = {'inference', 'train', 't5x', 'test', 'torch', 'oracle', 'ctranslate2'}
+  assert set(extras) == names
   required = sum(extras.values(), setup_arguments['install_requires'])
   assert len(required) > 20
   # Versions are in constraints.txt alone.

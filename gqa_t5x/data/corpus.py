@@ -109,10 +109,15 @@ def _text_hash(text: str) -> str:
 
 def split_of(text: str) -> str:
   """Names the split of a text: "train", "validation" or "test", by its hash alone."""
-  position = int(_text_hash(text)[:8], 16) / 2**32
-  if position < _VALIDATION_SHARE:
+  place = position(text)
+  if place < _VALIDATION_SHARE:
     return 'validation'
-  return 'test' if position < _VALIDATION_SHARE + _TEST_SHARE else 'train'
+  return 'test' if place < _VALIDATION_SHARE + _TEST_SHARE else 'train'
+
+
+def position(text: str) -> float:
+  """Returns a number from 0 up to 1 by which texts are dealt to splits: a hash."""
+  return int(_text_hash(text)[:8], 16) / 2**32
 
 
 def split_texts(texts: Iterable[str]) -> dict[str, list[str]]:

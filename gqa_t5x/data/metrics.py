@@ -1,4 +1,4 @@
-"""The paper's metrics, as functions of targets and predictions for seqio tasks.
+"""Metrics, as functions of targets and predictions for seqio tasks.
 
 All are in percent, 0 to 100, the same on every run, and raise BadInput if there are no
 examples or the numbers of targets and predictions differ. The package t5 has them, too,
@@ -96,6 +96,34 @@ def trivia_qa(
         'not published: evaluate on the split validation'
       )
   return t5.evaluation.metrics.trivia_qa(targets, predictions)
+
+
+def squad(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+  """Returns exact match and F1 of words as for SQuAD, with one answer a question.
+
+  Both sides are normalised as in `trivia_qa`.
+
+  Returns:
+    `em` and `f1`.
+
+  Source: Rajpurkar et al. (2016), the official evaluation script.
+  """
+  _check_lengths(targets, predictions)
+  return t5.evaluation.metrics.squad([[target] for target in targets], predictions)
+
+
+def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+  """Returns the share of texts that are equal, but for the amount of white space.
+
+  Vocabularies such as T5's turn line breaks and repeated spaces into one space.
+
+  Returns:
+    `exact_match`.
+  """
+  _check_lengths(targets, predictions)
+  pairs = zip(targets, predictions, strict=True)
+  hits = sum(target.split() == prediction.split() for target, prediction in pairs)
+  return {'exact_match': 100 * hits / len(targets)}
 
 
 def _check_lengths(targets: Sequence, predictions: Sequence) -> None:

@@ -1,10 +1,18 @@
-"""Preprocessing of the benchmarks where the package t5 has none that fits."""
+"""Preprocessing where the package t5 has none that fits, or checks too little."""
 
 from collections.abc import Mapping
 
 import seqio
 import tensorflow as tf
+from t5.data import preprocessors as t5_preprocessors
 
+from gqa_t5x.errors import BadInput
+
+# AutoGraph would look for loops over tensors in T5's code for seconds; there are none.
+_no_autograph = tf.autograph.experimental.do_not_convert
+_span_corruption = _no_autograph(t5_preprocessors.span_corruption)
+_prefix_lm = _no_autograph(t5_preprocessors.prefix_lm)
+_NOISE_DENSITY, _SPAN_LENGTH = 0.15, 3.0  # T5's
 # A piece of a SentencePiece vocabulary has at most 16 characters (its default, and
 # T5's), an English one four or five: n tokens need far less than 16 n characters.
 _CHARS_PER_TOKEN = 16
@@ -85,3 +93,56 @@ def cut_characters(
     return {**example, 'inputs': inputs}
 
   return dataset.map(cut, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def span_corruption(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int],
+  output_features: Mapping[str, seqio.Feature],
+) -> tf.data.Dataset:
+  """T5's span corruption, as in `c4_v220_span_corruption`.
+
+  Raises:
+    BadInput: the targets are too short, or the vocabulary has too few sentinels, in
+      place of which T5's function takes ordinary pieces.
+  """
+  tokens, targets = t5_preprocessors.random_spans_helper(
+    inputs_length=sequence_length['inputs'],
+    noise_density=_NOISE_DENSITY,
+    mean_noise_span_length=_SPAN_LENGTH,
+    extra_tokens_per_span_inputs=1,
+    extra_tokens_per_span_targets=1,
+  )
+  if sequence_length['targets'] < targets:
+    raise BadInput(
+      f'TASK_FEATURE_LENGTHS: span corruption of {sequence_length["inputs"]} inputs has'
+      f' {targets} targets, more than {sequence_length["targets"]}; give as many'
+    )
+  spans = round(round(tokens * _NOISE_DENSITY) / _SPAN_LENGTH)
+  sentinels = output_features['targets'].vocabulary.extra_ids
+  if sentinels < spans:
+    raise BadInput(
+      f'VOCABULARY has {sentinels} sentinels (extra_ids), and span corruption of'
+      f' {sequence_length["inputs"]} inputs needs {spans}. Give fewer inputs in'
+      ' TASK_FEATURE_LENGTHS, or a vocabulary that has as many'
+    )
+  return _span_corruption(dataset, sequence_length, output_features)
+
+
+def prefix_lm(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int],
+  output_features: Mapping[str, seqio.Feature],
+) -> tf.data.Dataset:
+  """T5's prefix language modelling, as in `c4_v220_prefix_lm`: a text is cut in two.
+
+  Raises:
+    BadInput: the targets are shorter than the inputs, so that texts would lose tokens.
+  """
+  if sequence_length['targets'] < sequence_length['inputs']:
+    raise BadInput(
+      f'TASK_FEATURE_LENGTHS: a prefix LM cuts texts of {sequence_length["inputs"]}'
+      f' tokens (inputs) anywhere, and targets has only {sequence_length["targets"]};'
+      ' give both the same'
+    )
+  return _prefix_lm(dataset, sequence_length, output_features)

@@ -15,20 +15,16 @@ from collections.abc import Callable, Sequence
 
 import seqio
 import tensorflow as tf
-from t5.data import preprocessors
+from t5.data import preprocessors as t5_preprocessors
 
 import gqa_t5x.data.benchmarks  # noqa: F401 (registers the papers' tasks)
-from gqa_t5x.data import metrics
+from gqa_t5x.data import metrics, preprocessors
 from gqa_t5x.data.corpus import CORPORA, LINE_BREAK, SHARDS, Corpus
 from gqa_t5x.data.vocabulary import CorpusVocabulary
 
 # Shorter ones are a name or a remark: no summary, or nothing to sum up.
 _MIN_SUMMARY_BYTES = 20
 _MIN_BODY_BYTES = 80
-# AutoGraph would look for loops over tensors in T5's code for seconds; there are none.
-_span_corruption = tf.autograph.experimental.do_not_convert(
-  preprocessors.span_corruption
-)
 
 
 class _CorpusSource(seqio.TextLineDataSource):
@@ -57,9 +53,9 @@ def add_span_corruption(name: str, corpus: Corpus) -> seqio.Task:
   The task has the corpus's vocabulary, and splits train, validation and test.
   """
   rekey = functools.partial(
-    preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
+    t5_preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
   )
-  return _add(name, corpus, before=[rekey], after=[_span_corruption])
+  return _add(name, corpus, before=[rekey], after=[preprocessors.span_corruption])
 
 
 def split_summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -93,7 +89,7 @@ def add_summarize(name: str, corpus: Corpus) -> seqio.Task:
   are those of span corruption: a model is not tested on what it was pre-trained on.
   """
   summarize = functools.partial(
-    preprocessors.summarize, article_key='article', summary_key='summary'
+    t5_preprocessors.summarize, article_key='article', summary_key='summary'
   )
   before = [split_summary, summarize]
   return _add(name, corpus, before, metric_fns=[metrics.rouge])

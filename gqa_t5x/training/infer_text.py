@@ -16,19 +16,13 @@ import jax
 import numpy as np
 import seqio
 import tensorflow as tf
-from absl import logging
 from jax.experimental import multihost_utils
 
 from gqa_t5x import files
+from gqa_t5x.data import records
 from gqa_t5x.errors import BadInput, first_line
 
-_SHOWN = 10  # unreadable lines that an error names
 _NAME = 80  # most characters of the file's name in those of the results
-_BYTE_ORDER_MARK = b'\xef\xbb\xbf'
-
-
-class Unreadable(BadInput):
-  """Why a line is no input."""
 
 
 def task(
@@ -43,11 +37,12 @@ def task(
   """Registers the lines of a file as a seqio task, split `infer`; returns its name.
 
   Args:
-    path: the file, local or gs://: JSON lines if its name ends in .jsonl, else text.
+    path: the file, local or gs://: its name tells what it is (`records`), and any name
+      that is not known there is of text, an input a line.
     vocabulary: the model's.
     output_dir: gets the TFRecord file.
     checkpoint: the path of the checkpoint that infers; part of the digest alone.
-    key: of JSON lines: where the text is.
+    key: of all but text: where the input is.
     prefix: text that goes before each input, such as 'summarize: '.
     unreadable: 'refuse' the file if a line is unreadable, or 'skip' the line.
 
@@ -55,8 +50,7 @@ def task(
     BadInput: for a file that is missing or has no input, an unknown `unreadable`, and
       unreadable lines that are not to be skipped.
   """
-  if unreadable not in ('refuse', 'skip'):
-    raise BadInput(f'UNREADABLE={unreadable!r}; choose one of refuse, skip.')
+  records.check_unreadable(unreadable)
   _check_input_file(path)
   settings = json.dumps([checkpoint, key, prefix])
   word = re.sub(r'\W', '_', pathlib.PurePath(path).stem, flags=re.ASCII)[:_NAME]
@@ -95,63 +89,16 @@ def _digest(path: str, settings: str) -> str:
 
 def _write_record(path: str, record: str, key: str, unreadable: str) -> None:
   """Writes the readable lines as examples; raises BadInput for those refused."""
-  bad, count = [], 0
+  count = 0
   with files.whole(record) as temporary:
-    with (
-      tf.io.gfile.GFile(path, 'rb') as file,
-      tf.io.TFRecordWriter(os.fspath(temporary)) as writer,
-    ):
-      for number, line in enumerate(file, start=1):
-        try:
-          line = line.rstrip(b'\r\n')
-          if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
-          text = read_line(line, key if path.lower().endswith('.jsonl') else None)
-        except Unreadable as why:
-          bad.append(f'{number} ({why})')
-          logging.warning('%s, line %d is unreadable: %s.', path, number, why)
-        else:
-          count += 1
-          writer.write(_example(number, text).SerializeToString())
-    if bad and unreadable == 'refuse':
-      more = f' and {len(bad) - _SHOWN} more' if len(bad) > _SHOWN else ''
-      raise BadInput(
-        f'INPUT_FILE={path} has unreadable lines: {", ".join(bad[:_SHOWN])}{more}. Mend'
-        ' them, or leave them out by --gin.UNREADABLE="\'skip\'".'
-      )
+    with tf.io.TFRecordWriter(os.fspath(temporary)) as writer:
+      for number, (text,) in records.readable(
+        path, [key], 'line', unreadable, 'INPUT_FILE'
+      ):
+        count += 1
+        writer.write(_example(number, text).SerializeToString())
     if not count:
       raise BadInput(f'INPUT_FILE={path} has no line to infer on.')
-  if bad:
-    print(f'{path}: {len(bad)} unreadable lines are skipped, {count} are left.')
-
-
-def read_line(line: bytes, key: str | None) -> str:
-  """Returns the input of a line: under `key` of a JSON object; None for plain text.
-
-  Raises:
-    Unreadable: the message says why.
-  """
-  try:
-    text = line.decode('utf-8')
-  except UnicodeDecodeError as error:
-    raise Unreadable(f'not UTF-8 at byte {error.start}') from error
-  if key is not None and text.strip():
-    try:
-      value = json.loads(text)
-    except json.JSONDecodeError as error:
-      raise Unreadable(f'not JSON at column {error.colno}') from error
-    except (ValueError, RecursionError) as error:  # A long number, or too deep.
-      raise Unreadable(f'not JSON: {first_line(error)}') from error
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
-      raise Unreadable(f'no text under {key!r}')
-    text = value[key]
-  if not text.strip():
-    raise Unreadable('empty')
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise Unreadable(f'half a character (a surrogate) at {error.start}') from error
-  return text
 
 
 def _example(number: int, text: str) -> tf.train.Example:

@@ -5,6 +5,7 @@ one before, and goes on with the data where it was. The gin files give `get_data
 `t5x.train`, which calls it first.
 """
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -52,13 +53,15 @@ def get_dataset(
 
   Raises:
     BadInput: the folder is in use, cannot be written, or none of its checkpoints can
-      be read or fits the model.
+      be read or fits the model; or the data is less than a batch.
   """
   folder = epath.Path(model_dir)
   claim(folder)
   latest = latest_readable(folder)
   if latest is not None:
     restore.check_fits(latest, model)
+  else:
+    _check_batch(cfg, feature_converter_cls)
   settings = _data_settings(cfg)
   if not jax.process_index():
     if save_dataset and latest is not None and (folder / SETTINGS).exists():
@@ -66,6 +69,20 @@ def get_dataset(
     config.write(folder, restore.config_of(model))
   dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
   return Batches(dataset, folder, settings) if save_dataset else dataset
+
+
+def _check_batch(
+  cfg: utils.DatasetConfig, feature_converter_cls: Callable[..., Any]
+) -> None:
+  """Raises BadInput if all of the data is less than a batch."""
+  once = dataclasses.replace(cfg, shuffle=False)
+  batches = utils.get_dataset(once, 0, 1, feature_converter_cls, 1)
+  if not any(True for _ in batches.take(1)):
+    raise BadInput(
+      f'{cfg.mixture_or_task_name}: the split {cfg.split} gives fewer rows of'
+      f' {dict(cfg.task_feature_lengths)} tokens than BATCH_SIZE={cfg.batch_size}, so'
+      ' that a batch would hold a row twice. Give more data, or a smaller batch.'
+    )
 
 
 def _data_settings(cfg: utils.DatasetConfig) -> dict[str, str]:

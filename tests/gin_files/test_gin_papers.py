@@ -321,6 +321,8 @@ def test_another_vocabulary_and_folder(tmp_path):
 def test_every_task_file_is_tried():
   tasks = {file for file in commands.gin_files() if file.startswith('gin/tasks/')}
   tried = {f'gin/tasks/{task}.gin' for task in TASKS} | {C4, WMT}
-  # What tasks include, and gin/local/finetune.gin (test_gin.py).
-  others = {'gin/tasks/benchmark.gin', 'gin/tasks/pydocs_summarize.gin'}
+  # What tasks include, gin/local/finetune.gin (test_gin.py) and own files
+  # (test_gin_own.py).
+  names = ('benchmark', 'pydocs_summarize', 'text_files', 'pairs')
+  others = {f'gin/tasks/{name}.gin' for name in names}
   assert tasks == tried | others

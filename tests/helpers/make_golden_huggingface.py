@@ -56,17 +56,17 @@ def tokens(rng, length, rows=2):
   return rng.integers(1, SIZE['vocab_size'], (rows, length)).astype(np.int32)
 
 
-def random_model(kind, config, has_projection):
+def random_model(kind, config, has_projection, scale=0.6):
   make = getattr(transformers, f'{kind}ForConditionalGeneration')
   model = make(getattr(transformers, f'{kind}Config')(**SIZE | config))
   torch.manual_seed(0)
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       noise = torch.randn(parameter.shape)
-      parameter.copy_(1 + 0.2 * noise if 'layer_norm' in name else 0.6 * noise)
+      parameter.copy_(1 + 0.2 * noise if 'layer_norm' in name else scale * noise)
     if has_projection:
       shape = model.shared.weight.shape
-      model.lm_head.weight = torch.nn.Parameter(0.6 * torch.randn(shape))
+      model.lm_head.weight = torch.nn.Parameter(scale * torch.randn(shape))
   return model
 
 

@@ -14,54 +14,6 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.training import infer_text, resume, run_lock
 from helpers import commands, tiny_task
 
-TEXT, JSON = None, 'inputs'
-
-
-@pytest.mark.parametrize(
-  ('line', 'key', 'expected'),
-  [
-    (b'two words', TEXT, 'two words'),
-    (b'{"inputs": "x"}', TEXT, '{"inputs": "x"}'),
-    ('größer'.encode(), TEXT, 'größer'),
-    (b'{"inputs": "a\\nb", "more": 3}', JSON, 'a\nb'),
-    (b'{"question": "why"}', 'question', 'why'),
-    (b'{"inputs": "a\\ud83d\\ude00"}', JSON, 'a\N{GRINNING FACE}'),
-  ],
-)
-def test_lines(line, key, expected):
-  assert infer_text.read_line(line, key) == expected
-
-
-@pytest.mark.parametrize(
-  ('line', 'key', 'why'),
-  [
-    (b'', TEXT, 'empty'),
-    (b' \t', TEXT, 'empty'),
-    (b'ab\xff', TEXT, 'not UTF-8 at byte 2'),
-    (b'', JSON, 'empty'),
-    (b'{"inputs": " "}', JSON, 'empty'),
-    (b'{"inputs": x}', JSON, 'not JSON at column 12'),
-    (b'"inputs"', JSON, "no text under 'inputs'"),
-    (b'{"input": "x"}', JSON, "no text under 'inputs'"),
-    (b'{"inputs": 3}', JSON, "no text under 'inputs'"),
-    (b'{"inputs": "a\\ud83d"}', JSON, r'half a character \(a surrogate\) at 1'),
-    (b'{"inputs": "\\ude00"}', JSON, r'half a character \(a surrogate\) at 0'),
-    (
-      b'{"inputs": "x", "n": NaN, "deep": ' + b'[' * 10**5,
-      JSON,
-      'not JSON: maximum rec.*',
-    ),
-    (
-      b'{"inputs": "x", "n": ' + b'1' * 5000 + b'}',
-      JSON,
-      'not JSON: Exceeds the limit .*',
-    ),
-  ],
-)
-def test_unreadable_lines(line, key, why):
-  with pytest.raises(infer_text.Unreadable, match=f'^{why}$'):
-    infer_text.read_line(line, key)
-
 
 @pytest.fixture
 def register(tmp_path):

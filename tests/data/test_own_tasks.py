@@ -1,0 +1,452 @@
+"""Tasks on users' own files: what is in which split, and what a model gets of it."""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import seqio
+import t5.data.mixtures  # noqa: F401
+import tensorflow as tf
+
+from gqa_t5x import files
+from gqa_t5x.data import own_tasks, record_cache
+from gqa_t5x.errors import BadInput
+from helpers import commands, tiny_task
+
+LENGTHS = {'inputs': 32, 'targets': 32}
+WORDS = tiny_task.WORDS
+TEXTS = [f'{i} {WORDS[i % 8]} is not {WORDS[i % 7]}' for i in range(300)]
+PAIRS = [(text, text.split()[1]) for text in TEXTS]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+  """Each test has a cache of its own."""
+  monkeypatch.setenv('GQA_T5X_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def write_texts(path='a.jsonl', texts=TEXTS, key='text'):
+  lines = [json.dumps({key: text}) for text in texts]
+  pathlib.Path(path).write_text('\n'.join(lines))
+
+
+def write_pairs(path='a.tsv', pairs=PAIRS):
+  lines = ['inputs\ttargets', *('\t'.join(pair) for pair in pairs)]
+  pathlib.Path(path).write_text('\n'.join(lines))
+
+
+def text_task(files='*.jsonl', extra_ids=100, **changes) -> str:
+  given = {'key': 'text', 'document': 'line', 'objective': 'span_corruption'}
+  given |= {'validation_files': None, 'validation_share': 0.2, 'cache_dir': None}
+  given |= {'vocabulary': tiny_task.vocabulary(extra_ids), 'unreadable': 'refuse'}
+  return own_tasks.text_files(files, **given | changes)
+
+
+def pair_task(train_files='*.tsv', **changes) -> str:
+  given = {'input_key': 'inputs', 'target_key': 'targets', 'input_prefix': ''}
+  given |= {'validation_files': None, 'validation_share': 0.2, 'cache_dir': None}
+  given |= {'vocabulary': tiny_task.vocabulary(), 'unreadable': 'refuse'}
+  given |= {'test_files': None, 'metric': None}
+  return own_tasks.pairs(train_files, **given | changes)
+
+
+def raw(name, split, shard=None) -> list[tuple[str, ...]]:
+  source = seqio.TaskRegistry.get(name).source
+  found = source.get_dataset(split, shuffle=False, shard_info=shard)
+  return [tuple(x.decode() for x in e.values()) for e in found.as_numpy_iterator()]
+
+
+def rows(dataset) -> list[tuple]:
+  """Token ids of all examples, or of as many as are taken."""
+  return [
+    tuple(example[name].tobytes() for name in ('inputs', 'targets'))
+    for example in dataset.as_numpy_iterator()
+  ]
+
+
+# --- Splits -------------------------------------------------------------------
+
+
+def test_a_text_is_in_one_split_whatever_is_with_it():
+  write_texts()
+  name = text_task()
+  train, validation = (raw(name, split) for split in ('train', 'validation'))
+  # Binomial(300, 0.2), and hashes do not change.
+  assert 40 < len(validation) < 80
+  assert sorted(train + validation) == sorted((text,) for text in TEXTS)
+  # Other texts, in other files and formats, with other white space.
+  pathlib.Path('b').mkdir()
+  some = [f' {text.upper()}  ' for text in TEXTS[100:]]
+  pathlib.Path('b/x.txt').write_text('\n'.join(some[:50]))
+  write_texts('b/y.jsonl', some[50:])
+  name = text_task(['b/*.txt', str(pathlib.Path('b/y.jsonl').absolute())])
+  again = {text.strip().lower() for (text,) in raw(name, 'validation')}
+  assert again == {text for (text,) in validation} & set(TEXTS[100:])
+
+
+def test_pairs_are_split_by_their_input():
+  write_pairs(pairs=[(q, a + end) for end in ('', '!') for q, a in PAIRS])
+  name = pair_task()
+  inputs = [{q for q, _ in raw(name, split)} for split in ('train', 'validation')]
+  assert not inputs[0] & inputs[1]
+  assert inputs[0] | inputs[1] == set(TEXTS)
+
+
+def test_files_of_their_own():
+  for path, part in (('a', PAIRS[:9]), ('b', PAIRS[9:14]), ('c', PAIRS[14:20])):
+    write_pairs(f'{path}.tsv', part)
+  name = pair_task('a.tsv', validation_files='b.tsv', test_files=['c.tsv', 'c.tsv'])
+  assert raw(name, 'train') == PAIRS[:9]
+  assert raw(name, 'validation') == PAIRS[9:14]
+  assert raw(name, 'test') == PAIRS[14:20]
+  name = pair_task('a.tsv', validation_share=0)
+  assert seqio.TaskRegistry.get(name).splits == ('train',)
+  write_texts('t.jsonl', TEXTS[:9])
+  write_texts('v.jsonl', TEXTS[9:12])
+  name = text_task('t.jsonl', validation_files='v.jsonl')
+  assert raw(name, 'validation') == [(text,) for text in TEXTS[9:12]]
+
+
+def test_hosts_get_files_or_every_other_example():
+  for i in range(4):
+    write_texts(f'{i}.jsonl', TEXTS[i::4])
+  name = text_task(validation_share=0)
+  shards = [raw(name, 'train', seqio.ShardInfo(i, 2)) for i in range(2)]
+  assert sorted(shards[0]) == sorted((t,) for t in TEXTS[0::4] + TEXTS[2::4])
+  assert sorted(shards[1]) == sorted((t,) for t in TEXTS[1::4] + TEXTS[3::4])
+  task = seqio.TaskRegistry.get(text_task('0.jsonl', validation_share=0))
+  rows = [
+    task.get_dataset(LENGTHS, shuffle=False, shard_info=seqio.ShardInfo(i, 2))
+    for i in range(2)
+  ]
+  assert all(len(list(part)) > 0 for part in rows)
+
+
+# --- What a model gets ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('objective', 'task'),
+  [
+    ('span_corruption', 'c4_v220_span_corruption'),
+    ('prefix_lm', 'c4_v220_prefix_lm'),
+  ],
+)
+def test_objectives_are_those_of_t5(objective, task):
+  """T5's own task on C4, given the same texts."""
+  write_texts()
+  vocabulary = tiny_task.vocabulary(100)
+  own = seqio.TaskRegistry.get(text_task(objective=objective, validation_share=0))
+  feature = seqio.Feature(vocabulary, add_eos=True)
+
+  def c4(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensor_slices({'text': TEXTS})
+
+  oracle = seqio.Task(
+    'oracle',
+    seqio.FunctionDataSource(c4, ['train']),
+    {'inputs': feature, 'targets': feature},
+    preprocessors=seqio.TaskRegistry.get(task).preprocessors,
+  )
+  found, expected = (
+    rows(t.get_dataset(LENGTHS, shuffle=False, seed=7)) for t in (own, oracle)
+  )
+  assert found == expected
+  assert len(found) > 100
+
+
+def test_pairs_are_prefixed_and_cut_with_their_end_marker():
+  write_pairs(pairs=[('abc', 'de'), ('x' * 50, 'y' * 40)])
+  name = pair_task(input_prefix='say: ', validation_share=0)
+  short, long = seqio.TaskRegistry.get(name).get_dataset(LENGTHS, shuffle=False)
+  vocabulary = tiny_task.vocabulary()
+  for example, inputs, targets in (
+    (short, 'say: abc', 'de'),
+    (long, 'say: ' + 'x' * 26, 'y' * 31),
+  ):
+    assert example['inputs'].numpy().tolist() == [*vocabulary.encode(inputs), 1]
+    assert example['targets'].numpy().tolist() == [*vocabulary.encode(targets), 1]
+  assert long['targets_pretokenized'].numpy() == b'y' * 40  # What is scored.
+
+
+@pytest.mark.parametrize('metric', own_tasks.METRICS)
+def test_scores(metric):
+  write_pairs(pairs=[('q', 'The cat')] * 2)
+  name = pair_task(validation_share=0, metric=metric)
+  (function,) = seqio.TaskRegistry.get(name).metric_fns
+  scores = function(['The cat sat here', 'red'], ['the cat sat here', ' red'])
+  expected = dict.fromkeys(('rouge1', 'rouge2', 'rougeLsum', 'f1', 'em'), 100)
+  expected |= {'rouge2': 50, 'exact_match': 50}
+  if metric != 'bleu':
+    assert scores[metric] == pytest.approx(expected[metric])
+  assert 0 < scores[metric] <= 100
+  assert function(['a b c d'], ['a b c d'])[metric] == pytest.approx(100)
+
+
+@pytest.mark.parametrize('num_files', [1, 5])
+def test_the_position_is_restored(num_files, folder):
+  """In the middle of an epoch, by tf.data's own checkpoints."""
+  for i in range(num_files):
+    write_texts(f'{i}.jsonl', TEXTS[i::num_files])
+  task = seqio.TaskRegistry.get(text_task())
+
+  def start():
+    dataset = task.get_dataset(LENGTHS, shuffle=True, seed=3, num_epochs=None)
+    return iter(dataset.map(lambda example: example['targets']))
+
+  def draw(iterator, n):
+    return [next(iterator).numpy().tolist() for _ in range(n)]
+
+  first = start()
+  draw(first, 70)
+  path = tf.train.Checkpoint(data=first).write(str(folder / 'position'))
+  expected = draw(first, 300)
+  second = start()
+  tf.train.Checkpoint(data=second).read(path)
+  assert draw(second, 300) == expected
+  assert draw(start(), 300) != expected
+
+
+# --- Names ----------------------------------------------------------------------
+
+
+def test_the_name_tells_what_a_position_depends_on(folder):
+  write_texts()
+  names = collections.Counter()
+  for changes in (
+    {},
+    {'validation_share': 0.3},
+    {'objective': 'prefix_lm'},
+    {'validation_files': 'a.jsonl'},
+  ):
+    names[text_task(**changes)] += 1
+  write_texts(texts=TEXTS[1:])
+  names[text_task()] += 1
+  write_pairs()
+  for changes in ({}, {'input_prefix': 'x'}, {'validation_share': 0.3}):
+    names[pair_task(**changes)] += 1
+  assert set(names.values()) == {1}
+  # Not on the place, nor on what is only read when it is scored.
+  write_texts()
+  (folder / 'b').mkdir()
+  write_texts('b/other.jsonl')
+  assert text_task('b/*') == text_task() == next(iter(names))
+  name = pair_task(metric='bleu', test_files='a.tsv', unreadable='skip')
+  assert name == pair_task()
+  assert all(re.fullmatch(r'(text_files|pairs)_[0-9a-f]{10}', n) for n in names)
+
+
+def test_the_last_vocabulary_counts():
+  write_pairs()
+  for extra_ids in (5, 5, 7):
+    vocabulary = tiny_task.vocabulary(extra_ids)
+    task = seqio.TaskRegistry.get(pair_task(vocabulary=vocabulary))
+    assert task.output_features['targets'].vocabulary == vocabulary
+
+
+# --- The cache ------------------------------------------------------------------
+
+
+def cached(folder) -> dict[str, int]:
+  found = (folder / 'cache').rglob('*.tfrecord')
+  return {path.name: path.stat().st_mtime_ns for path in found}
+
+
+def test_files_are_read_once(folder):
+  write_texts()
+  name = text_task()
+  before = cached(folder)
+  assert len(before) == 2
+  record_cache.prepare.cache_clear()  # As in another process.
+  assert text_task() == name
+  assert cached(folder) == before
+  # Of the same size, and changed.
+  write_texts(texts=[text.replace('not', 'now') for text in TEXTS])
+  assert text_task() != name
+  assert len(list((folder / 'cache').rglob('*.tfrecord'))) == 4
+  text_task(cache_dir='elsewhere')
+  assert len(list((folder / 'elsewhere' / 'records').iterdir())) == 1
+
+
+def test_what_was_interrupted_goes_on(folder, monkeypatch):
+  for i in range(3):
+    write_texts(f'{i}.jsonl', TEXTS[i::3])
+  write = record_cache._write
+
+  def killed(request, folder, i, bar):
+    if i == 1:
+      (folder / f'.tmp-train-0000{i}-of-00003.tfrecord').write_bytes(b'half')
+      raise KeyboardInterrupt
+    return write(request, folder, i, bar)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(record_cache, '_write', killed)
+    with pytest.raises(KeyboardInterrupt):
+      text_task()
+  before = cached(folder)
+  name = text_task()
+  after = cached(folder)
+  assert {file: after[file] for file in before if 'tmp' not in file}.items() <= (
+    before.items()
+  )
+  assert not list((folder / 'cache').rglob('.tmp-*'))
+  assert sorted(raw(name, 'train') + raw(name, 'validation')) == sorted(
+    (text,) for text in TEXTS
+  )
+
+
+PROCESS = """
+import sys
+from data import test_own_tasks
+print('ready', flush=True)
+print(test_own_tasks.text_task())
+"""
+
+
+def process():
+  environment = commands.environment() | {'TF_CPP_MIN_LOG_LEVEL': '3'}
+  return subprocess.Popen(
+    [sys.executable, '-c', PROCESS],
+    stdout=subprocess.PIPE, text=True, env=environment,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_and_one_that_is_killed(folder):
+  """All have one result; a lock goes with the process that held it."""
+  for i in range(40):
+    write_texts(f'{i}.jsonl', [f'{i} {text}' for text in TEXTS])
+  runs = [process() for _ in range(2)]
+  assert [run.stdout.readline() for run in runs] == ['ready\n'] * 2
+  while not cached(folder):
+    time.sleep(0.01)
+  runs[0].send_signal(signal.SIGKILL)
+  assert runs[1].communicate()[0].split() == [text_task()]
+  assert len(cached(folder)) == 80
+
+
+def test_hosts_share_the_work_in_a_bucket(folder, monkeypatch):
+  """Each writes every other file; what both have written is what one would have."""
+  for i in range(5):
+    write_texts(f'{i}.jsonl', TEXTS[i::5])
+  alone, written = text_task(), []
+  write = record_cache._write
+
+  def writes(request, folder, i, bar):
+    written[-1].append(i)
+    write(request, folder, i, bar)
+
+  monkeypatch.setattr(record_cache, '_write', writes)
+  for host in range(2):
+    share = contextlib.nullcontext((host, 2))
+    monkeypatch.setattr(record_cache, '_alone', lambda folder, share=share: share)
+    monkeypatch.setattr(record_cache, '_prepared', lambda *request: None)
+    written.append([])
+    record_cache.prepare.cache_clear()
+    with contextlib.suppress(AttributeError):  # Not all files are there yet.
+      text_task(cache_dir='shared')
+  assert written == [[0, 2, 4], [1, 3]]
+  monkeypatch.undo()
+  monkeypatch.chdir(folder)
+  record_cache.prepare.cache_clear()
+  assert text_task(cache_dir='shared') == alone
+
+
+# --- Bad input ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'files': 'b*.jsonl'},
+      r'TEXT_FILES=/\S+/b\*.jsonl: there is no such file, and no',
+    ),
+    ({'files': []}, 'TEXT_FILES names no file; give a pattern'),
+    ({'files': ''}, 'empty; give'),
+    ({'files': '.'}, r'TEXT_FILES=/\S+: there is no such file'),
+    ({'files': 'a.csv'}, r'a.csv: the name must end in one of .txt, .jsonl, .json, .p'),
+    ({'files': 'none.jsonl'}, r'TEXT_FILES=/\S+/none.jsonl is empty: it has no record'),
+    ({'objective': 'mlm'}, "OBJECTIVE='mlm'; choose one of span_corruption, prefix_lm"),
+    ({'document': 'page'}, "DOCUMENT='page'; choose one of paragraph, line, file"),
+    ({'unreadable': 'drop'}, "UNREADABLE='drop'; choose one of refuse, skip"),
+    ({'key': 'body'}, r"a.jsonl has unreadable lines: 1 .no text under 'body'., 2"),
+    ({'key': 'body', 'unreadable': 'skip'}, 'a.jsonl is empty: it has no record'),
+    ({'validation_share': 1}, 'VALIDATION_SHARE=1 must be at least 0, and below 1'),
+    ({'validation_share': '1'}, "VALIDATION_SHARE='1' must be at least 0"),
+    (
+      {'validation_share': 1e-9},
+      r'SHARE=1e-09 and a hash, none of the 300 records is in',
+    ),
+    ({'validation_files': 'v'}, r'VALIDATION_FILES=/\S+/v: there is no such file'),
+    ({'cache_dir': 'a.jsonl'}, r'a.jsonl/records/\w+ cannot be written: .*CACHE_DIR'),
+  ],
+)
+def test_bad_text_files(changes, message, folder):
+  write_texts()
+  for name in ('none.jsonl', 'a.csv'):
+    pathlib.Path(name).write_text('')
+  with pytest.raises(BadInput, match=message):
+    text_task(**{'files': 'a.jsonl'} | changes)
+  assert not list((folder / 'cache').rglob('*.tmp*'))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'metric': 'rouge'},
+      "METRIC='rouge'; choose one of rouge1, rouge2, .* exact_match",
+    ),
+    ({'train_files': 'a.txt'}, 'must end in one of .jsonl, .json, .tsv, .parquet'),
+    ({'target_key': 2}, "INPUT_KEY='inputs' and TARGET_KEY=2: give two names, or the"),
+    ({'input_key': 'q'}, r"TRAIN_FILES=/\S+: the first line names .* none is 'q'"),
+    ({'test_files': 'no'}, r'TEST_FILES=/\S+/no: there is no such file'),
+  ],
+)
+def test_bad_pairs(changes, message):
+  write_pairs()
+  pathlib.Path('a.txt').write_text('x')
+  with pytest.raises(BadInput, match=message):
+    pair_task(**changes)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'lengths', 'message'),
+  [
+    ({}, (512, 113), r'corruption of 512 inputs has 114 targets, more than 113; give'),
+    ({}, (2048, 512), r'VOCABULARY has 100 sentinels .* of 2048 inputs needs 1\d\d'),
+    ({'extra_ids': 0}, (64, 32), 'VOCABULARY has 0 sentinels .* of 64 inputs needs 3'),
+    ({'objective': 'prefix_lm'}, (64, 63), 'of 64 tokens .*targets has only 63; give'),
+  ],
+)
+def test_lengths_and_sentinels(changes, lengths, message):
+  write_texts()
+  task = seqio.TaskRegistry.get(text_task(**changes))
+  with pytest.raises(BadInput, match=message):
+    task.get_dataset(dict(zip(LENGTHS, lengths, strict=True)))
+
+
+def test_a_cache_in_use_is_waited_for(folder, monkeypatch):
+  """The lock is looked at until it is free."""
+  write_texts()
+  locks = []
+
+  def lock(path):
+    locks.append(path)
+    return None if len(locks) < 3 else os.open(path, os.O_RDONLY)
+
+  monkeypatch.setattr(files, 'lock', lock)
+  monkeypatch.setattr(record_cache, '_WAIT_S', 0)
+  text_task()
+  assert len(locks) == 3
