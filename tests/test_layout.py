@@ -20,7 +20,8 @@ ROOMS = {
   'inference': {'model', 'decoding', 'checkpoints', 'conversion', 'exports'},
   'data': {'checkpoints', 'inference'},
   'training': {'model', 'decoding', 'checkpoints', 'conversion', 'data'},
-  'analysis': {'model', 'decoding', 'checkpoints', 'conversion', 'inference'},
+  'analysis': {'model', 'decoding', 'checkpoints', 'conversion', 'inference'}
+  | {'exports'},
 }
 ROOMS['reproduce'] = set(ROOMS)
 # What they do not import at the top of a file, nor what they import does.

@@ -147,7 +147,8 @@ def log_prob_of_blue():
     np.array([targets]),
     enable_dropout=False,
   )[0]
-  return jax.nn.log_softmax(logits_TV)[np.arange(len(targets)), targets].sum()
+  log_probs_TV = jax.nn.log_softmax(logits_TV)
+  return float(log_probs_TV[np.arange(len(targets)), np.array(targets)].sum())
 
 
 @pytest.mark.skipif(
