@@ -159,3 +159,21 @@ def test_it_is_for_three_platforms(tmp_path):
   exports.command(source, tmp_path / 'out', 'stablehlo', *FLAGS)
   data = (tmp_path / 'out' / 'model.stablehlo').read_bytes()
   assert jax.export.deserialize(data).platforms == ('cpu', 'cuda', 'tpu')
+
+
+@pytest.mark.tpu
+def test_it_compiles_for_a_tpu(tmp_path):
+  """The program of a TPU is left alone: a loop in a loop, and nothing to choose."""
+  from gqa_t5x.analysis.tpu import topology
+
+  source = exports.checkpoint(tmp_path / 'run', model_oracle.config(2))
+  exports.command(source, tmp_path / 'out', 'stablehlo', *FLAGS)
+  program = jax.export.deserialize((tmp_path / 'out' / 'model.stablehlo').read_bytes())
+  chip = jax.sharding.SingleDeviceSharding(topology.devices('v5e:1x1')[0])
+  arguments = jax.tree.unflatten(
+    program.in_tree,
+    [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip) for x in program.in_avals],
+  )
+  text = jax.jit(program.call).lower(*arguments[0]).compile().as_text()
+  assert len(re.findall(r' while\(', text)) == 2
+  assert ' conditional(' not in text
