@@ -87,6 +87,7 @@ setuptools.setup(
     # To compare with transformers itself; tests have golden arrays without it.
     'oracle': ['torch', 'transformers'],
     'test': [
+      'ctranslate2',
       'pytest',
       'pytest-xdist',
       'ruff',

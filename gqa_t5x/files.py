@@ -45,16 +45,22 @@ def absolute(path: str | Sequence[str], any_name: bool = False) -> str | Sequenc
 
 
 def check_name(path: epath.PathLike) -> None:
-  """Raises BadInput for an absolute path that Orbax takes for a pattern.
+  """Raises BadInput for an absolute path that libraries of checkpoints misread.
 
-  It looks for a checkpoint's parts by `glob`, of a path that is not escaped: in a
-  folder such as `run [v2]` it finds none, and what it saved is lost.
+  Orbax looks for a checkpoint's parts by `glob`, of a path that is not escaped: in a
+  folder such as `run [v2]` it finds none, and what it saved is lost. TensorStore takes
+  names for UTF-8, whatever the locale says.
   """
   if found := sorted(set('[]*?') & set(os.fspath(path))):
     raise BadInput(
       f'{path} has {" and ".join(found)} in its name, which the library that saves'
       ' checkpoints takes for a pattern: nothing would be found again. Choose another'
       ' name.'
+    )
+  if not os.fspath(path).isascii() and sys.getfilesystemencoding() != 'utf-8':
+    raise BadInput(
+      f'{path} has other characters than ASCII, and the locale is not UTF-8; set'
+      ' PYTHONUTF8=1, or choose another name.'
     )
 
 

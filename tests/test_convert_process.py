@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gqa_t5x.checkpoints import writer
-from helpers import commands
+from helpers import commands, huggingface_folders
 from helpers.trees import (
   convert,
   nest,
@@ -142,3 +142,24 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path):
   # The checkpoint of 24 layers has 160 MB more than that of 2.
   assert peaks[24] - peaks[2] < largest + 32 * 2**20, peaks
   assert max(peaks.values()) < 2**30 + 3 * largest, peaks
+
+
+# --- The locale ---------------------------------------------------------------
+
+
+def test_a_locale_that_is_not_utf8(tmp_path, monkeypatch):
+  """JSON is UTF-8 all the same; TensorStore would take a name for another."""
+  source = huggingface_folders.write(tmp_path / 'größe')
+  text = (source / 'config.json').read_text()
+  text = text.replace('{', '{"_name_or_path": "größe", ', 1)
+  (source / 'config.json').write_text(text, 'utf-8')
+  ascii_only = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+  for name, value in ascii_only.items():
+    monkeypatch.setenv(name, value)
+  args = '-m', 'gqa_t5x.convert', f'--input={source}', '--num_kv_heads=2'
+  done = commands.run(tmp_path, *args, f'--output={tmp_path}/out')
+  assert done.returncode == 0, done.stdout
+  done = commands.run(tmp_path, *args, f'--output={tmp_path}/größer')
+  assert done.returncode == 1
+  assert done.stdout.endswith('set PYTHONUTF8=1, or choose another name.\n')
+  assert sorted(os.listdir(tmp_path)) == ['größe', 'out']

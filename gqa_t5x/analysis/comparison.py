@@ -132,8 +132,8 @@ def decode_times(
   ]
   for setting in settings:
     setting.check()
-  for row in decode_benchmark.measure(settings, repeats, ''):
-    yield row['num_kv_heads'], row['ms_per_step']
+  for setting, seconds, _ in decode_benchmark.times(settings, repeats):
+    yield setting.num_kv_heads, 1e3 * seconds
 
 
 def with_heads(cfg: T5Config, K: int) -> T5Config:
@@ -187,14 +187,13 @@ def recommendation(rows: Sequence[Mapping[str, Any]], tolerance: float) -> str:
       f' {best["loss_increase"]:.3f}; uptrain it first (docs/conversion.md).'
     )
   best = min(good, key=lambda r: (r['num_kv_heads'], r['loss_increase']))
-  less = whole['num_kv_heads'] / best['num_kv_heads']
+  less = whole['num_kv_heads'] // best['num_kv_heads']
   faster = ''
   if best.get('ms_per_step'):
-    factor = whole['ms_per_step'] / best['ms_per_step']
-    faster = f' and {1 / factor:.2f} of the time of a step'
+    faster = f', and a step takes {best["ms_per_step"] / whole["ms_per_step"]:.0%}'
   return (
-    f'Take {_name(best)}: it loses {best["loss_increase"]:.3f} nats at once, with a'
-    f' {less:g}th of the cache{faster}; uptraining wins most of the loss back.'
+    f'Take {_name(best)}: its loss is {best["loss_increase"]:+.3f} nats before any'
+    f' uptraining, its cache 1/{less}{faster}.'
   )
 
 

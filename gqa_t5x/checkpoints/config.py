@@ -62,7 +62,7 @@ def write(folder: epath.Path, config: ModelConfig) -> None:
 
 def _parse(file: epath.Path) -> ModelConfig:
   try:
-    values: dict[str, Any] = json.loads(file.read_text())
+    values: dict[str, Any] = json.loads(file.read_bytes())
     unknown = values.keys() - ModelConfig.__dataclass_fields__.keys()
     wrong = {name for name, x in values.items() if not _is_valid(name, x)}
   except (ValueError, AttributeError) as error:

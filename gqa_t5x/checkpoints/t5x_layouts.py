@@ -84,7 +84,7 @@ def _legacy_leaves(file: epath.Path) -> dict[str, Any]:
 def _orbax_leaves(file: epath.Path) -> dict[str, Any]:
   """Reads Orbax's _METADATA: path -> TensorStore spec relative to the folder."""
   try:
-    metadata = json.loads(file.read_text())
+    metadata = json.loads(file.read_bytes())
     entries = metadata['tree_metadata']
     driver = 'zarr3' if metadata.get('use_zarr3') else 'zarr'
     keys = [ast.literal_eval(key) for key in entries]

@@ -145,7 +145,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
   if not file.exists():
     raise BadInput(f'{file} is missing: the folder is only partly copied')
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_bytes())
   except ValueError as error:
     raise BadInput(f'{file} is truncated or damaged: {error}') from error
   if not isinstance(content, dict):

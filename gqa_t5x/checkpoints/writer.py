@@ -187,7 +187,7 @@ def _in_bucket(path: epath.Path) -> Iterator[epath.Path]:
   """Gives `path` itself, marked as unfinished; clears it if anything fails."""
   path.mkdir(parents=True, exist_ok=True)
   files.remove_contents(path)
-  (path / _UNFINISHED).write_text('Being written by gqa_t5x.convert.\n')
+  (path / _UNFINISHED).write_text('Being written by gqa_t5x.convert.\n', 'utf-8')
   try:
     yield path
     (path / _UNFINISHED).unlink()

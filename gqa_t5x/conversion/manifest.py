@@ -94,7 +94,7 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
       ' can be verified'
     )
   try:
-    manifest = json.loads(file.read_text())
+    manifest = json.loads(file.read_bytes())
     version = manifest['format']
     missing = {'architecture', 'changed', 'method', 'result'} - manifest.keys()
   except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -156,7 +156,7 @@ def task(
   if vocabulary is None:
     vocabulary = t5.data.get_default_vocabulary()
   if data_dir is not None:
-    data_dir = files.absolute(data_dir)
+    data_dir = files.absolute(data_dir, any_name=True)
   if name in seqio.TaskRegistry.names():
     if _registered[name] == (vocabulary, data_dir):
       return name

@@ -224,7 +224,7 @@ def _write(corpus: Corpus, folder: pathlib.Path, splits: dict[str, list[str]]) -
       data = ''.join(lines[i :: SHARDS[split]]).encode()
       hashes[name] = hashlib.sha256(data).hexdigest()
       (folder / name).write_bytes(data)
-  (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+  (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), 'utf-8')
 
 
 @functools.cache

@@ -64,7 +64,7 @@ class MediasumJson(tfds.core.GeneratorBasedBuilder):
         'folder'
       )
     try:
-      splits = json.loads((folder / SPLITS).read_text())
+      splits = json.loads((folder / SPLITS).read_bytes())
       ids = {split: set(splits[key]) for split, key in _SPLIT_KEYS.items()}
     except (ValueError, KeyError, TypeError) as error:
       raise BadInput(

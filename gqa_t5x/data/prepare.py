@@ -34,7 +34,7 @@ def prepare(names: Sequence[str], data_dir: str | None) -> None:
       f'no benchmark is named {", ".join(unknown) or "on the command line"}; choose '
       f'from {", ".join(benchmarks.BENCHMARKS)}'
     )
-  folder = None if data_dir is None else files.absolute(data_dir)
+  folder = None if data_dir is None else files.absolute(data_dir, any_name=True)
   for task in names:
     builder = tfds.builder(benchmarks.BENCHMARKS[task].tfds_name, data_dir=folder)
     builder.download_and_prepare()

@@ -250,7 +250,7 @@ def _example(features: Sequence[str], texts: records.Texts) -> bytes:
 def _prepared(request: Request, folder: epath.Path) -> Prepared:
   paths = [_counts_file(folder, i) for i in range(len(request.files))]
   with futures.ThreadPoolExecutor(32) as pool:
-    parts = [json.loads(t) for t in pool.map(lambda path: path.read_text(), paths)]
+    parts = [json.loads(t) for t in pool.map(lambda path: path.read_bytes(), paths)]
   names = [name for _, name in request.splits]
   counts = {name: sum(part['counts'][name] for part in parts) for name in names}
   total = sum(counts.values())

@@ -16,6 +16,7 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
@@ -76,7 +77,8 @@ def readable(
       ' leave them out by --gin.UNREADABLE="\'skip\'".'
     )
   if bad:
-    print(f'{path}: {bad} unreadable lines are skipped, {count} are left.')
+    skipped = f'{bad} unreadable lines are skipped, {count} are left.'
+    print(f'{path}: {skipped}', file=sys.stderr)  # Which can write any name.
 
 
 def check_unreadable(unreadable: str) -> None:

@@ -63,7 +63,7 @@ def write(
   """
   if output is None:
     raise BadInput('--output is missing: the file to write')
-  path = epath.Path(files.absolute(output))
+  path = epath.Path(files.absolute(output, any_name=True))
   if path.exists():
     raise BadInput(f'{path} exists already; choose another --output')
   files.check_outputs(str(path), make_folders=True)

@@ -82,14 +82,14 @@ def copy(source: Source, folder: epath.Path, given: str | None = None) -> None:
 def _config(folder: epath.Path) -> dict[str, Any]:
   file = folder / tokenizer_files.CONFIG
   try:
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_bytes()) if file.exists() else {}
   except ValueError as error:
     raise BadInput(f'{file} is truncated or damaged: {error}') from error
 
 
 def _of_tokenizers(file: epath.Path) -> dict[int, str]:
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_bytes())
     kind = content['model']['type']
     tokens = dict(enumerate(piece for piece, _ in content['model']['vocab']))
     tokens |= {t['id']: t['content'] for t in content['added_tokens']}

@@ -13,6 +13,7 @@ from t5x import models, partitioning, utils
 
 from gqa_t5x.checkpoints import folders
 from gqa_t5x.checkpoints.tree import TARGET
+from gqa_t5x.training import restore
 
 Array = jax.Array
 Batch = Mapping[str, np.ndarray]
@@ -87,6 +88,7 @@ def _restore_params(
   layout = initializer.train_state_axes.params
   shapes = initializer.global_train_state_shape.params
   values = jax.tree_util.tree_map_with_path(put, shapes, layout)
+  restore.check_finite(values, path)
   return values, layout, int(tensors['state/step'].read())
 
 

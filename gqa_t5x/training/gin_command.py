@@ -23,6 +23,10 @@ _COUNTS += ('WARMUP_STEPS', 'EVAL_STEPS', 'NUM_SEQUENCES', 'EVAL_PERIOD')
 _COUNTS += ('STATS_PERIOD', 'CHECKPOINT_PERIOD', 'KEEP_PERIOD', 'KEEP_CHECKPOINTS')
 _COUNTS += ('MODEL_PARTITIONS', 'PARAMETER_PARTITIONING_DIMS', 'NUM_KV_HEADS')
 _COUNTS += ('NUM_DECODES', 'VOCAB_SIZE')
+# The same, bound without a macro.
+_COUNT_PARAMETERS = ('batch_size', 'num_microbatches', 'total_steps', 'keep')
+_COUNT_PARAMETERS += ('force_keep_period', 'checkpoint_period', 'num_kv_heads')
+_COUNT_PARAMETERS += ('num_decodes', 'num_shards')
 # The macros, whose names have no dot, among a command's words; \0 is between two words.
 _GIVEN = re.compile(r'(?:^|\0)--?gin(?:\.|_bindings[=\0])\s*([\w/]+)\s*=')
 
@@ -50,6 +54,12 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
   lengths = macros.get('TASK_FEATURE_LENGTHS')
   if isinstance(lengths, Mapping):
     counts |= {f'TASK_FEATURE_LENGTHS[{k!r}]': n for k, n in lengths.items()}
+  counts |= {
+    f'{scope}/{selector}.{name}'.strip('/'): value
+    for (scope, selector), parameters in bindings.items()
+    for name, value in parameters.items()
+    if name in _COUNT_PARAMETERS
+  }
   for name, value in counts.items():
     is_number = isinstance(value, int | float | str)
     if is_number and (type(value) is not int or value < 1):
@@ -57,10 +67,20 @@ def check_macros(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
   divisor = macros.get('LOSS_NORMALIZING_FACTOR')
   if isinstance(divisor, int | float) and not divisor > 0:
     raise BadInput(f'LOSS_NORMALIZING_FACTOR={divisor!r} must be above 0.')
-  parts, rows = counts.get('NUM_MICROBATCHES'), counts.get('BATCH_SIZE')
-  if type(parts) is int and type(rows) is int and rows % parts:
+  _check_microbatches({k: v for k, v in counts.items() if type(v) is int})
+
+
+# A binding that is no reference to the macro goes before it.
+_ROWS = ('train/t5x.utils.DatasetConfig.batch_size', 'BATCH_SIZE')
+_PARTS = ('gqa_t5x.training.trainer.Trainer.num_microbatches', 'NUM_MICROBATCHES')
+
+
+def _check_microbatches(counts: Mapping[str, int]) -> None:
+  rows = next((name for name in _ROWS if name in counts), None)
+  parts = next((name for name in _PARTS if name in counts), None)
+  if rows and parts and counts[rows] % counts[parts]:
     raise BadInput(
-      f'BATCH_SIZE={rows} is not divisible by NUM_MICROBATCHES={parts}; choose a'
+      f'{rows}={counts[rows]} is not divisible by {parts}={counts[parts]}; choose a'
       ' divisor.'
     )
 

@@ -30,6 +30,7 @@ def task(
   vocabulary: seqio.Vocabulary,
   output_dir: str,
   checkpoint: str,
+  shard: str = '',
   key: str = 'inputs',
   prefix: str = '',
   unreadable: str = 'refuse',
@@ -42,6 +43,7 @@ def task(
     vocabulary: the model's.
     output_dir: gets the TFRecord file.
     checkpoint: the path of the checkpoint that infers; part of the digest alone.
+    shard: of a job (resume.shard), which has a TFRecord file of its own, of all lines.
     key: of all but text: where the input is.
     prefix: text that goes before each input, such as 'summarize: '.
     unreadable: 'refuse' the file if a line is unreadable, or 'skip' the line.
@@ -55,7 +57,7 @@ def task(
   settings = json.dumps([checkpoint, key, prefix])
   word = re.sub(r'\W', '_', pathlib.PurePath(path).stem, flags=re.ASCII)[:_NAME]
   name = f'text_{word}_{_digest(path, settings)}'
-  record = os.path.join(output_dir, f'{name}.tfrecord')
+  record = os.path.join(output_dir, f'{name}{shard}.tfrecord')
   if jax.process_index() == 0 and not tf.io.gfile.exists(record):
     _write_record(path, record, key, unreadable)
   multihost_utils.sync_global_devices('inputs are read')

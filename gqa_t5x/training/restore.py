@@ -1,16 +1,20 @@
-"""Checks a checkpoint against the model before T5X opens it.
+"""Checks a checkpoint against the model before T5X opens it, and once it is restored.
 
 T5X silently drops layers that the model lacks, and its errors on a missing or partial
 checkpoint neither name it nor say what to do. The gin files pass the path through here
-before `utils.RestoreCheckpointConfig`. Little is read but names and shapes.
+before `utils.RestoreCheckpointConfig`: names and shapes are read. Whether all values
+are finite is asked on the devices, where they are by then.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from t5x import checkpoints
 
 from gqa_t5x.checkpoints import config, folders, tree
 from gqa_t5x.errors import BadInput
@@ -42,17 +46,10 @@ def check_fits(path: epath.Path, model: Any) -> None:
   """Raises BadInput if a checkpoint is not of the model.
 
   That is if parameters are missing, unknown, or of another shape, or if its file of the
-  configuration (checkpoints/config.py) has other values than the model. A run that
-  diverged is known by the scales of its layer norms, which are small: they are read.
+  configuration (checkpoints/config.py) has other values than the model.
   """
   params = tree.parameters(folders.open_checkpoint(path))
   models.check_params(model, params, str(path))
-  for name, tensor in params.items():
-    if len(tensor.shape) == 1 and not np.isfinite(tensor.read()).all():
-      raise BadInput(
-        f'{path} has values that are not finite, in {name}: it is of a run that'
-        ' diverged, or damaged. Take an earlier one.'
-      )
   theirs = config.read(path)
   if theirs is None:
     return
@@ -64,6 +61,47 @@ def check_fits(path: epath.Path, model: Any) -> None:
         f'{path} was made with {name}={value!r}, and the model of this run has'
         f' {getattr(ours, name)!r}{remedy}.'
       )
+
+
+class CheckpointManager(checkpoints.OrbaxCheckpointManagerInterface):
+  """T5X's, for evaluation and inference: what it restores is finite."""
+
+  def restore(self, *args, path: str, **kwargs) -> Any:
+    """Restores a checkpoint; see T5X's method, and `check_finite`."""
+    state = super().restore(*args, path=path, **kwargs)
+    check_finite(state.params, path)
+    return state
+
+
+def check_finite(tree: Any, source: str) -> None:
+  """Raises BadInput if restored arrays of a checkpoint are not finite, and names both.
+
+  Args:
+    tree: of arrays; what is no array, such as a shape, is passed over.
+    source: the checkpoint.
+  """
+  if bad := not_finite(tree):
+    more = f' and {len(bad) - 3} more' if len(bad) > 3 else ''
+    raise BadInput(
+      f'{source} has values that are not finite, in {", ".join(bad[:3])}{more}: it is'
+      ' of a run that diverged, or damaged. Take an earlier one.'
+    )
+
+
+def not_finite(tree: Any) -> list[str]:
+  """The names of those arrays of a tree, on any devices, that are not finite."""
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): x
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    if isinstance(x, jax.Array | np.ndarray)
+  }
+  are_finite = jax.device_get(_are_finite([*named.values()]))  # At once: one wait.
+  return [name for name, ok in zip(named, are_finite, strict=True) if not ok]
+
+
+@jax.jit
+def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.isfinite(x).all() for x in arrays]
 
 
 # What to do where a value of a checkpoint is not the model's.

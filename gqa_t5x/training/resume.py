@@ -8,6 +8,7 @@ one before, and goes on with the data where it was. The gin files give `get_data
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 import seqio
 import tensorflow as tf
-from absl import logging
+from absl import flags, logging
 from etils import epath
 from jax.experimental import multihost_utils
 from t5x import utils
@@ -28,7 +29,9 @@ from gqa_t5x.checkpoints import config, folders, tree
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import restore, run_lock
 
-SETTINGS = 'gqa_t5x_settings.json'  # What the contents of a folder were made with.
+# What the contents of a folder were made with; {} is of one job of an inference.
+SETTINGS = 'gqa_t5x_settings{}.json'
+_SHARD = re.compile(r'-\d{5,}-of-\d{5,}')  # As T5X names the results of a job.
 
 
 def get_dataset(
@@ -64,7 +67,7 @@ def get_dataset(
     _check_batch(cfg, feature_converter_cls)
   settings = _data_settings(cfg)
   if not jax.process_index():
-    if save_dataset and latest is not None and (folder / SETTINGS).exists():
+    if save_dataset and latest is not None and _settings(folder).exists():
       _check_data(folder, settings)
     config.write(folder, restore.config_of(model))
   dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
@@ -95,18 +98,29 @@ def _data_settings(cfg: utils.DatasetConfig) -> dict[str, str]:
   }
 
 
+def _settings(folder: epath.Path, shard: str = '') -> epath.Path:
+  return folder / SETTINGS.format(shard)
+
+
 def _check_data(folder: epath.Path, settings: Mapping[str, str]) -> None:
   """Raises BadInput if the saved positions in the data are of other settings."""
   try:
-    _check_settings(folder, settings)
+    _check_settings(_settings(folder), settings)
   except BadInput as error:
     raise BadInput(
       f'{error} Or --gin.SAVE_DATASET=False: the data then begins anew.'
     ) from error
 
 
-def claim(folder: epath.Path, macro: str = 'MODEL_DIR') -> None:
+def claim(
+  folder: epath.Path, macro: str = 'MODEL_DIR', name: str = run_lock.NAME
+) -> None:
   """Makes a run's folder, and keeps other runs out of it until this process ends.
+
+  Args:
+    folder: local or gs://.
+    macro: what the user calls it.
+    name: of the file that locks it.
 
   Raises:
     BadInput: it is in use, or cannot be written.
@@ -115,7 +129,7 @@ def claim(folder: epath.Path, macro: str = 'MODEL_DIR') -> None:
     return
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    run_lock.hold(folder)
+    run_lock.hold(folder, name)
   except OSError as error:
     raise BadInput(
       f'{macro}={folder} cannot be written ({error.strerror or error}); give a folder'
@@ -127,7 +141,8 @@ def inference_folder(path: str) -> str:
   """Makes the folder of a run of inference, and keeps other runs out of it.
 
   A run goes on with the parts that another one left, so that both must be the same:
-  gin's configuration, all of it, is kept in the folder.
+  gin's configuration, all of it, is kept in the folder. Jobs that share an inference
+  (`shard_id` of `num_shards`) may share the folder, each with a lock of its own.
 
   Args:
     path: of the folder, local or gs://.
@@ -140,34 +155,60 @@ def inference_folder(path: str) -> str:
       settings; the message names those.
   """
   folder = epath.Path(files.absolute(path))
-  claim(folder, 'INFER_OUTPUT_DIR')
+  claim(folder, 'INFER_OUTPUT_DIR', run_lock.NAME + shard())
   if not jax.process_index():
     _check_inference(folder)
   return str(folder)
 
 
+def shard() -> str:
+  """Names the share of the data that this job of an inference has: -00000-of-00001.
+
+  It is asked of T5X's flag --shard_id, if there is one, and of gin, as T5X does.
+
+  Raises:
+    BadInput: there is no such share.
+  """
+  shard_id, num_shards = (
+    value.scoped_configurable_fn()
+    if hasattr(value, 'scoped_configurable_fn')
+    else value
+    for value in map(gin.query_parameter, ('infer.shard_id', 'infer.num_shards'))
+  )
+  given = getattr(flags.FLAGS, 'shard_id', None)
+  shard_id = shard_id if given is None else given
+  if not 0 <= shard_id < num_shards:
+    raise BadInput(
+      f'shard_id={shard_id} must be from 0 to {num_shards - 1}, as num_shards is'
+      f' {num_shards}.'
+    )
+  return f'-{shard_id:05}-of-{num_shards:05}'
+
+
 def _check_inference(folder: epath.Path) -> None:
-  """Keeps gin's configuration in a folder, and holds runs to it.
+  """Keeps gin's configuration in a folder, and holds runs to it, but for `shard_id`.
 
   Raises:
     BadInput: there are results of another one.
   """
   lines = gin.config_str(max_line_length=10**6).splitlines()
   settings = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
-  settings.pop('INFER_OUTPUT_DIR', None)
+  for name in ('INFER_OUTPUT_DIR', 'infer_script.infer.shard_id'):
+    settings.pop(name, None)
   names = [path.name for path in folder.iterdir()]
-  if any(name.startswith('tmp-') or '.jsonl' in name for name in names):
-    _check_settings(folder, settings)
-  files.write_json(folder / SETTINGS, settings)
+  results = [name for name in names if name.startswith('tmp-') or '.jsonl' in name]
+  for other in sorted(set(_SHARD.findall(' '.join(results)))):
+    _check_settings(_settings(folder, other), settings)
+  files.write_json(_settings(folder, shard()), settings)
 
 
-def _check_settings(folder: epath.Path, now: Mapping[str, str]) -> None:
-  """Raises BadInput if a folder has no settings, or others; name -> value."""
-  file = folder / SETTINGS
+def _check_settings(file: epath.Path, now: Mapping[str, str]) -> None:
+  """Raises BadInput if a folder's file has no settings, or others; name -> value."""
+  folder = file.parent
   if not file.exists():
     raise BadInput(f'{folder} has results of unknown settings; choose another folder.')
   try:
-    before = dict(json.loads(file.read_text()))
+    before = dict(json.loads(file.read_bytes()))
   except (ValueError, TypeError) as error:
     raise BadInput(f'{file} is truncated or damaged: {error}') from error
   changes = [
@@ -281,7 +322,7 @@ class Batches(clu.data.TfDatasetIterator):
   def save(self, filename: epath.Path) -> None:
     """Saves the position; see clu's method."""
     if self._settings and not jax.process_index():
-      files.write_json(self._folder / SETTINGS, self._settings)
+      files.write_json(_settings(self._folder), self._settings)
     self._settings = None
     if self._beginning is None:
       super().save(filename)

@@ -29,25 +29,29 @@ from gqa_t5x.errors import BadInput
 
 NAME = 'in_use'
 _BEAT_S = 15.0  # between two writes of the file in a bucket
-_held: dict[str, Any] = {}  # folder -> its lock, until this process ends
+_held: dict[str, Any] = {}  # file -> its lock, until this process ends
 
 
 class InUse(BadInput):
   """Another run is at work in the folder; the message names it."""
 
 
-def hold(folder: epath.Path) -> None:
+def hold(folder: epath.Path, name: str = NAME) -> None:
   """Locks an existing folder until this process ends; again does nothing.
+
+  Args:
+    folder: local or gs://.
+    name: of the file; locks of other names do not count.
 
   Raises:
     InUse: another process holds it.
     OSError: the folder cannot be written.
   """
-  name = os.fspath(folder)
-  if name in _held:
+  path = os.fspath(folder / name)
+  if path in _held:
     return
-  take = Heartbeat if '://' in name else _lock
-  _held[name] = take(folder / NAME)
+  take = Heartbeat if '://' in path else _lock
+  _held[path] = take(folder / name)
 
 
 def check() -> None:
@@ -61,7 +65,7 @@ def _lock(path: epath.Path) -> int:
   """Locks a local file, and returns the descriptor that holds the lock."""
   descriptor = files.lock(path)
   if descriptor is None:
-    raise InUse(_message(path, path.read_text()))
+    raise InUse(_message(path, path.read_text('utf-8')))
   if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(descriptor)):
     os.close(descriptor)
     return _lock(path)  # Its owner ended meanwhile, and removed it.
@@ -137,14 +141,14 @@ class Heartbeat:
 
   def _write(self) -> None:
     self._count += 1
-    self._path.write_text(f'{self._owner}\n{self._count}')
+    self._path.write_text(f'{self._owner}\n{self._count}', 'utf-8')
 
   def _is_mine(self, text: str) -> bool:
     return text.partition('\n')[0] == self._owner
 
   def _read(self) -> str:
     try:
-      return self._path.read_text()
+      return self._path.read_text('utf-8')
     except FileNotFoundError:
       return ''
 

@@ -5,15 +5,15 @@ with the time to go, watches the loss (loss_watch.py), stops to be saved when th
 machine is taken away, and ends when another run has taken its folder (run_lock.py).
 """
 
+import contextlib
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
@@ -23,7 +23,7 @@ from t5x import trainer
 
 from gqa_t5x import command_line
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import loss_watch, models, run_lock
+from gqa_t5x.training import loss_watch, models, restore, run_lock
 
 # Seconds between redraws: few where they would fill a log file.
 _INTERVAL = (
@@ -64,6 +64,9 @@ class _EndOfEvaluation(Exception):
 class Trainer(trainer.Trainer):
   """T5X's Trainer.
 
+  Attributes:
+    current: of this process, until it is closed.
+
   Args are T5X's, and:
     total_steps: the last step of the run, for the progress bar and to refuse a
       checkpoint of a later step; None for neither.
@@ -71,11 +74,15 @@ class Trainer(trainer.Trainer):
       loss of a token is unknown, and is not watched.
     save_period: steps between checkpoints, each of which needs room on a local disk;
       None if none is saved.
+    initial_checkpoint: what a run begins from that has none of its own, for messages;
+      an empty list from scratch.
 
   Raises:
     BadInput: restored parameters or optimizer moments do not fit the model, are not
       finite, or are of a later step than the last of the run.
   """
+
+  current: 'Trainer | None' = None
 
   def __init__(
     self,
@@ -86,10 +93,12 @@ class Trainer(trainer.Trainer):
     total_steps: int | None = None,
     loss_normalizing_factor: float | str | None = None,
     save_period: int | None = None,
+    initial_checkpoint: str | Sequence[str] = (),
     **kwargs,
   ):
     _check_train_state(model, train_state, total_steps)
-    _check_finite(train_state)
+    restored = _saved(summary_dir, int(train_state.step)) or initial_checkpoint
+    restore.check_finite(_arrays(train_state), str(restored or 'The first state'))
     super().__init__(
       model=model, train_state=train_state, summary_dir=summary_dir, **kwargs
     )
@@ -99,6 +108,7 @@ class Trainer(trainer.Trainer):
     self._loss_normalizing_factor = loss_normalizing_factor
     self._watch = loss_watch.Watch()
     self._found = dict.fromkeys(loss_watch.SCALARS, 0)
+    Trainer.current = self
 
   def train(self, batch_iter: Iterator[Any], num_steps: int, start_step=None) -> Any:
     """Trains for `num_steps`; see T5X's method.
@@ -140,26 +150,38 @@ class Trainer(trainer.Trainer):
   def eval(self, batch_iters: Mapping[str, Iterator[Any]]) -> Any:
     """Evaluates; see T5X's method.
 
-    On one host SIGTERM ends an evaluation before its next batch, without numbers. If
-    the step is not saved, training saves it before its next one, and stops.
+    SIGTERM ends it as `ended_by_sigterm` says, without numbers.
+    """
+    with self.ended_by_sigterm() as batches_of:
+      return super().eval({n: batches_of(x) for n, x in batch_iters.items()})
+    return {name: {} for name in batch_iters}  # T5X refuses an empty mapping.
+
+  @contextlib.contextmanager
+  def ended_by_sigterm(self) -> Iterator[Callable[[Iterable], Iterator]]:
+    """Ends an evaluation, its body, before its next batch when SIGTERM comes.
+
+    That is on one host. If the step is not saved, the block ends early, and training
+    saves the step before its next one, and stops.
+
+    Yields:
+      What the body's batches go through.
 
     Raises:
       SystemExit: SIGTERM came, and the step is saved.
     """
 
-    def until_preempted(batches):
+    def until_received(batches):
       for batch in batches:
         if self._notice.received():
           raise _EndOfEvaluation
         yield batch
 
     try:
-      return super().eval({n: until_preempted(x) for n, x in batch_iters.items()})
+      yield until_received
     except _EndOfEvaluation:
       step = int(self.train_state.step)
-      if self._is_saved(step):
+      if _saved(self._model_dir, step):
         self._stop(step)
-      return {name: {} for name in batch_iters}  # T5X refuses an empty mapping.
 
   def compile_train(self, batch: Any) -> None:
     """Compiles the training step, and has it remember its result; see T5X's method."""
@@ -209,14 +231,12 @@ class Trainer(trainer.Trainer):
     again = 'the same command, run again, goes on from there'
     if step == self._total_steps:
       again = 'this was the last; python -m t5x.eval evaluates it'
-    if multihost_utils.broadcast_one_to_all(np.int32(self._is_saved(step))):
+    if multihost_utils.broadcast_one_to_all(
+      np.int32(bool(_saved(self._model_dir, step)))
+    ):
       self.close()
       raise SystemExit(f'SIGTERM at step {step}, which is saved: {again}.')
     raise trainer.PreemptionError(f'SIGTERM at step {step}: saved, if it can; {again}.')
-
-  def _is_saved(self, step: int) -> bool:
-    folder = epath.Path(self._model_dir or '') / f'checkpoint_{step}'
-    return bool(self._model_dir) and folder.exists()
 
   def _look(self, step: int, summary: Any) -> None:
     """Logs spikes and divergence in the period that ends at `step`; writes counts."""
@@ -242,33 +262,30 @@ class Trainer(trainer.Trainer):
 
   def close(self) -> None:
     """Ends the progress bar, and stops the metric threads."""
+    Trainer.current = None
     self._notice.close()
     if self._bar is not None:
       self._bar.close()
     super().close()
 
 
-@jax.jit
-def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
-  return [jnp.isfinite(x).all() for x in arrays]
+def _saved(model_dir: str | None, step: int) -> epath.Path | None:
+  """The finished checkpoint of a step, if there is one."""
+  path = epath.Path(model_dir or '') / f'checkpoint_{step}'
+  return path if model_dir and path.exists() else None
+
+
+def _arrays(state: Any) -> dict[str, Any]:
+  return {'target': state.params, 'moments': state.param_states}
 
 
 def _check_finite(state: Any) -> None:
   """Raises BadInput if parameters or optimizer moments (not shapes) are not finite."""
-  trees = {'target': state.params, 'moments': state.param_states}
-  named = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): x
-    for path, x in jax.tree_util.tree_leaves_with_path(trees)
-    if isinstance(x, jax.Array | np.ndarray)
-  }
-  are_finite = jax.device_get(_are_finite([*named.values()]))  # At once: one wait.
-  bad = [name for name, ok in zip(named, are_finite, strict=True) if not ok]
-  if bad:
+  if bad := restore.not_finite(_arrays(state)):
     raise BadInput(
-      f'At step {int(state.step)}, {len(bad)} of {len(named)} arrays of the state are'
-      f' not finite, {bad[-1]} among them: training has diverged. They are not saved;'
-      ' go on from an earlier checkpoint, or with a smaller learning rate or a longer'
-      ' warm-up.'
+      f'At step {int(state.step)}, {len(bad)} arrays of the state are not finite,'
+      f' {bad[-1]} among them: training has diverged. They are not saved; go on from an'
+      ' earlier checkpoint, or with a smaller learning rate or a longer warm-up.'
     )
 
 

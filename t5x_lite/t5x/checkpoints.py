@@ -200,20 +200,28 @@ def restore_dataset(path: str, ds_iter: Any) -> None:
 
 @gin.configurable
 class OrbaxCheckpointManagerInterface(ocp.CheckpointManager):
-  """Writes checkpoints of one run, in the background, and removes old ones."""
+  """Writes checkpoints of one run, in the background, and removes old ones.
+
+  It restores one as well; to train, `TrainStateInitializer` does.
+  """
 
   def __init__(
     self,
     directory: str,
+    train_state: train_state_lib.TrainState | None = None,
+    partitioner: partitioning.PjitPartitioner | None = None,
     dataset_iterator: Any = None,
     save_dtype: Any = None,
+    restore_dtype: Any = None,
     keep: int | None = None,
     force_keep_period: int | None = None,
   ):
     """Opens (and cleans up after a crash) the folder of a run, which must exist.
 
     See `SaveCheckpointConfig`; any step that `force_keep_period` divides stays, too.
+    The state, of shapes, and the partitioner are those of `restore`.
     """
+    self._like = train_state, partitioner, restore_dtype
     self._dataset_iterator, self._save_dtype = dataset_iterator, save_dtype
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
@@ -238,3 +246,7 @@ class OrbaxCheckpointManagerInterface(ocp.CheckpointManager):
       dataset=DatasetArgs(self._dataset_iterator),
     )
     return super().save(int(train_state.step), args=args, force=True)
+
+  def restore(self, path: str) -> train_state_lib.TrainState:
+    """Returns the state of the checkpoint; see `restore_train_state`."""
+    return restore_train_state(path, *self._like)

@@ -132,7 +132,8 @@ def infer(
     raise ValueError(f'mode={mode!r}; choose one of {sorted(_MODES)}')
   provider = data.get_task(cfg)
   data.verify_matching_vocabs(cfg, model)
-  gin_utils.summarize_gin_config(output_dir, summary_writer=None, step=0)
+  if shard_id == 0:
+    gin_utils.summarize_gin_config(output_dir, summary_writer=None, step=0)
   converter = model.FEATURE_CONVERTER_CLS(pack=False)
 
   def get_dataset(source):

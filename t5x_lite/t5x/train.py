@@ -132,7 +132,10 @@ class _Run:
       if cfg.restore_dataset:
         checkpoints.restore_dataset(cfg.find(), self.train_iter)
     self.manager = save and checkpoints.OrbaxCheckpointManagerInterface(
-      a.model_dir, self.train_iter if save_dataset else None, save.dtype, save.keep
+      a.model_dir,
+      dataset_iterator=self.train_iter if save_dataset else None,
+      save_dtype=save.dtype,
+      keep=save.keep,
     )
     self.first_batch = self.train_iter.peek_async()  # after the iterator's restore
     return jax.block_until_ready(state)

@@ -41,13 +41,16 @@ class RestoreCheckpointConfig:
   """Which checkpoint is restored, and how.
 
   Attributes are T5X's; the mode is specific (`path` is the checkpoint) or latest (in
-  the folder `path`). An empty path is for none.
+  the folder `path`). An empty path is for none. Training has no use for the manager.
   """
 
   path: Any = ()
   mode: str = 'latest'
   dtype: str | None = None
   restore_dataset: bool = False
+  checkpoint_manager_cls: Callable[..., Any] = (
+    checkpoints.OrbaxCheckpointManagerInterface
+  )
 
   def __post_init__(self):
     if self.mode not in ('specific', 'latest'):
@@ -179,7 +182,13 @@ def restore_for_inference(model, partitioner, shapes, types, cfg, output_dir: st
   path = cfg.find()
   if path is None:
     raise ValueError(f'no checkpoint: RestoreCheckpointConfig.path is {cfg.path!r}')
-  return initializer.from_checkpoint(path, cfg.dtype), initializer.train_state_axes
+  shape = initializer.global_train_state_shape
+  manager = cfg.checkpoint_manager_cls(
+    path, shape, partitioner, restore_dtype=cfg.dtype
+  )
+  state = manager.restore(path=path)
+  manager.close()
+  return state, initializer.train_state_axes
 
 
 def get_infer_fn(

@@ -131,8 +131,8 @@ def test_unreadable_lines(tmp_path, line, key, why, capsys):
   assert str(caught.value).startswith(f'FILES={path} has unreadable lines: 2 ({why}')
   assert str(caught.value).endswith('leave them out by --gin.UNREADABLE="\'skip\'".')
   assert read(path, [key], unreadable='skip') == [(1, ('good',)), (3, ('good',))]
-  out = capsys.readouterr().out
-  assert out == f'{path}: 1 unreadable lines are skipped, 2 are left.\n'
+  said = capsys.readouterr().err
+  assert said == f'{path}: 1 unreadable lines are skipped, 2 are left.\n'
 
 
 def test_other_widths_and_nulls(tmp_path):

@@ -39,7 +39,7 @@ def registered_as_at_import():
 
 
 def test_a_vocabulary_of_the_tasks_training_text(folder, tmp_path, capsys):
-  path = tmp_path / 'new' / 'wmt.model'
+  path = tmp_path / 'new [1]' / 'wmt.model'
   wmt_vocabulary.write(str(path), folder, num_pieces=295)
   assert f'295 pieces in {path}' in capsys.readouterr().out
   vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=0)

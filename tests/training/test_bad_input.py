@@ -223,6 +223,21 @@ def test_every_count_is_checked(tmp_path, monkeypatch):
     check('LOSS_NORMALIZING_FACTOR', 0)
   with pytest.raises(BadInput, match=r'^BATCH_SIZE=8 is not divisible by .*=3; choose'):
     parse(tmp_path, monkeypatch, NUM_MICROBATCHES=3)
+  # Bound without the macros.
+  parts, rows = (
+    'trainer.Trainer.num_microbatches',
+    'train/utils.DatasetConfig.batch_size',
+  )
+  with pytest.raises(
+    BadInput, match=rf'^BATCH_SIZE=8 is not .* by gqa_t5x.*{parts}=3;'
+  ):
+    parse(tmp_path, monkeypatch, **{parts: 3})
+  with pytest.raises(BadInput, match=r'^train/t5x.utils.DatasetConfig.batch_size=4 is'):
+    parse(tmp_path, monkeypatch, **{rows: 4, parts: 8})
+  for name in (parts, rows, 'utils.SaveCheckpointConfig.keep'):
+    with pytest.raises(BadInput, match=rf'{name[-5:]}=0 must be at least 1'):
+      parse(tmp_path, monkeypatch, **{name: 0})
+  parse(tmp_path, monkeypatch, **{rows: 6, parts: 3})
 
 
 @pytest.mark.parametrize(

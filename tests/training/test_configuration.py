@@ -9,7 +9,6 @@ from etils import epath
 
 from gqa_t5x.checkpoints import config, folders
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import models, restore
 from helpers import commands, trees
 
 OTHER = config.ModelConfig(layer_norm_epsilon=0.3, relpos_max_distance=40)
@@ -65,12 +64,28 @@ def test_what_a_run_does_not_compute(changes, message, source, tmp_path):
     train(tmp_path, source, **bindings)
 
 
+@pytest.mark.parametrize(
+  ('module', 'run_file', 'macros'),
+  [
+    ('t5x.eval', 'eval', {'EVAL_OUTPUT_DIR': 'out'}),
+    ('t5x.infer', 'infer', {'INFER_OUTPUT_DIR': 'out', 'NUM_KV_HEADS': None}),
+    (
+      't5x.infer',
+      'infer',
+      {'INFER_OUTPUT_DIR': 'out', 'infer_script.infer.mode': 'score'},
+    ),
+  ],
+)
 @pytest.mark.parametrize('value', [np.nan, -np.inf])
-def test_a_checkpoint_of_a_run_that_diverged(value, monkeypatch, tmp_path):
-  """Whoever opens it: only its layer norms are read."""
-  state = trees.tiny_state()
-  state['target']['encoder']['encoder_norm']['scale'][1] = value
-  folder = trees.write_t5x(tmp_path / 'checkpoint_1000', state)
-  monkeypatch.setattr(models, 'check_params', lambda *args: None)
-  with pytest.raises(BadInput, match=r'1000 has .* in encoder/encoder_norm/'):
-    restore.checked_path(str(folder), model=None)
+def test_a_checkpoint_of_a_run_that_diverged(
+  module, run_file, macros, value, pretrained, tmp_path
+):
+  """One value of one kernel; the start of training: test_resume.py."""
+  name, folder = 'target/encoder/layers_0/mlp/wo/kernel', tmp_path / 'checkpoint_6'
+  arrays = trees.read(pretrained / 'mha' / 'checkpoint_6')
+  arrays[name][3, 5] = value
+  trees.write_orbax(folder, trees.nest(arrays))
+  with pytest.raises(BadInput, match=f'{folder} has .* not finite, in {name[7:]}: it'):
+    commands.engine_here(
+      tmp_path, module, run_file, CHECKPOINT_PATH=str(folder), **macros
+    )

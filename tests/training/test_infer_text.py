@@ -1,5 +1,6 @@
 """Inference on users' files: what is read, what is refused, what comes out."""
 
+import itertools
 import json
 import math
 import os
@@ -85,7 +86,7 @@ def test_unreadable_lines_are_skipped_and_reported(register, capsys):
     (4, b'b'),
   ]
   assert (
-    'in.jsonl: 2 unreadable lines are skipped, 2 are left.' in capsys.readouterr().out
+    'in.jsonl: 2 unreadable lines are skipped, 2 are left.' in capsys.readouterr().err
   )
 
 
@@ -179,6 +180,7 @@ def test_from_file_to_file(pretrained, tmp_path):
     assert row['score'] < 0
 
 
+ONE = '-00000-of-00001'  # What the only job calls its results.
 BEAM = 'gin/decoding/beam_search.gin'
 FILES = {
   'text': ['tiny.gin', 'gin/infer_text.gin'],
@@ -200,8 +202,8 @@ def infer(pretrained, tmp_path_factory):
     given |= {'infer_script.infer.checkpoint_period': 1} | macros
     files = [*FILES[kind], *more_files]
     commands.files_here(folder, 't5x.infer', files, **given)
-    found = (folder / given['INFER_OUTPUT_DIR']).glob('*.jsonl-00000-of-00001')
-    return [path.read_text() for path in found]
+    found = (folder / given['INFER_OUTPUT_DIR']).glob('*.jsonl-*-of-?????')
+    return [path.read_text() for path in sorted(found)]
 
   run.folder = folder
   return run
@@ -229,14 +231,15 @@ def test_only_the_same_settings_go_on(kind, infer):
   # Stopped: parts of another number of rows are there.
   other = infer.folder / f'other_{kind}'
   other.mkdir()
-  shutil.copy(infer.folder / kind / resume.SETTINGS, other)
-  (other / f'tmp-{kind}').mkdir()
+  settings = resume.SETTINGS.format(ONE)
+  shutil.copy(infer.folder / kind / settings, other)
+  (other / f'tmp-{kind}{ONE}').mkdir()
   with pytest.raises(BadInput, match='BATCH_SIZE was 4, is 2'):
     infer(kind, INFER_OUTPUT_DIR=other.name, BATCH_SIZE=2)
-  (other / resume.SETTINGS).unlink()
+  (other / settings).unlink()
   with pytest.raises(BadInput, match='results of unknown settings; choose another'):
     infer(kind, INFER_OUTPUT_DIR=other.name)
-  (other / f'tmp-{kind}').rmdir()
+  (other / f'tmp-{kind}{ONE}').rmdir()
   assert infer(kind, INFER_OUTPUT_DIR=other.name) == [whole]
 
 
@@ -249,10 +252,38 @@ def test_float16_decodes_padded_inputs(infer):
     assert json.loads(half)['score'] == pytest.approx(expected, rel=1e-2)
 
 
-def test_a_folder_in_which_another_run_is_at_work(infer):
-  folder = infer.folder / 'in use'
-  folder.mkdir()
-  lock = files.lock(folder / run_lock.NAME)
-  with pytest.raises(run_lock.InUse, match=r'in use is in use by .* another folder'):
-    infer('task', INFER_OUTPUT_DIR=folder.name)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', FILES)
+def test_several_jobs_share_a_folder(kind, infer):
+  """Each has a share of the lines, and all have the same settings."""
+  (whole,) = infer(kind)
+  name = f'shards_{kind}'
+
+  def job(number, of=3, **macros):
+    shard = {'shard_id': number, 'num_shards': of}
+    macros |= {f'infer_script.infer.{key}': value for key, value in shard.items()}
+    return infer(kind, INFER_OUTPUT_DIR=name, **macros)
+
+  (infer.folder / name).mkdir()
+  lock = files.lock(infer.folder / name / f'{run_lock.NAME}-00000-of-00003')
+  job(2)
+  job(1)
+  with pytest.raises(run_lock.InUse, match=rf'{name} is in use by .* another folder'):
+    job(0)
   os.close(lock)
+  parts = [part.splitlines() for part in job(0)]
+  assert [len(part) for part in parts] == [3, 3, 2]
+  # Another place in a batch: the last digits of a score differ.
+  key = 'input' if kind == 'text' else 'inputs'
+  merged, expected = (
+    [(row[key], row['prediction']) for row in map(json.loads, lines)]
+    for lines in ([*itertools.chain(*parts)], whole.splitlines())
+  )
+  assert sorted(merged, key=str) == sorted(expected, key=str)
+  for number, of, changes, message in (
+    (0, 3, {'BATCH_SIZE': 2}, 'BATCH_SIZE was 4, is 2'),
+    (0, 4, {}, r'infer.num_shards was 3, is 4'),
+    (3, 3, {}, r'^shard_id=3 must be from 0 to 2, as num_shards is 3'),
+  ):
+    with pytest.raises(BadInput, match=message):
+      job(number, of, **changes)

@@ -1,5 +1,6 @@
 """Training that has to stop: the signal, the state that is saved, the room for it."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import pytest
 from t5x import trainer as t5x_trainer
 
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import run_lock, trainer
+from gqa_t5x.training import decoded_eval, run_lock, trainer
+from helpers import commands
 from helpers.trainers import make_state, make_trainer
 
 # --- The signal -----------------------------------------------------------------
@@ -121,8 +123,8 @@ def test_what_is_not_finite_is_not_saved(train):
   made._newest = bad
   with pytest.raises(BadInput, match=r'^At step 0, .* training has diverged'):
     made.train(made.batches, 1, start_step=42)
-  with pytest.raises(BadInput, match=r'^At step 0, .* training has diverged'):
-    make_trainer(bad)
+  with pytest.raises(BadInput, match=r'^a/checkpoint_0 has .* not finite, in target/'):
+    make_trainer(bad, initial_checkpoint='a/checkpoint_0')
 
 
 @pytest.mark.parametrize('saved', [False, True])
@@ -150,6 +152,39 @@ def test_an_evaluation_ends_before_its_next_batch(train, tmp_path, monkeypatch, 
     with pytest.raises(t5x_trainer.PreemptionError, match='SIGTERM at step 0: saved'):
       made.train(made.batches, 1, start_step=0)
   assert seen == ['a']
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('received')
+def test_a_decoding_evaluation_ends(tmp_path, monkeypatch):
+  """Before its next batch, the step saved; and the same command goes on from there."""
+  read, drawn = decoded_eval._Dataset.as_numpy_iterator, []
+
+  def as_numpy_iterator(self):
+    for batch in read(self):
+      drawn.append(batch)
+      if len(drawn) == 22 + 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(decoded_eval._Dataset, 'as_numpy_iterator', as_numpy_iterator)
+  macros = {'MODEL_DIR': 'run', 'INITIAL_CHECKPOINT_PATH': [], 'TRAIN_STEPS': 4}
+  macros |= {'EVAL_PERIOD': 2, 'CHECKPOINT_PERIOD': 4, 'RUN_EVAL_BEFORE_TRAINING': True}
+  # 21 batches and a part of one.
+  macros |= {'SPLIT': 'train', 'infer_eval/utils.DatasetConfig.batch_size': 3}
+  first, again = tmp_path / 'first', tmp_path / 'again'
+  first.mkdir()
+  with pytest.raises(t5x_trainer.PreemptionError, match=r'^SIGTERM at step 2: saved'):
+    commands.engine_here(first, 't5x.train', 'finetune', **macros)
+  assert (len(drawn), commands.steps(first / 'run')) == (22 + 3, [0, 2])
+  shutil.copytree(first, again)  # This process has the first's lock.
+  commands.engine(again, 't5x.train', 'finetune', **macros)
+  assert commands.steps(again / 'run') == [0, 2, 4]
+  metrics = again / 'run' / 'inference_eval' / 'tiny_words-metrics.jsonl'
+  rows = map(json.loads, metrics.read_text().splitlines())
+  assert [(row['step'], row['examples']) for row in rows] == [
+    (step, 64) for step in (0, 2, 4)
+  ]
 
 
 def test_what_is_saved_is_not_saved_again(train, tmp_path):

@@ -42,7 +42,7 @@ from gqa_t5x import convert
 start = time.perf_counter()
 code = convert.main(sys.argv)
 seconds = time.perf_counter() - start
-with open('/proc/self/status') as file:
+with open('/proc/self/status', encoding='utf-8') as file:
   peak = next(int(line.split()[1]) for line in file if line.startswith('VmHWM'))
 print(seconds, 1024 * peak)
 sys.exit(code)

@@ -136,6 +136,16 @@ def measure(
   `others` make what is timed of settings of other systems, as `decoder` of ours.
   """
   stream = timing.stream_gb_per_s()
+  for setting, step, encode in times(chosen, repeats, baseline):
+    yield _row(setting, step, encode, stream, command)
+
+
+def times(
+  chosen: Sequence[Setting],
+  repeats: int,
+  baseline: Callable[..., Any] | None = None,
+) -> Iterator[tuple[Setting, float, float]]:
+  """Yields (setting, seconds of a decode step, seconds before the first one)."""
 
   def make(setting):
     cfg = setting.config
@@ -156,8 +166,7 @@ def measure(
     counts = max(T // 4, 1), T
     steps = timing.slopes([decode for _, decode in decoders], counts, repeats)
     encodes = [timing.median_seconds(prepare, repeats) for prepare, _ in decoders]
-    for setting, step, encode in zip(together, steps, encodes, strict=True):
-      yield _row(setting, step, encode, stream, command)
+    yield from zip(together, steps, encodes, strict=True)
 
 
 def _row(

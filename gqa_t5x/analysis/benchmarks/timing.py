@@ -128,7 +128,7 @@ def free_bytes() -> int | None:
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit'] - stats['bytes_in_use']
   try:
-    with open('/proc/meminfo') as file:
+    with open('/proc/meminfo', encoding='utf-8') as file:
       lines = dict(line.split(':') for line in file)
     return int(lines['MemAvailable'].split()[0]) * 1024
   except (OSError, KeyError):

@@ -29,7 +29,7 @@ def macros(gin_file: str) -> Mapping[str, Any]:
   Args:
     gin_file: path below the gin search path, e.g. 'gin/local/pretrain_mha.gin'.
   """
-  return parse((pathlib.Path(gqa_t5x.gin_search_path()) / gin_file).read_text())
+  return parse((pathlib.Path(gqa_t5x.gin_search_path()) / gin_file).read_text('utf-8'))
 
 
 def parse(text: str) -> dict[str, Any]:

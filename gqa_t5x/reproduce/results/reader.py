@@ -159,7 +159,7 @@ def _check_config(folder: Any, expected: Row) -> None:
   if not path.exists():
     raise BadInput(f'{path} is missing: nothing says what was run there.')
   try:
-    macros = gin_files.parse(path.read_text())
+    macros = gin_files.parse(path.read_text('utf-8'))
   except (SyntaxError, OSError, BadInput) as error:
     raise BadInput(f'{path} is damaged ({type(error).__name__}).') from error
   for name in CHECKED:

@@ -45,7 +45,7 @@ def read_rows(path: Any, kind: str, **expected: Any) -> list[Row]:
     BadInput: the file is damaged, or its rows are not of one device, version or run.
   """
   try:
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_bytes())
     found = [found] if isinstance(found, dict) else found
     rows = [row for row in found if row['kind'] == kind]
   except (ValueError, TypeError, KeyError) as error:

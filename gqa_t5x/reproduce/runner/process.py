@@ -41,7 +41,7 @@ async def run(
     StageFailed: it failed; the message has the end of the log.
   """
   words = [sys.executable, *command]
-  with log.open('w') as out:
+  with log.open('w', encoding='utf-8') as out:
     print(' '.join(words), file=out, flush=True)
     use_cores(cores)  # The process inherits them.
     process = await asyncio.create_subprocess_exec(
