@@ -136,14 +136,14 @@ def measure(
   `others` make what is timed of settings of other systems, as `decoder` of ours.
   """
   stream = timing.stream_gb_per_s()
-  for setting, step, encode in times(chosen, repeats, baseline):
+  for setting, step, encode in times(chosen, repeats, others):
     yield _row(setting, step, encode, stream, command)
 
 
 def times(
   chosen: Sequence[Setting],
   repeats: int,
-  baseline: Callable[..., Any] | None = None,
+  others: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Iterator[tuple[Setting, float, float]]:
   """Yields (setting, seconds of a decode step, seconds before the first one)."""
 
