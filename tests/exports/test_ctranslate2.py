@@ -1,5 +1,6 @@
 """CTranslate2 decodes an exported model as we do, and without us."""
 
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -120,6 +121,16 @@ def test_unknown_quantization(tmp_path):
   source = exports.checkpoint(tmp_path / 'run', model_oracle.config(2))
   said = exports.refused(source, tmp_path / 'out', 'ctranslate2', quantization='int4')
   assert said.startswith('--quantization=int4 is unknown; choose one of float32, ')
+
+
+def test_bfloat16_needs_torch(tmp_path, monkeypatch):
+  find = importlib.util.find_spec
+  hidden = lambda name: None if name == 'torch' else find(name)  # noqa: E731
+  monkeypatch.setattr(importlib.util, 'find_spec', hidden)
+  source = exports.checkpoint(tmp_path / 'run', model_oracle.config(2))
+  options = {'quantization': 'int8_bfloat16'}
+  said = exports.refused(source, tmp_path / 'out', 'ctranslate2', **options)
+  assert said.endswith("needs the package torch: pip install 'gqa_t5x[torch]'")
 
 
 HIDDEN = """

@@ -3,6 +3,8 @@
 import pytest
 
 import gqa_t5x
+from gqa_t5x import export
+from gqa_t5x.command_line import Terminated
 from gqa_t5x.exports import run
 from helpers import exports, model_oracle
 
@@ -49,24 +51,39 @@ def test_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('missing', ['input', 'output', 'format'])
 def test_missing_flags(missing, tmp_path, capsys):
-  from gqa_t5x import export
-
   flags = {'input': tmp_path, 'output': tmp_path / 'out', 'format': 'ctranslate2'}
   given = [f'--{name}={value}' for name, value in flags.items() if name != missing]
   assert export.main(['export', *given]) == 1
   assert f'error: --{missing} is missing' in capsys.readouterr().err
 
 
-def test_a_failed_export_leaves_nothing(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ('error', 'code'),
+  [(OSError('No space left'), 1), (KeyboardInterrupt(), 130), (Terminated(), 143)],
+)
+def test_what_stops_an_export_leaves_nothing(
+  error, code, source, tmp_path, monkeypatch, capsys
+):
   def fail(source, folder):
     (folder / 'half').write_text('half of it')
-    raise OSError('No space left on device')
+    raise error
 
   monkeypatch.setitem(run.FORMATS, 'failing', fail)
   before = sorted(tmp_path.iterdir())
-  with pytest.raises(OSError, match='No space left'):
-    run.export(source, tmp_path / 'out', 'failing')
+  flags = [f'--input={source}', f'--output={tmp_path / "out"}', '--format=failing']
+  assert export.main(['export', *flags]) == code
   assert sorted(tmp_path.iterdir()) == before
+  said = 'error: No space left' if code == 1 else 'stopped; nothing was written'
+  assert capsys.readouterr().err == said + '\n'
+
+
+def test_a_killed_export_is_written_over(source, tmp_path):
+  left = tmp_path / 'out.tmp-convert'
+  left.mkdir()
+  (left / 'half').write_text('half of it')
+  exports.command(source, tmp_path / 'out', 'huggingface')
+  assert not left.exists()
+  assert not (tmp_path / 'out' / 'half').exists()
 
 
 @pytest.mark.parametrize('format', ['ctranslate2', 'huggingface', 't5x'])

@@ -1,6 +1,7 @@
 """Tokens by id, of each kind of tokenizer."""
 
 import json
+import sys
 import types
 
 import pytest
@@ -81,3 +82,10 @@ def test_more_tokens_than_rows(tmp_path):
   exports.write_spiece(tmp_path)
   with pytest.raises(BadInput, match='but the model has 50 rows of its embedding'):
     read(tmp_path, 50)
+
+
+def test_without_sentencepiece(tmp_path, monkeypatch):
+  exports.write_spiece(tmp_path)
+  monkeypatch.setitem(sys.modules, 'sentencepiece', None)
+  with pytest.raises(BadInput, match=r'needs the package sentencepiece: pip install'):
+    read(tmp_path, 200)

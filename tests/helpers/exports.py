@@ -28,6 +28,7 @@ FAMILY = {
   't5_1_1': {},
   't5_1_0': T5_1_0,
   'umt5': dict(relpos_per_layer=True, num_encoder_layers=2),
+  'byt5': dict(vocab_size=384, num_encoder_layers=2, num_decoder_layers=1),
   'silu': dict(mlp_activations=('silu', 'linear')),
   'numbers': dict(
     relpos_num_buckets=12, relpos_max_distance=10, layer_norm_epsilon=0.05
