@@ -1,6 +1,7 @@
 """CTranslate2 decodes an exported model as we do, and without us."""
 
 import importlib.util
+import json
 import pathlib
 import subprocess
 import sys
@@ -109,6 +110,24 @@ def test_tokens_are_those_of_the_tokenizer(place, tmp_path):
   expected, _ = exports.greedy(cfg, INPUTS, 8)
   for one, row in zip(got, expected, strict=True):
     assert one.hypotheses[0] == [names[token] for token in until_end(row)]
+
+
+def test_the_lines_in_the_docs(tmp_path, monkeypatch, capsys):
+  cfg = model_oracle.config(2)
+  source = exports.checkpoint(tmp_path / 'run', cfg)
+  exports.write_spiece(source, extra_ids=4)
+  exports.command(source, tmp_path / 'gqa4_ct2', 'ctranslate2')
+  exports.write_spiece(tmp_path)
+  monkeypatch.chdir(tmp_path)
+  found = {}
+  exec(exports.code_in_docs('translate_batch('), found)
+  (tokens,) = found['inputs']
+  ids = [*map(found['pieces'].piece_to_id, tokens[:-1]), 1]
+  expected, _ = exports.greedy(cfg, np.array([ids], np.int32), 12)
+  names = json.loads((tmp_path / 'gqa4_ct2' / 'shared_vocabulary.json').read_text())
+  said = found['outputs'][0].hypotheses[0]
+  assert said[:12] == [names[token] for token in expected[0]]
+  assert capsys.readouterr().out.endswith(f' {found["outputs"][0].scores[0]}\n')
 
 
 def test_tokens_without_a_tokenizer_are_ids(tmp_path, capsys):
