@@ -1,0 +1,155 @@
+"""python -m gqa_t5x.compare: a table of what fewer heads cost, on a user's texts."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import gqa_t5x
+from gqa_t5x import compare
+from gqa_t5x.analysis import comparison
+from helpers import tokenizers_made as made
+
+ROWS = [(8, '-'), (1, 'mean'), (1, 'svd'), (2, 'mean'), (2, 'svd')]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = made.write_flan(tmp_path_factory.mktemp('compare') / 'flan', num_heads=8)
+  texts = [f'{text} {i}' for i, text in enumerate(made.TEXTS)]
+  (folder / 'texts.txt').write_text('\n\n'.join(texts))
+  pairs = [json.dumps({'a': t, 'b': t[:9]}) for t in texts]
+  (folder / 'pairs.jsonl').write_text('\n'.join(pairs))
+  return folder
+
+
+def run(folder, *flags, texts='texts.txt'):
+  given = [f'--input={folder}', f'--texts={folder / texts}', *flags]
+  return compare.main(['compare', *given])
+
+
+def test_rows_are_those_of_the_api(folder, tmp_path, capsys):
+  """Texts 1, 3, ... calibrate, the others are judged on."""
+  file = tmp_path / 'rows.json'
+  flags = ('--num_kv_heads=1,2,all', f'--json={file}', '--notime', '--chip=v5e')
+  assert run(folder, *flags, '--input_length=32', '--output_length=16') == 0
+  rows = json.loads(file.read_text())['rows']
+  assert [(row['num_kv_heads'], row['method']) for row in rows] == ROWS
+  model = gqa_t5x.load(folder)
+  texts = (folder / 'texts.txt').read_text().split('\n\n')
+  judged = model.examples(texts[1::2])
+  for row in rows:
+    one, K = model, row['num_kv_heads']
+    if K != 8:
+      calibration = texts[::2] if row['method'] == 'svd' else None
+      one = model.convert(K, row['method'], calibration)
+    expected = one.evaluate(judged)
+    assert row['tokens'] == expected['tokens'] > 20
+    np.testing.assert_allclose(row['loss'], expected['loss'], rtol=1e-4)
+    np.testing.assert_allclose(
+      row['loss_increase'], row['loss'] - rows[0]['loss'], atol=1e-6
+    )
+    # Two layers of keys and values of K heads of 4, in bfloat16.
+    per_token = 2 * 2 * K * 4 * 2
+    assert row['cache_bytes_per_input_token'] == per_token
+    room = 15.75 * 2**30 - 2 * model.num_parameters
+    assert row['largest_batch'] == pytest.approx(room / (48 * per_token), rel=0.01)
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 1 + 1 + len(ROWS) + 2
+  assert lines[-1].startswith('Take K = ') or 'None is within' in lines[-1]
+
+
+def test_pairs_and_times(folder, tmp_path):
+  file = tmp_path / 'rows.json'
+  flags = ('--keys=a,b', '--num_kv_heads=2', '--methods=mean', f'--json={file}')
+  small = ('--input_length=16', '--output_length=4', '--batch_size=2')
+  assert run(folder, *flags, *small, texts='pairs.jsonl') == 0
+  whole, fewer = json.loads(file.read_text())['rows']
+  assert fewer['ms_per_step'] > 0
+  assert fewer['ms_per_step'] != whole['ms_per_step']
+  model = gqa_t5x.load(folder)
+  texts = (folder / 'texts.txt').read_text().split('\n\n')[1::2]
+  expected = model.loss(texts, [t[:9] for t in texts])
+  np.testing.assert_allclose(whole['loss'], expected, rtol=1e-4)
+
+
+def test_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
+  file = tmp_path / 'rows.json'
+  flags = ('--num_kv_heads=1,2', f'--json={file}', '--notime')
+  whole = comparison.quality
+  converted = []
+
+  def stopped(model, chosen, *args):
+    for i, row in enumerate(whole(model, chosen, *args)):
+      if i == 2:
+        raise KeyboardInterrupt
+      converted.append(chosen[i])
+      yield row
+
+  monkeypatch.setattr(comparison, 'quality', stopped)
+  assert run(folder, *flags) == 130
+  assert len(json.loads(file.read_text())['rows']) == 2
+
+  def watched(model, chosen, *args):
+    converted.extend(chosen)
+    return whole(model, chosen, *args)
+
+  monkeypatch.setattr(comparison, 'quality', watched)
+  assert run(folder, *flags) == 0
+  assert converted == ROWS
+  monkeypatch.undo()
+  assert run(folder, *flags, '--max_texts=4') == 1
+
+
+@pytest.mark.parametrize(
+  ('increases', 'said'),
+  [
+    ({4: 0.01, 1: 0.04}, 'Take K = 1 by svd: its loss is +0.040 nats before'),
+    ({4: 0.01, 1: 0.06}, 'Take K = 4 by svd: its loss is +0.010 nats before'),
+    (
+      {4: 0.2, 1: 0.9},
+      'None is within 0.05 nats: the least, K = 4 by svd, loses 0.200',
+    ),
+    ({}, 'Nothing was compared'),
+  ],
+)
+def test_recommendation(increases, said):
+  rows = [{'num_kv_heads': 8, 'method': '-', 'loss_increase': 0.0}]
+  rows += [
+    {'num_kv_heads': K, 'method': 'svd', 'loss_increase': x}
+    for K, x in increases.items()
+  ]
+  assert comparison.recommendation(rows, 0.05).startswith(said)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--num_kv_heads=3'], 'num_kv_heads=3; choose from 1, 2, 4, 8, all'),
+    (['--methods=median'], "unknown method 'median'"),
+    (['--keys=a,b,c'], '--keys=a,b,c: give one, or two of a pair'),
+    (['--texts=nowhere.txt'], 'nowhere.txt'),
+    (['--max_texts=1'], 'max_texts'),
+    (['--tokenizer=nowhere'], 'nowhere has no tokenizer'),
+    (['--input=nowhere'], 'there is no checkpoint at nowhere'),
+    (['--dtype=int8'], 'dtype'),
+  ],
+)
+def test_bad_input(flags, message, folder, capsys):
+  assert run(folder, *flags) == 1
+  error = capsys.readouterr().err
+  assert message in error
+  assert re.fullmatch(r'error: [^\n]*\n', error.split('\r')[-1])
+
+
+def test_fewer_than_two_texts(folder, tmp_path, capsys):
+  (tmp_path / 'one.txt').write_text('one text')
+  assert run(folder, f'--texts={tmp_path / "one.txt"}') == 1
+  assert 'one.txt has 1 texts; two are the least' in capsys.readouterr().err
+
+
+def test_a_file_of_something_else(folder, tmp_path, capsys):
+  (tmp_path / 'rows.json').write_text('[1]')
+  assert run(folder, f'--json={tmp_path / "rows.json"}') == 1
+  assert 'is no file of this command' in capsys.readouterr().err
