@@ -1,5 +1,6 @@
 """Exports a checkpoint: finds the format, checks its options, writes whole or not."""
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ def write(source: Source, output: epath.PathLike, format: str, **options: Any) -
     BadInput: bad input; nothing is left behind.
   """
   target, options = _check(output, format, options)
+  params = {path: tensor.checked(path) for path, tensor in source.params.items()}
+  source = dataclasses.replace(source, params=params)
   with files.whole_folder(target) as folder:
     FORMATS[format](source, folder, **options)
   print(f'{source.name} is written to {target}, as {format}')

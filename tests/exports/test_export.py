@@ -1,12 +1,13 @@
 """The command: what it refuses, and that it leaves nothing behind."""
 
+import numpy as np
 import pytest
 
 import gqa_t5x
 from gqa_t5x import export
 from gqa_t5x.command_line import Terminated
 from gqa_t5x.exports import run
-from helpers import exports, model_oracle
+from helpers import exports, model_oracle, trees
 
 
 @pytest.fixture
@@ -75,6 +76,19 @@ def test_what_stops_an_export_leaves_nothing(
   assert sorted(tmp_path.iterdir()) == before
   said = 'error: No space left' if code == 1 else 'stopped; nothing was written'
   assert capsys.readouterr().err == said + '\n'
+
+
+@pytest.mark.parametrize('format', run.FORMATS)
+def test_values_that_are_not_finite(format, tmp_path):
+  if format == 'ctranslate2':
+    pytest.importorskip('ctranslate2')
+  tree = trees.tiny_state(2, moments=False)
+  tree['target']['decoder']['layers_1']['mlp']['wo']['kernel'][2, 1] = np.inf
+  source = trees.write_t5x(tmp_path / f'checkpoint_{trees.STEP}', tree)
+  said = exports.refused(source, tmp_path / 'out', format)
+  assert said.startswith(
+    'decoder/layers_1/mlp/wo/kernel has 1 values that are not finite, of '
+  )
 
 
 def test_a_killed_export_is_written_over(source, tmp_path):
