@@ -53,7 +53,7 @@ def define_command() -> command_line.Command:
   )
   command.words('num_kv_heads', '1,all', 'Key/value heads; all: as they are.')
   command.words('methods', 'mean,svd', 'Of conversion, as of gqa_t5x.convert.')
-  command.whole('max_texts', 512, 'Texts that are used, at most.', 2)
+  command.whole('max_texts', 128, 'Texts that are used, at most.', 2)
   command.text('tokenizer', None, 'Folder or file, if it is not beside the weights.')
   command.choice('dtype', 'float32', ('float32', 'bfloat16'), 'Of parameters.')
   command.whole('batch_size', 8, 'Texts, or inputs to decode, together.')

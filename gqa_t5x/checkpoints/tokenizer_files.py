@@ -25,7 +25,11 @@ def find(folder: epath.Path) -> epath.Path | None:
 
 
 def copy(source: epath.Path, target: epath.Path) -> None:
-  """Copies the files of a checkpoint's tokenizer, if it has one."""
+  """Copies the files of a checkpoint's tokenizer, if any; or a file of any name."""
+  if source.exists() and not source.is_dir():
+    name = TOKENIZERS if source.suffix == '.json' else SENTENCEPIECE
+    (target / name).write_bytes(source.read_bytes())
+    return
   folder = find(source)
   for name in NAMES:
     if folder is not None and (folder / name).exists():

@@ -40,6 +40,12 @@ LOGITS = 'decoder/logits_dense/kernel'
 _QUERY = 'decoder/layers_0/self_attention/query/kernel'
 _MLP = 'decoder/layers_0/mlp/wo/kernel'
 
+# Parts of names in the trees of relatives, and why they are not read.
+_RELATIVES = {
+  'expert': 'it is a Switch Transformer, whose MLPs are choices among experts',
+  'side_relpos_bias': 'it is a LongT5, whose encoder attends locally',
+}
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -161,6 +167,9 @@ def read_architecture(shapes: Shapes) -> Architecture:
   names = Architecture(*sizes, **variant).shapes().keys()
   missing, extra = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
   problems = []
+  problems += [
+    why for part, why in _RELATIVES.items() if any(part in name for name in extra)
+  ]
   if missing:
     problems.append(f'{len(missing)} missing: {", ".join(missing)}')
   if extra:

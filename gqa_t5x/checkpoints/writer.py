@@ -19,7 +19,7 @@ from gqa_t5x import files
 from gqa_t5x.checkpoints.jobs import BUDGET, Job, run_jobs
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
 from gqa_t5x.checkpoints.t5x_layouts import MSGPACK, kvstore
-from gqa_t5x.checkpoints.tree import TARGET, flatten, unflatten
+from gqa_t5x.checkpoints.tree import TARGET, unflatten
 from gqa_t5x.errors import BadInput, first_line
 
 # What T5X, by TensorStore, reads in tensors; gzip is what it writes itself.
@@ -80,23 +80,17 @@ def write_checkpoint(
     _write_msgpack(folder / MSGPACK, tree)
 
 
-def write_params(
+def write_tensors(
   path: epath.Path,
-  params: Mapping[str, Any],
-  step: int,
+  tensors: Mapping[str, LazyTensor],
   add_files: Callable[[epath.Path, Changed], None],
 ) -> None:
-  """Writes parameters that are in memory, nested under T5X's names, as a checkpoint.
+  """Writes tensors by their paths as a checkpoint; see `write_checkpoint`."""
 
-  Args and errors are those of `write_checkpoint`.
-  """
-
-  def unit(name: str, array: Any) -> Unit:
-    tensor = LazyTensor(tuple(array.shape), array.dtype, lambda: np.asarray(array))
+  def unit(name: str, tensor: LazyTensor) -> Unit:
     return Unit({name: tensor}, lambda: {name: tensor.read()})
 
-  units = [unit(TARGET + name, array) for name, array in flatten(params)]
-  units.append(unit('state/step', np.asarray(step, np.int32)))
+  units = [unit(*item) for item in tensors.items()]
   check_space(path, sum(unit.nbytes for unit in units))
   write_checkpoint(path, units, lambda _: None, add_files=add_files)
 

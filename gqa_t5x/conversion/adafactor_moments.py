@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.checkpoints.tree import PARAM_STATES
 from gqa_t5x.conversion.kernels import AttentionModule, join_heads, split_groups
 
 # T5X's Adafactor.min_dim_size_to_factor.
@@ -32,6 +34,36 @@ def _factored_axes(shape: Shape) -> tuple[int, int] | None:
   if len(shape) != 2 or min(shape) < _MIN_DIM_SIZE_TO_FACTOR:
     return None
   return (1, 0) if shape[0] > shape[1] else (0, 1)
+
+
+def initial(params: Mapping[str, Shape]) -> dict[str, LazyTensor]:
+  """The moments with which Adafactor starts, for a checkpoint that has none.
+
+  T5X restores no checkpoint for training that lacks them.
+
+  Args:
+    params: path -> shape of each parameter.
+
+  Returns:
+    "state/param_states/decoder/.../v_row" and so on: float32 zeros.
+  """
+  shapes = {
+    f'{PARAM_STATES}{path}/{name}': shape
+    for path, of_param in params.items()
+    for name, shape in _initial_shapes(tuple(of_param)).items()
+  }
+  return {
+    path: LazyTensor(s, np.dtype(np.float32), lambda s=s: np.zeros(s, np.float32))
+    for path, s in shapes.items()
+  }
+
+
+def _initial_shapes(shape: Shape) -> dict[str, Shape]:
+  """Of the moments of a parameter: without momentum, factored where T5X does."""
+  unused = dict.fromkeys(NAMES, _UNUSED)
+  return (
+    converted_shapes(unused, shape) if _factored_axes(shape) else unused | {'v': shape}
+  )
 
 
 def converted_shapes(moments: Mapping[str, Shape], new: Shape) -> dict[str, Shape]:

@@ -18,13 +18,14 @@ from gqa_t5x.checkpoints import (
   tokenizer_files,
   writer,
 )
-from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
 from gqa_t5x.checkpoints.tree import PARAM_STATES, TARGET
-from gqa_t5x.conversion import manifest
+from gqa_t5x.conversion import adafactor_moments, manifest
 from gqa_t5x.conversion.methods import get_method
 from gqa_t5x.conversion.plan import Plan, Recipe, plan_conversion
 from gqa_t5x.errors import BadInput
 
+_NO_STATE = "The checkpoint has no optimizer state: Adafactor's is added as it starts"
 _LAYER = re.compile(r'layers_(\d+)')
 
 
@@ -61,6 +62,7 @@ def convert(request: Request) -> None:
   if request.dry_run:
     _preview(plan, source, target, tensors)
     return
+  plan = _with_optimizer_state(plan)
 
   model_config = folders.read_config(source)
 
@@ -89,7 +91,20 @@ def convert(request: Request) -> None:
       compression=request.compression,
       add_files=write_records,
     )
-  _report(request, plan, source, target)
+  _report(request, plan, source, target, tensors)
+
+
+def _has_optimizer_state(tensors: Collection[str]) -> bool:
+  return any(path.startswith(PARAM_STATES) for path in tensors)
+
+
+def _with_optimizer_state(plan: Plan) -> Plan:
+  """Adds the state that T5X needs to train on, where the source has none."""
+  if _has_optimizer_state(plan.outputs):
+    return plan
+  moments = adafactor_moments.initial(plan.target.shapes())
+  units = [Unit({p: t}, lambda p=p, t=t: {p: t.read()}) for p, t in moments.items()]
+  return dataclasses.replace(plan, units=plan.units + units)
 
 
 def verify(path: str) -> None:
@@ -196,6 +211,8 @@ def _preview(
   _print_parameters({path: _shape(tensors[path]) for path in kept})
   if moments := sum(path.startswith(PARAM_STATES) for path in kept):
     print(f'  moments of these, {moments} tensors')
+  if not _has_optimizer_state(outputs):
+    print(_NO_STATE)
   print(f'Dropped: {", ".join(folders.dataset_state(source)) or "nothing"}')
   before, after = _nbytes(tensors, tensors), plan.nbytes
   print(
@@ -216,7 +233,11 @@ def _print_parameters(entries: Mapping[str, str]) -> None:
 
 
 def _report(
-  request: Request, plan: Plan, source: epath.Path, target: epath.Path
+  request: Request,
+  plan: Plan,
+  source: epath.Path,
+  target: epath.Path,
+  tensors: Mapping[str, TensorSpec],
 ) -> None:
   """Says what was done, and what to give to T5X."""
   if request.verbose:
@@ -227,8 +248,8 @@ def _report(
     print(f'Adafactor moments of {count} kernels: {what}')
   if plan.source == plan.target:
     print('It has as many key/value heads already: only the layout changed')
-  elif not plan.log:
-    print('The checkpoint has no optimizer state by layer: none was written')
+  if not _has_optimizer_state(tensors):
+    print(_NO_STATE)
   if names := folders.dataset_state(source):
     print(f'Not copied: the state of the data pipeline ({", ".join(names)})')
   print(f'Converted by {request.method}: {_describe_sizes(plan)}')

@@ -53,7 +53,7 @@ def readable(
       .tsv numbers of columns. Not used for .txt.
     document: one of `DOCUMENTS`, for .txt.
     unreadable: 'refuse' the file if a line is unreadable, or 'skip' the line.
-    setting: what the path is called in gin, for messages.
+    setting: what the path is called in gin, or a flag, for messages.
 
   Raises:
     BadInput: for an unknown `unreadable` or name, a damaged file, and, after the last
@@ -72,9 +72,11 @@ def readable(
       logging.warning('%s, line %d is unreadable: %s.', path, number, texts)
   if bad and unreadable == 'refuse':
     more = f' and {bad - len(shown)} more' if bad > len(shown) else ''
+    of_gin = not setting.startswith('--')
+    skip = ', or leave them out by --gin.UNREADABLE="\'skip\'"' if of_gin else ''
     raise BadInput(
-      f'{setting}={path} has unreadable lines: {", ".join(shown)}{more}. Mend them, or'
-      ' leave them out by --gin.UNREADABLE="\'skip\'".'
+      f'{setting}={path} has unreadable lines: {", ".join(shown)}{more}. Mend'
+      f' them{skip}.'
     )
   if bad:
     skipped = f'{bad} unreadable lines are skipped, {count} are left.'
@@ -191,6 +193,8 @@ def _tsv(path: str, keys: Keys, document: str):
   del document
   lines = _lines(path)
   if all(isinstance(key, int) for key in keys):
+    if min(keys) < 1:
+      raise BadInput(f'there is no column {min(keys)}; columns are counted from 1.')
     places, width = [key - 1 for key in keys], None
   else:
     names = _decoded(next(lines, (1, b''))[1]).split('\t')

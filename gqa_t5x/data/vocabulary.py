@@ -21,6 +21,7 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from gqa_t5x import files
 from gqa_t5x.checkpoints import folders, tokenizer_files
 from gqa_t5x.data import corpus as corpus_lib
 from gqa_t5x.errors import BadInput
@@ -58,14 +59,35 @@ def of_checkpoint(path: str, tokenizer: str | None = None) -> seqio.Vocabulary:
     return seqio.ByteVocabulary()
   if isinstance(found, tokenizer_lib.SentencePieceTokenizer):
     return seqio.SentencePieceVocabulary(found.file, extra_ids=found.extra_ids)
-  return _JsonVocabulary(found, tokenizer)
+  return _JsonVocabulary(found)
+
+
+def write_tokenizer(vocabulary: seqio.Vocabulary, folder: epath.Path) -> None:
+  """Writes the files of a vocabulary's tokenizer beside a run's checkpoints.
+
+  `gqa_t5x.load` then takes and gives text. A vocabulary that is no file, and not of
+  bytes, has none.
+  """
+  name, config = None, {}
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    config = {'tokenizer_class': 'ByT5Tokenizer'}
+  elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    config = {'tokenizer_class': 'T5Tokenizer', 'extra_ids': vocabulary.extra_ids}
+    name, source = tokenizer_files.SENTENCEPIECE, vocabulary.sentencepiece_model_file
+  elif isinstance(vocabulary, _JsonVocabulary):
+    name, source = tokenizer_files.TOKENIZERS, vocabulary.file
+  if name is not None:
+    with files.whole(folder / name) as temporary:
+      temporary.write_bytes(epath.Path(source).read_bytes())
+  if config:
+    files.write_json(folder / tokenizer_files.CONFIG, config)
 
 
 class _JsonVocabulary(seqio.Vocabulary):
   """The vocabulary of a tokenizer.json; equal to another one of the same file."""
 
-  def __init__(self, tokenizer: tokenizer_lib.Tokenizer, path: str):
-    self._tokenizer, self._path = tokenizer, path
+  def __init__(self, tokenizer: tokenizer_lib.JsonTokenizer):
+    self._tokenizer, self.file = tokenizer, tokenizer.file
     super().__init__(extra_ids=0)
 
   bos_id = None
@@ -97,7 +119,7 @@ class _JsonVocabulary(seqio.Vocabulary):
     return tf.numpy_function(decode, [ids], tf.string, stateful=False)
 
   def __eq__(self, other: object) -> bool:
-    return isinstance(other, _JsonVocabulary) and self._path == other._path
+    return isinstance(other, _JsonVocabulary) and self.file == other.file
 
 
 class CorpusVocabulary(seqio.SentencePieceVocabulary):

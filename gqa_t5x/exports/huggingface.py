@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from gqa_t5x import files
-from gqa_t5x.checkpoints import huggingface
+from gqa_t5x.checkpoints import huggingface, tokenizer_files
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.weight_files import write_weights
 from gqa_t5x.errors import BadInput
@@ -48,7 +48,7 @@ def write(
   Raises:
     BadInput: the dtype is unknown, or there is no such vocabulary.
   """
-  vocabularies.find(source, vocabulary)
+  tokenizer = vocabularies.find(source, vocabulary) if vocabulary else source.folder
   to = _dtype(source, dtype)
   whole = source.with_all_heads()
   names = {path: huggingface.name_of(path) for path in whole.params}
@@ -63,7 +63,8 @@ def write(
   special = {name: config[name] for name in config if name.endswith('_token_id')}
   files.write_json(folder / huggingface.CONFIG, config | {'torch_dtype': to.name})
   files.write_json(folder / 'generation_config.json', special)
-  vocabularies.copy(source, folder, vocabulary)
+  if tokenizer is not None:
+    tokenizer_files.copy(tokenizer, folder)
 
 
 def _dtype(source: Source, given: str | None) -> np.dtype:

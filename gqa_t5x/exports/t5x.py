@@ -10,11 +10,10 @@ import dataclasses
 import numpy as np
 from etils import epath
 
-from gqa_t5x.checkpoints import config, writer
-from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, Unit
+from gqa_t5x.checkpoints import config, tokenizer_files, writer
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.checkpoints.tree import TARGET
 from gqa_t5x.errors import BadInput
-from gqa_t5x.exports import vocabulary
 from gqa_t5x.exports.source import Source
 
 # What T5X's network computes in one way only; its activation can be set, and the end
@@ -44,15 +43,13 @@ def write(source: Source, folder: epath.Path, *, num_kv_heads: str = 'all') -> N
   _check(source)
   params = {f'{TARGET}{n}': t for n, t in source.with_all_heads().params.items()}
   params['state/step'] = LazyTensor.of(np.asarray(source.step, np.int32))
-  units = [Unit({n: t}, lambda n=n, t=t: {n: t.read()}) for n, t in params.items()]
 
   def add_files(made: epath.Path, _) -> None:
     config.write(made, source.config)
-    vocabulary.copy(source, made)
+    if source.folder is not None:
+      tokenizer_files.copy(source.folder, made)
 
-  writer.write_checkpoint(
-    folder / f'checkpoint_{source.step}', units, lambda _: None, add_files=add_files
-  )
+  writer.write_tensors(folder / f'checkpoint_{source.step}', params, add_files)
 
 
 def _check(source: Source) -> None:

@@ -69,16 +69,6 @@ def find(source: Source, given: str | None = None) -> epath.Path | None:
   return found[0] if found else None
 
 
-def copy(source: Source, folder: epath.Path, given: str | None = None) -> None:
-  """Copies all files of the tokenizer in the source's folder, or the one of `find`."""
-  if given is None and source.folder is not None and source.folder.is_dir():
-    tokenizer_files.copy(source.folder, folder)
-  elif (file := find(source, given)) is not None:
-    is_json = file.suffix == '.json'
-    name = tokenizer_files.TOKENIZERS if is_json else tokenizer_files.SENTENCEPIECE
-    (folder / name).write_bytes(file.read_bytes())
-
-
 def _config(folder: epath.Path) -> dict[str, Any]:
   file = folder / tokenizer_files.CONFIG
   try:

@@ -24,7 +24,8 @@ from gqa_t5x.checkpoints import config as config_file
 from gqa_t5x.checkpoints import folders, tokenizer_files, tree
 from gqa_t5x.conversion import input_statistics, input_sums, methods, plan
 from gqa_t5x.errors import BadInput
-from gqa_t5x.inference import examples, outputs, programs, tokenizer
+from gqa_t5x.exports import run
+from gqa_t5x.inference import examples, programs, saved, tokenizer
 from gqa_t5x.inference.layout import Layout
 from gqa_t5x.inference.texts import Text, Texts
 from gqa_t5x.model import network, sizes
@@ -368,23 +369,23 @@ class Model:
     Raises:
       BadInput: the folder has a checkpoint of this step, or cannot be written.
     """
-    outputs.save(path, *self._parts)
+    target = saved.new_checkpoint(path, self._step)
+    saved.write(target, *self._parts)
+    print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
 
   def export(self, path: epath.PathLike, format: str, **options: Any) -> None:
     """Writes the model for other programs, as `python -m gqa_t5x.export` does.
 
-    Args:
-      path: the local folder to make; BadInput if there is one.
-      format: 'ctranslate2', 'huggingface', 'stablehlo' or 't5x' (docs/export.md).
-      **options: the command's flags for the format.
+    `format` is 'ctranslate2', 'huggingface', 'stablehlo' or 't5x'; options are the
+    command's flags for it (docs/export.md). BadInput if `path` is there already.
     """
-    outputs.export(path, format, options, *self._parts)
+    run.write(saved.source(*self._parts), path, format, **options)
 
   # --- Inside -------------------------------------------------------------------
 
   @property
   def _parts(self) -> tuple:
-    return self.params, self._model_config, self._step, self._tokenizer_path
+    return self.params, self._step, self._model_config, self._tokenizer_path
 
   @property
   def _start(self) -> int:

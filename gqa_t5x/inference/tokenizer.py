@@ -86,11 +86,13 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-  """A tokenizer of the library tokenizers, by the text of its tokenizer.json."""
+  """A tokenizer of the library tokenizers, by its tokenizer.json, local or gs://."""
 
-  def __init__(self, text: str):
+  def __init__(self, file: str):
     import tokenizers
 
+    self.file = file
+    text = epath.Path(file).read_bytes().decode()
     self._tokenizer = tokenizers.Tokenizer.from_str(text)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
@@ -137,7 +139,7 @@ def load(path: epath.PathLike) -> Tokenizer:
     )
   try:
     if file.suffix == '.json':
-      return JsonTokenizer(file.read_bytes().decode())
+      return JsonTokenizer(str(file))
     return SentencePieceTokenizer(str(file), _extra_ids(config, file))
   except ImportError as error:
     raise BadInput(

@@ -25,7 +25,8 @@ from t5x import utils
 
 import gin
 from gqa_t5x import files
-from gqa_t5x.checkpoints import config, folders, tree
+from gqa_t5x.checkpoints import config, folders, tokenizer_files, tree
+from gqa_t5x.data import vocabulary
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import restore, run_lock
 
@@ -70,6 +71,8 @@ def get_dataset(
     if save_dataset and latest is not None and _settings(folder).exists():
       _check_data(folder, settings)
     config.write(folder, restore.config_of(model))
+    if tokenizer_files.find(folder) is None:
+      vocabulary.write_tokenizer(model.output_vocabulary, folder)
   dataset = utils.get_dataset(cfg, shard_id, num_shards, feature_converter_cls)
   return Batches(dataset, folder, settings) if save_dataset else dataset
 

@@ -104,3 +104,32 @@ def test_shapes_that_contradict_each_other(path, shape, message):
 def test_another_model_is_refused():
   with pytest.raises(BadInput, match=r'28 missing: .*; 1 extra: bert/kernel'):
     read_architecture({'bert/kernel': (3, 4)})
+
+
+@pytest.mark.parametrize(
+  ('extra', 'why'),
+  [
+    ('encoder/layers_0/mlp/expert/wi/kernel', 'whose MLPs are choices among experts'),
+    ('encoder/side_relpos_bias/rel_embedding', 'whose encoder attends locally'),
+  ],
+)
+def test_relatives_are_refused_by_name(extra, why):
+  with pytest.raises(BadInput, match=f'^not a T5 checkpoint: it is a .*{why}; 1 extra'):
+    read_architecture(tiny_shapes() | {extra: (3, 4)})
+
+
+@pytest.mark.parametrize('per_layer', [False, True])
+def test_variants(per_layer):
+  """T5 1.0: one input kernel of an MLP, no kernel of logits; umT5: a bias a layer."""
+  shapes = tiny_shapes()
+  del shapes['decoder/logits_dense/kernel']
+  for layer in ('encoder/layers_0', 'decoder/layers_0', 'decoder/layers_1'):
+    del shapes[f'{layer}/mlp/wi_1/kernel']
+    shapes[f'{layer}/mlp/wi/kernel'] = shapes.pop(f'{layer}/mlp/wi_0/kernel')
+    if per_layer:
+      stack = layer.partition('/')[0]
+      shapes.pop(f'{stack}/relpos_bias/rel_embedding', None)
+      shapes[f'{layer}/relpos_bias/rel_embedding'] = (N, 32)
+  got = read_architecture(shapes)
+  assert (got.gated, got.own_logits, got.bias_per_layer) == (False, False, per_layer)
+  assert got.shapes() == shapes

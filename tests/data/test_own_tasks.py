@@ -1,30 +1,28 @@
 """Tasks on users' own files: what is in which split, and what a model gets of it."""
 
 import collections
-import contextlib
-import json
-import os
 import pathlib
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import seqio
 import t5.data.mixtures  # noqa: F401
 import tensorflow as tf
 
-from gqa_t5x import files
-from gqa_t5x.data import own_tasks, record_cache
+from gqa_t5x.data import own_tasks
 from gqa_t5x.errors import BadInput
-from helpers import commands, tiny_task
+from helpers import tiny_task
+from helpers.own_files import (
+  PAIRS,
+  TEXTS,
+  pair_task,
+  raw,
+  text_task,
+  write_pairs,
+  write_texts,
+)
 
 LENGTHS = {'inputs': 32, 'targets': 32}
-WORDS = tiny_task.WORDS
-TEXTS = [f'{i} {WORDS[i % 8]} is not {WORDS[i % 7]}' for i in range(300)]
-PAIRS = [(text, text.split()[1]) for text in TEXTS]
 
 
 @pytest.fixture(autouse=True)
@@ -33,37 +31,6 @@ def folder(tmp_path, monkeypatch):
   monkeypatch.setenv('GQA_T5X_CACHE', str(tmp_path / 'cache'))
   monkeypatch.chdir(tmp_path)
   return tmp_path
-
-
-def write_texts(path='a.jsonl', texts=TEXTS, key='text'):
-  lines = [json.dumps({key: text}) for text in texts]
-  pathlib.Path(path).write_text('\n'.join(lines))
-
-
-def write_pairs(path='a.tsv', pairs=PAIRS):
-  lines = ['inputs\ttargets', *('\t'.join(pair) for pair in pairs)]
-  pathlib.Path(path).write_text('\n'.join(lines))
-
-
-def text_task(files='*.jsonl', extra_ids=100, **changes) -> str:
-  given = {'key': 'text', 'document': 'line', 'objective': 'span_corruption'}
-  given |= {'validation_files': None, 'validation_share': 0.2, 'cache_dir': None}
-  given |= {'vocabulary': tiny_task.vocabulary(extra_ids), 'unreadable': 'refuse'}
-  return own_tasks.text_files(files, **given | changes)
-
-
-def pair_task(train_files='*.tsv', **changes) -> str:
-  given = {'input_key': 'inputs', 'target_key': 'targets', 'input_prefix': ''}
-  given |= {'validation_files': None, 'validation_share': 0.2, 'cache_dir': None}
-  given |= {'vocabulary': tiny_task.vocabulary(), 'unreadable': 'refuse'}
-  given |= {'test_files': None, 'metric': None}
-  return own_tasks.pairs(train_files, **given | changes)
-
-
-def raw(name, split, shard=None) -> list[tuple[str, ...]]:
-  source = seqio.TaskRegistry.get(name).source
-  found = source.get_dataset(split, shuffle=False, shard_info=shard)
-  return [tuple(x.decode() for x in e.values()) for e in found.as_numpy_iterator()]
 
 
 def rows(dataset) -> list[tuple]:
@@ -254,114 +221,6 @@ def test_the_last_vocabulary_counts():
     assert task.output_features['targets'].vocabulary == vocabulary
 
 
-# --- The cache ------------------------------------------------------------------
-
-
-def cached(folder) -> dict[str, int]:
-  found = (folder / 'cache').rglob('*.tfrecord')
-  return {path.name: path.stat().st_mtime_ns for path in found}
-
-
-def test_files_are_read_once(folder):
-  write_texts()
-  name = text_task()
-  before = cached(folder)
-  assert len(before) == 2
-  record_cache.prepare.cache_clear()  # As in another process.
-  assert text_task() == name
-  assert cached(folder) == before
-  # Of the same size, and changed.
-  write_texts(texts=[text.replace('not', 'now') for text in TEXTS])
-  assert text_task() != name
-  assert len(list((folder / 'cache').rglob('*.tfrecord'))) == 4
-  text_task(cache_dir='elsewhere')
-  assert len(list((folder / 'elsewhere' / 'records').iterdir())) == 1
-
-
-def test_what_was_interrupted_goes_on(folder, monkeypatch):
-  for i in range(3):
-    write_texts(f'{i}.jsonl', TEXTS[i::3])
-  write = record_cache._write
-
-  def killed(request, folder, i, bar):
-    if i == 1:
-      (folder / f'.tmp-train-0000{i}-of-00003.tfrecord').write_bytes(b'half')
-      raise KeyboardInterrupt
-    return write(request, folder, i, bar)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(record_cache, '_write', killed)
-    with pytest.raises(KeyboardInterrupt):
-      text_task()
-  before = cached(folder)
-  name = text_task()
-  after = cached(folder)
-  assert {file: after[file] for file in before if 'tmp' not in file}.items() <= (
-    before.items()
-  )
-  assert not list((folder / 'cache').rglob('.tmp-*'))
-  assert sorted(raw(name, 'train') + raw(name, 'validation')) == sorted(
-    (text,) for text in TEXTS
-  )
-
-
-PROCESS = """
-import sys
-from data import test_own_tasks
-print('ready', flush=True)
-print(test_own_tasks.text_task())
-"""
-
-
-def process():
-  environment = commands.environment() | {'TF_CPP_MIN_LOG_LEVEL': '3'}
-  return subprocess.Popen(
-    [sys.executable, '-c', PROCESS],
-    stdout=subprocess.PIPE, text=True, env=environment,
-  )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_two_processes_and_one_that_is_killed(folder):
-  """All have one result; a lock goes with the process that held it."""
-  for i in range(40):
-    write_texts(f'{i}.jsonl', [f'{i} {text}' for text in TEXTS])
-  runs = [process() for _ in range(2)]
-  assert [run.stdout.readline() for run in runs] == ['ready\n'] * 2
-  while not cached(folder):
-    time.sleep(0.01)
-  runs[0].send_signal(signal.SIGKILL)
-  assert runs[1].communicate()[0].split() == [text_task()]
-  assert len(cached(folder)) == 80
-
-
-def test_hosts_share_the_work_in_a_bucket(folder, monkeypatch):
-  """Each writes every other file; what both have written is what one would have."""
-  for i in range(5):
-    write_texts(f'{i}.jsonl', TEXTS[i::5])
-  alone, written = text_task(), []
-  write = record_cache._write
-
-  def writes(request, folder, i, bar):
-    written[-1].append(i)
-    write(request, folder, i, bar)
-
-  monkeypatch.setattr(record_cache, '_write', writes)
-  for host in range(2):
-    share = contextlib.nullcontext((host, 2))
-    monkeypatch.setattr(record_cache, '_alone', lambda folder, share=share: share)
-    monkeypatch.setattr(record_cache, '_prepared', lambda *request: None)
-    written.append([])
-    record_cache.prepare.cache_clear()
-    with contextlib.suppress(AttributeError):  # Not all files are there yet.
-      text_task(cache_dir='shared')
-  assert written == [[0, 2, 4], [1, 3]]
-  monkeypatch.undo()
-  monkeypatch.chdir(folder)
-  record_cache.prepare.cache_clear()
-  assert text_task(cache_dir='shared') == alone
-
-
 # --- Bad input ------------------------------------------------------------------
 
 
@@ -435,18 +294,3 @@ def test_lengths_and_sentinels(changes, lengths, message):
   task = seqio.TaskRegistry.get(text_task(**changes))
   with pytest.raises(BadInput, match=message):
     task.get_dataset(dict(zip(LENGTHS, lengths, strict=True)))
-
-
-def test_a_cache_in_use_is_waited_for(folder, monkeypatch):
-  """The lock is looked at until it is free."""
-  write_texts()
-  locks = []
-
-  def lock(path):
-    locks.append(path)
-    return None if len(locks) < 3 else os.open(path, os.O_RDONLY)
-
-  monkeypatch.setattr(files, 'lock', lock)
-  monkeypatch.setattr(record_cache, '_WAIT_S', 0)
-  text_task()
-  assert len(locks) == 3

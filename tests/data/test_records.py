@@ -130,6 +130,8 @@ def test_unreadable_lines(tmp_path, line, key, why, capsys):
     read(path, [key])
   assert str(caught.value).startswith(f'FILES={path} has unreadable lines: 2 ({why}')
   assert str(caught.value).endswith('leave them out by --gin.UNREADABLE="\'skip\'".')
+  with pytest.raises(BadInput, match=r'\. Mend them\.$'):
+    list(records.readable(str(path), [key], 'line', 'refuse', '--texts'))
   assert read(path, [key], unreadable='skip') == [(1, ('good',)), (3, ('good',))]
   said = capsys.readouterr().err
   assert said == f'{path}: 1 unreadable lines are skipped, 2 are left.\n'
@@ -200,6 +202,7 @@ def test_damaged_files(tmp_path, name):
 
 
 def test_columns_that_are_not_there(tmp_path):
+  """Nor is there one before the first."""
   (tmp_path / 'x.tsv').write_bytes(tab_lines(TEXTS))
   parquet(tmp_path / 'x.parquet', TEXTS)
   for name, message in (
@@ -208,6 +211,8 @@ def test_columns_that_are_not_there(tmp_path):
   ):
     with pytest.raises(BadInput, match=message):
       read(tmp_path / name, ('q', 'de'))
+  with pytest.raises(BadInput, match=r'x.tsv: there is no column 0; columns are count'):
+    read(tmp_path / 'x.tsv', (0, 1))
 
 
 @pytest.mark.parametrize(

@@ -286,3 +286,13 @@ def test_the_api_is_short():
   assert gqa_t5x.__all__ == ['Model', 'load']
   with pytest.raises(AttributeError, match="no attribute 'laod'"):
     gqa_t5x.laod  # noqa: B018
+
+
+def test_a_tokenizer_that_is_elsewhere_is_saved_along(byt5, tmp_path):
+  folder = write(tmp_path / 't5', 't5_1_0')
+  file = made.write_sentencepiece(tmp_path / 'vocabulary') / 'spiece.model'
+  file = file.rename(tmp_path / 'cc_all.model')
+  model = gqa_t5x.load(folder, tokenizer_path=file)
+  model.save(tmp_path / 'out')
+  again = gqa_t5x.load(tmp_path / 'out')
+  assert again.tokenizer.encode(TEXT) == model.tokenizer.encode(TEXT)
