@@ -1,5 +1,6 @@
 """Inference on users' files: what is read, what is refused, what comes out."""
 
+import gzip
 import itertools
 import json
 import math
@@ -102,6 +103,15 @@ def test_names_and_byte_order_marks(register, tmp_path, name):
   skipped = [] if name != 'in.txt' else ['"\\ud800"']
   assert texts == ['"a"' if name == 'in.txt' else 'a', '\ufeffb', *skipped]
   assert not list((tmp_path / 'out').glob('*.tmp*'))
+
+
+def test_columns_and_compression(register, tmp_path):
+  """The formats: tests/data/test_records.py."""
+  (found,) = examples(register([b'n\tinputs', b'3\ta'], name='in.tsv'))
+  assert (found['line'], found['inputs_pretokenized']) == (2, b'a')
+  (tmp_path / 'in.txt.gz').write_bytes(gzip.compress(b'a\nb\n'))
+  name = register([], path=str(tmp_path / 'in.txt.gz'))
+  assert [e['inputs_pretokenized'] for e in examples(name)] == [b'a', b'b']
 
 
 def test_a_name_with_glob_characters(register):
