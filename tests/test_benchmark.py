@@ -36,11 +36,11 @@ def small_machine():
     yield
 
 
-def chosen(name, *words, with_t5x=False):
+def chosen(name, *words, compare=None):
   args = benchmark.define_flags(name).values
   args(['benchmark', name, *words])
   lists = {flag: args[flag].value for flag in benchmark.LISTS[name]}
-  return benchmark.settings(name, lists, with_t5x)
+  return benchmark.settings(name, lists, compare)
 
 
 @pytest.mark.parametrize('name', ['decode', 'train'])
@@ -71,7 +71,7 @@ def test_default_settings():
 
 def test_all_combinations_with_t5x():
   """Settings that differ in heads and system only are neighbours."""
-  found = chosen('decode', '--num_kv_heads=4,1', '--batch_size=1,8', with_t5x=True)
+  found = chosen('decode', '--num_kv_heads=4,1', '--batch_size=1,8', compare='t5x')
   assert [(s.batch_size, s.num_kv_heads, s.system) for s in found] == [
     (batch_size, K, system)
     for batch_size in (1, 8)
@@ -79,9 +79,30 @@ def test_all_combinations_with_t5x():
   ]
 
 
+def test_ctranslate2_has_the_same_heads():
+  found = chosen('decode', '--num_kv_heads=4,1', compare='ctranslate2')
+  systems = ('gqa_t5x', 'ctranslate2', 'ctranslate2_int8')
+  expected = [(K, system) for system in systems for K in (4, 1)]
+  assert [(s.num_kv_heads, s.system) for s in found] == expected
+
+
+def test_ctranslate2_is_timed(tmp_path):
+  pytest.importorskip('ctranslate2')
+  words = ['--size=one_layer', '--num_kv_heads=2', '--batch_size=2', '--repeats=5']
+  words += ['--input_length=8', '--output_length=8', '--compare=ctranslate2']
+  rows = write_rows('decode', tmp_path, *words)
+  systems = ['gqa_t5x', 'ctranslate2', 'ctranslate2_int8']
+  assert [row['system'] for row in rows] == systems
+  assert all(row['encode_ms'] > 0 for row in rows)
+
+
 @pytest.mark.parametrize(
   ('words', 'said'),
   [
+    (
+      ['decode', '--compare=ctranslate2', '--dtype=bfloat16'],
+      'dtype=bfloat16: CTranslate2 is compared in float32 alone',
+    ),
     (['decode', '--size=huge'], 'size=huge; choose from tiny, mini, small'),
     (['decode', '--dtype=int8'], 'dtype=int8; choose from float32, bfloat16.'),
     (['decode', '--num_kv_heads=5'], 'num_heads=12 is not divisible by num_kv_heads=5'),
@@ -334,7 +355,7 @@ def test_t5x_is_timed_where_a_setting_says_so():
     (train_benchmark, training, network_of_t5x),
     (decode_benchmark, decoding, decoder_of_t5x),
   ):
-    (row,) = module.measure([setting], 1, 'command', baseline)
+    (row,) = module.measure([setting], 1, 'command', {'t5x': baseline})
     assert (row['system'], row['command']) == ('t5x', 'command')
   assert made == [2, ((2, 8), 4, 2)]
 

@@ -16,16 +16,18 @@ ROOMS = {
   'decoding': {'model'},
   'checkpoints': set(),
   'conversion': {'checkpoints', 'model'},
-  'inference': {'model', 'decoding', 'checkpoints', 'conversion'},
+  'exports': {'model', 'decoding', 'checkpoints'},
+  'inference': {'model', 'decoding', 'checkpoints', 'conversion', 'exports'},
   'data': {'checkpoints', 'inference'},
   'training': {'model', 'decoding', 'checkpoints', 'conversion', 'data'},
-  'analysis': {'model', 'decoding', 'checkpoints', 'conversion', 'inference'},
+  'analysis': {'model', 'decoding', 'checkpoints', 'conversion', 'inference'}
+  | {'exports'},
 }
 ROOMS['reproduce'] = set(ROOMS)
 # What they do not import at the top of a file, nor what they import does.
 HEAVY = {'tensorflow', 'seqio', 'gin', 't5x', 't5', 'clu', 'tensorflow_text', 'torch'}
 LIGHT = ('model', 'decoding', 'checkpoints', 'conversion', 'inference')
-LIGHT += ('analysis/costs', 'analysis/benchmarks')
+LIGHT += ('exports', 'analysis/costs', 'analysis/benchmarks')
 
 
 def modules() -> dict[str, pathlib.Path]:

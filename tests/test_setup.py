@@ -58,7 +58,7 @@ def pins():
 
 def test_every_requirement_is_pinned(setup_arguments, pins):
   extras = setup_arguments['extras_require']
-  others = {'torch', 'oracle', 'heads'}
+  others = {'torch', 'oracle', 'ctranslate2', 'heads'}
   assert set(extras) == {'inference', 'train', 't5x', 'test', *others}
   required = sum(extras.values(), setup_arguments['install_requires'])
   assert len(required) > 20

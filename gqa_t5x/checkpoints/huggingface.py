@@ -46,7 +46,7 @@ _RELATIVES = {
   'pegasus': 'its positions are sinusoids, and its layer norms have a mean and a bias',
 }
 # Names of activations -> those of flax.linen, whose `gelu` is the tanh approximation.
-_ACTIVATIONS = {
+ACTIVATIONS = {
   'relu': 'relu',
   'gelu_new': 'gelu',
   'gelu_pytorch_tanh': 'gelu',
@@ -96,12 +96,12 @@ def open_folder(file: epath.Path) -> dict[str, LazyTensor]:
   tensors |= _embedding(file, tensors)
   architecture = _with_logits(architecture, tensors, _is_scaled(config))
   shapes = architecture.shapes()
-  names = {path: _name(path) for path in shapes}
+  names = {path: name_of(path) for path in shapes}
   expected = {
     n: shapes[p] if n == _EMBEDDING else shapes[p][::-1] for p, n in names.items()
   }
   _check_shapes(file, tensors, expected)
-  result = {f'{TARGET}{p}': _in_t5x_layout(n, tensors[n]) for p, n in names.items()}
+  result = {f'{TARGET}{p}': in_other_layout(n, tensors[n]) for p, n in names.items()}
   return result | {'state/step': LazyTensor.of(np.zeros((), np.int32))}
 
 
@@ -183,8 +183,8 @@ def _divided(tensor: LazyTensor, divisor: float) -> LazyTensor:
   return LazyTensor(tensor.shape, dtype, read)
 
 
-def _name(path: str) -> str:
-  """Hugging Face's name of a parameter."""
+def name_of(path: str) -> str:
+  """Hugging Face's name of a parameter of T5X."""
   parts = path.split('/')[:-1]
   stack = parts[0]
   layer = parts[1].removeprefix('layers_') if len(parts) > 2 else '0'
@@ -196,8 +196,11 @@ def _name(path: str) -> str:
   return '.'.join([*there, 'weight'])
 
 
-def _in_t5x_layout(name: str, tensor: LazyTensor) -> LazyTensor:
-  """Transposes every matrix but the embedding, once it is read."""
+def in_other_layout(name: str, tensor: LazyTensor) -> LazyTensor:
+  """Transposes every matrix but the embedding, once it is read: there, or back.
+
+  `name` is Hugging Face's.
+  """
   if len(tensor.shape) != 2 or name == _EMBEDDING:
     return tensor
   return LazyTensor(
@@ -295,12 +298,12 @@ def _activation(file: epath.Path, config: Mapping[str, Any]) -> tuple[bool, str]
   # transformers does the same: T5 v1.1's gelu has always been the approximation.
   name = 'gelu_new' if projection == 'gated-gelu' else name
   said = config.get('dense_act_fn', name)
-  if name not in _ACTIVATIONS:
+  if name not in ACTIVATIONS:
     raise BadInput(
       f'{file} has feed_forward_proj {projection!r}; this project computes'
-      f' {", ".join(_ACTIVATIONS)}, gated or not'
+      f' {", ".join(ACTIVATIONS)}, gated or not'
     )
-  if _ACTIVATIONS.get(said) != _ACTIVATIONS[name]:
+  if ACTIVATIONS.get(said) != ACTIVATIONS[name]:
     raise BadInput(
       f'{file} has dense_act_fn {said!r}, and feed_forward_proj {projection!r}'
     )
@@ -309,7 +312,7 @@ def _activation(file: epath.Path, config: Mapping[str, Any]) -> tuple[bool, str]
       f'{file} has is_gated_act {config["is_gated_act"]!r}, and feed_forward_proj'
       f' {projection!r}'
     )
-  return gated, _ACTIVATIONS[name]
+  return gated, ACTIVATIONS[name]
 
 
 def _number(

@@ -71,6 +71,21 @@ class LazyTensor(TensorSpec):
     """Wraps an array that is in memory already."""
     return cls(tuple(array.shape), np.dtype(array.dtype), lambda: array)
 
+  def checked(self, path: str) -> 'LazyTensor':
+    """The same tensor; reading values that are not finite raises BadInput."""
+
+    def read() -> np.ndarray:
+      array = self.read()
+      if not np.isfinite(array).all():
+        count = array.size - np.count_nonzero(np.isfinite(array))
+        raise BadInput(
+          f'{path} has {count:,} values that are not finite, of {array.size:,}: this'
+          ' checkpoint is of a run that diverged, or damaged; take an earlier one'
+        )
+      return array
+
+    return LazyTensor(self.shape, self.dtype, read)
+
 
 @dataclasses.dataclass(frozen=True)
 class Unit:

@@ -1,4 +1,4 @@
-"""Finds the tensors in a safetensors file, local or in a bucket, without reading them.
+"""Finds the tensors in a safetensors file without reading them, and writes such files.
 
   8 bytes               length of the header, a little-endian integer
   header                JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]},
@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -31,6 +32,7 @@ _DTYPES = {
   'F32': np.dtype(np.float32),
   'F64': np.dtype(np.float64),
 }
+_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
 # The library's own bound: a damaged length must not fill the memory.
 _MAX_HEADER_BYTES = 100_000_000
@@ -59,6 +61,25 @@ def read_index(file: epath.Path) -> dict[str, LazyTensor]:
     read = functools.partial(_read_tensor, file, name, spec, offset)
     tensors[name] = LazyTensor(spec.shape, dtype, read)
   return tensors
+
+
+def write(file: epath.Path, tensors: Mapping[str, LazyTensor]) -> None:
+  """Writes a file of floating-point tensors, one of them in memory at a time."""
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}  # transformers wants it.
+  end = 0
+  for name, tensor in tensors.items():
+    begin, end = end, end + tensor.nbytes
+    header[name] = {
+      'dtype': _KINDS[tensor.dtype],
+      'shape': list(tensor.shape),
+      'data_offsets': [begin, end],
+    }
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % _LENGTH_BYTES)  # Aligns the tensors.
+  with file.open('wb') as handle:
+    handle.write(len(text).to_bytes(_LENGTH_BYTES, 'little') + text)
+    for tensor in tensors.values():
+      handle.write(np.ascontiguousarray(tensor.read()).tobytes())
 
 
 def dtype_of(file: epath.Path, name: str, kind: str) -> np.dtype:

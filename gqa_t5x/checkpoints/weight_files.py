@@ -1,4 +1,4 @@
-"""Opens the tensors of a Hugging Face folder: safetensors or PyTorch's, in one or more.
+"""The tensors of a Hugging Face folder: safetensors or PyTorch's, in a file or more.
 
 model.safetensors, pytorch_model.bin    all tensors
 ....index.json                          which of several files holds which tensor
@@ -6,14 +6,15 @@ model.safetensors, pytorch_model.bin    all tensors
 
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from gqa_t5x import files
+from gqa_t5x.checkpoints import safetensors
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
-from gqa_t5x.checkpoints.safetensors import dtype_of, read_index
 from gqa_t5x.errors import BadInput, first_line
 
 # As transformers does: safetensors goes first if the folder has both formats.
@@ -21,6 +22,7 @@ WEIGHTS = (
   ('model.safetensors', 'model.safetensors.index.json'),
   ('pytorch_model.bin', 'pytorch_model.bin.index.json'),
 )
+MOST_BYTES = 5 * 10**9  # Of tensors in a file that is written.
 _OTHER_WEIGHTS = ('flax_model.msgpack', 'tf_model.h5')
 _SAVE = 'save the model as safetensors: model.save_pretrained(FOLDER)'
 # PyTorch's names of dtypes -> those of safetensors.
@@ -50,7 +52,7 @@ def weights_file(folder: epath.Path) -> epath.Path | None:
 
 def open_weights(file: epath.Path) -> dict[str, LazyTensor]:
   """Opens one file, or an index and all files that it names."""
-  read = _open_torch if file.name.startswith('pytorch') else read_index
+  read = _open_torch if file.name.startswith('pytorch') else safetensors.read_index
 
   def opener(file: epath.Path) -> dict[str, LazyTensor]:
     files.refuse_pointer(file)
@@ -75,6 +77,33 @@ def open_weights(file: epath.Path) -> dict[str, LazyTensor]:
       raise BadInput(f'{file} says that {tensor} is in {shard}; it is not')
     tensors[tensor] = shards[shard][tensor]
   return tensors
+
+
+def write_weights(folder: epath.Path, tensors: Mapping[str, LazyTensor]) -> None:
+  """Writes safetensors, and an index if they are more than MOST_BYTES.
+
+  A tensor that is larger by itself has a file of its own. One tensor is in memory at a
+  time.
+  """
+  name, index = WEIGHTS[0]
+  parts: list[dict[str, LazyTensor]] = [{}]
+  nbytes = 0
+  for path, tensor in tensors.items():
+    nbytes += tensor.nbytes
+    if parts[-1] and nbytes > MOST_BYTES:
+      parts.append({})
+      nbytes = tensor.nbytes
+    parts[-1][path] = tensor
+  if len(parts) == 1:
+    safetensors.write(folder / name, tensors)
+    return
+  shard_of = {}
+  for i, part in enumerate(parts, 1):
+    file = f'model-{i:05}-of-{len(parts):05}.safetensors'
+    safetensors.write(folder / file, part)
+    shard_of |= dict.fromkeys(part, file)
+  size = {'total_size': sum(tensor.nbytes for tensor in tensors.values())}
+  files.write_json(folder / index, {'metadata': size, 'weight_map': shard_of})
 
 
 def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
@@ -106,7 +135,7 @@ def _open_torch(file: epath.Path) -> dict[str, LazyTensor]:
   tensors = {}
   for name, tensor in state.items():
     kind = str(tensor.dtype).removeprefix('torch.')
-    dtype = dtype_of(file, name, _KINDS.get(kind, kind))
+    dtype = safetensors.dtype_of(file, name, _KINDS.get(kind, kind))
     read_it = functools.partial(read, name, dtype)
     tensors[name] = LazyTensor(tuple(tensor.shape), dtype, read_it)
   return tensors

@@ -31,7 +31,6 @@ COMPRESSORS = {
 # T5X's checkpoints.VERSION.
 _VERSION = 3
 _CHUNK_BYTES = 64 * 2**20
-_SUFFIX = '.tmp-convert'
 _UNFINISHED = 'gqa_t5x_unfinished'
 
 # path -> `describe_tensor` of each tensor that is not a copy.
@@ -65,7 +64,7 @@ def write_checkpoint(
   source = source or {}
   nbytes = sum(unit.nbytes for unit in units)
   # What is written appears at `path` on success only.
-  whole_or_nothing = _in_bucket if _is_bucket(path) else _on_disk
+  whole_or_nothing = _in_bucket if _is_bucket(path) else files.whole_folder
   with _clear_errors(path, nbytes), whole_or_nothing(path) as folder:
     write = _TensorWriter(folder, compression)
     jobs = [_unit_job(unit, source, write) for unit in units]
@@ -181,7 +180,7 @@ def _is_bucket(path: epath.Path) -> bool:
 def _in_bucket(path: epath.Path) -> Iterator[epath.Path]:
   """Gives `path` itself, marked as unfinished; clears it if anything fails."""
   path.mkdir(parents=True, exist_ok=True)
-  _remove_contents(path)
+  files.remove_contents(path)
   (path / _UNFINISHED).write_text('Being written by gqa_t5x.convert.\n', 'utf-8')
   try:
     yield path
@@ -190,47 +189,6 @@ def _in_bucket(path: epath.Path) -> Iterator[epath.Path]:
     (path / MSGPACK).unlink(missing_ok=True)
     path.rmtree(missing_ok=True)
     raise
-
-
-@contextlib.contextmanager
-def _on_disk(path: epath.Path) -> Iterator[epath.Path]:
-  """Gives a temporary sibling of `path`; renames it on success, else removes it."""
-  folder = path.parent / (path.name + _SUFFIX)
-  made = [p for p in path.parents if not p.exists()]
-  lock = None
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(exist_ok=True)
-    lock = files.lock(folder)
-    if lock is None:
-      raise BadInput(
-        f'another conversion is writing {folder}; wait for it, or choose another'
-        ' --output'
-      )
-    _remove_contents(folder)
-    yield folder
-    os.sync()  # or the rename might survive a power cut that the tensors do not
-    os.rename(folder, path)  # epath's refuses an empty folder at `path`
-  except BaseException:
-    # Without the lock the folder is not ours.
-    if lock is not None:
-      folder.rmtree(missing_ok=True)
-    for parent in made:
-      with contextlib.suppress(OSError):
-        os.rmdir(parent)
-    raise
-  finally:
-    if lock is not None:
-      os.close(lock)
-
-
-def _remove_contents(folder: epath.Path) -> None:
-  """Clears what a killed run left behind."""
-  for entry in folder.iterdir():
-    if entry.is_dir():
-      entry.rmtree()
-    else:
-      entry.unlink()
 
 
 class _TensorWriter:

@@ -97,7 +97,7 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
   new_heads = _choose_num_kv_heads(source, recipe)
   target = dataclasses.replace(source, num_kv_heads=new_heads)
   units, log, shapes = [], {}, target.shapes()
-  checked = {path: _checked(path, tensor) for path, tensor in tensors.items()}
+  checked = {path: tensor.checked(path) for path, tensor in tensors.items()}
   for kind, path in source.attention_modules():
     if new_heads[kind] == source.num_kv_heads[kind]:
       continue
@@ -238,22 +238,6 @@ def _module_unit(
   return Unit(outputs, compute), notes
 
 
-def _checked(path: str, tensor: LazyTensor) -> LazyTensor:
-  """The same tensor; reading values that are not finite raises BadInput."""
-
-  def read() -> np.ndarray:
-    array = tensor.read()
-    if not np.isfinite(array).all():
-      count = array.size - np.count_nonzero(np.isfinite(array))
-      raise BadInput(
-        f'{path} has {count:,} values that are not finite, of {array.size:,}: this'
-        ' checkpoint is of a run that diverged, or damaged; take an earlier one'
-      )
-    return array
-
-  return LazyTensor(tensor.shape, tensor.dtype, read)
-
-
 def _at_least_float32(dtype: np.dtype) -> np.dtype:
   """The dtype of a kernel that is changed: 16 bits would round a mean once more."""
   return np.promote_types(dtype, np.float32)
@@ -272,7 +256,7 @@ def _in_state(parameter: str, moments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
-  return Unit({path: tensor}, lambda: {path: _checked(path, tensor).read()})
+  return Unit({path: tensor}, lambda: {path: tensor.checked(path).read()})
 
 
 def _read_source(tensors: Tensors) -> tree.Architecture:

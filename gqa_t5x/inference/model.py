@@ -24,6 +24,7 @@ from gqa_t5x.checkpoints import config as config_file
 from gqa_t5x.checkpoints import folders, tokenizer_files, tree
 from gqa_t5x.conversion import input_statistics, input_sums, methods, plan
 from gqa_t5x.errors import BadInput
+from gqa_t5x.exports import run
 from gqa_t5x.inference import examples, programs, saved, tokenizer
 from gqa_t5x.inference.layout import Layout
 from gqa_t5x.inference.texts import Text, Texts
@@ -368,19 +369,23 @@ class Model:
     Raises:
       BadInput: the folder has a checkpoint of this step, or cannot be written.
     """
-    folder = epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
-    if '://' in os.fspath(path):
-      folder = epath.Path(path)
-    target = folder / f'checkpoint_{self._step}'
-    if target.exists():
-      raise BadInput(f'{target} exists already; choose another folder')
-
-    saved.write(
-      target, self.params, self._step, self._model_config, self._tokenizer_path
-    )
+    target = saved.new_checkpoint(path, self._step)
+    saved.write(target, *self._parts)
     print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
 
+  def export(self, path: epath.PathLike, format: str, **options: Any) -> None:
+    """Writes the model for other programs, as `python -m gqa_t5x.export` does.
+
+    `format` is 'ctranslate2', 'huggingface', 'stablehlo' or 't5x'; options are the
+    command's flags for it (docs/export.md). BadInput if `path` is there already.
+    """
+    run.write(saved.source(*self._parts), path, format, **options)
+
   # --- Inside -------------------------------------------------------------------
+
+  @property
+  def _parts(self) -> tuple:
+    return self.params, self._step, self._model_config, self._tokenizer_path
 
   @property
   def _start(self) -> int:

@@ -1,5 +1,6 @@
-"""Writes a model that is in memory as a checkpoint that T5X trains on."""
+"""A model that is in memory, as it is written: a checkpoint that T5X trains on."""
 
+import os
 from typing import Any
 
 import jax
@@ -9,6 +10,19 @@ from etils import epath
 from gqa_t5x.checkpoints import config, tokenizer_files, tree, writer
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.conversion import adafactor_moments
+from gqa_t5x.errors import BadInput
+from gqa_t5x.exports.source import Source
+
+
+def new_checkpoint(path: epath.PathLike, step: int) -> epath.Path:
+  """The checkpoint folder to make in a folder; BadInput if it is there already."""
+  folder = epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
+  if '://' in os.fspath(path):
+    folder = epath.Path(path)
+  target = folder / f'checkpoint_{step}'
+  if target.exists():
+    raise BadInput(f'{target} exists already; choose another folder')
+  return target
 
 
 def write(
@@ -39,6 +53,19 @@ def write(
       tokenizer_files.copy(tokenizer, folder)
 
   writer.write_tensors(path, tensors, add_files)
+
+
+def source(
+  params: Any,
+  step: int,
+  model_config: config.ModelConfig,
+  tokenizer: epath.Path | None,
+) -> Source:
+  """What `exports` read of the model; arguments are those of `write`."""
+  tensors = {name: _lazy(x) for name, x in tree.flatten(params)}
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  architecture = tree.read_architecture(shapes)
+  return Source(tokenizer, tensors, architecture, model_config, step)
 
 
 def _lazy(array: jax.Array) -> LazyTensor:

@@ -5,8 +5,10 @@ looks for the mesh of `jax.set_mesh` alone, and under T5X's does nothing, silent
 (flax 0.12.8). Here both count.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from flax.linen import partitioning as nn_partitioning
@@ -22,8 +24,23 @@ def current_mesh() -> Mesh | AbstractMesh | None:
   return None if mesh.empty else mesh
 
 
+_traced_for = contextvars.ContextVar('traced_for', default=None)
+
+
+@contextlib.contextmanager
+def traced_for(name: str) -> Iterator[None]:
+  """Makes `name` the platform of what is traced, whatever devices are here."""
+  token = _traced_for.set(name)
+  try:
+    yield
+  finally:
+    _traced_for.reset(token)
+
+
 def platform() -> str:
   """Returns 'cpu', 'gpu' or 'tpu', of the mesh: its devices need not be here."""
+  if (name := _traced_for.get()) is not None:
+    return name
   mesh = current_mesh()
   if isinstance(mesh, Mesh):
     return mesh.devices.flat[0].platform

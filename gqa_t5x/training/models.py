@@ -68,6 +68,10 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         raise BadInput('rng and decoder_params["decode_rng"] were given; keep one.')
       decoder_params['decode_rng'] = rng
     prompts = batch['decoder_input_tokens']
+    if not isinstance(prompts.shape[0], int):  # Of t5x.export.
+      raise BadInput(
+        'A batch of any size cannot be decoded; set BATCH_SIZE to a number.'
+      )
     # An end marker among the targets must not end the decode.
     forced = (prompts != eos_id) & prompt_with_targets
     decodes, scores = generate.generate(

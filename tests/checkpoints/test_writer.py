@@ -196,7 +196,7 @@ def test_two_conversions_do_not_write_the_same_checkpoint(tmp_path):
   inner = []
 
   def second():
-    with pytest.raises(BadInput, match='another conversion is writing'):
+    with pytest.raises(BadInput, match='another process is writing'):
       writer.write_checkpoint(target, [], inner.append)
     return {'target/x': np.ones(3, np.float32)}
 

@@ -36,6 +36,7 @@ MODELS |= {f'flan_t5_{s}': s for s in ('small', 'base', 'large', 'xl', 'xxl')}
 FROM_CHECKPOINT = 'gin/models/from_checkpoint.gin'  # test_from_checkpoint.py
 BEST = 'gin/runs/best_checkpoint.gin'
 INFER_TEXT = 'gin/infer_text.gin'  # reads its input: test_infer_text.py
+EXPORT = 'gin/runs/export.gin'  # of Google's T5X alone: test_saved_model.py
 # Name -> files, function, required values, size, key/value heads.
 CASES = {file: ([file], *row) for file, row in RUNNABLE.items()}
 # Every run with the smallest model, every model with one run.
@@ -76,7 +77,8 @@ def test_every_part_is_used():
   used = roots.union(*map(commands.includes, roots))
   # gin/tasks and best_checkpoint.gin: test_gin_papers.py.
   tasks = {file for file in commands.gin_files() if file.startswith('gin/tasks/')}
-  assert set(commands.gin_files()) == used | tasks | {BEST, INFER_TEXT, FROM_CHECKPOINT}
+  own = {BEST, INFER_TEXT, EXPORT, FROM_CHECKPOINT}
+  assert set(commands.gin_files()) == used | tasks | own
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,11 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting(DecodeSetting):
-  """What is decoded; `system` is 'gqa_t5x', or 't5x': T5X's network and decoding."""
+  """What is decoded.
+
+  `system` is 'gqa_t5x', 't5x' for T5X's network and decoding, or 'ctranslate2' or
+  'ctranslate2_int8' for CTranslate2 with weights in float32 or int8.
+  """
 
   system: str = 'gqa_t5x'
 
@@ -125,21 +129,21 @@ def measure(
   chosen: Sequence[Setting],
   repeats: int,
   command: str,
-  baseline: Callable[..., Any] | None = None,
+  others: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Iterator[dict[str, Any]]:
   """Yields rows of kind 'decode_benchmark'; see `benchmark.run`.
 
-  `baseline` makes what is timed of settings of system 't5x', as `decoder` of ours.
+  `others` make what is timed of settings of other systems, as `decoder` of ours.
   """
   stream = timing.stream_gb_per_s()
-  for setting, step, encode in times(chosen, repeats, baseline):
+  for setting, step, encode in times(chosen, repeats, others):
     yield _row(setting, step, encode, stream, command)
 
 
 def times(
   chosen: Sequence[Setting],
   repeats: int,
-  baseline: Callable[..., Any] | None = None,
+  others: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Iterator[tuple[Setting, float, float]]:
   """Yields (setting, seconds of a decode step, seconds before the first one)."""
 
@@ -149,7 +153,7 @@ def times(
     inputs_BS = np.random.default_rng(0).integers(
       2, cfg.vocab_size, (setting.batch_size, setting.input_length), np.int32
     )
-    return (baseline if setting.system == 't5x' else decoder)(
+    return (others or {}).get(setting.system, decoder)(
       cfg,
       workload.random_params(cfg, cfg.dtype),
       jnp.asarray(inputs_BS),

@@ -11,6 +11,12 @@ from gqa_t5x.errors import BadInput
 
 BAR = 24  # characters of the slowest row
 TIMES = ('ms_per_step', 'seconds')
+# What stands behind a model; of ours nothing.
+_SYSTEMS = {
+  't5x': ' (T5X)',
+  'ctranslate2': ' (CTranslate2)',
+  'ctranslate2_int8': ' (CTranslate2, int8)',
+}
 LEFT = ('model', 'size', 'method', 'compression', 'bar')  # Other columns are numbers.
 
 
@@ -59,7 +65,7 @@ def _prints(text: str) -> bool:
 
 def _cell(row: dict[str, Any], key: str) -> str:
   if key == 'model':
-    return row['size'] + (' (T5X)' if row['system'] == 't5x' else '')
+    return row['size'] + _SYSTEMS.get(row['system'], '')
   value = row[key]
   if not isinstance(value, float):
     return str(value)
@@ -93,7 +99,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   differing = [n for n in names if len({row[n] for row in rows}) > 1] or ['size']
   lines: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
-    label = _said(row, differing) + ('' if row['system'] == 'gqa_t5x' else ' (T5X)')
+    label = _said(row, differing) + _SYSTEMS.get(row['system'], '')
     lines.setdefault(label, []).append(row)
   same = _said(rows[0], [n for n in names[1:-1] if n not in differing])
   title = [f'measured on {rows[0]["device"]}, {rows[0]["dtype"]}', same]

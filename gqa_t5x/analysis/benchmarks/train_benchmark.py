@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,16 +88,16 @@ def measure(
   chosen: Sequence[Setting],
   repeats: int,
   command: str,
-  baseline: Callable[[network.T5Config], Any] | None = None,
+  others: Mapping[str, Callable[[network.T5Config], Any]] | None = None,
 ) -> Iterator[dict[str, Any]]:
   """Yields rows of kind 'train_benchmark'; see `benchmark.run`.
 
-  `baseline` makes the network of settings of system 't5x'.
+  `others` make the network of settings of other systems: 't5x'.
   """
 
   def make(setting):
     cfg = setting.config
-    module = (baseline if setting.system == 't5x' else network.Transformer)(cfg)
+    module = (others or {}).get(setting.system, network.Transformer)(cfg)
     params = workload.random_params(cfg, jnp.float32)
     rng = np.random.default_rng(0)
     batch = [

@@ -1,0 +1,58 @@
+"""CTranslate2's decoder of the same model, to be timed beside ours."""
+
+import contextlib
+import functools
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from gqa_t5x.checkpoints import tree
+from gqa_t5x.checkpoints.config import ModelConfig
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.exports import run
+from gqa_t5x.exports.source import Source
+
+
+def decoder(
+  quantization: str,
+  cfg: Any,
+  params: Any,
+  inputs_BS: jax.Array,
+  length: int,
+  num_beams: int,
+) -> tuple[Callable[[], Any], Callable[[int], Any]]:
+  """Returns what is timed, as `decode_benchmark.decoder` does for our network.
+
+  CTranslate2 gets as many threads as this process has cores. It encodes in every call;
+  the slope between two lengths is the step's alone.
+  """
+  del cfg, length
+  import ctranslate2
+
+  tensors = {n: LazyTensor.of(np.asarray(x)) for n, x in tree.flatten(params)}
+  architecture = tree.read_architecture({n: x.shape for n, x in tensors.items()})
+  source = Source(None, tensors, architecture, ModelConfig(), 0)
+  with tempfile.TemporaryDirectory() as folder:
+    with contextlib.redirect_stdout(io.StringIO()):
+      path = epath.Path(folder) / 'model'
+      run.write(source, path, 'ctranslate2', quantization=quantization)
+    threads = len(os.sched_getaffinity(0))
+    translator = ctranslate2.Translator(str(path), intra_threads=threads)
+  rows = [[str(token) for token in row] for row in np.asarray(inputs_BS)]
+
+  def decode(steps: int) -> None:
+    translator.translate_batch(
+      rows,
+      beam_size=num_beams,
+      max_input_length=0,  # Or it would cut at 1024.
+      min_decoding_length=steps,
+      max_decoding_length=steps,
+    )
+
+  return functools.partial(decode, 1), decode
