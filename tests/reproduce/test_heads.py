@@ -14,7 +14,7 @@ from gqa_t5x.reproduce.report import papers
 from gqa_t5x.reproduce.results import heads, sentence_encoder
 from gqa_t5x.reproduce.results.heads import LATENT, Variant
 from helpers import bert
-from helpers.reports import tables
+from helpers.reports import DOCS, documented, tables
 
 N, H, LAYERS = 6, 2, 2
 
@@ -236,6 +236,21 @@ def test_rows_and_report(evaluate, tmp_path):
   ]
   assert by_name['latent, svd (calibrated)'][1].startswith(f'{np.mean(cosines):.3f} ±')
   assert (tmp_path / 'figures' / 'heads.png').exists()
+
+
+def test_the_documented_table_is_that_of_the_rows():
+  text = (DOCS / 'conversion.md').read_text().split('## On long-trained heads')[1]
+  (_, *lines), *_ = tables(text)
+  assert [line[0] for line in lines] == [variant.title for variant in heads.VARIANTS]
+  for variant, *cells in lines:
+    for K, cell in zip((1, 3, 6), cells, strict=True):
+      rows = documented('heads', kind='heads', variant=variant, cache_heads=K)
+      assert len(rows) == (0 if cell == '-' else 3)
+      if rows:
+        cosine, same = (
+          np.mean([row[key] for row in rows]) for key in ('cosine', 'same_neighbour')
+        )
+        assert cell == f'{cosine:.3f} / {100 * same:.0f}%'
 
 
 def test_too_few_texts(evaluate, tmp_path):

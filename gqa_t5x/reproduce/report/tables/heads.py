@@ -17,6 +17,7 @@ STYLES = {
   Variant(MEAN): figures.METHODS['mean'],
   Variant(SVD_BY_WEIGHTS): (figures.GREEN, 'v'),
   Variant(SVD): figures.METHODS['svd'],
+  Variant(SVD, refit_outputs=True): (figures.ORANGE, 's'),
   Variant(SVD_BY_WEIGHTS, latent=True): (figures.PINK, '^'),
   LATENT: (figures.BLACK, 'o'),
 }
@@ -88,20 +89,21 @@ def _dropped(spectra: Sequence[Row]) -> float | None:
 def _draw(part: Part, rows: Sequence[Row], spectra: Sequence[Row]) -> None:
   name = 'heads.png'
   heads = list(dict.fromkeys(row['cache_heads'] for row in rows))
-  with figures.figure(part.path(name), 11, 3.6) as fig:
+  with figures.figure(part.path(name), 11, 4.0) as fig:
     left, *others = fig.subplots(1, 3)
+    others[0].sharey(others[1])
     figures.plot(left, _agreement(rows, heads))
     label = f'cache, as of so many of {rows[0]["num_heads"]} heads'
     figures.tidy(left, 'both', 'Agreement', xlabel=label, ylabel='cosine')
     left.set_xticks([*heads, rows[0]['num_heads']])
-    figures.legend(left)
+    lines, labels = left.get_legend_handles_labels()
+    fig.legend(lines, labels, loc='outside lower center', ncols=3, fontsize=8)
     for axis, side in zip(others, SIDES, strict=True):
       figures.plot(axis, _by_layer(spectra, heads[0], side))
       title = f'{side.capitalize()}s, cache of {heads[0]} heads'
       figures.tidy(axis, 'y', title, xlabel='layer', ylabel='share dropped')
-      axis.set_ylim(bottom=0)
       axis.xaxis.get_major_locator().set_params(integer=True)
-    figures.legend(others[0])
+    others[0].set_ylim(bottom=0)  # After both: it fixes what they share.
   part.doc.figure(
     name,
     'Heads that were trained for long, converted and not trained after it: agreement of'
@@ -112,7 +114,7 @@ def _draw(part: Part, rows: Sequence[Row], spectra: Sequence[Row]) -> None:
 
 def _agreement(rows: Sequence[Row], heads: Sequence[int]) -> list[figures.Series]:
   """Cosine against the cache: the mean over the samples, and all heads at 1."""
-  series = []
+  series, heads = [], sorted(heads)
   for variant, style in STYLES.items():
     found = {K: [row['cosine'] for row in _of(rows, variant, K)] for K in heads}
     points = {K: statistics.fmean(values) for K, values in found.items() if values}
