@@ -16,6 +16,8 @@ from gqa_t5x.errors import BadInput
 from helpers import tokenizers_made as made
 from helpers.golden_huggingface import GOLDEN, write
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 ROWS = [row[row > 0].tolist() for row in GOLDEN['inputs']]
 TEXT = 'the cat sat on the mat and a dog ate the cat on a mat'
 PAIRS = [(TEXT[i:], TEXT[:20]) for i in range(12)]
