@@ -45,11 +45,17 @@ def load(
   fields = sizes.from_checkpoint(architecture, model_config)
   cfg = network.T5Config(**fields, dtype=jnp.dtype(dtype), dropout_rate=0.0)
   place = tokenizer_path or tokenizer_files.find(folder)
+  tokens = tokenizer.load(place) if place else None
+  if tokens is not None and tokens.size > cfg.vocab_size:
+    raise BadInput(
+      f'the tokenizer {place} has {tokens.size:,} ids, and the model {folder}'
+      f' {cfg.vocab_size:,}: it is of another model'
+    )
   return Model(
     cfg,
     jax.tree.map(lambda x: x.astype(dtype), params),
     model_config,
-    tokenizer.load(place) if place else None,
+    tokens,
     tokenizer_path=place and epath.Path(place),
     step=folders.checkpoint_step(folder) or 0,
     model_partitions=model_partitions,

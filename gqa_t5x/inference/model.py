@@ -273,6 +273,7 @@ class Model:
       inputs, targets: as many; texts, to which the end marker is added, or token ids.
       batch_size: pairs that are computed together; padding does not count.
     """
+    inputs, targets = list(inputs), list(targets)
     if len(inputs) != len(targets):
       raise BadInput(f'{len(inputs)} inputs and {len(targets)} targets were given')
     pairs = list(zip(inputs, targets, strict=True))
