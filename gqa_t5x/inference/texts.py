@@ -27,6 +27,7 @@ class Texts:
     Raises:
       BadInput: text without a tokenizer, or ids that the model does not have.
     """
+    text = np.asarray(text) if hasattr(text, '__array__') else text  # JAX's, too.
     if not isinstance(text, str | Sequence | np.ndarray):
       raise BadInput(f'{text!r} is neither a text nor a list of token ids')
     if isinstance(text, str):
