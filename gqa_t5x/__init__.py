@@ -17,9 +17,9 @@ def __getattr__(name: str) -> Any:
   """Imports the Python API when it is used: commands need not wait for JAX."""
   if name not in __all__:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  from gqa_t5x.inference import model
+  from gqa_t5x.inference import load, model
 
-  return getattr(model, name)
+  return {'Model': model.Model, 'load': load.load}[name]
 
 
 def gin_search_path() -> str:

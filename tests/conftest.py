@@ -24,6 +24,14 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: item.get_closest_marker('slow') is not None)
 
 
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """For tests that compile much and compute little."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
   """Fails what connects to another machine, instead of waiting for it."""

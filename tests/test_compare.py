@@ -11,6 +11,8 @@ from gqa_t5x import compare
 from gqa_t5x.analysis import comparison
 from helpers import tokenizers_made as made
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 ROWS = [(8, '-'), (1, 'mean'), (1, 'svd'), (2, 'mean'), (2, 'svd')]
 
 

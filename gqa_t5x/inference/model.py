@@ -11,17 +11,16 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from gqa_t5x.checkpoints import config as config_file
-from gqa_t5x.checkpoints import folders, tokenizer_files, tree
+from gqa_t5x.checkpoints import tree
 from gqa_t5x.conversion import input_statistics, input_sums, methods, plan
 from gqa_t5x.errors import BadInput
 from gqa_t5x.exports import run
@@ -30,49 +29,7 @@ from gqa_t5x.inference.layout import Layout
 from gqa_t5x.inference.texts import Text, Texts
 from gqa_t5x.model import network, sizes
 
-_DTYPES = ('float32', 'bfloat16')
 _PROGRESS_FROM = 64  # inputs: below, no progress is shown
-
-
-def load(
-  path: epath.PathLike,
-  *,
-  dtype: str = 'float32',
-  tokenizer_path: epath.PathLike | None = None,
-  model_partitions: int | None = None,
-) -> 'Model':
-  """Loads a T5 of any size.
-
-  Args:
-    path: a folder, local or gs://: of Hugging Face, a checkpoint of T5X or a folder of
-      those (the latest counts), or what `Model.save` wrote.
-    dtype: of parameters and activations: 'float32' or 'bfloat16'.
-    tokenizer_path: a folder or a file of the tokenizer; None: that beside the weights,
-      if there is one. Without one the model takes and returns token ids.
-    model_partitions: over how many devices a copy of the model is spread, all devices
-      being used; None: one device.
-
-  Raises:
-    BadInput: a part is missing or damaged, or it is another model.
-  """
-  if dtype not in _DTYPES:
-    raise BadInput(f'dtype={dtype!r} is unknown; choose one of {", ".join(_DTYPES)}')
-  path = epath.Path(os.path.expanduser(os.fspath(path)))
-  folder = folders.find_checkpoint(path)
-  model_config = folders.read_config(folder)
-  params, architecture = folders.read_params(folder)
-  fields = sizes.from_checkpoint(architecture, model_config)
-  cfg = network.T5Config(**fields, dtype=jnp.dtype(dtype), dropout_rate=0.0)
-  place = tokenizer_path or tokenizer_files.find(folder)
-  return Model(
-    cfg,
-    jax.tree.map(lambda x: x.astype(dtype), params),
-    model_config,
-    tokenizer.load(place) if place else None,
-    tokenizer_path=place and epath.Path(place),
-    step=folders.checkpoint_step(folder) or 0,
-    model_partitions=model_partitions,
-  )
 
 
 class Model:
@@ -261,42 +218,47 @@ class Model:
     way = programs.Way(num_beams, alpha, temperature, topk, topp, num_decodes)
     way.check(max_length, batch_size)
     ids = [self._texts.ids(text, max_input_length) for text in inputs]
+    show = progress is None and len(ids) >= _PROGRESS_FROM
     results: list[Any] = [None] * len(ids)
-    key = jax.random.key(seed, impl='threefry2x32')
+    decoded = self._decode(ids, way, max_length, seed, batch_size)
     with tqdm(
       total=len(ids),
       desc='Decoding',
       unit='input',
-      disable=None if progress is None and len(ids) >= _PROGRESS_FROM else not progress,
+      disable=None if show else not progress,
     ) as bar:
-      for number, batch in enumerate(
-        examples.batches([ids], batch_size) if ids else ()
-      ):
-        prompts = np.zeros((len(batch.arrays[0]), max_length), np.int32)
-        prompts[:, 0] = self._start
-        tokens, scores = self._run(
-          programs.decode,
-          self._module,
-          way,
-          self._model_config.eos_token_id,
-          self.params,
-          batch.arrays[0],
-          prompts,
-          jax.random.key_data(jax.random.fold_in(key, number)),
-        )
-        tokens, scores = np.asarray(tokens), np.asarray(scores)
-        for row, i in enumerate(batch.rows):
-          best = range(tokens.shape[1] - 1, tokens.shape[1] - 1 - num_decodes, -1)
-          results[i] = [
-            (self._texts.text(tokens[row, d]), scores[row, d]) for d in best
-          ]
-        bar.update(len(batch.rows))
-    one = num_decodes == 1
-    texts = [r[0][0] if one else [text for text, _ in r] for r in results]
-    if not return_scores:
-      return texts
-    values = [[float(s) for _, s in r] for r in results]
-    return texts, [v[0] for v in values] if one else values
+      for i, tokens, scores in decoded:
+        best = range(len(tokens) - 1, len(tokens) - 1 - num_decodes, -1)
+        results[i] = [(self._texts.text(tokens[d]), scores[d]) for d in best]
+        bar.update()
+    return _shaped(results, num_decodes == 1, return_scores)
+
+  def _decode(
+    self,
+    ids: Sequence[list[int]],
+    way: programs.Way,
+    T: int,
+    seed: int,
+    batch_size: int,
+  ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields (which input, tokens `[n, T]`, scores `[n]`, the best last)."""
+    key = jax.random.key(seed, impl='threefry2x32')
+    found = examples.batches([ids], batch_size) if ids else ()
+    for number, batch in enumerate(found):
+      prompts = np.zeros((len(batch.arrays[0]), T), np.int32)
+      prompts[:, 0] = self._start
+      tokens, scores = self._run(
+        programs.decode,
+        self._module,
+        way,
+        self._model_config.eos_token_id,
+        self.params,
+        batch.arrays[0],
+        prompts,
+        jax.random.key_data(jax.random.fold_in(key, number)),
+      )
+      rows = zip(batch.rows, np.asarray(tokens), np.asarray(scores), strict=False)
+      yield from rows
 
   def loss(
     self,
@@ -311,6 +273,7 @@ class Model:
       inputs, targets: as many; texts, to which the end marker is added, or token ids.
       batch_size: pairs that are computed together; padding does not count.
     """
+    inputs, targets = list(inputs), list(targets)
     if len(inputs) != len(targets):
       raise BadInput(f'{len(inputs)} inputs and {len(targets)} targets were given')
     pairs = list(zip(inputs, targets, strict=True))
@@ -398,3 +361,14 @@ class Model:
     args = [put(x) if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in args]
     with entered:
       return function(*args)
+
+
+def _shaped(
+  results: Sequence[Sequence[tuple[Any, float]]], one: bool, with_scores: bool
+) -> Any:
+  """Texts, or lists of them, and with scores a pair of that and of the scores."""
+  texts = [r[0][0] if one else [text for text, _ in r] for r in results]
+  if not with_scores:
+    return texts
+  scores = [[float(score) for _, score in r] for r in results]
+  return texts, [s[0] for s in scores] if one else scores

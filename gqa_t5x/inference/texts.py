@@ -27,9 +27,12 @@ class Texts:
     Raises:
       BadInput: text without a tokenizer, or ids that the model does not have.
     """
+    text = np.asarray(text) if hasattr(text, '__array__') else text  # JAX's, too.
+    if not isinstance(text, str | Sequence | np.ndarray):
+      raise BadInput(f'{text!r} is neither a text nor a list of token ids')
     if isinstance(text, str):
       return [*self._encode(text)[: most and most - 1], self.eos_id]
-    wrong = [i for i in text if isinstance(i, str) or not 0 <= i < self.vocab_size]
+    wrong = [i for i in text if not self._is_id(i)]
     if wrong:
       raise BadInput(
         f'{wrong[0]!r} is no token id: the vocabulary has {self.vocab_size}'
@@ -63,6 +66,9 @@ class Texts:
     if not result:
       raise BadInput(f'there is nothing in {len(texts)} texts')
     return result
+
+  def _is_id(self, number: Any) -> bool:
+    return isinstance(number, int | np.integer) and 0 <= number < self.vocab_size
 
   def _encode(self, text: str) -> list[int]:
     if self.tokenizer is None:

@@ -16,6 +16,8 @@ from gqa_t5x.errors import BadInput
 from helpers import tokenizers_made as made
 from helpers.golden_huggingface import GOLDEN, write
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 ROWS = [row[row > 0].tolist() for row in GOLDEN['inputs']]
 TEXT = 'the cat sat on the mat and a dog ate the cat on a mat'
 PAIRS = [(TEXT[i:], TEXT[:20]) for i in range(12)]
@@ -246,6 +248,8 @@ def test_sharded_over_all_devices(model_partitions, K, folder):
     (lambda m: m.generate(['text']), 'the model has no tokenizer: give token ids'),
     (lambda m: m.generate([[3, 32]]), '32 is no token id: the vocabulary has 32'),
     (lambda m: m.generate([['a']]), "'a' is no token id"),
+    (lambda m: m.generate([None]), 'None is neither a text nor a list of token ids'),
+    (lambda m: m.generate([[3.5]]), '3.5 is no token id'),
     (lambda m: m.generate(ROWS, max_length=0), 'max_length=0 must be at least 1'),
     (lambda m: m.generate(ROWS, num_beams=2, temperature=1.0), 'choose beam search or'),
     (lambda m: m.generate(ROWS, topk=3), 'topk=3, topp=0.0 are of sampling'),
@@ -278,6 +282,12 @@ def test_bad_options_of_load(options, message, folder):
     gqa_t5x.load(folder, **options)
 
 
+def test_a_tokenizer_of_another_model(folder, tmp_path):
+  place = made.write_sentencepiece(tmp_path)
+  with pytest.raises(BadInput, match=r'has 120 ids, and the model .* 32: it is of'):
+    gqa_t5x.load(folder, tokenizer_path=place)
+
+
 def test_no_inputs(folder):
   assert gqa_t5x.load(folder).generate([]) == []
 
@@ -289,7 +299,7 @@ def test_the_api_is_short():
 
 
 def test_a_tokenizer_that_is_elsewhere_is_saved_along(byt5, tmp_path):
-  folder = write(tmp_path / 't5', 't5_1_0')
+  folder = write(tmp_path / 't5', 'byt5')  # It has rows enough.
   file = made.write_sentencepiece(tmp_path / 'vocabulary') / 'spiece.model'
   file = file.rename(tmp_path / 'cc_all.model')
   model = gqa_t5x.load(folder, tokenizer_path=file)

@@ -3,8 +3,12 @@
 import pathlib
 import re
 
+import pytest
+
 import gqa_t5x
 from helpers import tokenizers_made as made
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 README = pathlib.Path(__file__).parents[2] / 'README.md'
 
