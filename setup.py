@@ -36,6 +36,7 @@ setuptools.setup(
       'protobuf',
       'sentencepiece',
       'tensorstore',
+      'threadpoolctl',
       'tokenizers',
       'tqdm',
     ],

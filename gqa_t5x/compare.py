@@ -9,7 +9,7 @@ says, too, how much the cache of keys and values takes (bfloat16), and with --ch
 many inputs would fit on a chip, and what a step would take at its peaks (analytic).
 The last line recommends one.
 
---texts is a .txt file (a text a paragraph), .jsonl, .tsv or .parquet, perhaps .gz or
+--texts is a .txt file (a text a line), .jsonl, .tsv or .parquet, perhaps .gz or
 .zst. Of single texts T5's span corruption makes inputs and targets. Of a model that was
 fine-tuned, give pairs:
 
@@ -22,6 +22,7 @@ Nothing is written otherwise; python -m gqa_t5x.convert converts.
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +38,7 @@ from gqa_t5x.errors import BadInput
 _CHIPS = ('v3', 'v4', 'v5e', 'v5p', 'v6e')
 # What rows depend on: rows of others are not gone on with.
 _SETTINGS = ('input', 'keys', 'document', 'max_texts', 'dtype', 'chip')
-_SETTINGS += ('batch_size', 'input_length', 'output_length', 'time')
+_SETTINGS += ('batch_size', 'input_length', 'output_length')
 
 
 def define_command() -> command_line.Command:
@@ -49,7 +50,7 @@ def define_command() -> command_line.Command:
     'keys', 'text', 'Where a text is in .jsonl, .tsv, .parquet; two: a pair.'
   )
   command.choice(
-    'document', 'paragraph', ('paragraph', 'line', 'file'), 'A text of a .txt file.'
+    'document', 'line', ('line', 'paragraph', 'file'), 'A text of a .txt file.'
   )
   command.words('num_kv_heads', '1,all', 'Key/value heads; all: as they are.')
   command.words('methods', 'mean,svd', 'Of conversion, as of gqa_t5x.convert.')
@@ -129,6 +130,9 @@ def _read(args: flags.FlagValues) -> list[Any]:
   """The first texts of the file, or pairs; BadInput if there are fewer than two."""
   from gqa_t5x.data import records
 
+  if not epath.Path(args.texts).exists() or epath.Path(args.texts).is_dir():
+    is_folder = epath.Path(args.texts).exists()
+    raise BadInput(f'{args.texts} is {"a folder" if is_folder else "not there"}')
   texts: list[Any] = []
   found = records.readable(args.texts, args.keys, args.document, 'refuse', '--texts')
   for _, record in found:
@@ -168,7 +172,12 @@ def _keep(path: str | None, settings: dict[str, Any], rows: Any) -> None:
 def main(argv: Sequence[str]) -> int:
   """The command; returns 0, 1 for bad input, 130 or 143 when stopped by a signal."""
   stopped = 'stopped; rows until then are in the file of --json, if there is one'
-  return define_command().run(argv, _act, expected=(ValueError,), stopped=stopped)
+  code = define_command().run(argv, _act, expected=(ValueError,), stopped=stopped)
+  if code in (130, 143):  # A compiled program still runs: Python's own end would crash.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 if __name__ == '__main__':

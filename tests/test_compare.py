@@ -20,7 +20,7 @@ ROWS = [(8, '-'), (1, 'mean'), (1, 'svd'), (2, 'mean'), (2, 'svd')]
 def folder(tmp_path_factory):
   folder = made.write_flan(tmp_path_factory.mktemp('compare') / 'flan', num_heads=8)
   texts = [f'{text} {i}' for i, text in enumerate(made.TEXTS)]
-  (folder / 'texts.txt').write_text('\n\n'.join(texts))
+  (folder / 'texts.txt').write_text('\n'.join(texts))
   pairs = [json.dumps({'a': t, 'b': t[:9]}) for t in texts]
   (folder / 'pairs.jsonl').write_text('\n'.join(pairs))
   return folder
@@ -39,7 +39,7 @@ def test_rows_are_those_of_the_api(folder, tmp_path, capsys):
   rows = json.loads(file.read_text())['rows']
   assert [(row['num_kv_heads'], row['method']) for row in rows] == ROWS
   model = gqa_t5x.load(folder)
-  texts = (folder / 'texts.txt').read_text().split('\n\n')
+  texts = (folder / 'texts.txt').read_text().split('\n')
   judged = model.examples(texts[1::2])
   for row in rows:
     one, K = model, row['num_kv_heads']
@@ -71,7 +71,7 @@ def test_pairs_and_times(folder, tmp_path):
   assert fewer['ms_per_step'] > 0
   assert fewer['ms_per_step'] != whole['ms_per_step']
   model = gqa_t5x.load(folder)
-  texts = (folder / 'texts.txt').read_text().split('\n\n')[1::2]
+  texts = (folder / 'texts.txt').read_text().split('\n')[1::2]
   expected = model.loss(texts, [t[:9] for t in texts])
   np.testing.assert_allclose(whole['loss'], expected, rtol=1e-4)
 
@@ -131,7 +131,8 @@ def test_recommendation(increases, said):
     (['--num_kv_heads=3'], 'num_kv_heads=3; choose from 1, 2, 4, 8, all'),
     (['--methods=median'], "unknown method 'median'"),
     (['--keys=a,b,c'], '--keys=a,b,c: give one, or two of a pair'),
-    (['--texts=nowhere.txt'], 'nowhere.txt'),
+    (['--texts=nowhere.txt'], 'nowhere.txt is not there'),
+    (['--texts=/'], '/ is a folder'),
     (['--max_texts=1'], 'max_texts'),
     (['--tokenizer=nowhere'], 'nowhere has no tokenizer'),
     (['--input=nowhere'], 'there is no checkpoint at nowhere'),

@@ -1,5 +1,6 @@
 """Preprocessing where the package t5 has none that fits, or checks too little."""
 
+import itertools
 from collections.abc import Mapping
 
 import seqio
@@ -95,6 +96,20 @@ def cut_characters(
   return dataset.map(cut, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+def _num_sentinels(vocabulary: seqio.Vocabulary) -> int:
+  """How many of the last ids are T5's sentinels, added ones or the vocabulary's own."""
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    return 256  # ByT5's are its bytes, from the last one down.
+  if vocabulary.extra_ids:
+    return vocabulary.extra_ids
+  pieces = getattr(vocabulary, 'tokenizer', None)
+  if not hasattr(pieces, 'IdToPiece'):
+    return 0
+  last = range(vocabulary.vocab_size - 1, -1, -1)  # As in mT5's file.
+  own = itertools.takewhile(lambda i: 'extra_id_' in pieces.IdToPiece(i), last)
+  return sum(1 for _ in own)
+
+
 def span_corruption(
   dataset: tf.data.Dataset,
   sequence_length: Mapping[str, int],
@@ -119,7 +134,7 @@ def span_corruption(
       f' {targets} targets, more than {sequence_length["targets"]}; give as many'
     )
   spans = round(round(tokens * _NOISE_DENSITY) / _SPAN_LENGTH)
-  sentinels = output_features['targets'].vocabulary.extra_ids
+  sentinels = _num_sentinels(output_features['targets'].vocabulary)
   if sentinels < spans:
     raise BadInput(
       f'VOCABULARY has {sentinels} sentinels (extra_ids), and span corruption of'

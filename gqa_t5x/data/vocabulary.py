@@ -88,14 +88,14 @@ class _JsonVocabulary(seqio.Vocabulary):
 
   def __init__(self, tokenizer: tokenizer_lib.JsonTokenizer):
     self._tokenizer, self.file = tokenizer, tokenizer.file
-    super().__init__(extra_ids=0)
+    super().__init__(extra_ids=tokenizer.extra_ids)
 
   bos_id = None
   eos_id, unk_id = tokenizer_lib.EOS, 2
 
   @property
   def _base_vocab_size(self) -> int:
-    return self._tokenizer.size
+    return self._tokenizer.size - self._tokenizer.extra_ids
 
   def _encode(self, s: str) -> list[int]:
     return self._tokenizer.encode(s)

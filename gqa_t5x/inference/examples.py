@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gqa_t5x.errors import BadInput
+
 SHORTEST = 16  # tokens; lengths are padded to powers of two from here
 
 
@@ -47,6 +49,8 @@ def batches(
     columns: for each array of a batch, the ids of every example.
     batch_size: B, at most; fewer where there are fewer examples in all.
   """
+  if batch_size < 1:
+    raise BadInput(f'batch_size={batch_size} must be at least 1')
   count = len(columns[0])
   size = min(batch_size, 1 << max(count - 1, 0).bit_length())
   lengths = [tuple(bucket(len(c[i])) for c in columns) for i in range(count)]

@@ -36,6 +36,8 @@ def load(
   Raises:
     BadInput: a part is missing or damaged, or it is another model.
   """
+  if not os.fspath(path):
+    raise BadInput('the path is empty; give a folder')
   if dtype not in _DTYPES:
     raise BadInput(f'dtype={dtype!r} is unknown; choose one of {", ".join(_DTYPES)}')
   path = epath.Path(os.path.expanduser(os.fspath(path)))

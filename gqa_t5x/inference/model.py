@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,7 +57,9 @@ class Model:
     self._step, self._model_partitions = step, model_partitions
     self._texts = Texts(tokenizer, config.vocab_size, model_config.eos_token_id)
     self._module = network.Transformer(config)
-    self._layout = Layout(config, model_partitions) if model_partitions else None
+    self._layout = (
+      Layout(config, model_partitions) if model_partitions is not None else None
+    )
     put = self._layout.put_params if self._layout else jax.device_put
     self.params = put(params)
 
@@ -108,6 +110,8 @@ class Model:
       raise BadInput(f'convert knows no {", ".join(unknown)}; see its docstring')
     if all(v is None for name, v in recipe.items() if name.endswith('kv_heads')):
       raise BadInput('num_kv_heads is missing')
+    if texts is not None and recipe.get('statistics'):
+      raise BadInput('texts and statistics were given; leave one of them out')
     uses = methods.get_method(method).uses_inputs or recipe.get('grouping')
     if texts is not None and not uses:
       raise BadInput(
@@ -213,8 +217,10 @@ class Model:
     Raises:
       BadInput: options that contradict each other, or text without a tokenizer.
     """
-    if isinstance(inputs, str):
-      raise BadInput('inputs is one text; give a list: generate([text])')
+    if isinstance(inputs, str) or not isinstance(inputs, Iterable):
+      raise BadInput('inputs is not a list of texts; give one: generate([text])')
+    if max_input_length is not None and max_input_length < 1:
+      raise BadInput(f'max_input_length={max_input_length} must be at least 1')
     way = programs.Way(num_beams, alpha, temperature, topk, topp, num_decodes)
     way.check(max_length, batch_size)
     ids = [self._texts.ids(text, max_input_length) for text in inputs]
@@ -273,6 +279,8 @@ class Model:
       inputs, targets: as many; texts, to which the end marker is added, or token ids.
       batch_size: pairs that are computed together; padding does not count.
     """
+    if isinstance(inputs, str) or isinstance(targets, str):
+      raise BadInput('inputs and targets are lists: loss([text], [text])')
     inputs, targets = list(inputs), list(targets)
     if len(inputs) != len(targets):
       raise BadInput(f'{len(inputs)} inputs and {len(targets)} targets were given')
@@ -296,6 +304,8 @@ class Model:
         programs.score, self._module, self.params, *batch.arrays, self._start
       )
       totals += np.asarray(sums)
+    if not totals[2]:
+      raise BadInput('the targets have no token, so that there is no loss')
     loss, correct, tokens = totals / [totals[2], totals[2], 1]
     return {'loss': float(loss), 'accuracy': float(correct), 'tokens': int(tokens)}
 

@@ -32,6 +32,11 @@ class Way:
         raise BadInput(f'{name}={number} must be at least 1')
     if self.temperature < 0:
       raise BadInput(f'temperature={self.temperature} must not be negative')
+    if self.topk < 0 or not 0 <= self.topp <= 1 or (self.topk and self.topp):
+      raise BadInput(
+        f'topk={self.topk}, topp={self.topp}: give a topk of 1 or more, or a topp from'
+        ' 0 to 1, not both'
+      )
     if self.temperature and self.num_beams > 1:
       raise BadInput(
         f'num_beams={self.num_beams} and temperature={self.temperature}: choose beam'

@@ -7,7 +7,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from gqa_t5x.checkpoints import config, tokenizer_files, tree, writer
+from gqa_t5x.checkpoints import (
+  config,
+  t5x_layouts,
+  tokenizer_files,
+  tree,
+  weight_files,
+  writer,
+)
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.conversion import adafactor_moments
 from gqa_t5x.errors import BadInput
@@ -22,7 +29,15 @@ def new_checkpoint(path: epath.PathLike, step: int) -> epath.Path:
   target = folder / f'checkpoint_{step}'
   if target.exists():
     raise BadInput(f'{target} exists already; choose another folder')
+  if not os.fspath(path) or _has_model(folder):  # `load` would find that one.
+    raise BadInput(f'{folder} holds another model; choose another folder')
   return target
+
+
+def _has_model(folder: epath.Path) -> bool:
+  there = (folder / name for name in (t5x_layouts.MSGPACK, t5x_layouts.STATE))
+  is_t5x = any(path.exists() for path in there)
+  return is_t5x or weight_files.weights_file(folder) is not None
 
 
 def write(

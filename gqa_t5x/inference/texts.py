@@ -54,9 +54,15 @@ class Texts:
     rng: np.random.Generator | None = None,
   ) -> list[Example]:
     """Makes examples of texts; see `Model.examples`. No length: none is cut."""
+    if isinstance(texts, str):
+      raise BadInput('texts is one text; give a list')
     result: list[Example] = []
     for text in texts:
-      if isinstance(text, tuple):
+      if isinstance(text, tuple) or (isinstance(text, list) and _has_texts(text)):
+        if len(text) != 2:
+          raise BadInput(
+            f'a pair has an input and a target, and this {len(text)} texts'
+          )
         inputs, targets = text
         pair = self.ids(inputs, input_length), self.ids(targets, target_length)
         result.append(Example(*pair))
@@ -64,21 +70,29 @@ class Texts:
         ids = self._encode(text) if isinstance(text, str) else self.ids(text)
         result += of_text(ids, input_length, self._sentinel, self.eos_id, rng)
     if not result:
-      raise BadInput(f'there is nothing in {len(texts)} texts')
+      raise BadInput(f'there is nothing in {len(texts)} texts, or they are too short')
     return result
 
   def _is_id(self, number: Any) -> bool:
-    return isinstance(number, int | np.integer) and 0 <= number < self.vocab_size
+    whole = isinstance(number, int | np.integer) and not isinstance(number, bool)
+    return whole and 0 <= number < self.vocab_size
 
   def _encode(self, text: str) -> list[int]:
     if self.tokenizer is None:
       raise BadInput(
         'the model has no tokenizer: give token ids, or load it with tokenizer_path'
       )
-    return self.tokenizer.encode(text)
+    try:
+      return self.tokenizer.encode(text)
+    except UnicodeEncodeError as error:
+      raise BadInput(f'{text[:40]!r} is no text: {error.reason}') from error
 
   @property
   def _sentinel(self) -> int:
     """The id of `<extra_id_0>`: the last that the tokenizer has."""
     size = self.tokenizer.size if self.tokenizer else self.vocab_size
     return min(size, self.vocab_size) - 1
+
+
+def _has_texts(values: Sequence[Any]) -> bool:
+  return any(isinstance(value, str) for value in values)

@@ -5,6 +5,7 @@ model was trained on. No end marker is added, and none is needed to decode.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -97,6 +98,9 @@ class JsonTokenizer:
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+    names = map(self._tokenizer.id_to_token, range(self.size - 1, -1, -1))
+    own = itertools.takewhile(lambda name: 'extra_id_' in (name or ''), names)
+    self.extra_ids = sum(1 for _ in own)  # At the end, as in every T5's.
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -255,6 +255,17 @@ def test_sharded_over_all_devices(model_partitions, K, folder):
     (lambda m: m.generate(ROWS, topk=3), 'topk=3, topp=0.0 are of sampling'),
     (lambda m: m.generate(ROWS, num_decodes=2), 'num_decodes=2 is more than num_beams'),
     (lambda m: m.generate(ROWS, temperature=-1.0), 'must not be negative'),
+    (lambda m: m.generate(None), 'inputs is not a list of texts'),
+    (lambda m: m.generate([[True]]), 'True is no token id'),
+    (lambda m: m.generate(ROWS, max_input_length=0), 'max_input_length=0 must be'),
+    (lambda m: m.generate(ROWS, temperature=1.0, topk=3, topp=0.5), 'not both'),
+    (lambda m: m.generate(ROWS, temperature=1.0, topp=1.5), 'topp=1.5: give a topk'),
+    (lambda m: m.loss('ab', 'cd'), 'inputs and targets are lists'),
+    (lambda m: m.loss(ROWS, ROWS, batch_size=0), 'batch_size=0 must be at least 1'),
+    (lambda m: m.loss([[3]], [[]]), 'the targets have no token'),
+    (lambda m: m.convert(1, texts='a.txt'), 'texts is one text; give a list'),
+    (lambda m: m.convert(1, texts=[('a', 'b', 'c')]), 'and this 3 texts'),
+    (lambda m: m.convert(1, texts=ROWS, statistics='x'), 'texts and statistics were'),
     (lambda m: m.loss(ROWS, ROWS[:1]), '2 inputs and 1 targets were given'),
     (lambda m: m.loss([], []), 'there is nothing in 0 texts'),
     (lambda m: m.convert(), 'num_kv_heads is missing'),
@@ -274,6 +285,7 @@ def test_bad_input(call, message, folder):
   [
     ({'dtype': 'int8'}, "dtype='int8' is unknown; choose one of float32, bfloat16"),
     ({'tokenizer_path': 'nowhere'}, 'nowhere has no tokenizer'),
+    ({'model_partitions': 0}, 'cannot be divided by 0 partitions'),
     ({'model_partitions': 3}, 'cannot be divided by 3 partitions'),
   ],
 )
@@ -286,6 +298,20 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
   place = made.write_sentencepiece(tmp_path)
   with pytest.raises(BadInput, match=r'has 120 ids, and the model .* 32: it is of'):
     gqa_t5x.load(folder, tokenizer_path=place)
+
+
+def test_a_folder_of_another_model_is_not_saved_into(folder, byt5):
+  with pytest.raises(BadInput, match='holds another model'):
+    byt5.save(folder)
+
+
+def test_text_that_is_none(byt5):
+  with pytest.raises(BadInput, match='is no text: surrogates not allowed'):
+    byt5.generate(['a\ud800'])
+
+
+def test_pairs_may_be_lists(byt5):
+  assert byt5.examples([list(PAIRS[0])]) == byt5.examples(PAIRS[:1])
 
 
 def test_no_inputs(folder):

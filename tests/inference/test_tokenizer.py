@@ -6,7 +6,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from gqa_t5x.data import vocabulary
+from gqa_t5x.data import preprocessors, vocabulary
 from gqa_t5x.errors import BadInput
 from gqa_t5x.inference import tokenizer
 from helpers import tokenizers_made as made
@@ -83,6 +83,7 @@ def test_seqio_has_the_same_ids(write, tmp_path):
     assert got.decode_tf(tf.constant(ids)).numpy().decode().strip() == text
   assert got == vocabulary.of_checkpoint(str(folder))
   assert got.eos_id == 1
+  assert preprocessors._num_sentinels(got) == {'json': 3, 'bytes': 256}.get(write, 100)
 
 
 def test_a_file_of_another_name(tmp_path):
@@ -102,6 +103,8 @@ def test_the_extra_ids_of_mt5_are_pieces(tmp_path):
     proto.pieces.add(piece=f'▁<extra_id_{i}>', score=0.0, type=4)
   file.write_bytes(proto.SerializeToString())
   assert tokenizer.load(folder).size == made.PIECES + 2
+  (folder / 'checkpoint').write_bytes(b'')
+  assert preprocessors._num_sentinels(vocabulary.of_checkpoint(str(folder))) == 2
 
 
 @pytest.mark.parametrize(
