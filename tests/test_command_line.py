@@ -66,7 +66,7 @@ def test_help_waits_for_nothing(module):
 
 
 def test_every_command_is_tested():
-  assert len(COMMANDS) == 8
+  assert len(COMMANDS) == 10
   assert 'gqa_t5x.reproduce' in COMMANDS
 
 

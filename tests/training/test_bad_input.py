@@ -47,9 +47,9 @@ def train(model_dir, run_file: str = 'uptrain', **macros) -> None:
 
 
 def left_behind(folder) -> list[str]:
-  """What a run wrote, apart from its model's description and this process's lock."""
+  """What a run wrote, apart from what describes its model, and this process's lock."""
   files = {path.name for path in folder.glob('*')}
-  return sorted(files - {'model-info.txt', run_lock.NAME})
+  return sorted(files - {'model-info.txt', 'tokenizer_config.json', run_lock.NAME})
 
 
 def assert_refused(tmp_path, *messages: str, **macros) -> None:
