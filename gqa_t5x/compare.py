@@ -172,13 +172,13 @@ def _keep(path: str | None, settings: dict[str, Any], rows: Any) -> None:
 def main(argv: Sequence[str]) -> int:
   """The command; returns 0, 1 for bad input, 130 or 143 when stopped by a signal."""
   stopped = 'stopped; rows until then are in the file of --json, if there is one'
-  code = define_command().run(argv, _act, expected=(ValueError,), stopped=stopped)
+  return define_command().run(argv, _act, expected=(ValueError,), stopped=stopped)
+
+
+if __name__ == '__main__':
+  code = main(sys.argv)
   if code in (130, 143):  # A compiled program still runs: Python's own end would crash.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-  return code
-
-
-if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  sys.exit(code)

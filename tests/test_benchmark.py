@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import sys
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +100,10 @@ def test_ctranslate2_is_timed(tmp_path):
 @pytest.mark.parametrize(
   ('words', 'said'),
   [
-    (
+    pytest.param(
       ['decode', '--compare=ctranslate2', '--dtype=bfloat16'],
       'dtype=bfloat16: CTranslate2 is compared in float32 alone',
+      marks=pytest.mark.skipif(not find_spec('ctranslate2'), reason='an extra'),
     ),
     (['decode', '--size=huge'], 'size=huge; choose from tiny, mini, small'),
     (['decode', '--dtype=int8'], 'dtype=int8; choose from float32, bfloat16.'),

@@ -98,10 +98,10 @@ def cut_characters(
 
 def _num_sentinels(vocabulary: seqio.Vocabulary) -> int:
   """How many of the last ids are T5's sentinels, added ones or the vocabulary's own."""
-  if isinstance(vocabulary, seqio.ByteVocabulary):
-    return 256  # ByT5's are its bytes, from the last one down.
   if vocabulary.extra_ids:
     return vocabulary.extra_ids
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    return 256  # ByT5's are its bytes, from the last one down.
   pieces = getattr(vocabulary, 'tokenizer', None)
   if not hasattr(pieces, 'IdToPiece'):
     return 0

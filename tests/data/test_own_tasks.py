@@ -285,7 +285,12 @@ def test_bad_pairs(changes, message):
   [
     ({}, (512, 113), r'corruption of 512 inputs has 114 targets, more than 113; give'),
     ({}, (2048, 512), r'VOCABULARY has 100 sentinels .* of 2048 inputs needs 1\d\d'),
-    ({'extra_ids': 0}, (64, 32), 'VOCABULARY has 0 sentinels .* of 64 inputs needs 3'),
+    # Of bytes all are, as in ByT5.
+    (
+      {'extra_ids': 0},
+      (8192, 4096),
+      r'has 256 sentinels .* of 8192 inputs needs 4\d\d',
+    ),
     ({'objective': 'prefix_lm'}, (64, 63), 'of 64 tokens .*targets has only 63; give'),
   ],
 )

@@ -244,7 +244,7 @@ def test_sharded_over_all_devices(model_partitions, K, folder):
 @pytest.mark.parametrize(
   ('call', 'message'),
   [
-    (lambda m: m.generate('text'), 'inputs is one text; give a list'),
+    (lambda m: m.generate('text'), 'inputs is not a list of texts'),
     (lambda m: m.generate(['text']), 'the model has no tokenizer: give token ids'),
     (lambda m: m.generate([[3, 32]]), '32 is no token id: the vocabulary has 32'),
     (lambda m: m.generate([['a']]), "'a' is no token id"),
