@@ -1,4 +1,4 @@
-"""Turns a multi-head-attention T5.1.1 checkpoint into a grouped-query one, for T5X.
+"""Turns a multi-head-attention T5 checkpoint into a grouped-query one, for T5X.
 
   python -m gqa_t5x.convert --input=/models/mha --output=/models/gqa2 --num_kv_heads=2
 
@@ -19,7 +19,7 @@ T5X restores the result by itself, optimizer state included:
     --gin.MODEL_DIR=\\"gs://my-bucket/run\\" \\
     --gin.INITIAL_CHECKPOINT_PATH=\\"gs://my-bucket/xxl_gqa8/checkpoint_1000000\\"
 
-A Hugging Face folder of T5 v1.1 keeps no step: --output names it.
+A Hugging Face folder keeps no step: --output names it.
 
   python -m gqa_t5x.convert --input=/models/t5-v1_1-base --num_kv_heads=4 \\
     --output=/models/base_gqa4/checkpoint_1000000
@@ -70,8 +70,8 @@ def define_command() -> Command:
     'input',
     None,
     'The checkpoint: a folder checkpoint_<step> of T5X, legacy or Orbax layout, or a'
-    ' model_dir, whose latest checkpoint is taken; or a Hugging Face folder of'
-    ' T5 v1.1. Local or gs://.',
+    ' model_dir, whose latest checkpoint is taken; or a Hugging Face folder of a T5.'
+    ' Local or gs://.',
   )
   command.text(
     'output',
@@ -102,8 +102,8 @@ def _define_method(command: Command) -> None:
   command.text(
     'grouping',
     'contiguous',
-    'Which heads share. contiguous: neighbours; similarity: in cross-attention, those'
-    ' that are alike.',
+    'Which heads share. contiguous: neighbours; similarity: those that are alike, in'
+    ' cross-attention, and in umT5 in self-attention, too.',
   )
   command.text(
     'statistics',

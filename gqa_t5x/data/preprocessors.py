@@ -1,6 +1,5 @@
 """Preprocessing where the package t5 has none that fits, or checks too little."""
 
-import itertools
 from collections.abc import Mapping
 
 import seqio
@@ -8,6 +7,7 @@ import tensorflow as tf
 from t5.data import preprocessors as t5_preprocessors
 
 from gqa_t5x.errors import BadInput
+from gqa_t5x.inference import tokenizer
 
 # AutoGraph would look for loops over tensors in T5's code for seconds; there are none.
 _no_autograph = tf.autograph.experimental.do_not_convert
@@ -105,9 +105,7 @@ def _num_sentinels(vocabulary: seqio.Vocabulary) -> int:
   pieces = getattr(vocabulary, 'tokenizer', None)
   if not hasattr(pieces, 'IdToPiece'):
     return 0
-  last = range(vocabulary.vocab_size - 1, -1, -1)  # As in mT5's file.
-  own = itertools.takewhile(lambda i: 'extra_id_' in pieces.IdToPiece(i), last)
-  return sum(1 for _ in own)
+  return tokenizer.count_extra_ids(pieces.IdToPiece, vocabulary.vocab_size)
 
 
 def span_corruption(

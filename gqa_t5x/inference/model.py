@@ -190,12 +190,10 @@ class Model:
   ) -> Any:
     """Decodes a text, or several, for each input: greedily by default.
 
-    Inputs of like length are decoded together; each length, rounded up to a power of
-    two, is compiled once.
+    Inputs are decoded together by length; each power of two is compiled once.
 
     Args:
-      inputs: texts, to which the end marker is added, or lists of token ids, to which
-        it is not.
+      inputs: texts, to which the end marker is added, or lists of token ids as they are.
       max_length: most tokens of a result, the end marker included.
       num_beams: above 1, beam search.
       alpha: of beam search; scores are divided by ((5 + length) / 6)^alpha.
@@ -219,20 +217,14 @@ class Model:
     """
     if isinstance(inputs, str) or not isinstance(inputs, Iterable):
       raise BadInput('inputs is not a list of texts; give one: generate([text])')
-    if max_input_length is not None and max_input_length < 1:
-      raise BadInput(f'max_input_length={max_input_length} must be at least 1')
     way = programs.Way(num_beams, alpha, temperature, topk, topp, num_decodes)
-    way.check(max_length, batch_size)
+    way.check(max_length, batch_size, max_input_length)
     ids = [self._texts.ids(text, max_input_length) for text in inputs]
-    show = progress is None and len(ids) >= _PROGRESS_FROM
     results: list[Any] = [None] * len(ids)
     decoded = self._decode(ids, way, max_length, seed, batch_size)
-    with tqdm(
-      total=len(ids),
-      desc='Decoding',
-      unit='input',
-      disable=None if show else not progress,
-    ) as bar:
+    auto = progress is None and len(ids) >= _PROGRESS_FROM
+    hide = None if auto else not progress
+    with tqdm(total=len(ids), desc='Decoding', unit='input', disable=hide) as bar:
       for i, tokens, scores in decoded:
         best = range(len(tokens) - 1, len(tokens) - 1 - num_decodes, -1)
         results[i] = [(self._texts.text(tokens[d]), scores[d]) for d in best]

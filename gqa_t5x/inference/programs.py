@@ -23,10 +23,13 @@ class Way:
   topp: float
   num_decodes: int
 
-  def check(self, max_length: int, batch_size: int) -> None:
+  def check(
+    self, max_length: int, batch_size: int, max_input_length: int | None
+  ) -> None:
     """Raises BadInput for what contradicts itself."""
     counts = {'max_length': max_length, 'batch_size': batch_size}
     counts |= {'num_beams': self.num_beams, 'num_decodes': self.num_decodes}
+    counts |= {} if max_input_length is None else {'max_input_length': max_input_length}
     for name, number in counts.items():
       if number < 1:
         raise BadInput(f'{name}={number} must be at least 1')

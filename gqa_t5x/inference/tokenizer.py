@@ -4,10 +4,9 @@ SentencePiece gives the ids of seqio's `SentencePieceVocabulary`, and so those t
 model was trained on. No end marker is added, and none is needed to decode.
 """
 
-import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from etils import epath
@@ -64,6 +63,10 @@ class SentencePieceTokenizer:
     )
     self.size = self._processor.GetPieceSize()
 
+  def own_extra_ids(self) -> int:
+    """Returns how many of the last ids are the file's own extra ids, as in mT5's."""
+    return count_extra_ids(self._processor.IdToPiece, self.size)
+
   def encode(self, text: str) -> list[int]:
     return self._processor.EncodeAsIds(text)
 
@@ -98,15 +101,20 @@ class JsonTokenizer:
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-    names = map(self._tokenizer.id_to_token, range(self.size - 1, -1, -1))
-    own = itertools.takewhile(lambda name: 'extra_id_' in (name or ''), names)
-    self.extra_ids = sum(1 for _ in own)  # At the end, as in every T5's.
+    self.extra_ids = count_extra_ids(self._tokenizer.id_to_token, self.size)
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._tokenizer.decode(_content(ids), skip_special_tokens=False)
+
+
+def count_extra_ids(name_of: Callable[[int], str | None], size: int) -> int:
+  """Returns how many of `size` ids, from the last one down, are named as sentinels."""
+  last = range(size - 1, -1, -1)
+  own = itertools.takewhile(lambda i: 'extra_id_' in (name_of(i) or ''), last)
+  return sum(1 for _ in own)
 
 
 def _content(ids: Sequence[int]) -> list[int]:
@@ -165,14 +173,8 @@ def _extra_ids(config: dict[str, Any], file: epath.Path) -> int:
   """How many extra ids come after the pieces of a SentencePiece file."""
   extra = config.get('extra_ids')
   if extra is None:
-    return 0 if _has_extra_ids(str(file)) else _T5_EXTRA_IDS
+    pieces = SentencePieceTokenizer(str(file), extra_ids=0)
+    return 0 if pieces.own_extra_ids() else _T5_EXTRA_IDS
   if type(extra) is not int or extra < 0:
     raise BadInput(f'{file.parent / names.CONFIG} has extra_ids {extra!r}')
   return extra
-
-
-@functools.cache
-def _has_extra_ids(file: str) -> bool:
-  """Whether the pieces of a file end with T5's extra ids, as those of mT5 do."""
-  tokenizer = SentencePieceTokenizer(file, extra_ids=0)
-  return 'extra_id_' in tokenizer._processor.IdToPiece(tokenizer.size - 1)

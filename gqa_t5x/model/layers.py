@@ -38,7 +38,7 @@ class LayerNorm(nn.Module):
 
 
 class MlpBlock(nn.Module):
-  """T5.1.1's gated MLP: the product of activations of parallel maps, then `wo`."""
+  """T5's MLP: the product of activations of parallel maps, then `wo`."""
 
   mlp_dim: int
   activations: Sequence[str]  # Of each map: 'linear', or a function of `flax.linen`.

@@ -2,9 +2,11 @@
 
 It checks a restored checkpoint against the model before the first step, shows progress
 with the time to go, watches the loss (loss_watch.py), stops to be saved when the
-machine is taken away, and ends when another run has taken its folder (run_lock.py).
+machine is taken away, also while it evaluates by decoding (`evaluator`), and ends when
+another run has taken its folder (run_lock.py).
 """
 
+import concurrent.futures
 import contextlib
 import os
 import shutil
@@ -15,6 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import seqio
+import tensorflow as tf
 import tqdm
 from absl import logging
 from etils import epath
@@ -267,6 +271,68 @@ class Trainer(trainer.Trainer):
     if self._bar is not None:
       self._bar.close()
     super().close()
+
+
+def evaluator(
+  evaluator_cls: Callable[..., seqio.Evaluator], **kwargs
+) -> seqio.Evaluator:
+  """Makes an evaluator by decoding, which SIGTERM ends as it ends `Trainer.eval`.
+
+  It may take an hour, in which a machine that is taken away would be gone.
+
+  Args:
+    evaluator_cls: seqio's.
+    **kwargs: its arguments, which T5X gives.
+  """
+  made = evaluator_cls(**kwargs)
+  evaluate = made.evaluate
+
+  def until_stopped(**kwargs) -> tuple[Any, Any]:
+    with Trainer.current.ended_by_sigterm() as batches_of:
+      return evaluate(
+        **{
+          name: _through(batches_of, value) if callable(value) else value
+          for name, value in kwargs.items()
+        }
+      )
+    no_metrics = concurrent.futures.Future()
+    no_metrics.set_result({})
+    return no_metrics, {}
+
+  made.evaluate = until_stopped
+  return made
+
+
+def _through(batches_of: Callable, infer: Callable) -> Callable:
+  """Returns T5X's function of a dataset, whose batches go through `batches_of`."""
+  return lambda dataset: infer(_Dataset(dataset, batches_of))
+
+
+class _Dataset:
+  """A `tf.data.Dataset` that is read through a function, and so is what is made of it.
+
+  What TensorFlow runs may be ahead of the reader by any number of batches.
+  """
+
+  def __init__(self, dataset: tf.data.Dataset, batches_of: Callable):
+    self._dataset, self._batches_of = dataset, batches_of
+
+  def __len__(self) -> int:
+    return len(self._dataset)
+
+  def __getattr__(self, name: str) -> Any:
+    value = getattr(self._dataset, name)
+
+    def call(*args, **kwargs):
+      plain = (x._dataset if isinstance(x, _Dataset) else x for x in args)
+      result = value(*plain, **kwargs)
+      is_dataset = isinstance(result, tf.data.Dataset)
+      return _Dataset(result, self._batches_of) if is_dataset else result
+
+    return call if callable(value) else value
+
+  def as_numpy_iterator(self) -> Iterator[Any]:
+    return self._batches_of(self._dataset.as_numpy_iterator())
 
 
 def _saved(model_dir: str | None, step: int) -> epath.Path | None:

@@ -119,7 +119,6 @@ def test_interactive_model_as_in_the_docs(tmp_path):
   code, count = re.subn(r'(?s)\nconfig = .*?\n\n', f'\n{made}\n', code)
   assert count == 1
   code = code.replace("'summarize: ...', 'summarize: ...'", "'red green blue', 'pink'")
-  code = code.replace('/tmp/interactive', 'interactive')
   code += FOUND
   done = commands.run(tmp_path, '-c', code)
   assert done.returncode == 0, done.stdout[-3000:]

@@ -13,7 +13,7 @@ import pytest
 from t5x import trainer as t5x_trainer
 
 from gqa_t5x.errors import BadInput
-from gqa_t5x.training import decoded_eval, run_lock, trainer
+from gqa_t5x.training import run_lock, trainer
 from helpers import commands
 from helpers.trainers import make_state, make_trainer
 
@@ -158,7 +158,7 @@ def test_an_evaluation_ends_before_its_next_batch(train, tmp_path, monkeypatch, 
 @pytest.mark.usefixtures('received')
 def test_a_decoding_evaluation_ends(tmp_path, monkeypatch):
   """Before its next batch, the step saved; and the same command goes on from there."""
-  read, drawn = decoded_eval._Dataset.as_numpy_iterator, []
+  read, drawn = trainer._Dataset.as_numpy_iterator, []
 
   def as_numpy_iterator(self):
     for batch in read(self):
@@ -167,7 +167,7 @@ def test_a_decoding_evaluation_ends(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
       yield batch
 
-  monkeypatch.setattr(decoded_eval._Dataset, 'as_numpy_iterator', as_numpy_iterator)
+  monkeypatch.setattr(trainer._Dataset, 'as_numpy_iterator', as_numpy_iterator)
   macros = {'MODEL_DIR': 'run', 'INITIAL_CHECKPOINT_PATH': [], 'TRAIN_STEPS': 4}
   macros |= {'EVAL_PERIOD': 2, 'CHECKPOINT_PERIOD': 4, 'RUN_EVAL_BEFORE_TRAINING': True}
   # 21 batches and a part of one.

@@ -96,10 +96,15 @@ def study(plan: Planner) -> None:
 
 def intensity(plan: Planner) -> None:
   """Arithmetic intensity by Shazeer's formulas."""
-  words, folder = ('evaluate', 'intensity'), plan.output_dir
-  command = commands.module('gqa_t5x.reproduce', *words, output_dir=folder)
-  result = intensity_file(folder)
-  plan.require(Stage('compute arithmetic intensity', result, command))
+  result = intensity_file(plan.output_dir)
+  plan.require(_evaluation('compute arithmetic intensity', 'intensity', result, plan))
+
+
+def _evaluation(title: str, name: str, result: Any, plan: Planner) -> Stage:
+  """The stage of `python -m gqa_t5x.reproduce evaluate NAME`."""
+  folder = plan.output_dir
+  command = commands.module('gqa_t5x.reproduce', 'evaluate', name, output_dir=folder)
+  return Stage(title, result, command)
 
 
 def intensity_file(output_dir: Any) -> Any:
@@ -109,10 +114,8 @@ def intensity_file(output_dir: Any) -> Any:
 
 def heads(plan: Planner) -> None:
   """Methods of conversion on the heads of a public model that was trained for long."""
-  words, folder = ('evaluate', 'heads'), plan.output_dir
-  command = commands.module('gqa_t5x.reproduce', *words, output_dir=folder)
-  result = heads_file(folder)
-  plan.require(Stage('convert long-trained heads', result, command))
+  result = heads_file(plan.output_dir)
+  plan.require(_evaluation('convert long-trained heads', 'heads', result, plan))
 
 
 def heads_file(output_dir: Any) -> Any:
