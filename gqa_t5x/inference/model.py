@@ -193,7 +193,7 @@ class Model:
     Inputs are decoded together by length; each power of two is compiled once.
 
     Args:
-      inputs: texts, to which the end marker is added, or lists of token ids as they are.
+      inputs: texts, to which the end marker is added, or lists of ids as they are.
       max_length: most tokens of a result, the end marker included.
       num_beams: above 1, beam search.
       alpha: of beam search; scores are divided by ((5 + length) / 6)^alpha.
