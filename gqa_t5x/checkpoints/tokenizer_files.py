@@ -9,6 +9,8 @@ Those of a run are in its MODEL_DIR, for all its checkpoints.
 
 from etils import epath
 
+from gqa_t5x.checkpoints import folders
+
 SENTENCEPIECE = 'spiece.model'
 TOKENIZERS = 'tokenizer.json'
 CONFIG = 'tokenizer_config.json'
@@ -17,8 +19,9 @@ NAMES = (SENTENCEPIECE, TOKENIZERS, CONFIG, *_OTHERS)
 
 
 def find(folder: epath.Path) -> epath.Path | None:
-  """Finds the folder that holds a checkpoint's tokenizer: its own, or the one above."""
-  for place in (folder, folder.parent):
+  """Finds the folder that holds a checkpoint's tokenizer: its own, or its run's."""
+  is_of_run = folders.checkpoint_step(folder) is not None
+  for place in (folder, folder.parent) if is_of_run else (folder,):
     if any((place / name).exists() for name in (SENTENCEPIECE, TOKENIZERS, CONFIG)):
       return place
   return None

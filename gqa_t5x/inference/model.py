@@ -112,7 +112,8 @@ class Model:
       raise BadInput('num_kv_heads is missing')
     if texts is not None and recipe.get('statistics'):
       raise BadInput('texts and statistics were given; leave one of them out')
-    uses = methods.get_method(method).uses_inputs or recipe.get('grouping')
+    uses = methods.get_method(method).uses_inputs
+    uses = uses or recipe.get('grouping') == 'similarity'
     if texts is not None and not uses:
       raise BadInput(
         f'texts were given, and method={method!r} uses none; leave them out'

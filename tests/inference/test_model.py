@@ -272,6 +272,7 @@ def test_sharded_over_all_devices(model_partitions, K, folder):
     (lambda m: m.convert(3), 'num_heads=2 is not divisible by num_kv_heads=3'),
     (lambda m: m.convert(1, 'median'), "unknown method 'median'"),
     (lambda m: m.convert(1, 'mean', ROWS), "texts were given, and method='mean' uses"),
+    (lambda m: m.convert(1, 'mean', ROWS, grouping='contiguous'), 'texts were'),
     (lambda m: m.convert(1, heads=2), 'convert knows no heads'),
   ],
 )
@@ -312,6 +313,14 @@ def test_text_that_is_none(byt5):
 
 def test_pairs_may_be_lists(byt5):
   assert byt5.examples([list(PAIRS[0])]) == byt5.examples(PAIRS[:1])
+
+
+@pytest.mark.parametrize('name', ['checkpoint_7', 'model'])
+def test_a_tokenizer_above_is_that_of_a_run(name, tmp_path):
+  """Beside the checkpoints of a MODEL_DIR; what lies above another folder is not its."""
+  made.write_bytes(tmp_path)
+  folder = write(tmp_path / name, 'byt5')
+  assert (gqa_t5x.load(folder).tokenizer is None) == (name == 'model')
 
 
 def test_no_inputs(folder):
