@@ -317,7 +317,7 @@ def test_pairs_may_be_lists(byt5):
 
 @pytest.mark.parametrize('name', ['checkpoint_7', 'model'])
 def test_a_tokenizer_above_is_that_of_a_run(name, tmp_path):
-  """Beside the checkpoints of a MODEL_DIR; what lies above another folder is not its."""
+  """Beside checkpoints of a MODEL_DIR; what lies above another folder is not its."""
   made.write_bytes(tmp_path)
   folder = write(tmp_path / name, 'byt5')
   assert (gqa_t5x.load(folder).tokenizer is None) == (name == 'model')
