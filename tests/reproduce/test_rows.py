@@ -189,8 +189,8 @@ def test_decode_rows(monkeypatch):
   """The settings that docs/uptrain was measured with, and its keys."""
   found = []
 
-  def slopes(runs, *given):
-    found.extend((*runs, given))
+  def slopes(measures, *given):
+    found.extend((*measures, given))
     return [0.008, 0.003]
 
   monkeypatch.setattr(miniature.timing, 'slopes', slopes)

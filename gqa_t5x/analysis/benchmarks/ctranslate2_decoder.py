@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from gqa_t5x.analysis.benchmarks import timing
 from gqa_t5x.checkpoints import tree
 from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
@@ -26,11 +28,12 @@ def decoder(
   inputs_BS: jax.Array,
   length: int,
   num_beams: int,
-) -> tuple[Callable[[], Any], Callable[[int], Any]]:
-  """Returns what is timed, as `decode_benchmark.decoder` does for our network.
+) -> tuple[Callable[[], Any], Callable[[int, int], float]]:
+  """Returns what is measured, as `decode_benchmark.decoder` does for our network.
 
-  CTranslate2 gets as many threads as this process has cores. It encodes in every call;
-  the slope between two lengths is the step's alone.
+  CTranslate2 gets as many threads as this process has cores. It encodes in every call,
+  which takes far longer than a step; so greedy steps are timed inside of one call, by
+  when their tokens come.
   """
   del cfg, length
   import ctranslate2
@@ -46,13 +49,25 @@ def decoder(
     translator = ctranslate2.Translator(str(path), intra_threads=threads)
   rows = [[str(token) for token in row] for row in np.asarray(inputs_BS)]
 
-  def decode(steps: int) -> None:
+  def decode(steps: int, **options) -> None:
     translator.translate_batch(
       rows,
       beam_size=num_beams,
       max_input_length=0,  # Or it would cut at 1024.
       min_decoding_length=steps,
       max_decoding_length=steps,
+      **options,
     )
 
-  return functools.partial(decode, 1), decode
+  def step_seconds(few: int, many: int) -> float:
+    times = {}  # step, from 0 -> when its first token came
+
+    def note(token):
+      times.setdefault(token.step, time.perf_counter())
+      return False  # Go on.
+
+    decode(many, callback=note)
+    return (times[many - 1] - times[few - 1]) / (many - few)
+
+  slope = functools.partial(timing.slope, decode)
+  return functools.partial(decode, 1), step_seconds if num_beams == 1 else slope

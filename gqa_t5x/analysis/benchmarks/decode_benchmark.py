@@ -94,18 +94,19 @@ class Setting(DecodeSetting):
 
 def decoder(
   cfg: network.T5Config, params: Any, inputs_BS: jax.Array, length: int, num_beams: int
-) -> tuple[Callable[[], Any], Callable[[int], Any]]:
-  """Returns what is timed of a model with a self-attention cache of some length.
+) -> tuple[Callable[[], Any], Callable[[int, int], float]]:
+  """Returns what is measured of a model with a self-attention cache of some length.
 
-  That is (a function that encodes the inputs and computes cross K and V; a function
-  that decodes so many tokens of each, from an empty cache, to tokens and scores).
+  That is (a function that encodes the inputs and computes cross K and V; a measure of
+  `timing.slopes`, of a step of decoding them).
   """
   module = network.Transformer(cfg)
   prepare = functools.partial(_prepare, module, params, inputs_BS, length)
   cache, kept = prepare()
-  return prepare, functools.partial(
+  decode = functools.partial(
     _decode, module, num_beams, length, params, kept, cache, inputs_BS
   )
+  return prepare, functools.partial(timing.slope, decode)
 
 
 _prepare = jax.jit(generate.prepare, static_argnums=(0, 3))
@@ -164,7 +165,7 @@ def times(
   for together, decoders in timing.in_groups(chosen, make):
     T = min(setting.output_length for setting in together)
     counts = max(T // 4, 1), T
-    steps = timing.slopes([decode for _, decode in decoders], counts, repeats)
+    steps = timing.slopes([measure for _, measure in decoders], counts, repeats)
     encodes = [timing.median_seconds(prepare, repeats) for prepare, _ in decoders]
     yield from zip(together, steps, encodes, strict=True)
 

@@ -4,6 +4,7 @@ Everything is warmed up first; a number is the median over repeats, and things t
 compared take turns.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,24 +44,29 @@ def medians(runs: Sequence[Callable[[], float]], repeats: int) -> list[float]:
   return [statistics.median(values) for values in zip(*rounds, strict=True)]
 
 
-def slopes(
-  runs: Sequence[Callable[[int], Any]], counts: tuple[int, int], repeats: int
-) -> list[float]:
-  """Returns the seconds of one more step of each function; they take turns.
+def slope(run: Callable[[int], Any], few: int, many: int) -> float:
+  """Returns the seconds of one more step of a function that does so many steps.
 
-  Each does a given number of steps, and `counts` are few of them, and many. Medians of
-  (seconds of many - seconds of few) / (many - few): what does not grow with the steps
+  (Seconds of many - seconds of few) / (many - few): what does not grow with the steps
   drops out.
   """
-  few, many = counts
-  for run in runs:
-    jax.block_until_ready(run(few))
+  short, long = seconds(lambda: run(few)), seconds(lambda: run(many))
+  return (long - short) / (many - few)
 
-  def slope(run):
-    short, long = seconds(lambda: run(few)), seconds(lambda: run(many))
-    return (long - short) / (many - few)
 
-  return medians([lambda run=run: slope(run) for run in runs], repeats)
+def slopes(
+  measures: Sequence[Callable[[int, int], float]],
+  counts: tuple[int, int],
+  repeats: int,
+) -> list[float]:
+  """Returns the median of the seconds of a step by each measure, e.g. a `slope`.
+
+  They are called with `counts`, few steps and many, and take turns; the first round
+  warms up.
+  """
+  for measure in measures:
+    measure(*counts)
+  return medians([functools.partial(measure, *counts) for measure in measures], repeats)
 
 
 def stream_gb_per_s() -> float:

@@ -64,21 +64,21 @@ def decode_rows(vocab_sizes: Mapping[int, int]) -> list[Row]:
   """
   # Long inputs and a large batch, so that the cache is what a step reads.
   shape = {'batch_size': 32, 'input_length': 512, 'output_length': DECODE_STEPS[1]}
-  runs = []
+  measures = []
   for num_kv_heads, vocab_size in vocab_sizes.items():
     cfg = network.config('tiny', num_kv_heads=num_kv_heads, vocab_size=vocab_size)
     inputs_BS = np.random.default_rng(0).integers(
       2, vocab_size, (shape['batch_size'], shape['input_length']), np.int32
     )
-    _, decode = decode_benchmark.decoder(
+    _, measure = decode_benchmark.decoder(
       cfg,
       workload.random_params(cfg, cfg.dtype),
       jnp.asarray(inputs_BS),
       shape['output_length'],
       num_beams=1,
     )
-    runs.append(decode)
-  seconds = timing.slopes(runs, DECODE_STEPS, REPEATS)
+    measures.append(measure)
+  seconds = timing.slopes(measures, DECODE_STEPS, REPEATS)
   return [
     {
       **rows.measured('decode', COMMAND),
