@@ -159,3 +159,20 @@ def prefix_lm(
       ' give both the same'
     )
   return _prefix_lm(dataset, sequence_length, output_features)
+
+
+def reversal(
+  dataset: tf.data.Dataset, sequence_length: Mapping[str, int]
+) -> tf.data.Dataset:
+  """Makes the beginning of a text the inputs, and its tokens in reverse the targets.
+
+  From `targets`, the tokens of a text, to both, one shorter than either length: the end
+  marker follows.
+  """
+  length = min(sequence_length['inputs'], sequence_length['targets']) - 1
+
+  def reverse(example):
+    tokens = example['targets'][:length]
+    return {**example, 'inputs': tokens, 'targets': tokens[::-1]}
+
+  return dataset.map(reverse, num_parallel_calls=tf.data.AUTOTUNE)

@@ -1,9 +1,9 @@
 """All seqio tasks: importing this file registers them and builds nothing.
 
 Those of the papers are in benchmarks.py, which this file imports. Here are those of the
-offline corpus: `pydocs_span_corruption` and `pydocs_summarize` (24,700 pairs) on the
-docstrings of the standard library and of dependencies, `pydocs_stdlib_span_corruption`
-and `pydocs_stdlib_summarize` (1,800 pairs) on those of the standard library alone.
+offline corpus: `pydocs_span_corruption`, `pydocs_reversal` and `pydocs_summarize`
+(24,700 pairs) on the docstrings of the standard library and of dependencies, and
+`pydocs_stdlib_...` (1,800 pairs to summarize) on those of the standard library alone.
 
 Each goes with the vocabulary of the same corpus, `vocabulary.pydocs_vocabulary`. The
 corpus is built by the first dataset or the first token, whichever comes first. C4 is
@@ -25,6 +25,9 @@ from gqa_t5x.data.vocabulary import CorpusVocabulary
 # Shorter ones are a name or a remark: no summary, or nothing to sum up.
 _MIN_SUMMARY_BYTES = 20
 _MIN_BODY_BYTES = 80
+_TARGETS = functools.partial(
+  t5_preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
+)
 
 
 class _CorpusSource(seqio.TextLineDataSource):
@@ -52,10 +55,12 @@ def add_span_corruption(name: str, corpus: Corpus) -> seqio.Task:
 
   The task has the corpus's vocabulary, and splits train, validation and test.
   """
-  rekey = functools.partial(
-    t5_preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
-  )
-  return _add(name, corpus, before=[rekey], after=[preprocessors.span_corruption])
+  return _add(name, corpus, before=[_TARGETS], after=[preprocessors.span_corruption])
+
+
+def add_reversal(name: str, corpus: Corpus) -> seqio.Task:
+  """Registers writing the beginning of a text backwards: it needs cross-attention."""
+  return _add(name, corpus, before=[_TARGETS], after=[preprocessors.reversal])
 
 
 def split_summary(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -123,4 +128,5 @@ def _add(
 
 for _corpus in CORPORA.values():
   add_span_corruption(f'{_corpus.name}_span_corruption', _corpus)
+  add_reversal(f'{_corpus.name}_reversal', _corpus)
   add_summarize(f'{_corpus.name}_summarize', _corpus)

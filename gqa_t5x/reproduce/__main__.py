@@ -64,6 +64,7 @@ PARTS = {
   ('evaluate', 'conversion'): 'results.study',
   ('report', 'conversion'): 'report.conversion',
   ('evaluate', 'heads'): 'results.heads',
+  ('evaluate', 'training'): 'results.training_study',
   ('evaluate', 'intensity'): 'results.intensity',
   ('report',): 'report.papers',
 }

@@ -15,6 +15,7 @@ from gqa_t5x.data import vocabulary as vocabulary_lib
 
 TINY = corpus_lib.Corpus('tiny', ('topics', 'asyncio', 'email', 'logging', 'unittest'))
 TASK, SUMMARIZE = 'tiny_span_corruption', 'tiny_summarize'
+REVERSAL = 'tiny_reversal'
 LENGTHS = {'inputs': 128, 'targets': 32}
 EXTRA_IDS = 100
 LAST_ID = 4095
@@ -34,17 +35,18 @@ TEXTS = [
 def task(tmp_path_factory):
   """The registered task of a tiny corpus in a cache of this file's own.
 
-  The task of summaries is registered, too.
+  The tasks of summaries and of reversals are registered, too.
   """
   with pytest.MonkeyPatch.context() as monkeypatch:
     cache = tmp_path_factory.mktemp('cache') / 'not_there_yet'
     monkeypatch.setenv('GQA_T5X_CACHE', str(cache))
     task = tasks.add_span_corruption(TASK, TINY)
     tasks.add_summarize(SUMMARIZE, TINY)
+    tasks.add_reversal(REVERSAL, TINY)
     assert not cache.exists()  # Registering builds nothing.
     yield task
-    seqio.TaskRegistry.remove(TASK)
-    seqio.TaskRegistry.remove(SUMMARIZE)
+    for name in (TASK, SUMMARIZE, REVERSAL):
+      seqio.TaskRegistry.remove(name)
 
 
 @pytest.fixture(scope='module')
@@ -128,6 +130,18 @@ def _uncorrupt(inputs, targets):
     else:
       span.append(token)
   return [t for token in inputs[:-1] for t in spans.get(token, [token])]
+
+
+def test_reversal_of_the_beginning_of_a_text(task, vocabulary):
+  lengths = {'inputs': 20, 'targets': 16}
+  dataset = seqio.get_mixture_or_task(REVERSAL).get_dataset(
+    lengths, 'validation', shuffle=False
+  )
+  texts = corpus_lib.read(TINY, 'validation')
+  for example, text in zip(dataset.as_numpy_iterator(), texts, strict=True):
+    ids = vocabulary.encode(text)[:15]
+    assert example['inputs'].tolist() == [*ids, 1]
+    assert example['targets'].tolist() == [*ids[::-1], 1]
 
 
 @pytest.mark.parametrize('split', ['validation', 'test'])

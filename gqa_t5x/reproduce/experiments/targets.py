@@ -1,6 +1,7 @@
 """What each table and figure of the papers needs, as stages of a plan."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,17 @@ def heads_file(output_dir: Any) -> Any:
   return output_dir / 'heads.json'
 
 
+def training(plan: Planner) -> None:
+  """Methods of conversion on small T5s that were trained in several ways."""
+  result = training_file(plan.output_dir)
+  plan.require(_evaluation('convert models of trainings', 'training', result, plan))
+
+
+def training_file(output_dir: Any) -> Any:
+  """Returns where the rows of the study against training are."""
+  return output_dir / 'training.json'
+
+
 TARGETS: dict[str, Callable[[Planner], None]] = {
   'table1': table1,
   'figure3': table1,
@@ -133,12 +145,14 @@ TARGETS: dict[str, Callable[[Planner], None]] = {
   'shazeer': shazeer,
   'conversion': study,
   'heads': heads,
+  'training': training,
   'intensity': intensity,
   'compiled': lambda plan: plan.require(*compiled.stages(plan.output_dir)),
 }
 ALL = 'all'
-# (target, scale) that run by themselves alone: what they need is installed apart.
-APART = (('compiled', 'local'), ('heads', 'local'), ('heads', 'paper'))
+# (target, scale) that run by themselves alone: they take hours, or what they need is
+# installed apart.
+APART = (('compiled', 'local'), *itertools.product(('heads', 'training'), SCALES))
 
 
 def make_plan(

@@ -20,6 +20,7 @@ from gqa_t5x.reproduce.report.tables import (
   overview,
   shazeer,
   table1,
+  training,
 )
 from gqa_t5x.reproduce.results.reader import Reader
 
@@ -49,6 +50,7 @@ LOCAL_PARTS: dict[str, tuple[str, Write]] = {
   'Table 1 and figure 3, tiny': ('table1', table1.write),
   'Figures 4 and 5: the study of conversion': ('conversion', local_study.write),
   'Conversion of long-trained heads': ('heads', heads.write),
+  'Conversion against training': ('training', training.write),
   'Figure 6: time against heads': ('figure6', figure6.write),
   'Appendix A, tiny': ('appendix_a', appendix_a.write),
   "Shazeer's models, timed": ('shazeer', shazeer.write),

@@ -17,14 +17,20 @@ from etils import epath
 
 from gqa_t5x import files
 from gqa_t5x.conversion.input_statistics import InputStatistics
-from gqa_t5x.conversion.kernels import AttentionModule, Kernels
+from gqa_t5x.conversion.kernels import AttentionModule, Kernels, heads_of
 from gqa_t5x.conversion.methods import convert_module
-from gqa_t5x.conversion.shared_heads import share_heads, spectra, svd
+from gqa_t5x.conversion.shared_heads import (
+  key_moments,
+  share_heads,
+  spectra,
+  svd,
+  value_moments,
+)
 from gqa_t5x.data import corpus
 from gqa_t5x.errors import BadInput
 from gqa_t5x.reproduce.experiments.models import METHODS, SVD, SVD_BY_WEIGHTS, Method
 from gqa_t5x.reproduce.experiments.targets import heads_file
-from gqa_t5x.reproduce.results import sentence_encoder
+from gqa_t5x.reproduce.results import cache_budget, sentence_encoder
 from gqa_t5x.reproduce.results.rows import Row, measured
 from gqa_t5x.reproduce.results.sentence_encoder import SentenceEncoder
 from gqa_t5x.reproduce.results.spectra import describe
@@ -44,17 +50,20 @@ class Variant:
     method: of conversion.
     latent: whether all heads read one key/value head, of as many numbers as the K heads
       have together.
+    joint: of latent: whether keys and values are made of the same numbers, those of
+      both together.
     refit_outputs: whether `refit_outputs` comes after it.
   """
 
   method: Method
   latent: bool = False
+  joint: bool = False
   refit_outputs: bool = False
 
   @property
   def title(self) -> str:
     """What a reader calls it, e.g. 'svd (calibrated), outputs refitted'."""
-    words = ['latent'] * self.latent + [self.method.title]
+    words = ['latent'] * self.latent + ['joint'] * self.joint + [self.method.title]
     return ', '.join(words + ['outputs refitted'] * self.refit_outputs)
 
 
@@ -64,6 +73,8 @@ VARIANTS = (
   Variant(SVD, refit_outputs=True),
   Variant(SVD_BY_WEIGHTS, latent=True),
   LATENT,
+  Variant(SVD, latent=True, joint=True),
+  Variant(SVD, latent=True, refit_outputs=True),
 )
 SPECTRA = (Variant(SVD_BY_WEIGHTS), Variant(SVD), LATENT)
 Texts = Sequence[np.ndarray]  # tokens, int [B, L] each
@@ -110,7 +121,8 @@ def sample_rows(
     `cache_heads` heads: `cosine`, the mean over texts of the embedding's cosine with
     the original's, and `same_neighbour`, the share of texts whose nearest other text is
     the same. Rows of kind 'heads_spectrum', for each layer and side, of the variants
-    SPECTRA: see `spectra.rows`.
+    SPECTRA: see `spectra.rows`. Rows of kind 'heads_budget': `dropped_share` of caches
+    that are spent as `cache_budget.WAYS` says, in the form `form`.
   """
   N, H, layers = encoder.num_heads, encoder.head_dim, len(encoder.attention)
   inputs = [encoder.run(tokens)[1] for tokens in calibration]
@@ -122,11 +134,12 @@ def sample_rows(
   original = _embed(encoder, evaluation, encoder.attention)
   ways = list(itertools.product(NUM_KV_HEADS, VARIANTS))
   for K, variant in tqdm.tqdm(ways, f'sample {sample} of {SAMPLES}', unit='model'):
-    if K == 1 and (variant.latent or variant.method.grouping != 'contiguous'):
+    separate = variant.latent and not variant.joint
+    if K == 1 and (separate or variant.method.grouping != 'contiguous'):
       continue  # One head: latent is GQA, and there is one grouping.
     form = {'num_kv_heads': K, 'kv_head_dim': H}
     if variant.latent:
-      form = {'num_kv_heads': 1, 'kv_head_dim': K * H}
+      form = {'num_kv_heads': 1, 'kv_head_dim': K * H * (1 + variant.joint)}
     shared = {
       'model': f'{sentence_encoder.PACKAGE} {sentence_encoder.VERSION}',
       'sample': sample,
@@ -150,6 +163,8 @@ def sample_rows(
       used = statistics[variant.method.statistics]
       for place in _dropped(encoder, used, **form):
         yield {**_common('heads_spectrum'), **shared, **place}
+  for row in _budgets(encoder, statistics['calibrated']):
+    yield {**_common('heads_budget'), 'sample': sample, 'num_heads': N, **row}
 
 
 def _common(kind: str) -> Row:
@@ -201,7 +216,9 @@ def convert(
     zip(encoder.attention, statistics, strict=True)
   ):
     module = _module(encoder, i, 1 if variant.latent else num_kv_heads)
-    if variant.latent:
+    if variant.joint:
+      new = _joint(kernels, module, inputs, 2 * rank)
+    elif variant.latent:
       solve = functools.partial(svd, rank=rank)
       new = share_heads(solve, 'absorbed', kernels, module, inputs)
     else:
@@ -209,6 +226,36 @@ def convert(
       new = convert_module(kernels, module, name, inputs, grouping)
     converted.append(new)
   return converted
+
+
+def _joint(
+  kernels: Kernels, module: AttentionModule, inputs: InputStatistics, rank: int
+) -> Kernels:
+  """Keys and values of the same few numbers: those of the least error of both.
+
+  The errors of keys and values count by their shares. Returned are the kernels of all
+  heads, made of these numbers: the function is the same, only the cache is not.
+  """
+  C_EE, H = np.asarray(inputs.value), module.head_dim
+  values, vectors = np.linalg.eigh(C_EE)
+  root, inverse = (
+    (vectors * np.maximum(values, 1e-12 * values[-1]) ** power) @ vectors.T
+    for power in (0.5, -0.5)
+  )
+  weighed = []
+  for name, moments in (('key', key_moments), ('value', value_moments)):
+    _, M_JHH = moments(kernels, inputs, H)
+    # Columns times M^1/2: as its square counts, any root of M does.
+    root_JHH = np.linalg.cholesky(M_JHH + 1e-9 * M_JHH.max() * np.eye(H))
+    heads_JEH = root @ heads_of(kernels, name, H) @ root_JHH
+    weighed += list(heads_JEH / np.linalg.norm(heads_JEH))
+  left, _, _ = np.linalg.svd(np.concatenate(weighed, axis=1), full_matrices=False)
+  kept = left[:, :rank]
+  project = inverse @ kept @ (kept.T @ root)
+  new = {
+    name: (project @ kernels[name]).astype(np.float32) for name in ('key', 'value')
+  }
+  return {**kernels, **new}
 
 
 def _module(encoder: SentenceEncoder, layer: int, num_kv_heads: int) -> AttentionModule:
@@ -269,6 +316,27 @@ def _dropped(
     module = _module(encoder, i, num_kv_heads)
     for side, values in spectra(kernels, module, statistics[i]).items():
       yield {'layer': i, 'side': side, **describe(values, kv_head_dim)}
+
+
+def _budgets(
+  encoder: SentenceEncoder, statistics: Sequence[InputStatistics]
+) -> Iterator[Row]:
+  """What would be dropped if the bytes of the cache were spent where they hold most."""
+  N, H = encoder.num_heads, encoder.head_dim
+  forms: dict[str, dict] = {'GQA': {}, 'latent': {}}
+  for i, kernels in enumerate(encoder.attention):
+    for K in (K for K in range(1, N + 1) if N % K == 0):
+      module = _module(encoder, i, K)
+      for side, found in spectra(kernels, module, statistics[i]).items():
+        share = float(found[:, H:].sum() / found.sum())
+        forms['GQA'].setdefault((i, side), {})[K * H] = share
+        if K == 1:
+          kept = 1 - np.cumsum(found[0]) / found.sum()
+          ranks = range(H // 4, N * H + 1, H // 4)
+          forms['latent'][i, side] = {R: float(kept[R - 1]) for R in ranks}
+  for (form, choices), K in itertools.product(forms.items(), NUM_KV_HEADS):
+    for way, share in cache_budget.spend(choices, K * H).items():
+      yield {'form': form, 'cache_heads': K, 'spent': way, 'dropped_share': share}
 
 
 def _embed(encoder: SentenceEncoder, texts: Texts, attention: Attention) -> np.ndarray:

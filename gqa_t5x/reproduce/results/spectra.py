@@ -1,5 +1,6 @@
 """How much of each attention module fits into shared heads: the spectra behind svd."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,18 +17,25 @@ from gqa_t5x.reproduce.results.rows import Row
 SHARES = (0.99, 0.95, 0.90)
 
 
-def rows(source: Any, statistics: Any, num_kv_heads: Sequence[int]) -> Iterator[Row]:
+def rows(
+  source: Any,
+  statistics: Any,
+  num_kv_heads: Sequence[int],
+  latents: Sequence[int] = (),
+) -> Iterator[Row]:
   """Describes the spectra of a checkpoint's decoder.
 
   Args:
     source: folder of the MHA checkpoint.
     statistics: its file of statistics.
     num_kv_heads: the K to look at.
+    latents: numbers of heads whose cache one latent head has; 1 is among the K then.
 
   Yields:
-    For each module, K, side ('key' or 'value') and kind of statistics: `dropped_share`,
-    the part of the eigenvalues' sum beyond the head size, and `rank_99`, `rank_95`,
-    `rank_90`, the directions that hold as much of it; lists with one entry a group.
+    For each module, K (or `kv_head_dim`), side ('key' or 'value') and kind of
+    statistics: `dropped_share`, the part of the eigenvalues' sum beyond the head size,
+    and `rank_99`, `rank_95`, `rank_90`, the directions that hold as much of it; lists
+    with one entry a group.
   """
   tensors = folders.open_checkpoint(epath.Path(source))
   shapes = {name: tensor.shape for name, tensor in parameters(tensors).items()}
@@ -41,22 +49,28 @@ def rows(source: Any, statistics: Any, num_kv_heads: Sequence[int]) -> Iterator[
       'weights': from_norms(tensors, kind, path),
       'calibrated': measured.read(path),
     }
-    for K in num_kv_heads:
+    for K, name in itertools.product(num_kv_heads, inputs):
       module = AttentionModule(
         path=path,
         source_num_kv_heads=architecture.num_kv_heads[kind],
         num_kv_heads=K,
         head_dim=architecture.head_dim,
       )
-      for name, of_inputs in inputs.items():
-        for side, values in spectra(kernels, module, of_inputs).items():
+      for side, values in spectra(kernels, module, inputs[name]).items():
+        found = {
+          'layer': int(path.split('/')[1].removeprefix('layers_')),
+          'module': kind,
+          'side': side,
+          'num_kv_heads': K,
+          'statistics': name,
+        }
+        yield {**found, **describe(values, architecture.head_dim)}
+        # The spectrum of all heads together also tells what one latent head keeps.
+        for latent in latents if K == 1 else ():
           yield {
-            'layer': int(path.split('/')[1].removeprefix('layers_')),
-            'module': kind,
-            'side': side,
-            'num_kv_heads': K,
-            'statistics': name,
-            **describe(values, architecture.head_dim),
+            **found,
+            'kv_head_dim': latent * architecture.head_dim,
+            **describe(values, latent * architecture.head_dim),
           }
 
 

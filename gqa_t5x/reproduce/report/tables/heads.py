@@ -8,6 +8,7 @@ from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import targets
 from gqa_t5x.reproduce.experiments.models import MEAN, SVD, SVD_BY_WEIGHTS
 from gqa_t5x.reproduce.report.part import Part
+from gqa_t5x.reproduce.results import cache_budget
 from gqa_t5x.reproduce.results.heads import LATENT, VARIANTS, Variant
 from gqa_t5x.reproduce.results.reader import Measured
 from gqa_t5x.reproduce.results.rows import Row
@@ -43,6 +44,30 @@ def write(part: Part) -> None:
     ]
     doc.table([f'cache of {K} of {rows[0]["num_heads"]} heads, by', *HEAD], table)
   _draw(part, rows, spectra)
+  _add_budgets(part, part.found.rows(path, 'heads_budget', source='measured'))
+
+
+def _add_budgets(part: Part, rows: Sequence[Row]) -> None:
+  """What is dropped if the cache is spent where it holds most."""
+  if not rows:
+    return
+  heads = list(dict.fromkeys(row['cache_heads'] for row in rows))
+  table = []
+  for form in dict.fromkeys(row['form'] for row in rows):
+    for way in cache_budget.WAYS:
+      cells = []
+      for K in heads:
+        wanted = {'form': form, 'spent': way, 'cache_heads': K}
+        values = [row['dropped_share'] for row in rows if row | wanted == row]
+        number = Measured(tuple(values), 'measured', (rows[0]['command'],))
+        cells.append(part.doc.number(number, 3))
+      table.append([form, way, *cells])
+  part.doc.text(
+    'The share that is dropped, mean over keys and values of all layers, if the same'
+    ' bytes are spent otherwise: chosen from the calibrated spectra.'
+  )
+  head = (f'cache of {K} heads' for K in heads)
+  part.doc.table(['form', 'sizes', *head], table, left=(0, 1))
 
 
 def _conditions(rows: Sequence[Row]) -> str:

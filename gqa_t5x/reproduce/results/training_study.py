@@ -1,0 +1,186 @@
+"""Conversion against training: what it costs models that were trained in several ways.
+
+Each pre-training of `trainings.TRAININGS` is converted at its milestones by every
+method. The paper's mean, svd and the latent form are trained on, and so is the model
+that was not converted. All of it goes on where it was stopped.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from gqa_t5x import files
+from gqa_t5x.checkpoints.config import ModelConfig
+from gqa_t5x.conversion import input_statistics, input_sums, plan
+from gqa_t5x.inference import saved
+from gqa_t5x.model import network
+from gqa_t5x.reproduce.experiments import trainings
+from gqa_t5x.reproduce.experiments.models import MEAN, METHODS, MHA, SVD
+from gqa_t5x.reproduce.experiments.targets import training_file
+from gqa_t5x.reproduce.results import optax_training, spectra
+from gqa_t5x.reproduce.results.heads import LATENT, Variant
+from gqa_t5x.reproduce.results.optax_training import State, Trainer
+from gqa_t5x.reproduce.results.rows import Row, measured
+
+NUM_KV_HEADS = (4, 2, 1)  # of 8
+VARIANTS = (*map(Variant, METHODS), Variant(SVD, refit_outputs=True), LATENT)
+UPTRAINED = (Variant(MEAN), Variant(SVD), Variant(SVD, refit_outputs=True), LATENT)
+_UPTRAIN_SEED = 1  # other batches than pre-training began with
+_ZEROED = {'self': 'self_attention', 'cross': 'encoder_decoder_attention'}
+
+
+def write(output_dir: str) -> None:
+  """Writes the rows into the folder of all results; BadInput if it cannot be read."""
+  result = training_file(epath.Path(output_dir))
+  folder = result.parent / result.stem
+  rows: list[Row] = []
+  for name in trainings.TRAININGS:
+    for milestone in pretrain(name, folder):
+      rows += milestone.rows()
+  files.write_json(result, rows)
+
+
+def pretrain(name: str, folder: epath.Path) -> Iterator['Milestone']:
+  """Trains as `trainings.TRAININGS[name]` says; yields the model at each milestone."""
+  trainer = Trainer(trainings.TRAININGS[name])
+  (folder / name).mkdir(parents=True, exist_ok=True)
+  state = trainer.start()
+  for steps in trainer.training.steps:
+    done, running = (folder / name / f'{x}.msgpack' for x in (steps, 'running'))
+    if done.exists():
+      state = optax_training.read(done, state)
+    else:
+      if running.exists():
+        state = optax_training.read(running, state)
+      title = f'{trainer.training.title}, {steps:,} steps'
+      state = trainer.train(state, steps, title=title, file=running)
+      optax_training.write(done, state)
+    yield Milestone(trainer, state, folder / name / str(steps))
+
+
+class Milestone:
+  """A pre-trained model, and what conversion makes of it."""
+
+  def __init__(self, trainer: Trainer, state: State, folder: epath.Path):
+    """`folder` keeps its checkpoint, its statistics, and rows as they are made."""
+    self.trainer, self.folder = trainer, folder
+    params = jax.tree.map(np.asarray, state.params)
+    self.state = state._replace(params=params)
+    self._checkpoint = folder / f'checkpoint_{state.step}'
+    self._statistics = folder / 'statistics.npz'
+    self._base: float | None = None
+
+  def rows(self) -> list[Row]:
+    """Rows of kinds 'training' (losses), 'training_worth' and 'training_spectrum'."""
+    self.folder.mkdir(exist_ok=True)
+    if not self._checkpoint.exists():
+      step = self.state.step
+      saved.write(self._checkpoint, self.state.params, step, ModelConfig(), None)
+    if not self._statistics.exists():
+      self._calibrate()
+    rows = self._kept('mha', self._rows_of, Variant(MHA), 8)
+    rows += self._kept('worth', self._worth)
+    for K in NUM_KV_HEADS:
+      for variant in VARIANTS:
+        similar = variant.method.grouping != 'contiguous'
+        if K > 1 or not (variant.latent or similar):
+          title = f'{variant.title}, {K}'
+          rows += self._kept(title, self._rows_of, variant, K)
+    return rows + self._kept('spectra', self._spectra)
+
+  def _kept(self, name: str, make: Any, *args: Any) -> list[Row]:
+    """Rows that are there already, or made and kept."""
+    file = self.folder / f'{name.replace(" ", "_").replace(",", "")}.json'
+    if not file.exists():
+      files.write_json(file, list(make(*args)))
+    return json.loads(file.read_text())
+
+  def _common(self, kind: str) -> Row:
+    training = self.trainer.training
+    return measured(kind, 'python -m gqa_t5x.reproduce run training --scale=local') | {
+      'size': trainings.SIZE,
+      'training': training.title,
+      'task': training.task,
+      'pretrain_steps': self.state.step,
+      'batch_size': trainings.BATCH_SIZE,
+      'validation_batches': trainings.VALIDATION_BATCHES,
+      'input_length': training.lengths['inputs'],
+      'output_length': training.lengths['targets'],
+    }
+
+  def _calibrate(self) -> None:
+    """Collects statistics on the training split."""
+    module, totals = network.Transformer(self.trainer.config()), {}
+    sums = jax.jit(lambda p, b: input_sums.sum_inputs(module, p, b, False))
+    number = trainings.CALIBRATION_BATCHES
+    for batch in self.trainer.batches('train', number, _UPTRAIN_SEED):
+      input_sums.add_sums(totals, sums(self.state.params, batch))
+    info = {'num_sequences': number * trainings.BATCH_SIZE}
+    statistics = input_sums.mean_statistics(totals)
+    input_statistics.write_statistics(self._statistics, statistics, info)
+
+  def _rows_of(self, variant: Variant, K: int) -> Iterator[Row]:
+    """The loss right after conversion, and of some variants after uptraining."""
+    params, heads = self._convert(variant, K)
+    state, steps = self.trainer.fresh(self.state, params), [self.state.step]
+    if variant in UPTRAINED or variant.method == MHA:
+      steps += [round((1 + alpha) * steps[0]) for alpha in trainings.UPTRAINED]
+    for step in steps:
+      state = self.trainer.train(state, step, _UPTRAIN_SEED, steps[0], **heads)
+      loss = self.trainer.loss(state.params, **heads)
+      yield self._common('training') | {
+        'variant': variant.title,
+        'cache_heads': K,
+        **heads,
+        'uptrain_steps': step - steps[0],
+        'alpha': (step - steps[0]) / steps[0],
+        'validation_loss': loss,
+        'excess_loss': loss - self._base_loss(),
+      }
+
+  def _base_loss(self) -> float:
+    if self._base is None:
+      self._base = self.trainer.loss(self.state.params)
+    return self._base
+
+  def _convert(self, variant: Variant, K: int) -> tuple[Any, Mapping[str, int]]:
+    """Returns (parameters, what their configuration says of heads)."""
+    if variant.method == MHA:
+      return self.state.params, {}
+    name, used, grouping = variant.method
+    heads = {'num_kv_heads': K}
+    if variant.latent:
+      heads = {'num_kv_heads': 1, 'kv_head_dim': K * self.trainer.config().head_dim}
+    statistics = self._statistics if used == 'calibrated' else None
+    params = plan.convert_params(
+      self.state.params, method=name, statistics=statistics, grouping=grouping, **heads
+    )
+    return params, heads
+
+  def _worth(self) -> Iterator[Row]:
+    """The loss with all attention of a kind set to zero in the decoder."""
+    for kind, module in _ZEROED.items():
+      decoder = dict(self.state.params['decoder'])
+      for name, layer in decoder.items():
+        if name.startswith('layers_'):
+          out = {'kernel': np.zeros_like(layer[module]['out']['kernel'])}
+          decoder[name] = {**layer, module: {**layer[module], 'out': out}}
+      loss = self.trainer.loss({**self.state.params, 'decoder': decoder})
+      yield self._common('training_worth') | {
+        'zeroed': kind,
+        'validation_loss': loss,
+        'excess_loss': loss - self._base_loss(),
+      }
+
+  def _spectra(self) -> Iterator[Row]:
+    """What does not fit into shared heads: see `spectra.rows`."""
+    shared = self._common('training_spectrum')
+    H, latents = self.trainer.config().head_dim, NUM_KV_HEADS[:-1]
+    found = spectra.rows(self._checkpoint, self._statistics, NUM_KV_HEADS, latents)
+    for row in found:
+      K = row['num_kv_heads'] * row.get('kv_head_dim', H) // H
+      yield {**shared, **row, 'cache_heads': K}
