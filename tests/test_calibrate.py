@@ -262,13 +262,15 @@ def test_bad_originals(run, saved, mqa, tmp_path, macros, message):
   assert {path.suffix for path in tmp_path.iterdir()} == {'.gin'}
 
 
-def test_statistics_know_their_checkpoint(run, saved, mqa, tmp_path):
+def test_statistics_know_their_checkpoint(run, saved, mqa, tmp_path, capsys):
   """Those of the converted one are refused for the original."""
   given = {'NUM_KV_HEADS': 1, 'CHECKPOINT_PATH': str(mqa), 'SPLIT': 'validation'}
   assert run(**given)[0] == 0
   flags = (f'--input={saved}', '--num_kv_heads=2', '--method=svd')
   flags += (f'--statistics={tmp_path}/out.npz', f'--output={tmp_path}/new')
   assert run_convert(*flags) == 1
+  said = capsys.readouterr().err
+  assert re.search(f'out.npz is of another checkpoint, step 7 of {mqa}: .*/key/', said)
   assert not (tmp_path / 'new').exists()
 
 

@@ -1,13 +1,12 @@
 """Outputs refitted to the original's: against least squares and NumPy loops."""
 
-import itertools
 import json
 import re
 
 import numpy as np
 import pytest
 
-import gqa_t5x
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
 from gqa_t5x.conversion import input_sums, output_sums
 from gqa_t5x.conversion.module_arrays import samples
 from gqa_t5x.conversion.output_refit import refit, write_sums
@@ -41,6 +40,11 @@ def converted(form):
   fields = FORMS[form]
   params = convert_params(model_oracle.params(ORIGINAL), method='svd', **fields)
   return ORIGINAL.replace(**fields), params
+
+
+def num_kv_heads(cfg, module):
+  kinds = {'self_attention': cfg.self_kv, 'attention': cfg.encoder_kv}
+  return kinds.get(module.rpartition('/')[2], cfg.cross_kv)
 
 
 # --- The regression ---------------------------------------------------------------
@@ -151,10 +155,7 @@ def collected(form, *batches, **original):
 def assert_sums(got, params, cfg, modules):
   assert sorted(got) == sorted(modules)
   for module in modules:
-    kind = module.rpartition('/')[2]
-    K = {'self_attention': cfg.self_kv, 'attention': cfg.encoder_kv}.get(
-      kind, cfg.cross_kv
-    )
+    K = num_kv_heads(cfg, module)
     expected = oracle(params, module, K)
     for name, wanted in zip(('heads', 'residual'), expected, strict=True):
       assert got[module][name].dtype == np.float32
@@ -200,8 +201,6 @@ def write_file(path, form, few=False):
   """The file that calibrate would write of the model's 22 inputs and 17 targets."""
   _, params, means = collected(form, model_oracle.batch())
   leaves = dict(flat(params))
-  from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
-
   kernels = samples({p: LazyTensor.of(np.asarray(x)) for p, x in leaves.items()}, means)
   tokens = {'encoder': 500, 'decoder': N * H - 1 if few else N * H}
   info = {'checkpoint': 'here', 'step': 5, 'num_tokens': tokens, 'kernels': kernels}
@@ -209,21 +208,29 @@ def write_file(path, form, few=False):
   return means
 
 
-@pytest.fixture(scope='module', params=['GQA', 'latent'])
-def made(request, tmp_path_factory):
-  """Form, converted checkpoint, and file of sums."""
-  folder = tmp_path_factory.mktemp(request.param)
-  source = exports.checkpoint(folder / 'mha', ORIGINAL)
-  flags = [f'--{name}={value}' for name, value in FORMS[request.param].items()]
-  flags += [f'--input={source}', f'--output={folder}/new', '--method=svd']
-  assert run_convert(*flags) == 0
-  write_file(folder / 'sums.npz', request.param)
-  return request.param, folder / 'new', folder / 'sums.npz'
+@pytest.fixture(scope='module')
+def mha(tmp_path_factory):
+  return exports.checkpoint(tmp_path_factory.mktemp('original') / 'mha', ORIGINAL)
 
 
-def test_output_kernels_alone_change(made, tmp_path, capsys):
-  """And their moments; they are where the regression leaves them."""
-  form, source, sums = made
+@pytest.fixture(scope='module')
+def made(mha, tmp_path_factory):
+  """Form -> its converted checkpoint, and file of sums."""
+  found = {}
+  for form in ('GQA', 'latent'):
+    folder = tmp_path_factory.mktemp(form)
+    flags = [f'--{name}={value}' for name, value in FORMS[form].items()]
+    flags += [f'--input={mha}', f'--output={folder}/new', '--method=svd']
+    assert run_convert(*flags) == 0
+    write_file(folder / 'sums.npz', form)
+    found[form] = folder / 'new', folder / 'sums.npz'
+  return found
+
+
+@pytest.mark.parametrize('form', ['GQA', 'latent'])
+def test_output_kernels_alone_change(form, made, tmp_path, capsys):
+  """They are where the regression leaves them."""
+  source, sums = made[form]
   flags = (f'--input={source}', f'--refit_outputs={sums}', f'--output={tmp_path}/out')
   assert run_convert(*flags) == 0
   out = capsys.readouterr().out
@@ -237,11 +244,7 @@ def test_output_kernels_alone_change(made, tmp_path, capsys):
   cfg, params = converted(form)
   modules = MODULES + [ENCODER] * (form == 'GQA')
   for module in modules:
-    kind = module.rpartition('/')[2]
-    K = {'self_attention': cfg.self_kv, 'attention': cfg.encoder_kv}.get(
-      kind, cfg.cross_kv
-    )
-    heads, residual = oracle(params, module, K)
+    heads, residual = oracle(params, module, num_kv_heads(cfg, module))
     regular = heads + 1e-3 * np.trace(heads) / len(heads) * np.eye(N * H)
     old = kernels_of(params, module)['out']
     expected = old + np.linalg.solve(regular, residual)
@@ -258,10 +261,8 @@ def test_output_kernels_alone_change(made, tmp_path, capsys):
 
 def test_each_module_comes_closer_to_the_original(made):
   """In squared error, on the examples of the sums."""
-  form, _, sums = made
-  if form != 'latent':
-    pytest.skip('unfolding is of the latent form')
-  cfg, params = converted(form)
+  _, sums = made['latent']
+  cfg, params = converted('latent')
   refitted = convert_params(params, refit_outputs=str(sums))
   for module in MODULES:
     old = kernels_of(model_oracle.params(ORIGINAL), module)
@@ -309,16 +310,13 @@ def refused(capsys, tmp_path, *flags):
   return err
 
 
-def test_sums_of_another_checkpoint(made, tmp_path, capsys):
+def test_sums_of_another_checkpoint(made, mha, tmp_path, capsys):
   """Of other sizes, of other heads, of other weights, and of one that is refitted."""
-  form, source, sums = made
-  if form != 'latent':
-    pytest.skip('one is enough')
+  source, sums = made['latent']
   flag = f'--refit_outputs={sums}'
   tiny = trees.write_msgpack(tmp_path / 'a' / 'checkpoint_1000', trees.tiny_state(1))
   err = refused(capsys, tmp_path, f'--input={tiny}', flag)
   assert 'are of shape (24, 24), expected (8, 8): they are of another checkpoint' in err
-  mha = exports.checkpoint(tmp_path / 'mha', ORIGINAL)
   err = refused(capsys, tmp_path, f'--input={mha}', flag)
   assert re.search('is of another checkpoint, step 5 of here: .* has other values', err)
   again = (f'--input={source}', flag, f'--output={tmp_path}/refitted')
@@ -328,8 +326,8 @@ def test_sums_of_another_checkpoint(made, tmp_path, capsys):
   assert re.search('is of another checkpoint, .*/out/kernel has other values', err)
 
 
-def test_other_flags_and_other_files(made, tmp_path, capsys):
-  form, source, sums = made
+def test_other_flags_and_other_files(made, mha, tmp_path, capsys):
+  source, sums = made['GQA']
   flags = (f'--input={source}', f'--refit_outputs={sums}')
   err = refused(capsys, tmp_path, *flags, '--num_kv_heads=1', '--method=mean')
   assert 'alone; leave out --num_kv_heads, --method' in err
@@ -338,7 +336,7 @@ def test_other_flags_and_other_files(made, tmp_path, capsys):
   err = refused(
     capsys,
     tmp_path,
-    f'--input={source}/../mha',
+    f'--input={mha}',
     '--num_kv_heads=1',
     '--method=svd',
     f'--statistics={sums}',
@@ -355,63 +353,3 @@ def test_too_few_tokens(tmp_path):
     ' heads have numbers; give more texts'
   )
   assert list(tmp_path.iterdir()) == []
-
-
-# --- In Python --------------------------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-  return gqa_t5x.load(
-    exports.checkpoint(tmp_path_factory.mktemp('m') / 'mha', ORIGINAL)
-  )
-
-
-TEXTS = [
-  (x.tolist(), y.tolist())
-  for x, y in itertools.islice(
-    (
-      (
-        np.random.default_rng(i).integers(2, 50, 7),
-        np.random.default_rng(i).integers(2, 50, 6),
-      )
-      for i in range(30)
-    ),
-    30,
-  )
-]
-
-
-@pytest.mark.parametrize('form', ['MQA', 'latent'])
-def test_in_one_go(form, model):
-  """Texts convert and refit: output kernels alone are others, and closer."""
-  fields = dict(FORMS[form])
-  plain = model.convert(method='svd', texts=TEXTS, **fields)
-  got = model.convert(method='svd', texts=TEXTS, refit_outputs=True, **fields)
-  before, after = dict(flat(plain.params)), dict(flat(got.params))
-  assert before.keys() == after.keys()
-  changed = {p for p in before if not np.array_equal(before[p], after[p])}
-  assert changed == {f'{module}/out/kernel' for module in MODULES}
-  assert got.config == plain.config
-
-  def error(one):
-    inputs, targets = (np.array(column) for column in zip(*TEXTS, strict=True))
-    shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
-    batch = {'encoder_input_tokens': inputs, 'decoder_input_tokens': shifted}
-    batch['decoder_target_tokens'] = targets
-    logits = [model_oracle.forward(m.config)(m.params, batch) for m in (model, one)]
-    return float(np.sum((np.asarray(logits[0]) - np.asarray(logits[1])) ** 2))
-
-  assert error(got) < error(plain)
-
-
-@pytest.mark.parametrize(
-  ('options', 'message'),
-  [
-    ({}, 'refit_outputs needs texts, and none were given'),
-    ({'texts': TEXTS[:1]}, 'the texts have 6 tokens for the decoder, and to refit the'),
-  ],
-)
-def test_bad_texts(options, message, model):
-  with pytest.raises(BadInput, match=message):
-    model.convert(1, 'mean', refit_outputs=True, **options)
