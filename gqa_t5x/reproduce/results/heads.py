@@ -19,6 +19,7 @@ from gqa_t5x import files
 from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import AttentionModule, Kernels
 from gqa_t5x.conversion.methods import convert_module
+from gqa_t5x.conversion.output_refit import RIDGE, refit
 from gqa_t5x.conversion.shared_heads import share_heads, spectra, svd
 from gqa_t5x.data import corpus
 from gqa_t5x.errors import BadInput
@@ -33,7 +34,6 @@ NUM_KV_HEADS = (6, 3, 1)  # of 12
 CORPUS = 'pydocs'
 TEXTS = 200  # of a sample: as many to calibrate on, as many to judge by
 SAMPLES = 3
-RIDGE = 1e-3  # of the mean of the diagonal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,8 +249,7 @@ def refit_outputs(
       )
       ZZ = ZZ + Z.T @ Z
       ZY = ZY + Z.T @ (old @ encoder.attention[i]['out'] - Z @ new['out'])
-    ridge = RIDGE * np.trace(ZZ) / len(ZZ) * np.eye(len(ZZ))
-    out = new['out'] + np.linalg.solve(ZZ + ridge, ZY)
+    out = refit(new['out'], ZZ, ZY, RIDGE)
     refitted.append({**new, 'out': out.astype(np.float32)})
   return refitted
 
