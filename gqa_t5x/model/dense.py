@@ -12,6 +12,8 @@ from jax import Array, lax
 from gqa_t5x.model import axes
 
 TRANSPOSED = 'transposed'  # The collection of kernels `[out, in]`.
+# How those of a `PerHead` are made, by its name.
+PER_HEAD = {'key_up': 'RNH->NRH', 'value_up': 'RNH->NHR'}
 
 
 class Dense(nn.Module):
@@ -55,17 +57,22 @@ class PerHead(nn.Module):
 
   @nn.compact
   def __call__(self, einsum: str, x_BTNX: Array) -> Array:
-    """Maps heads by 'BTNH,RNH->BTNR', or by 'BTNR,RNH->BTNH'."""
+    """Maps heads by 'BTNH,RNH->BTNR', or by 'BTNR,RNH->BTNH'.
+
+    In the collection `transposed` the kernel is `[N, out, in]`.
+    """
     R, N, H = self.shape_RNH
-    kernel_RX = param_with_axes(
-      'kernel',
-      self.kernel_init,
-      (R, N * H),
-      jnp.float32,
-      axes=(axes.HEAD_DIM, axes.JOINED_HEADS),
-    )
+    if self.has_variable(TRANSPOSED, 'kernel'):
+      kernel = self.get_variable(TRANSPOSED, 'kernel')
+      before, after = einsum[:4], einsum[-4:]
+      einsum = f'{before},N{after[-1]}{before[-1]}->{after}'
+    else:
+      kernel_axes = axes.HEAD_DIM, axes.JOINED_HEADS
+      kernel = param_with_axes(
+        'kernel', self.kernel_init, (R, N * H), jnp.float32, axes=kernel_axes
+      ).reshape(R, N, H)
     product = functools.partial(jnp.einsum, einsum)
-    return _product(product, x_BTNX, kernel_RX.reshape(R, N, H), self.dtype)
+    return _product(product, x_BTNX, kernel, self.dtype)
 
 
 def _product(product: Callable[..., Array], x: Array, y: Array, dtype: Any) -> Array:

@@ -188,7 +188,11 @@ def test_all_kernels_of_a_step_are_transposed_on_a_cpu(fields):
   program, kept = traced_step(cfg)
   kernels = jax.tree.leaves(kept['transposed'])
   assert sum(x.size for x in kernels) == formulas.step_kernels(cfg)
-  assert program.count('optimization_barrier') == len(kernels)
+  assert program.count('optimization_barrier') == sum(x.ndim == 2 for x in kernels)
+  of_heads = [x.shape for x in kernels if x.ndim == 3]
+  R, (N, H) = cfg.kv_head_dim, (oracle.N, oracle.H)
+  modules = 2 * oracle.DECODER_LAYERS if R else 0
+  assert sorted(of_heads) == sorted(modules * [(N, R, H), (N, H, R)])
 
 
 @pytest.mark.parametrize('R', [None, 9])
