@@ -81,11 +81,13 @@ WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression
 
 _SIZE = ('base', 'Model sizes: ' + ', '.join(sizes.SIZES) + '.')
 _HEADS = "Key/value heads; by default the size's own, or every divisor of its heads."
+_SIZES = 'Size of a key/value head; the head size by default.'
 # Benchmark -> the flags that take a comma list of settings: default and text.
 LISTS = {
   'decode': {
     'size': _SIZE,
     'num_kv_heads': (None, _HEADS),
+    'kv_head_dim': (None, _SIZES),
     'batch_size': ('8', 'Inputs decoded together; fill: as many as fit, by eights.'),
     'input_length': ('512', 'Tokens of each input.'),
     'output_length': ('64', 'Tokens decoded; positions of the self-attention cache.'),
@@ -95,6 +97,7 @@ LISTS = {
   'train': {
     'size': _SIZE,
     'num_kv_heads': (None, _HEADS),
+    'kv_head_dim': (None, _SIZES),
     'batch_size': ('8', 'Examples of a batch.'),
     'input_length': ('512', 'Tokens of each input.'),
     'target_length': ('128', 'Tokens of each target.'),
@@ -235,6 +238,8 @@ def settings(
   """
   make = _module(name).Setting
   values = {flag: _values(name, flag, words) for flag, words in lists.items()}
+  if 'kv_head_dim' in values:
+    values['kv_head_dim'] = values['kv_head_dim'] or [None]
   # Heads come last: those that differ in nothing else take turns.
   others = [flag for flag in values if flag not in ('size', 'num_kv_heads')]
   found = []
@@ -248,6 +253,11 @@ def settings(
       ours = [setting.filled() for setting in ours]
     found += ours
     if compare == CTRANSLATE2:
+      if (R := fields['kv_head_dim']) is not None:
+        raise BadInput(
+          f'kv_head_dim={R}: CTranslate2 has no such heads; leave out --kv_head_dim or'
+          ' --compare=ctranslate2.'
+        )
       if fields['dtype'] != 'float32':
         raise BadInput(
           f'dtype={fields["dtype"]}: CTranslate2 is compared in float32 alone.'
@@ -258,7 +268,8 @@ def settings(
         for one in ours
       ]
     elif compare:
-      changes = {'num_kv_heads': sizes.SIZES[size]['num_heads'], 'system': T5X}
+      changes = {'num_kv_heads': sizes.SIZES[size]['num_heads'], 'kv_head_dim': None}
+      changes['system'] = T5X
       found += dict.fromkeys(dataclasses.replace(one, **changes) for one in ours)
   return found
 

@@ -17,6 +17,15 @@ That is T5.1.1-XXL on C4; others by --gin.MODEL_SIZE=\\"base\\" and
     --gin.CHECKPOINT_PATH=\\"runs/local/mha/checkpoint_1000\\" \\
     --gin.OUTPUT=\\"runs/local/mha/checkpoint_1000.statistics.npz\\"
 
+Of a checkpoint that is converted, ORIGINAL_PATH names the one that it was made from:
+then OUTPUT gets the sums by which gqa_t5x.convert --refit_outputs moves its outputs
+closer to the original's on these sequences. NUM_KV_HEADS (and KV_HEAD_DIM) are its own:
+
+  python -m gqa_t5x.calibrate --gin_file=gin/calibrate.gin --gin.NUM_KV_HEADS=8 \\
+    --gin.CHECKPOINT_PATH=\\"gs://my-bucket/xxl_gqa8/checkpoint_1000000\\" \\
+    --gin.ORIGINAL_PATH=\\"gs://my-bucket/xxl/checkpoint_1000000\\" \\
+    --gin.OUTPUT=\\"gs://my-bucket/xxl_gqa8/checkpoint_1000000.sums.npz\\"
+
 Macros of the gin files: NUM_SEQUENCES (rows of TASK_FEATURE_LENGTHS tokens, each
 packed with as many examples as fit), SPLIT, BATCH_SIZE, and INCLUDE_ENCODER = True for
 models whose encoder is to be converted, too. Text needs quotes of its own, as above.
@@ -25,7 +34,7 @@ The model is sharded as in training; nothing is left behind when a run fails, an
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -38,8 +47,15 @@ from tqdm import tqdm
 import gin
 import gqa_t5x
 from gqa_t5x import files, quiet
+from gqa_t5x.checkpoints import folders, tree
 from gqa_t5x.command_line import Command
-from gqa_t5x.conversion import input_statistics, input_sums
+from gqa_t5x.conversion import (
+  input_statistics,
+  input_sums,
+  module_arrays,
+  output_refit,
+  output_sums,
+)
 from gqa_t5x.errors import BadInput
 from gqa_t5x.training import gin_command
 
@@ -53,6 +69,7 @@ def calibrate(
   output: str,
   num_sequences: int,
   include_encoder: bool,
+  original: str | None = None,
 ) -> None:
   """Collects the statistics of one checkpoint and writes their file.
 
@@ -61,6 +78,8 @@ def calibrate(
       `calibration.map_batches`.
     output: the file to write.
     include_encoder: whether the encoder's self-attention is recorded, too.
+    original: the checkpoint that this one was converted from; not statistics, but what
+      refits its outputs is then collected.
 
   Raises:
     BadInput: bad input; nothing is left behind.
@@ -73,15 +92,43 @@ def calibrate(
   files.check_outputs(output, make_folders=True)
   if num_sequences < 1:
     raise BadInput(f'NUM_SEQUENCES={num_sequences} must be at least 1')
-  sum_inputs = input_sums.sum_inputs
+  source = original and calibration.original_of(model, original)
   step, batches = calibration.map_batches(
-    lambda values, batch: sum_inputs(model.module, values, batch, include_encoder),
+    _function(model.module, source and source[0].module, include_encoder),
     model=model,
     dataset_cfg=dataset_cfg,
     restore_checkpoint_cfg=restore_checkpoint_cfg,
     partitioner=partitioner,
     num_sequences=num_sequences,
+    original=source,
   )
+  totals, rows = _add_up(batches, num_sequences)
+  if not rows:
+    raise BadInput(
+      f'{dataset_cfg.mixture_or_task_name} has no data in split {dataset_cfg.split}'
+    )
+  if jax.process_index() == 0:
+    path = restore_checkpoint_cfg.path
+    info = {'checkpoint': path, 'step': step, **_describe(dataset_cfg, totals, rows)}
+    what = _write(target, totals, info, refit=original is not None)
+    if rows < num_sequences:
+      print(f'NUM_SEQUENCES={num_sequences}, but the data has {rows}: all were used')
+    print(f'{what} are in {target}')
+
+
+def _function(module: Any, original: Any, include_encoder: bool) -> Any:
+  """What is done with each batch; `original` is None where statistics are collected."""
+  if original is None:
+    return lambda values, batch: input_sums.sum_inputs(
+      module, values, batch, include_encoder
+    )
+  return lambda values, originals, batch: output_sums.sum_outputs(
+    original, originals, module.config, values, batch
+  )
+
+
+def _add_up(batches: Iterable, num_sequences: int) -> tuple[dict[str, np.ndarray], int]:
+  """The totals of all batches, on the first host alone, and their rows."""
   totals, rows = {}, 0
   first_host = jax.process_index() == 0
   with tqdm(
@@ -92,18 +139,18 @@ def calibrate(
         input_sums.add_sums(totals, sums)
       rows += size
       progress.update(size)
-  if not rows:
-    raise BadInput(
-      f'{dataset_cfg.mixture_or_task_name} has no data in split {dataset_cfg.split}'
-    )
-  if first_host:
-    path = restore_checkpoint_cfg.path
-    info = {'checkpoint': path, 'step': step, **_describe(dataset_cfg, totals, rows)}
-    statistics = input_sums.mean_statistics(totals)
-    input_statistics.write_statistics(target, statistics, info)
-    if rows < num_sequences:
-      print(f'NUM_SEQUENCES={num_sequences}, but the data has {rows}: all were used')
-    print(f'Statistics of {len(statistics)} attention modules are in {target}')
+  return totals, rows
+
+
+def _write(target: epath.Path, totals: Any, info: dict[str, Any], refit: bool) -> str:
+  """Writes statistics, or output sums; returns what they are, in words."""
+  params = tree.parameters(folders.open_checkpoint(epath.Path(info['checkpoint'])))
+  make = input_sums.means if refit else input_sums.mean_statistics
+  write = output_refit.write_sums if refit else input_statistics.write_statistics
+  modules = make(totals)
+  info = {**info, 'kernels': module_arrays.samples(params, modules)}
+  write(target, modules, info)
+  return f'{"Sums" if refit else "Statistics"} of {len(modules)} attention modules'
 
 
 def _describe(cfg: Any, totals: Mapping[str, np.ndarray], rows: int) -> dict[str, Any]:

@@ -30,6 +30,17 @@ svd fits the shared heads to the old ones, best to statistics of the model at wo
   python -m gqa_t5x.convert --input=/models/mha --output=/models/svd2 \\
     --num_kv_heads=2 --method=svd --statistics=/models/mha.statistics.npz
 
+Its heads may have another size, which holds more in the same cache: the latent form,
+
+  python -m gqa_t5x.convert --input=/models/mha --output=/models/latent \
+    --num_kv_heads=1 --kv_head_dim=512 --method=svd --statistics=...
+
+and what a conversion left can come closer to the original's outputs on some texts, by
+sums that python -m gqa_t5x.calibrate collects:
+
+  python -m gqa_t5x.convert --input=/models/svd2 --output=/models/refitted \
+    --refit_outputs=/models/svd2.sums.npz
+
 --compression=none is fastest where the disk is fast and large; gzip is what T5X itself
 writes. Years later, --verify compares the result with the checksums in its manifest:
 
@@ -97,6 +108,13 @@ def _define_method(command: Command) -> None:
     ' key/value heads that the checkpoint has.',
     least=None,
   )
+  command.whole(
+    'kv_head_dim',
+    None,
+    'Size of the key/value heads of decoder self- and cross-attention (default: the'
+    ' head size), for the method svd: the latent form.',
+    least=None,
+  )
   methods = '; '.join(f'{name}: {m.summary}' for name, m in METHODS.items())
   command.text('method', 'mean', f'How heads become fewer. {methods}.')
   command.text(
@@ -120,6 +138,13 @@ def _define_method(command: Command) -> None:
       least=None,
     )
 
+  command.text(
+    'refit_outputs',
+    None,
+    'Change nothing but the output kernels of a converted checkpoint, by these sums'
+    ' from python -m gqa_t5x.calibrate with ORIGINAL_PATH.',
+  )
+
 
 def _request(args: flags.FlagValues) -> run.Request:
   """What the flags ask for, each by its name; BadInput if one is missing."""
@@ -130,7 +155,14 @@ def _request(args: flags.FlagValues) -> run.Request:
     if not getattr(request, name):
       raise BadInput(f'--{name} is missing; see --help for an example')
   counts = ['num_kv_heads', *(f'{kind}_num_kv_heads' for kind in _KINDS)]
-  if all(getattr(request, name) is None for name in counts):
+  if request.refit_outputs:
+    others = (*counts, 'kv_head_dim', 'method', 'grouping', 'statistics', 'seed')
+    if given := [f'--{name}' for name in others if args[name].present]:
+      raise BadInput(
+        '--refit_outputs changes the output kernels alone; leave out'
+        f' {", ".join(given)}'
+      )
+  elif all(getattr(request, name) is None for name in counts):
     raise BadInput('--num_kv_heads is missing; see --help for an example')
   return request
 

@@ -71,6 +71,7 @@ from gqa_t5x.training import gin_command
 # Flags: name, default and text.
 WHOLE_NUMBERS = (
   ('num_kv_heads', None, "Key/value heads; the size's own by default, or MHA."),
+  ('kv_head_dim', None, 'Size of a key/value head; the head size by default.'),
   ('num_layers', None, "Of encoder and decoder each; the size's by default."),
   ('batch_size', 8, 'Inputs decoded together, on the whole slice.'),
   ('input_length', 512, 'Tokens of each input.'),
@@ -218,6 +219,7 @@ def _compile_training(slice_name: str, arguments: dict[str, Any]) -> CompiledTex
   cfg = arguments['model'].module.config
   facts = {
     'num_kv_heads': cfg.cross_kv,
+    'kv_head_dim': cfg.kv_head_dim,
     'batch_size': data.batch_size,
     'input_length': data.task_feature_lengths['inputs'],
     'output_length': data.task_feature_lengths['targets'],

@@ -61,13 +61,30 @@ def test_a_size_with_heads_of_its_own(name):
 
 def test_default_settings():
   """Every divisor of the heads; a quarter of them for conversion, twice."""
-  rest = (8, 512, 64, 'float32', 1, 'gqa_t5x')
+  rest = (8, 512, 64, 'float32', 1, None, 'gqa_t5x')
   assert [dataclasses.astuple(setting) for setting in chosen('decode')] == [
     ('base', K, *rest) for K in (12, 6, 4, 3, 2, 1)
   ]
   assert [dataclasses.astuple(setting) for setting in chosen('convert')] == [
     ('base', 3, 'mean', compression) for compression in ('none', 'zstd')
   ]
+
+
+def test_heads_of_a_size_of_their_own():
+  """With all heads to choose from; T5X's network has none, CTranslate2 neither."""
+  words = ['--num_kv_heads=4,1', '--kv_head_dim=16,256']
+  found = chosen('decode', *words, compare='t5x')
+  assert [(s.num_kv_heads, s.kv_head_dim, s.system) for s in found] == [
+    *((K, 16, 'gqa_t5x') for K in (4, 1)),
+    (12, None, 't5x'),
+    *((K, 256, 'gqa_t5x') for K in (4, 1)),
+    (12, None, 't5x'),
+  ]
+  assert found[4].config.kv_size == 256
+  (training,) = chosen('train', '--num_kv_heads=1', '--kv_head_dim=256')
+  assert training.config.kv_size == 256
+  with pytest.raises(BadInput, match='kv_head_dim=16: CTranslate2 has no such heads'):
+    chosen('decode', *words, compare='ctranslate2')
 
 
 def test_all_combinations_with_t5x():
@@ -108,6 +125,8 @@ def test_ctranslate2_is_timed(tmp_path):
     (['decode', '--size=huge'], 'size=huge; choose from tiny, mini, small'),
     (['decode', '--dtype=int8'], 'dtype=int8; choose from float32, bfloat16.'),
     (['decode', '--num_kv_heads=5'], 'num_heads=12 is not divisible by num_kv_heads=5'),
+    (['decode', '--kv_head_dim=0'], 'kv_head_dim=0 must be from 1 to num_heads * head'),
+    (['train', '--kv_head_dim=769'], 'kv_head_dim=769 must be from 1 to num_heads'),
     (['train', '--batch_size=fill'], 'batch_size=fill must be whole numbers.'),
     (['decode', '--batch_size=0'], 'batch_size=0 must be at least 1.'),
     (['decode', '--output_length=3'], 'output_length=3 must be at least 4'),
@@ -296,6 +315,22 @@ def test_table(rows, capsys):
   numbers = '8 2 8 2'  # heads, batch, input, beams
   assert ' '.join(lines[1].split()[:7]) == f'one_layer {numbers} 10 {"█" * 6}'
   assert ' '.join(lines[2].split()[:8]) == f'one_layer (T5X) {numbers} 40 {"█" * 24}'
+
+
+def test_heads_of_a_size_of_their_own_in_rows_and_table(rows, tmp_path, capsys):
+  words = ['--size=one_layer', '--num_kv_heads=1', '--kv_head_dim=9', '--batch_size=2']
+  words += ['--input_length=8', '--output_length=4', '--repeats=5']
+  (row,) = write_rows('decode', tmp_path, *words, f'--png={tmp_path}/heads.png')
+  assert (row['num_kv_heads'], row['kv_head_dim']) == (1, 9)
+  cfg = network.config('one_layer', num_kv_heads=1, kv_head_dim=9)
+  step = formulas.decode_step(cfg, 2, 8, 4)
+  assert row['param_bytes_per_step'] + row['cache_bytes_per_step'] == step.bytes
+  assert 'kv_head_dim' not in rows[0]
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[:3] for line in lines[:2]] == [
+    ['model', 'K', 'R'],
+    ['one_layer', '1', '9'],
+  ]
 
 
 def test_table_without_its_signs(rows, monkeypatch):

@@ -10,12 +10,15 @@ import seqio
 import __main__
 import gin
 from gqa_t5x import calibrate
+from gqa_t5x.checkpoints import folders
 from gqa_t5x.conversion.input_statistics import open_statistics
-from gqa_t5x.conversion.input_sums import add_sums, mean_statistics, sum_inputs
+from gqa_t5x.conversion.input_sums import add_sums, mean_statistics, means, sum_inputs
+from gqa_t5x.conversion.output_refit import open_sums
+from gqa_t5x.conversion.output_sums import sum_outputs
 from gqa_t5x.model import network
 from gqa_t5x.training import calibration, partitioning
 from helpers import commands, model_oracle, tiny_task
-from helpers.trees import flat, nest, write_msgpack
+from helpers.trees import flat, nest, run_convert, write_msgpack
 
 # As commands.TINY_GIN.
 CONFIG = network.config(
@@ -199,6 +202,76 @@ def test_all_of_a_small_split(run, saved, tmp_path):
   batch = task_batch('validation', False, {'inputs': 24, 'targets': 8}, 8)
   assert_file(tmp_path / 'out.npz', batch, info)
   assert 'NUM_SEQUENCES=100, but the data has 8: all were used' in said
+
+
+@pytest.fixture(scope='module')
+def mqa(saved, tmp_path_factory):
+  """Converted to one head."""
+  out = tmp_path_factory.mktemp('mqa') / 'checkpoint_7'
+  flags = (f'--input={saved}', f'--output={out}', '--num_kv_heads=1')
+  assert run_convert(*flags, '--method=mean') == 0
+  return out
+
+
+CONVERTED = {'NUM_KV_HEADS': 1, 'utils.DatasetConfig.pack': False, 'BATCH_SIZE': 24}
+
+
+def test_what_refits_the_outputs_of_a_converted_checkpoint(run, saved, mqa, tmp_path):
+  """The sums of all rows, in three batches; `convert` takes the file."""
+  paths = {'CHECKPOINT_PATH': str(mqa), 'ORIGINAL_PATH': str(saved)}
+  code, said = run(**paths, **CONVERTED, NUM_SEQUENCES=64, SPLIT='train')
+  assert code == 0
+  assert 'Sums of 4 attention modules are in' in said
+  batch, totals = task_batch('train', False, {'inputs': 24, 'targets': 8}, 64), {}
+  values, _ = folders.read_params(mqa)
+  sums = model_oracle.jit(sum_outputs, static_argnums=(0, 2))(
+    network.Transformer(CONFIG), VALUES, CONFIG.replace(num_kv_heads=1), values, batch
+  )
+  add_sums(totals, sums)
+  file = open_sums(tmp_path / 'out.npz')
+  assert file.info['checkpoint'] == str(mqa)
+  tokens = np.count_nonzero(batch['decoder_target_tokens'])
+  assert file.info['num_tokens']['decoder'] == tokens > 128
+  expected = means(totals)
+  assert sorted(file.modules) == sorted(expected) == DECODER
+  for module in DECODER:
+    got = file.arrays(module)
+    for name, wanted in expected[module].items():
+      scale = np.abs(wanted).max()
+      np.testing.assert_allclose(got[name] / scale, wanted / scale, atol=1e-5)
+  flags = (f'--input={mqa}', f'--output={tmp_path}/refitted')
+  assert run_convert(*flags, f'--refit_outputs={tmp_path}/out.npz') == 0
+
+
+@pytest.mark.parametrize(
+  ('macros', 'message'),
+  [
+    ({'SPLIT': 'validation'}, 'tokens for the decoder, .* takes 128 at least'),
+    ({'ORIGINAL_PATH': 'lost'}, 'there is no checkpoint at /.*/lost'),
+    ({'ORIGINAL_PATH': None}, 'the key/value heads of the original'),
+    ({'network.config.mlp_dim': 99}, 'do not fit the model'),
+  ],
+)
+def test_bad_originals(run, saved, mqa, tmp_path, macros, message):
+  paths = {'CHECKPOINT_PATH': str(mqa), 'ORIGINAL_PATH': str(saved)}
+  given = {**paths, **CONVERTED, 'NUM_SEQUENCES': 64, 'SPLIT': 'train', **macros}
+  given['ORIGINAL_PATH'] = given['ORIGINAL_PATH'] or str(mqa)
+  code, said = run(**given)
+  assert code == 1
+  assert re.search(message, said.splitlines()[-1])
+  assert {path.suffix for path in tmp_path.iterdir()} == {'.gin'}
+
+
+def test_statistics_know_their_checkpoint(run, saved, mqa, tmp_path, capsys):
+  """Those of the converted one are refused for the original."""
+  given = {'NUM_KV_HEADS': 1, 'CHECKPOINT_PATH': str(mqa), 'SPLIT': 'validation'}
+  assert run(**given)[0] == 0
+  flags = (f'--input={saved}', '--num_kv_heads=2', '--method=svd')
+  flags += (f'--statistics={tmp_path}/out.npz', f'--output={tmp_path}/new')
+  assert run_convert(*flags) == 1
+  said = capsys.readouterr().err
+  assert re.search(f'out.npz is of another checkpoint, step 7 of {mqa}: .*/key/', said)
+  assert not (tmp_path / 'new').exists()
 
 
 @pytest.mark.slow

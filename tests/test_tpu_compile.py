@@ -29,6 +29,7 @@ def test_slices():
     (['--topology=v4:2x2x1', '--mode=train'], '--gin_file is missing'),
     (['--topology=v4:2x2x1', '--size=huge'], 'value should be one of <tiny|mini|'),
     (['--topology=v4:2x2x1', '--batch_size=0'], '0 is not a positive integer'),
+    (['--kv_head_dim=0'], '0 is not a positive integer'),
     (['--num_beams=' + 30 * '9'], '9: must be at most 2147483647.'),
     (['--hlo=/'], "'/' is a folder; name a file."),
     (['--json=no/such/folder.json'], 'no/such/folder.json: there is no such folder.'),
@@ -178,5 +179,7 @@ def test_a_report():
   assert row_text.headline(row) == (
     'model 8 x data 1, batch 16: 2.00 of 30.75 GiB, 0.066 s a sample and chip'
   )
+  latent = row | {'kv_head_dim': 512}
+  assert ' 8 key/value heads of size 512, bfloat16' in row_text.text(latent)
   too_large = row | {'fits': False, 'hbm_peak_bytes': 31 * GIB}
   assert '31.000 GiB of 30.75: 0.25 GiB too much' in row_text.text(too_large)

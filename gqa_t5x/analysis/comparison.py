@@ -153,7 +153,7 @@ def costs(
     counted), and milliseconds a step at the chip's peaks.
   """
   cfg = dataclasses.replace(with_heads(cfg, K), dtype=jnp.bfloat16)
-  per_token = 2 * cfg.num_decoder_layers * K * cfg.head_dim * _BFLOAT16
+  per_token = 2 * cfg.num_decoder_layers * K * cfg.kv_size * _BFLOAT16
   row = {
     'cache_bytes_per_input_token': per_token,
     'cache_bytes_per_output_token': per_token,

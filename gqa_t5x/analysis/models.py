@@ -13,13 +13,17 @@ from gqa_t5x.model import network
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
-def config(size: str, num_kv_heads: int | None, dtype: str) -> network.T5Config:
+def config(
+  size: str, num_kv_heads: int | None, dtype: str, kv_head_dim: int | None = None
+) -> network.T5Config:
   """Returns a model's configuration; what it refuses is BadInput.
 
   `num_kv_heads` is K of decoder self- and cross-attention; None: the size's, or MHA.
+  `kv_head_dim` is R; None: the head size.
   """
+  heads = {'num_kv_heads': num_kv_heads, 'kv_head_dim': kv_head_dim}
   try:
-    return network.config(size, num_kv_heads=num_kv_heads, dtype=DTYPES[dtype])
+    return network.config(size, **heads, dtype=DTYPES[dtype])
   except ValueError as error:
     raise BadInput(f'size={size}: {error}') from error
 
@@ -39,7 +43,7 @@ class DecodeSetting:
   """A model and the lengths that it decodes; impossible ones are BadInput when used.
 
   Attributes:
-    size, num_kv_heads: as of `config`.
+    size, num_kv_heads, kv_head_dim: as of `config`.
     batch_size: B, inputs, on all devices together.
     input_length: S, tokens.
     output_length: T, tokens; positions of the self-attention cache.
@@ -54,11 +58,12 @@ class DecodeSetting:
   output_length: int
   dtype: str
   num_beams: int
+  kv_head_dim: int | None = dataclasses.field(default=None, kw_only=True)
 
   @property
   def config(self) -> network.T5Config:
     """The model's configuration."""
-    return config(self.size, self.num_kv_heads, self.dtype)
+    return config(self.size, self.num_kv_heads, self.dtype, self.kv_head_dim)
 
   @property
   def cost(self) -> formulas.DecodeStep:

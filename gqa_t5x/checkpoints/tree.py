@@ -1,12 +1,13 @@
 """Reads sizes and head counts from the tree of a T5, and says what does not fit.
 
 Everything is found in the checkpoint itself: the relative position bias has one row a
-query head, the query kernel gives the head size, the key kernels the key/value heads.
+query head, the query kernel gives the head size, the key kernels the key/value heads,
+and kernels `key_up` their size, if they have one of their own.
 T5 1.0 is known by its one input kernel of an MLP, and by logits without a kernel of
 their own, umT5 by its position bias in every layer.
 
 Letters: V vocabulary, D width, F MLP width, N query heads, K key/value heads, H head
-size.
+size, R size of a key/value head.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ _NORMS = {
 EMBEDDING = 'token_embedder/embedding'
 LOGITS = 'decoder/logits_dense/kernel'
 _QUERY = 'decoder/layers_0/self_attention/query/kernel'
+_KEY_UP = 'decoder/layers_0/self_attention/key_up/kernel'
 _MLP = 'decoder/layers_0/mlp/wo/kernel'
 
 # Parts of names in the trees of relatives, and why they are not read.
@@ -57,6 +59,7 @@ class Architecture:
     num_buckets: columns of the relative position bias (32).
     num_layers: by stack, "encoder" and "decoder".
     num_kv_heads: by kind of attention, the keys of KINDS.
+    kv_head_dim: size of the decoder's key/value heads; None: head_dim.
     gated: whether the MLP has a gate: kernels `wi_0` and `wi_1`, not `wi`.
     own_logits: whether logits have a kernel of their own; else they are those of the
       embedding, divided by sqrt(D).
@@ -75,6 +78,7 @@ class Architecture:
   gated: bool = True
   own_logits: bool = True
   bias_per_layer: bool = False
+  kv_head_dim: int | None = None
 
   def attention_modules(self) -> Iterator[tuple[str, str]]:
     """Yields (kind, path) of every attention module."""
@@ -86,6 +90,11 @@ class Architecture:
     """Where the position bias of a self-attention module is, by its path."""
     stack, layer, _ = module.split('/')
     return _bias(stack, layer if self.bias_per_layer else None)
+
+  def kv_size(self, kind: str) -> int:
+    """Size of a key/value head of a kind of attention."""
+    own = None if kind == 'encoder' else self.kv_head_dim
+    return self.head_dim if own is None else own
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """The whole tree: path -> shape of every parameter."""
@@ -103,11 +112,14 @@ class Architecture:
     for kind, path in self.attention_modules():
       if kind != 'cross_attention':
         shapes[self.bias_path(path)] = (self.num_heads, self.num_buckets)
-      KH = self.num_kv_heads[kind] * self.head_dim
+      R = self.kv_size(kind)
+      KR = self.num_kv_heads[kind] * R
       shapes[f'{path}/query/kernel'] = (D, NH)
-      shapes[f'{path}/key/kernel'] = (D, KH)
-      shapes[f'{path}/value/kernel'] = (D, KH)
+      shapes[f'{path}/key/kernel'] = (D, KR)
+      shapes[f'{path}/value/kernel'] = (D, KR)
       shapes[f'{path}/out/kernel'] = (NH, D)
+      if self.head_dim != R:
+        shapes |= {f'{path}/{name}/kernel': (R, NH) for name in ('key_up', 'value_up')}
     return shapes
 
   def num_parameters(self) -> int:
@@ -122,7 +134,7 @@ class Architecture:
         of the input.
     """
     layers = self.num_layers[KINDS[kind][0]]
-    return 2 * layers * self.num_kv_heads[kind] * self.head_dim * 2
+    return 2 * layers * self.num_kv_heads[kind] * self.kv_size(kind) * 2
 
 
 def _bias(stack: str, layer: str | None) -> str:
@@ -162,9 +174,10 @@ def read_architecture(shapes: Shapes) -> Architecture:
     'own_logits': LOGITS in shapes,
     'bias_per_layer': per_layer in shapes,
   }
-  # Sizes play no role for the names.
+  # Sizes play no role for the names, but for that of key/value heads: is it 1, too?
   sizes = (*[1] * 6, num_layers, dict.fromkeys(KINDS, 1))
-  names = Architecture(*sizes, **variant).shapes().keys()
+  own_size = 2 if _KEY_UP in shapes else None
+  names = Architecture(*sizes, **variant, kv_head_dim=own_size).shapes().keys()
   missing, extra = sorted(names - shapes.keys()), sorted(shapes.keys() - names)
   problems = []
   problems += [
@@ -176,7 +189,8 @@ def read_architecture(shapes: Shapes) -> Architecture:
     problems.append(f'{len(extra)} extra: {", ".join(extra)}')
   bias = per_layer if variant['bias_per_layer'] else _bias('decoder', None)
   anchors = (EMBEDDING, _MLP, _QUERY, bias)
-  unusable = [a for a in anchors if a in shapes and len(shapes[a]) != 2]
+  read = (*anchors, _KEY_UP)
+  unusable = [a for a in read if a in shapes and len(shapes[a]) != 2]
   problems += [f'{a} has shape {shapes[a]}, expected 2 dimensions' for a in unusable]
   if unusable or not all(a in shapes for a in anchors):
     raise _not_t5(problems)
@@ -217,14 +231,21 @@ def _read_sizes(
       f' in {bias}'
     )
   head_dim = max(query_columns // num_heads, 1)
+  kv_head_dim = shapes[_KEY_UP][0] if _KEY_UP in shapes else None
+  if kv_head_dim == head_dim:
+    problems.append(
+      f'{_KEY_UP} has {kv_head_dim} rows, the head size: key/value heads of that size'
+      ' have no such kernel'
+    )
   num_kv_heads = {}
   for kind, (stack, name) in KINDS.items():
     key = f'{stack}/layers_0/{name}/key/kernel'
     columns = shapes.get(key, (0, 0))[-1]
-    heads, rest = divmod(columns, head_dim)
+    size = head_dim if kind == 'encoder' else kv_head_dim or head_dim
+    heads, rest = divmod(columns, size)
     if key in shapes and (rest or not heads or num_heads % heads):
       problems.append(
-        f'{key} has {columns} columns, not a number of heads of size {head_dim} that'
+        f'{key} has {columns} columns, not a number of heads of size {size} that'
         f' divides num_heads={num_heads}'
       )
     num_kv_heads[kind] = heads
@@ -237,6 +258,7 @@ def _read_sizes(
     num_buckets=num_buckets,
     num_layers=num_layers,
     num_kv_heads=num_kv_heads,
+    kv_head_dim=kv_head_dim,
     **variant,
   )
 

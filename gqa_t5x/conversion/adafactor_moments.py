@@ -4,7 +4,8 @@ T5X's Adafactor decides by shape alone how it keeps the second moments of a 2-D 
 if both dimensions are at least 128, as two vectors (`v_row` along the smaller
 dimension, `v_col` along the larger), else as a full matrix `v`. The conversion makes
 K and V kernels narrower, so the layout can change: for T5.1.1-XXL from 64 to 8 heads
-`v_row` and `v_col` swap, and every MQA kernel (64 columns) is unfactored.
+`v_row` and `v_col` swap, and every MQA kernel (64 columns) is unfactored. Kernels of
+the latent form can be wider than the source's, or new: they start as the query's did.
 
 Letters: D width, S source key/value heads, K new ones, H head size.
 """
@@ -60,20 +61,19 @@ def initial(params: Mapping[str, Shape]) -> dict[str, LazyTensor]:
 
 def _initial_shapes(shape: Shape) -> dict[str, Shape]:
   """Of the moments of a parameter: without momentum, factored where T5X does."""
-  unused = dict.fromkeys(NAMES, _UNUSED)
-  return (
-    converted_shapes(unused, shape) if _factored_axes(shape) else unused | {'v': shape}
-  )
+  return converted_shapes(dict.fromkeys(NAMES, _UNUSED), shape, shape)
 
 
-def converted_shapes(moments: Mapping[str, Shape], new: Shape) -> dict[str, Shape]:
-  """Shapes of the moments of a kernel of shape `new`, from those before the conversion.
+def converted_shapes(
+  moments: Mapping[str, Shape], shape: Shape, new: Shape
+) -> dict[str, Shape]:
+  """Shapes of the moments of a kernel of shape `new`, from those of one of `shape`.
 
-  An unfactored kernel stays unfactored: either it was too narrow, and is narrower now,
-  or factoring is switched off. Momentum stays off where it was off. Those that are not
-  used are (1,).
+  Where one is not factored that could be, factoring is switched off, and stays so, as
+  momentum does. Those that are not used are (1,).
   """
-  axes = _factored_axes(new) if moments['v'] == _UNUSED else None
+  switched_off = moments['v'] != _UNUSED and _factored_axes(shape)
+  axes = None if switched_off else _factored_axes(new)
   return {
     'm': _UNUSED if moments['m'] == _UNUSED else new,
     'v': _UNUSED if axes else new,
@@ -89,7 +89,7 @@ def layout_problem(moments: Mapping[str, Shape], shape: Shape) -> str | None:
   """
   if set(moments) != set(NAMES):
     return f"has {sorted(moments)}, expected Adafactor's {list(NAMES)}"
-  expected = converted_shapes(moments, shape)
+  expected = converted_shapes(moments, shape, shape)
   wrong = [n for n in NAMES if tuple(moments[n]) != expected[n]]
   if wrong:
     found = ', '.join(f'{n} {tuple(moments[n])}' for n in wrong)
@@ -101,13 +101,14 @@ def layout_problem(moments: Mapping[str, Shape], shape: Shape) -> str | None:
 def convert_moments(
   moments: Moments, module: AttentionModule, shape: Shape, new: Shape, rule: str
 ) -> dict[str, np.ndarray]:
-  """Converts the Adafactor moments of one K or V kernel.
+  """Converts the Adafactor moments of one kernel.
 
   Rule "sum" (for mean pooling): the gradients of heads that become one add up, so the
   second moments are summed over each group, not averaged. That is an argument (it
   takes the gradients of the heads of a group as uncorrelated), not a measurement. The
   momentum `m` holds steps already scaled by Adafactor, so it is averaged, like the
-  kernel. Rule "first" takes the first head's. Rule "reset" is Adafactor's own start.
+  kernel. Rule "first" takes the first head's. Rule "reset" is Adafactor's own start,
+  for other kernels than those of K and V, too.
 
   Args:
     moments: m, v, v_col, v_row as T5X keeps them, [1] for those not used.
@@ -121,7 +122,8 @@ def convert_moments(
 
   Source: t5x/adafactor.py.
   """
-  shapes = converted_shapes({n: tuple(a.shape) for n, a in moments.items()}, new)
+  old = {n: tuple(a.shape) for n, a in moments.items()}
+  shapes = converted_shapes(old, shape, new)
   result = {n: np.zeros(shapes[n], moments[n].dtype) for n in NAMES}
   if rule == 'reset':
     return result
@@ -149,11 +151,13 @@ def convert_moments(
 
 
 def describe(shapes: Mapping[str, Shape], new: Mapping[str, Shape], rule: str) -> str:
-  """One phrase for the log: what was done to the moments of one kernel."""
+  """One phrase for the log: what was done to the moments, if any, of one kernel."""
   done = {'sum': 'summed over each group', 'first': "of each group's first head"}
-  before = [f'{n} {tuple(shapes[n])}' for n in NAMES if shapes[n] != _UNUSED]
-  after = [f'{n} {new[n]}' for n in NAMES if new[n] != _UNUSED]
-  return f'{" ".join(before)} -> {" ".join(after)}, {done.get(rule, "reset to zero")}'
+  before, after = (
+    ' '.join(f'{n} {tuple(of[n])}' for n in of if of[n] != _UNUSED)
+    for of in (shapes, new)
+  )
+  return f'{before or "none"} -> {after}, {done.get(rule, "reset to zero")}'
 
 
 def _pool(moment: np.ndarray, module: AttentionModule, rule: str) -> np.ndarray:

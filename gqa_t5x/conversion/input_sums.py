@@ -6,7 +6,7 @@ it. Sums over a batch are made on the device, and added up and divided on the ho
 Letters: B batch, L length, M the same for a second token, D and E width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from gqa_t5x.model.attention import GroupedQueryAttention
 from gqa_t5x.model.network import Encoder
 
 Array = jax.Array
+SumsOf = Callable[..., dict[str, Array]]
 
 _COLLECTION = 'input_sums'
 # Other names than those of attention's own submodules.
@@ -46,33 +47,51 @@ def sum_inputs(
         keys of every cross-attention are made of.
     And the number of real tokens, "encoder" and "decoder".
   """
-  segments = {
-    'encoder': _segments(batch, 'encoder', 'encoder_input_tokens'),
-    'decoder': _segments(batch, 'decoder', 'decoder_target_tokens'),
-  }
 
-  def watch(call, args, kwargs, context):
-    output, watched = call(*args, **kwargs), context.module
-    if context.method_name == '__call__':
-      for name, total in _sums_of(watched, args, output).items():
-        # sow, not a dict of ours: it gets out of jax.checkpoint (REMAT_POLICY), too.
-        watched.sow(_COLLECTION, name, total, lambda _, new: new, lambda: None)
-    return output
-
-  def _sums_of(watched, args, output):
+  def sums_of(watched, args, kwargs, output, segments):
     if isinstance(watched, Encoder):
       return _key_and_value_sums(output, segments['encoder'])
     if not isinstance(watched, GroupedQueryAttention):
       return {}
     stack, _, name = watched.path
     if (stack, name) == KINDS['cross_attention']:
-      return {_QUERY: _outer(args[0], segments[stack])}
+      return {_QUERY: outer(args[0], args[0], segments[stack])}
     if stack == 'encoder' and not include_encoder:
       return {}
     return _key_and_value_sums(args[1], segments[stack])
 
+  return watch(module, values, batch, sums_of)
+
+
+def watch(
+  module: nn.Module, values: Any, batch: Mapping[str, Array], sums_of: SumsOf
+) -> dict[str, Array]:
+  """Runs a batch through a `network.Transformer`, and asks each module for sums.
+
+  Args:
+    values, batch: as of `sum_inputs`.
+    sums_of: (module, its arguments, its named arguments, its output, stack -> segments
+      int [B, L], 0 of padding) -> name -> array.
+
+  Returns:
+    "decoder/layers_0/self_attention/NAME" -> array; and the number of real tokens,
+    "encoder" and "decoder".
+  """
+  segments = {
+    'encoder': _segments(batch, 'encoder', 'encoder_input_tokens'),
+    'decoder': _segments(batch, 'decoder', 'decoder_target_tokens'),
+  }
+
+  def intercept(call, args, kwargs, context):
+    output, watched = call(*args, **kwargs), context.module
+    if context.method_name == '__call__':
+      for name, total in sums_of(watched, args, kwargs, output, segments).items():
+        # sow, not a dict of ours: it gets out of jax.checkpoint (REMAT_POLICY), too.
+        watched.sow(_COLLECTION, name, total, lambda _, new: new, lambda: None)
+    return output
+
   features = {k: v for k, v in batch.items() if k != 'decoder_loss_weights'}
-  with nn.intercept_methods(watch):
+  with nn.intercept_methods(intercept):
     _, state = module.apply(
       {'params': values}, **features, enable_dropout=False, mutable=[_COLLECTION]
     )
@@ -87,7 +106,11 @@ def _segments(batch: Mapping[str, Array], stack: str, tokens: str) -> Array:
 
 
 def _key_and_value_sums(x_BLD: Array, ids_BL: Array) -> dict[str, Array]:
-  return {_KEY: _outer(_centre(x_BLD, ids_BL), ids_BL), _VALUE: _outer(x_BLD, ids_BL)}
+  centred_BLD = _centre(x_BLD, ids_BL)
+  return {
+    _KEY: outer(centred_BLD, centred_BLD, ids_BL),
+    _VALUE: outer(x_BLD, x_BLD, ids_BL),
+  }
 
 
 def _centre(x_BLD: Array, ids_BL: Array) -> Array:
@@ -98,10 +121,12 @@ def _centre(x_BLD: Array, ids_BL: Array) -> Array:
   return x_BLD - total_BLD / jnp.sum(same_BLM, axis=-1, keepdims=True)
 
 
-def _outer(x_BLD: Array, ids_BL: Array) -> Array:
-  """Sums x^T x over the real tokens: float32 [D, D]."""
+def outer(x_BLD: Array, y_BLE: Array, ids_BL: Array) -> Array:
+  """Sums x^T y over the tokens whose id is not 0: float32 [D, E]."""
   x_BLD = x_BLD.astype(jnp.float32) * (ids_BL > 0)[..., None]
-  return jnp.einsum('BLD,BLE->DE', x_BLD, x_BLD, precision='highest')
+  return jnp.einsum(
+    'BLD,BLE->DE', x_BLD, y_BLE.astype(jnp.float32), precision='highest'
+  )
 
 
 def add_sums(totals: dict[str, np.ndarray], sums: Mapping[str, Array]) -> None:
@@ -114,25 +139,35 @@ def add_sums(totals: dict[str, np.ndarray], sums: Mapping[str, Array]) -> None:
       totals[name] = value.astype(np.float64)
 
 
-def mean_statistics(totals: dict[str, np.ndarray]) -> dict[str, InputStatistics]:
+def means(totals: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
   """Divides the totals by the tokens that they are over.
 
   Args:
     totals: what `add_sums` made; emptied on the way, to save memory.
 
   Returns:
+    "decoder/layers_0/self_attention" -> name -> its mean, float32.
+  """
+  tokens = {stack: max(int(totals.pop(stack)), 1) for stack in ('encoder', 'decoder')}
+  divided: dict[str, dict[str, np.ndarray]] = {}
+  for path in list(totals):
+    module, _, name = path.rpartition('/')
+    mean = totals.pop(path) / tokens[path.partition('/')[0]]
+    divided.setdefault(module, {})[name] = mean.astype(np.float32)
+  return divided
+
+
+def mean_statistics(totals: dict[str, np.ndarray]) -> dict[str, InputStatistics]:
+  """Makes statistics of the totals of `sum_inputs`, which are emptied.
+
+  Returns:
     "decoder/layers_0/self_attention" -> its statistics, float32. What modules share is
     one array.
   """
-  tokens = {stack: max(int(totals.pop(stack)), 1) for stack in ('encoder', 'decoder')}
-  means: dict[str, dict[str, np.ndarray]] = {}
-  for path in list(totals):
-    module, _, name = path.rpartition('/')
-    count = tokens[path.partition('/')[0]]
-    means.setdefault(module, {})[name] = (totals.pop(path) / count).astype(np.float32)
-  encoded = means.pop('encoder')
+  modules = means(totals)
+  encoded = modules.pop('encoder')
   statistics = {}
-  for module, own in means.items():
+  for module, own in modules.items():
     shared = encoded if _QUERY in own else own
     query = own.get(_QUERY, shared[_VALUE])
     statistics[module] = InputStatistics(query, key=shared[_KEY], value=shared[_VALUE])

@@ -2,8 +2,13 @@
 
   query [D, N*H]   key [D, S*H]   value [D, S*H]   out [N*H, D]
 
+A module of the latent form, whose key/value heads have R numbers, has two more:
+
+  key [D, K*R]   value [D, K*R]   key_up [R, N*H]   value_up [R, N*H]
+
 Letters: D width, N query heads, S source key/value heads, K new key/value heads,
-G = S / K source heads per new head, R = N / S query heads per source head, H head size.
+G = S / K source heads per new head, Q = N / S query heads per source head, H head size,
+R size of a new key/value head.
 """
 
 import dataclasses
@@ -13,6 +18,7 @@ import numpy as np
 
 Kernels = Mapping[str, np.ndarray]
 ALL_KERNELS = ('query', 'key', 'value', 'out')
+LATENT_KERNELS = ('key_up', 'value_up')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,12 @@ class AttentionModule:
   num_kv_heads: int  # K, after it
   head_dim: int  # H
   seed: int = 0
+  kv_head_dim: int | None = None  # R, after it; None is H
+
+  @property
+  def is_latent(self) -> bool:
+    """Whether the new key/value heads have another size than the query heads."""
+    return self.kv_head_dim not in (None, self.head_dim)
 
 
 def split_groups(kernel: np.ndarray, module: AttentionModule) -> np.ndarray:
@@ -47,7 +59,7 @@ def heads_of(kernels: Kernels, name: str, head_dim: int) -> np.ndarray:
   """A kernel by source key/value head, in float64.
 
   Returns:
-    key, value: [S, D, H]; query: [S, R, D, H]; out: [S, R, H, D].
+    key, value: [S, D, H]; query: [S, Q, D, H]; out: [S, Q, H, D].
   """
   kernel = np.asarray(kernels[name], np.float64)
   S = kernels['key'].shape[1] // head_dim
@@ -63,7 +75,8 @@ def permute_heads(kernels: Kernels, order_J: np.ndarray) -> dict[str, np.ndarray
   """Reorders the heads of a module, which by itself does not change its function.
 
   Args:
-    kernels: of the whole module; `bias`, its table of the position bias [N, R], too.
+    kernels: of the whole module; `bias`, its table of the position bias [N, buckets],
+      too.
     order_J: new position -> source key/value head; its query heads go along.
   """
   J = len(order_J)

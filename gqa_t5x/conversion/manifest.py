@@ -22,7 +22,7 @@ from gqa_t5x.checkpoints.jobs import Job, run_jobs
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec
 from gqa_t5x.checkpoints.tree import TARGET, Architecture, parameters
 from gqa_t5x.checkpoints.writer import describe_tensor
-from gqa_t5x.conversion.plan import Plan
+from gqa_t5x.conversion.plan import Plan, Recipe
 from gqa_t5x.errors import BadInput
 
 NAME = 'gqa_t5x_manifest.json'
@@ -60,12 +60,7 @@ def make_manifest(
   return {
     'format': _FORMAT,
     'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'method': {
-      'name': recipe.method,
-      'grouping': recipe.grouping,
-      'seed': recipe.seed,
-      'statistics': recipe.statistics,
-    },
+    'method': _method(recipe),
     'num_kv_heads': plan.target.num_kv_heads,
     'source': {
       'path': source,
@@ -83,6 +78,13 @@ def make_manifest(
     'result': _fingerprint(plan.outputs),
     'changed': dict(sorted(changed.items())),
   }
+
+
+def _method(recipe: Recipe) -> dict[str, Any]:
+  if recipe.refit_outputs:
+    return {'name': recipe.name, 'sums': recipe.refit_outputs}
+  names = ('grouping', 'seed', 'statistics')
+  return {'name': recipe.name, **{name: getattr(recipe, name) for name in names}}
 
 
 def _read_manifest(folder: epath.Path) -> dict[str, Any]:

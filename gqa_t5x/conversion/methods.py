@@ -7,10 +7,11 @@ A method acts on one attention MODULE, given as a dict of its kernels
 with S key/value heads in the source, and returns the kernels that it changes. Heads
 are grouped contiguously: with G = S / K, new head k stands for the source heads
 k*G ... k*G + G-1, so query head n reads key/value head n // (N / K) after it. Grouping
-by similarity (grouping.py) reorders the heads before that.
+by similarity (grouping.py) reorders the heads before that. In the latent form new heads
+have another size than H (kernels.py).
 
 Letters: D width, N query heads, S source key/value heads, K new key/value heads,
-G source heads per new head, H head size.
+G source heads per new head, H head size, R size of a new head.
 """
 
 import dataclasses
@@ -45,6 +46,7 @@ class Method:
     summary: a phrase for --help.
     kernels: those that `convert` reads and may change.
     uses_inputs: whether it asks for statistics of the module's inputs.
+    any_size: whether it can make heads of another size (the latent form).
   """
 
   convert: Callable[
@@ -54,6 +56,7 @@ class Method:
   summary: str
   kernels: tuple[str, ...] = ('key', 'value')
   uses_inputs: bool = False
+  any_size: bool = False
 
 
 def _mean(kernels: Kernels, module: AttentionModule, inputs=None) -> Kernels:
@@ -102,13 +105,16 @@ def _random(kernels: Kernels, module: AttentionModule, inputs=None) -> Kernels:
   return {name: draw(name) for name in ('key', 'value')}
 
 
-def _absorbing(solve: shared_heads.Solver, rms: str, summary: str) -> Method:
+def _absorbing(
+  solve: shared_heads.Solver, rms: str, summary: str, any_size: bool = False
+) -> Method:
   return Method(
     functools.partial(shared_heads.share_heads, solve, rms),
     adafactor='reset',
     summary=summary,
     kernels=ALL_KERNELS,
     uses_inputs=True,
+    any_size=any_size,
   )
 
 
@@ -126,7 +132,7 @@ METHODS: dict[str, Method] = {
     shared_heads.refit, 'absorbed', 'the mean, with queries and outputs refitted to it'
   ),
   'svd': _absorbing(
-    shared_heads.svd, 'absorbed', 'the shared heads of least squared error'
+    shared_heads.svd, 'absorbed', 'the shared heads of least squared error', True
   ),
 }
 _GROUPINGS = ('contiguous', 'similarity')
@@ -152,18 +158,20 @@ def convert_module(
   inputs: InputStatistics | None = None,
   grouping: str = 'contiguous',
 ) -> dict[str, np.ndarray]:
-  """Converts the kernels of one attention module to fewer key/value heads.
+  """Converts the kernels of one attention module to fewer key/value heads, or others.
 
   Args:
     kernels: all four, but for those that the method does not read.
-    module: head counts, path and seed.
-    method: a key of METHODS.
+    module: head counts and sizes, path and seed.
+    method: a key of METHODS; one of `any_size` for the latent form.
     inputs: needed by the methods that use them and by grouping by similarity.
     grouping: "contiguous", or "similarity": heads are reordered first. A position bias
-      of the module's own goes along, as the kernel `bias` [N, R].
+      of the module's own goes along, as the kernel `bias`
+      [N, buckets].
 
   Returns:
-    The same names; key and value are now [D, K*H], in the dtype they came in.
+    The same names; key and value are now [D, K*H], in the dtype they came in. Of the
+    latent form key and value [D, K*R], and key_up and value_up [R, N*H], too.
 
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 3.3.
   """

@@ -9,16 +9,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from gqa_t5x.checkpoints import tree
 from gqa_t5x.checkpoints.lazy_tensor import LazyTensor, TensorSpec, Unit
-from gqa_t5x.conversion import adafactor_moments, input_statistics, methods
-from gqa_t5x.conversion.kernels import ALL_KERNELS, AttentionModule
+from gqa_t5x.conversion import (
+  adafactor_moments,
+  input_statistics,
+  methods,
+  output_refit,
+  units,
+)
+from gqa_t5x.conversion.kernels import AttentionModule
+from gqa_t5x.conversion.units import Tensors
 from gqa_t5x.errors import BadInput
-
-Tensors = Mapping[str, LazyTensor]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Recipe:
     self_attention_num_kv_heads: of decoder self-attention alone.
     cross_attention_num_kv_heads: of cross-attention alone.
     encoder_num_kv_heads: of the encoder; None leaves it.
+    kv_head_dim: size of the decoder's key/value heads; None: the head size, or what a
+      checkpoint of the latent form has.
     method: a key of methods.METHODS.
     grouping: "contiguous", or "similarity": heads are reordered, but for those of
       self-attention where one position bias, which tells them apart, serves all layers.
@@ -37,16 +41,25 @@ class Recipe:
       of the modules' inputs; None: the scales of the layer norms in front of a module
       stand in, as if its inputs were white before them.
     seed: for methods that draw random numbers.
+    refit_outputs: file of output sums of `python -m gqa_t5x.calibrate`. With it the
+      output kernels are all that changes, and nothing else of this is given.
   """
 
   num_kv_heads: int | None = None
   self_attention_num_kv_heads: int | None = None
   cross_attention_num_kv_heads: int | None = None
   encoder_num_kv_heads: int | None = None
+  kv_head_dim: int | None = None
   method: str = 'mean'
   grouping: str = 'contiguous'
   statistics: str | None = None
   seed: int = 0
+  refit_outputs: str | None = None
+
+  @property
+  def name(self) -> str:
+    """What is done, in a word."""
+    return 'refit_outputs' if self.refit_outputs else self.method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +99,28 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
 
   Raises:
     BadInput: unknown method or grouping, statistics of another model or for a
-      method that uses none, heads that do not divide, parameters that are not floating
-      point, or a tree that is not a T5's (every missing, extra and mismatched key
-      is listed).
+      method that uses none, heads that do not divide or of a size that cannot be,
+      parameters that are not floating point, or a tree that is not a T5's (every
+      missing, extra and mismatched key is listed).
 
   Source: GQA paper (arXiv 2305.13245), sections 2.1 and 2.2.
   """
   statistics = _open_statistics(recipe)
   source = _read_source(tensors)
+  if recipe.refit_outputs:
+    return _plan_refit(tensors, recipe, source)
   new_heads = _choose_num_kv_heads(source, recipe)
-  target = dataclasses.replace(source, num_kv_heads=new_heads)
-  units, log, shapes = [], {}, target.shapes()
+  kv_head_dim = _choose_kv_head_dim(source, new_heads, recipe)
+  if statistics and kv_head_dim:
+    statistics.check_tokens(kv_head_dim, f'kv_head_dim={kv_head_dim}')
+  target = dataclasses.replace(source, num_kv_heads=new_heads, kv_head_dim=kv_head_dim)
+  work, log, shapes = [], {}, target.shapes()
   checked = {path: tensor.checked(path) for path, tensor in tensors.items()}
   for kind, path in source.attention_modules():
-    if new_heads[kind] == source.num_kv_heads[kind]:
+    before, after = (
+      (model.num_kv_heads[kind], model.kv_size(kind)) for model in (source, target)
+    )
+    if before == after:
       continue
     module = AttentionModule(
       path=path,
@@ -107,17 +128,39 @@ def plan_conversion(tensors: Tensors, recipe: Recipe) -> Plan:
       num_kv_heads=new_heads[kind],
       head_dim=source.head_dim,
       seed=recipe.seed,
+      kv_head_dim=target.kv_size(kind),
     )
     bias = None if kind == 'cross_attention' else source.bias_path(path)
     may_reorder = bias is None or source.bias_per_layer
     reorder = may_reorder and recipe.grouping == 'similarity'
-    spec = _ModuleSpec(module, kind, recipe, reorder, bias if reorder else None)
-    unit, notes = _module_unit(checked, spec, statistics, shapes)
-    units.append(unit)
+    bias = bias if reorder else None
+    spec = units.ModuleSpec(module, kind, recipe.method, reorder, bias)
+    unit, notes = units.convert_module(checked, spec, statistics, shapes)
+    work.append(unit)
     log |= notes
-  changed = {path for unit in units for path in unit.outputs}
-  copied = [_copy_unit(p, t) for p, t in tensors.items() if p not in changed]
-  return Plan(recipe, source, target, units + copied, log)
+  return Plan(recipe, source, target, work + _copies(tensors, work), log)
+
+
+def _plan_refit(tensors: Tensors, recipe: Recipe, source: tree.Architecture) -> Plan:
+  """Plans to change the output kernels alone, of the modules that have sums."""
+  sums, shapes = output_refit.open_sums(recipe.refit_outputs), source.shapes()
+  checked = {path: tensor.checked(path) for path, tensor in tensors.items()}
+  work, log = [], {}
+  for module in sums.modules:
+    if f'{module}/out/kernel' not in shapes:
+      raise BadInput(
+        f'{sums.path} has sums of {module}, which is not in this checkpoint: they are'
+        ' of another one'
+      )
+    unit, notes = units.refit_outputs(checked, module, sums, shapes)
+    work.append(unit)
+    log |= notes
+  return Plan(recipe, source, source, work + _copies(tensors, work), log)
+
+
+def _copies(tensors: Tensors, work: list[Unit]) -> list[Unit]:
+  changed = {path for unit in work for path in unit.outputs}
+  return [units.copy(p, t) for p, t in tensors.items() if p not in changed]
 
 
 def _open_statistics(recipe: Recipe) -> input_statistics.StatisticsFile | None:
@@ -162,101 +205,43 @@ def _check_heads(num_heads: int, source_heads: int, name: str, wish: int) -> Non
   raise BadInput(f'num_heads={num_heads} is not divisible by {name}={wish}; {choose}')
 
 
-@dataclasses.dataclass(frozen=True)
-class _ModuleSpec:
-  """What becomes of one attention module.
-
-  Attributes:
-    reorder: whether its heads are reordered, and with them its position bias, the
-      parameter `bias`, if it has one of its own.
-  """
-
-  module: AttentionModule
-  kind: str
-  recipe: Recipe
-  reorder: bool
-  bias: str | None
-
-
-def _module_unit(
-  tensors: Tensors,
-  spec: _ModuleSpec,
-  statistics: input_statistics.StatisticsFile | None,
-  shapes: Shapes,
-) -> tuple[Unit, dict[str, str]]:
-  """The work on one attention module: its kernels and their Adafactor moments.
-
-  Args:
-    shapes: of all parameters after the conversion.
-
-  Returns:
-    The unit, and path of each changed kernel -> what is done to its moments.
-  """
-  module, recipe, reorder = spec.module, spec.recipe, spec.reorder
-  method = methods.METHODS[recipe.method]
-  names = ALL_KERNELS if reorder else method.kernels
-  rule = 'reset' if reorder else method.adafactor
-  uses_inputs = reorder or method.uses_inputs
-  paths = {name: f'{module.path}/{name}/kernel' for name in names}
-  paths |= {'bias': spec.bias} if spec.bias else {}
-  if uses_inputs and statistics:
-    statistics.check(module.path, width=shapes[paths['query']][0])
-  outputs, notes = {}, {}
-  for path in paths.values():
-    dtype = _at_least_float32(tensors[tree.TARGET + path].dtype)
-    outputs[tree.TARGET + path] = TensorSpec(shapes[path], dtype)
-    if moments := _adafactor_moments(tensors, path):
-      old = {n: moment.shape for n, moment in moments.items()}
-      new = adafactor_moments.converted_shapes(old, shapes[path])
-      specs = {n: TensorSpec(new[n], moments[n].dtype) for n in moments}
-      outputs |= _in_state(path, specs)
-      notes[path] = adafactor_moments.describe(old, new, rule)
-
-  def compute():
-    kernels = {name: tensors[tree.TARGET + p].read() for name, p in paths.items()}
-    kernels = {n: k.astype(_at_least_float32(k.dtype)) for n, k in kernels.items()}
-    inputs = None
-    if uses_inputs and statistics:
-      inputs = statistics.read(module.path)
-    elif uses_inputs:
-      inputs = input_statistics.from_norms(tensors, spec.kind, module.path)
-    grouping = 'similarity' if reorder else 'contiguous'
-    new = methods.convert_module(kernels, module, recipe.method, inputs, grouping)
-    results = {tree.TARGET + path: new[name] for name, path in paths.items()}
-    for name, path in paths.items():
-      if moments := _adafactor_moments(tensors, path):
-        converted = adafactor_moments.convert_moments(
-          {n: moment.read() for n, moment in moments.items()},
-          module,
-          kernels[name].shape,
-          shapes[path],
-          rule,
-        )
-        results |= _in_state(path, converted)
-    return results
-
-  return Unit(outputs, compute), notes
-
-
-def _at_least_float32(dtype: np.dtype) -> np.dtype:
-  """The dtype of a kernel that is changed: 16 bits would round a mean once more."""
-  return np.promote_types(dtype, np.float32)
-
-
-def _adafactor_moments(tensors: Tensors, parameter: str) -> dict[str, LazyTensor]:
-  """Name -> Adafactor's moment of a parameter; empty where there are none."""
-  prefix = f'{tree.PARAM_STATES}{parameter}/'
-  found = {name: tensors.get(prefix + name) for name in adafactor_moments.NAMES}
-  return {} if None in found.values() else found
-
-
-def _in_state(parameter: str, moments: Mapping[str, Any]) -> dict[str, Any]:
-  """Name -> moment of a parameter, under their paths in the tree."""
-  return {f'{tree.PARAM_STATES}{parameter}/{name}': m for name, m in moments.items()}
-
-
-def _copy_unit(path: str, tensor: LazyTensor) -> Unit:
-  return Unit({path: tensor}, lambda: {path: tensor.checked(path).read()})
+def _choose_kv_head_dim(
+  source: tree.Architecture, new_heads: Mapping[str, int], recipe: Recipe
+) -> int | None:
+  """R of the decoder, None for the head size; BadInput if it cannot be made."""
+  R, H = recipe.kv_head_dim, source.head_dim
+  kinds = ('self_attention', 'cross_attention')
+  if source.kv_head_dim is not None:
+    others = any(new_heads[kind] != source.num_kv_heads[kind] for kind in kinds)
+    if others or R not in (None, source.kv_head_dim):
+      heads = ' and '.join(str(source.num_kv_heads[kind]) for kind in kinds)
+      raise BadInput(
+        f'the checkpoint is of the latent form: {heads} key/value heads of'
+        f' {source.kv_head_dim} numbers in self- and cross-attention, and those cannot'
+        ' become others; convert the one that it was made from'
+      )
+    return source.kv_head_dim
+  if R in (None, H):
+    return None
+  if not methods.get_method(recipe.method).any_size:
+    makers = ', '.join(name for name, m in methods.METHODS.items() if m.any_size)
+    raise BadInput(
+      f'kv_head_dim={R} is not the head size, {H}, and method={recipe.method} makes'
+      f' heads of that size alone; choose method={makers}, or leave kv_head_dim out'
+    )
+  if recipe.grouping != 'contiguous':
+    raise BadInput(
+      f'grouping={recipe.grouping} is for heads of the head size, {H}; leave it out, or'
+      f' leave kv_head_dim={R} out'
+    )
+  for kind in kinds:
+    G = source.num_kv_heads[kind] // new_heads[kind]
+    if not isinstance(R, int) or not 1 <= R <= G * H:
+      raise BadInput(
+        f'kv_head_dim={R} must be a whole number from 1 to {G * H}: in'
+        f' {kind.replace("_", "-")} a new head stands for {G} of {H} numbers each'
+      )
+  return R
 
 
 def _read_source(tensors: Tensors) -> tree.Architecture:
@@ -305,10 +290,11 @@ def convert_params(params: Mapping[str, Any], **recipe) -> dict[str, Any]:
     **recipe: as of a Recipe.
 
   Returns:
-    A new nested dict; changed kernels are NumPy arrays, key and value [D, K*H]; all
-    other leaves are the arrays that came in.
+    A new nested dict; changed kernels are NumPy arrays, key and value [D, K*H] or, of
+    the latent form, [D, K*R]; all other leaves are the arrays that came in.
   """
   tensors = {tree.TARGET + p: LazyTensor.of(a) for p, a in tree.flatten(params)}
   plan = plan_conversion(tensors, Recipe(**recipe))
   result = {p: a for unit in plan.units for p, a in unit.compute().items()}
-  return tree.unflatten({path: result[path] for path in tensors})['target']
+  paths = dict.fromkeys((*tensors, *result))  # New ones come last.
+  return tree.unflatten({path: result[path] for path in paths})['target']

@@ -57,8 +57,9 @@ def convert(request: Request) -> None:
   if output:
     files.check_name(output)
   target = _choose_output(source, output, step) if output else None
-  statistics = request.statistics and str(_absolute(request.statistics))
-  plan = plan_conversion(tensors, dataclasses.replace(request, statistics=statistics))
+  given = {n: getattr(request, n) for n in ('statistics', 'refit_outputs')}
+  given = {name: path and str(_absolute(path)) for name, path in given.items()}
+  plan = plan_conversion(tensors, dataclasses.replace(request, **given))
   if request.dry_run:
     _preview(plan, source, target, tensors)
     return
@@ -201,9 +202,9 @@ def _preview(
   kept = [path for path in sorted(outputs) if outputs[path] is tensors.get(path)]
   changed = sorted(outputs.keys() - set(kept))
   print(f'Converted: {len(changed)} tensors, {_nbytes(outputs, changed):,} bytes')
-  method = plan.recipe.method
+  before = {p: _shape(tensors[p]) if p in tensors else 'new' for p in changed}
   _print_parameters(
-    {p: f'{_shape(tensors[p])} -> {_shape(outputs[p])}  {method}' for p in changed}
+    {p: f'{before[p]} -> {_shape(outputs[p])}  {plan.recipe.name}' for p in changed}
   )
   for line in _group_layers(plan.log):
     print(f'  moments of {line}')
@@ -246,13 +247,13 @@ def _report(
   done = collections.Counter(note.rpartition(', ')[2] for note in plan.log.values())
   for what, count in done.items():
     print(f'Adafactor moments of {count} kernels: {what}')
-  if plan.source == plan.target:
+  if plan.source == plan.target and not plan.recipe.refit_outputs:
     print('It has as many key/value heads already: only the layout changed')
   if not _has_optimizer_state(tensors):
     print(_NO_STATE)
   if names := folders.dataset_state(source):
     print(f'Not copied: the state of the data pipeline ({", ".join(names)})')
-  print(f'Converted by {request.method}: {_describe_sizes(plan)}')
+  print(f'Converted by {plan.recipe.name}: {_describe_sizes(plan)}')
   print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
 
 

@@ -8,6 +8,9 @@ the key of head i of a group, and kcat = [k_1 ... k_G], a `Sharing` replaces
   q_i k_i^T  by  (q_i A_i) (kcat F)^T    for keys,
   v_i O_i    by  (vcat F) (A_i^T O_i)    for values,
 
+where F is [G*H, R] and A_i [H, R]. With R = H, queries and outputs absorb A_i; in the
+latent form (DeepSeek-V2, arXiv 2405.04434), of any other R, it is a kernel of its own.
+
 and its error is, with S = E[kcat^T kcat] and M_i = E[q_i^T q_i] (values: O_i O_i^T),
 
   residual = sum_i E |q_i k_i^T - q_i A_i (kcat F)^T|^2
@@ -22,11 +25,12 @@ and `share_heads` applies one of them to the kernels of a module. With C = E[x^T
 module's inputs (input_statistics.py), keys have E[k_i^T k_j] = K_i^T C K_j, and queries
 and values likewise; of outputs only the kernel counts: O_i O_i^T.
 
-Letters: G heads of a group, J of any selection of heads, R query heads that read one of
-them, D width, H head size.
+Letters: G heads of a group, J of any selection of heads, Q query heads that read one of
+them, N all query heads, D width, H head size, R size of the shared head.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -34,6 +38,7 @@ import numpy as np
 from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import (
   ALL_KERNELS,
+  LATENT_KERNELS,
   AttentionModule,
   Kernels,
   group_kernels,
@@ -51,12 +56,12 @@ class Sharing:
   """How a group of heads comes to share one.
 
   Attributes:
-    merge_GHH: F by head: the shared kernel is sum_i K_i merge[i].
-    absorb_GHH: A: queries become Q_i absorb[i], outputs absorb[i]^T O_i.
+    merge_GHR: F by head: the shared kernel is sum_i K_i merge[i].
+    absorb_GHR: A: queries become Q_i absorb[i], outputs absorb[i]^T O_i.
   """
 
-  merge_GHH: np.ndarray
-  absorb_GHH: np.ndarray
+  merge_GHR: np.ndarray
+  absorb_GHR: np.ndarray
 
 
 # (S_GHGH, M_GHH) -> the sharing of one group.
@@ -72,9 +77,9 @@ def key_moments(
     S [J, H, J, H] = E[k_i^T k_j] and M [J, H, H] = sum over a head's queries of
     E[q^T q].
   """
-  query_JRDH = heads_of(kernels, 'query', head_dim)
-  moved_JRDH = _apply(inputs.query, query_JRDH)
-  M_JHH = (np.swapaxes(query_JRDH, 2, 3) @ moved_JRDH).sum(axis=1)
+  query_JQDH = heads_of(kernels, 'query', head_dim)
+  moved_JQDH = _apply(inputs.query, query_JQDH)
+  M_JHH = (np.swapaxes(query_JQDH, 2, 3) @ moved_JQDH).sum(axis=1)
   return _cross(heads_of(kernels, 'key', head_dim), inputs.key), M_JHH
 
 
@@ -86,8 +91,8 @@ def value_moments(
   Returns:
     S [J, H, J, H] = E[v_i^T v_j] and M [J, H, H] = sum over a head's outputs of O O^T.
   """
-  out_JRHD = heads_of(kernels, 'out', head_dim)
-  M_JHH = (out_JRHD @ np.swapaxes(out_JRHD, 2, 3)).sum(axis=1)
+  out_JQHD = heads_of(kernels, 'out', head_dim)
+  M_JHH = (out_JQHD @ np.swapaxes(out_JQHD, 2, 3)).sum(axis=1)
   return _cross(heads_of(kernels, 'value', head_dim), inputs.value), M_JHH
 
 
@@ -108,8 +113,8 @@ def _spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.nda
   """Solves the eigenproblem behind `svd`.
 
   Returns:
-    Eigenvalues [G*H], falling, and eigenvectors [G*H, G*H] (columns) of R S R with
-    R = blockdiag(M_i^1/2). The eigenvalues after the H-th are what sharing loses.
+    Eigenvalues [G*H], falling, and eigenvectors [G*H, G*H] (columns) of W S W with
+    W = blockdiag(M_i^1/2). The eigenvalues after the R-th are what sharing loses.
   """
   G, H, _ = M_GHH.shape
   values, vectors = np.linalg.eigh(weigh(S_GHGH, M_GHH).reshape(G * H, G * H))
@@ -117,7 +122,7 @@ def _spectrum(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def weigh(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> np.ndarray:
-  """R S R with R = blockdiag(M_i^1/2), [G, H, G, H]: S as the residual sees it."""
+  """W S W with W = blockdiag(M_i^1/2), [G, H, G, H]: S as the residual sees it."""
   root_GHH, (G, H, _) = _sqrt(M_GHH), M_GHH.shape
 
   def times_root(matrix):
@@ -130,8 +135,8 @@ def weigh(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> np.ndarray:
 def svd(S_GHGH: np.ndarray, M_GHH: np.ndarray, rank: int | None = None) -> Sharing:
   """The sharing with the least residual there is: a weighted low-rank approximation.
 
-  With a rank R, the shared head has R numbers instead of H, and the Sharing is of
-  [G, H, R]: the latent form, where one head of all may be as large as several.
+  With a rank R, at most G*H, the shared head has R numbers instead of H: the latent
+  form, where one head of all may be as large as several.
 
   A basis of the shared head is free. Here, keys (values) and what meets them get the
   square root of each direction's strength: of all bases, the product then changes
@@ -195,7 +200,7 @@ def procrustes(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
 
 
 def share_heads(
-  solve: Solver,
+  solve: Callable[..., Sharing],
   rms: str,
   kernels: Kernels,
   module: AttentionModule,
@@ -203,48 +208,81 @@ def share_heads(
 ) -> dict[str, np.ndarray]:
   """Merges the heads of a module; queries and outputs absorb what differs.
 
+  In the latent form `key_up` and `value_up` do that, and queries and outputs stay. The
+  shared kernels keep the RMS of the old ones, and the RMS of the others follows. That
+  is a scale to train at: Adafactor's steps are in proportion to a kernel's RMS, as long
+  as it is above 0.001.
+
   Args:
-    solve: `svd`, `refit` or `procrustes`: finds the sharing of a group.
+    solve: `svd`, `refit` or `procrustes`: finds the sharing of a group; `svd` for a
+      module of the latent form, with its rank.
     rms: what becomes of the RMS of the shared kernels, which Adafactor's steps scale
       with: "as is"; "restored" to that of the old kernels; or restored and "absorbed",
       so that the function does not change.
     kernels, module, inputs: as of `methods.convert_module`.
 
   Returns:
-    All four kernels, in their dtypes.
+    All four kernels, in their dtypes; of the latent form key, value, key_up, value_up.
   """
-  H, new = module.head_dim, {name: [] for name in ALL_KERNELS}
+  H = module.head_dim
+  names = ALL_KERNELS
+  if module.is_latent:
+    solve = functools.partial(solve, rank=module.kv_head_dim)
+    names = ('key', 'value', *LATENT_KERNELS)
+  new: dict[str, list[np.ndarray]] = {name: [] for name in names}
   for index in range(module.num_kv_heads):
     group = group_kernels(kernels, module, index)
-    query_GRDH, out_GRHD = heads_of(group, 'query', H), heads_of(group, 'out', H)
-    D = query_GRDH.shape[2]
-    moments = key_moments(group, inputs, H)
-    key_DH, absorb_GHH = _merge(solve(*moments), rms, heads_of(group, 'key', H))
-    query_GRDH = query_GRDH @ absorb_GHH[:, None]
-    new['key'].append(key_DH)
-    new['query'].append(query_GRDH.transpose(2, 0, 1, 3).reshape(D, -1))
-    moments = value_moments(group, inputs, H)
-    value_DH, absorb_GHH = _merge(solve(*moments), rms, heads_of(group, 'value', H))
-    out_GRHD = np.swapaxes(absorb_GHH, 1, 2)[:, None] @ out_GRHD
-    new['value'].append(value_DH)
-    new['out'].append(out_GRHD.reshape(-1, D))
+    for side, moments in _MOMENTS.items():
+      sharing = solve(*moments(group, inputs, H))
+      shared_DR, absorb_GHR = _merge(sharing, rms, heads_of(group, side, H))
+      new[side].append(shared_DR)
+      if module.is_latent:
+        new[f'{side}_up'].append(_map_up(absorb_GHR, group))
+      else:
+        name, absorbed = _absorb(side, absorb_GHR, group, H)
+        new[name].append(absorbed)
   return {
-    name: np.concatenate(parts, axis=int(name != 'out')).astype(kernels[name].dtype)
+    name: np.concatenate(parts, axis=int(name != 'out')).astype(
+      kernels.get(name, kernels['key']).dtype
+    )
     for name, parts in new.items()
   }
+
+
+_MOMENTS = {'key': key_moments, 'value': value_moments}
+
+
+def _absorb(
+  side: str, absorb_GHR: np.ndarray, group: Kernels, head_dim: int
+) -> tuple[str, np.ndarray]:
+  """Returns "query" or "out", which meets keys or values, and its new kernel."""
+  if side == 'key':
+    query_GQDR = heads_of(group, 'query', head_dim) @ absorb_GHR[:, None]
+    D = query_GQDR.shape[2]
+    return 'query', query_GQDR.transpose(2, 0, 1, 3).reshape(D, -1)
+  out_GQHD = heads_of(group, 'out', head_dim)
+  out_GQRD = np.swapaxes(absorb_GHR, 1, 2)[:, None] @ out_GQHD
+  return 'out', out_GQRD.reshape(-1, out_GQRD.shape[-1])
+
+
+def _map_up(absorb_GHR: np.ndarray, group: Kernels) -> np.ndarray:
+  """`key_up` or `value_up` of a group, [R, G*Q*H]: A_i^T for each query of head i."""
+  G, H, R = absorb_GHR.shape
+  queries = group['query'].shape[1] // (G * H)
+  return np.repeat(absorb_GHR, queries, axis=0).transpose(2, 0, 1).reshape(R, -1)
 
 
 def _merge(
   sharing: Sharing, rms: str, heads_GDH: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The shared kernel [D, H] of a group, and what its heads absorb, [G, H, H]."""
-  shared_DH = np.einsum('gdh,ghi->di', heads_GDH, sharing.merge_GHH, optimize=True)
-  absorb_GHH = sharing.absorb_GHH
-  size = np.sqrt(np.mean(shared_DH**2))
+  """The shared kernel [D, R] of a group, and what its heads absorb, [G, H, R]."""
+  shared_DR = np.einsum('gdh,ghr->dr', heads_GDH, sharing.merge_GHR, optimize=True)
+  absorb_GHR = sharing.absorb_GHR
+  size = np.sqrt(np.mean(shared_DR**2))
   if rms == 'as is' or not size:
-    return shared_DH, absorb_GHH
+    return shared_DR, absorb_GHR
   ratio = np.sqrt(np.mean(heads_GDH**2)) / size
-  return shared_DH * ratio, absorb_GHH / (ratio if rms == 'absorbed' else 1.0)
+  return shared_DR * ratio, absorb_GHR / (ratio if rms == 'absorbed' else 1.0)
 
 
 def spectra(
@@ -258,10 +296,9 @@ def spectra(
   """
   H = module.head_dim
   groups = [group_kernels(kernels, module, i) for i in range(module.num_kv_heads)]
-  sides = {'key': key_moments, 'value': value_moments}
   return {
     name: np.stack([_spectrum(*moments(group, inputs, H))[0] for group in groups])
-    for name, moments in sides.items()
+    for name, moments in _MOMENTS.items()
   }
 
 

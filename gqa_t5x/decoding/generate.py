@@ -105,7 +105,8 @@ def prepare(
     )
   kept = {decode_cache.ENCODED_KV: encoded_kv}
   if sharding.platform() == 'cpu':
-    kept[dense.TRANSPOSED] = {'decoder': _transposed_kernels(params['decoder'])}
+    transposed = _transposed_kernels(params['decoder'], module.config.head_dim)
+    kept[dense.TRANSPOSED] = {'decoder': transposed}
   return cache, kept
 
 
@@ -143,11 +144,18 @@ def _encode(
   return variables[decode_cache.CACHE], variables[decode_cache.ENCODED_KV]
 
 
-def _transposed_kernels(decoder: Params) -> dict[str, Any]:
+def _transposed_kernels(decoder: Params, head_dim: int) -> dict[str, Any]:
   """Returns the kernels of a step as `[out, in]`; cross keys and values need none."""
+
+  def transpose(name, kernel):
+    if name in dense.PER_HEAD:
+      kernel_RNH = kernel.reshape(len(kernel), -1, head_dim)
+      return jnp.einsum(dense.PER_HEAD[name], kernel_RNH)
+    return kernel.T
+
   unused = {('encoder_decoder_attention', name) for name in ('key', 'value')}
   transposed = {
-    path: value.T
+    path: transpose(path[-2], value)
     for path, value in traverse_util.flatten_dict(decoder).items()
     if path[-1] == 'kernel' and path[-3:-1] not in unused
   }

@@ -43,10 +43,10 @@ def write(
     quantization: one of QUANTIZATIONS, of the weights on disk.
 
   Raises:
-    BadInput: CTranslate2 is not installed, the quantization is unknown, or the
-      vocabulary does not fit.
+    BadInput: CTranslate2 is not installed, the quantization is unknown, the vocabulary
+      does not fit, or the model is of the latent form.
   """
-  _check(quantization)
+  _check(source, quantization)
   tokens = vocabularies.read_tokens(source, vocabulary)
   spec = _spec(source)
   spec.register_source_vocabulary(tokens)
@@ -61,7 +61,13 @@ def write(
   spec.save(str(folder))
 
 
-def _check(quantization: str) -> None:
+def _check(source: Source, quantization: str) -> None:
+  if (R := source.architecture.kv_head_dim) is not None:
+    raise BadInput(
+      f'{source.name} is of the latent form, with key/value heads of {R} numbers, and'
+      f' CTranslate2 knows none but of the head size, {source.architecture.head_dim};'
+      ' choose --format=stablehlo, which keeps it, or convert without --kv_head_dim'
+    )
   if quantization not in QUANTIZATIONS:
     known = ', '.join(QUANTIZATIONS)
     raise BadInput(f'--quantization={quantization} is unknown; choose one of {known}')

@@ -5,7 +5,8 @@
   tokenizer.json ...  where the folder of the input has them
 
 transformers has as many key/value heads as query heads, so each of ours is repeated for
-its queries: the same function, without the speed.
+its queries, or of the latent form mapped to what each reads: the same function, without
+the speed.
 """
 
 from typing import Any

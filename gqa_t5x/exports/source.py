@@ -46,15 +46,24 @@ class Source:
     return network.T5Config(**fields, dtype=np.dtype(dtype))
 
   def with_all_heads(self) -> 'Source':
-    """The same function with as many key/value heads as query heads, by repeating."""
-    N = self.architecture.num_heads
+    """The same function with as many key/value heads as query heads, of the same size.
+
+    A head is repeated for its queries; of one of the latent form, each gets what it
+    reads.
+    """
+    N, H = self.architecture.num_heads, self.architecture.head_dim
     params = dict(self.params)
     for kind, path in self.architecture.attention_modules():
-      K = self.architecture.num_kv_heads[kind]
-      for name in (f'{path}/key/kernel', f'{path}/value/kernel') if K < N else ():
-        params[name] = _repeated(params[name], K, N // K)
+      K, R = self.architecture.num_kv_heads[kind], self.architecture.kv_size(kind)
+      for name in (f'{path}/key', f'{path}/value'):
+        kernel = params[f'{name}/kernel']
+        if R != H:
+          up = params.pop(f'{name}_up/kernel')
+          params[f'{name}/kernel'] = _mapped_up(kernel, up, K)
+        elif K < N:
+          params[f'{name}/kernel'] = _repeated(kernel, K, N // K)
     architecture = dataclasses.replace(
-      self.architecture, num_kv_heads=dict.fromkeys(tree.KINDS, N)
+      self.architecture, num_kv_heads=dict.fromkeys(tree.KINDS, N), kv_head_dim=None
     )
     return dataclasses.replace(self, params=params, architecture=architecture)
 
@@ -68,6 +77,21 @@ def _repeated(kernel: LazyTensor, K: int, repeats: int) -> LazyTensor:
     return np.repeat(heads_DKH, repeats, axis=1).reshape(D, width * repeats)
 
   return LazyTensor((D, width * repeats), kernel.dtype, read)
+
+
+def _mapped_up(kernel: LazyTensor, up: LazyTensor, K: int) -> LazyTensor:
+  """A kernel `[D, K*R]` times each query head's map of `[R, N*H]`, once it is read."""
+  D, width = kernel.shape[0], up.shape[1]
+
+  def read() -> np.ndarray:
+    heads_DKR, up_RKX = (
+      tensor.read().astype(np.float32).reshape(tensor.shape[0], K, -1)
+      for tensor in (kernel, up)
+    )
+    heads_DKX = np.einsum('DKR,RKX->DKX', heads_DKR, up_RKX, optimize=True)
+    return heads_DKX.reshape(D, width).astype(kernel.dtype)
+
+  return LazyTensor((D, width), kernel.dtype, read)
 
 
 def open_source(path: epath.PathLike) -> Source:

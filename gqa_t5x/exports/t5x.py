@@ -2,7 +2,8 @@
 
   checkpoint_N/   T5X's legacy layout: parameters and step, no optimizer state
 
-Each key/value head is repeated for its query heads: the same function.
+Each key/value head is repeated for its query heads, or, of the latent form, mapped to
+what each reads: the same function.
 """
 
 import dataclasses

@@ -21,12 +21,19 @@ from tqdm import tqdm
 
 from gqa_t5x.checkpoints import config as config_file
 from gqa_t5x.checkpoints import tree
-from gqa_t5x.conversion import input_statistics, input_sums, methods, plan
+from gqa_t5x.checkpoints.lazy_tensor import LazyTensor
+from gqa_t5x.conversion import (
+  input_statistics,
+  input_sums,
+  module_arrays,
+  output_refit,
+  plan,
+)
 from gqa_t5x.errors import BadInput
 from gqa_t5x.exports import run
-from gqa_t5x.inference import examples, programs, saved, tokenizer
+from gqa_t5x.inference import examples, programs, recipes, saved, tokenizer
 from gqa_t5x.inference.layout import Layout
-from gqa_t5x.inference.texts import Text, Texts
+from gqa_t5x.inference.texts import Text, Texts, shaped
 from gqa_t5x.model import network, sizes
 
 _PROGRESS_FROM = 64  # inputs: below, no progress is shown
@@ -84,6 +91,8 @@ class Model:
     method: str = 'svd',
     texts: Sequence[Any] | None = None,
     *,
+    kv_head_dim: int | None = None,
+    refit_outputs: bool = False,
     batch_size: int = 8,
     **recipe: Any,
   ) -> 'Model':
@@ -96,35 +105,37 @@ class Model:
       texts: some hundred that are like those the model will see, for methods that use
         statistics ('svd'): pairs (input, target), or texts alone, of which T5's
         span corruption makes pairs. None: the weights alone decide, which costs more.
+      kv_head_dim: size of the new heads; another than the head size is the latent form,
+        which 'svd' alone makes.
+      refit_outputs: move the output kernels to where modules come closest to the
+        original's outputs on the texts, after the conversion by any method.
       batch_size: of the texts that are run through the model together.
       **recipe: `grouping`, `seed`, `self_attention_num_kv_heads`,
         `cross_attention_num_kv_heads`, `encoder_num_kv_heads`; and `statistics`, a file
         of `calibrate` in the place of texts.
 
     Raises:
-      BadInput: unknown method, heads that do not divide, or texts for a method that
-        uses none.
+      BadInput: unknown method, heads that do not divide or of a size that cannot be,
+        texts for a method that uses none, or too few to refit outputs.
     """
-    recipe |= {'num_kv_heads': num_kv_heads, 'method': method}
-    if unknown := sorted(recipe.keys() - plan.Recipe.__dataclass_fields__.keys()):
-      raise BadInput(f'convert knows no {", ".join(unknown)}; see its docstring')
-    if all(v is None for name, v in recipe.items() if name.endswith('kv_heads')):
-      raise BadInput('num_kv_heads is missing')
-    if texts is not None and recipe.get('statistics'):
-      raise BadInput('texts and statistics were given; leave one of them out')
-    uses = methods.get_method(method).uses_inputs
-    uses = uses or recipe.get('grouping') == 'similarity'
-    if texts is not None and not uses:
-      raise BadInput(
-        f'texts were given, and method={method!r} uses none; leave them out'
-      )
+    recipe |= {'num_kv_heads': num_kv_heads, 'kv_head_dim': kv_head_dim}
+    recipe['method'] = method
+    recipes.check(recipe, texts, refit_outputs)
     with tempfile.TemporaryDirectory() as folder:
-      if texts is not None:
+      if texts is not None and recipes.uses_statistics(recipe):
         recipe['statistics'] = os.path.join(folder, 'statistics.npz')
         encoder = recipe.get('encoder_num_kv_heads') is not None
         self.calibrate(texts, recipe['statistics'], batch_size, encoder)
-      host = jax.tree.map(np.asarray, self.params)
-      params = plan.convert_params(host, **recipe)
+      model = self._converted(recipe)
+      if refit_outputs:
+        sums = os.path.join(folder, 'sums.npz')
+        model._collect_outputs(self, texts, sums, batch_size)
+        model = model._converted({'refit_outputs': sums})
+    return model
+
+  def _converted(self, recipe: dict[str, Any]) -> 'Model':
+    """The model that `plan.convert_params` makes by the fields of a `plan.Recipe`."""
+    params = plan.convert_params(jax.tree.map(np.asarray, self.params), **recipe)
     dtype = self.config.dtype
     params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
     shapes = {name: x.shape for name, x in tree.flatten(params)}
@@ -150,25 +161,47 @@ class Model:
 
     The file is that of `python -m gqa_t5x.calibrate`; it serves every number of heads.
     """
+    function = (programs.sum_inputs, self._module, include_encoder, self.params)
+    totals, info = self._add_up(texts, batch_size, *function)
+    statistics = input_sums.mean_statistics(totals)
+    info['kernels'] = self._samples(statistics)
+    input_statistics.write_statistics(path, statistics, info)
+
+  def _collect_outputs(
+    self, original: 'Model', texts: Sequence[Any], path: str, batch_size: int
+  ) -> None:
+    """Runs texts through the original model, and writes what refits this one to it."""
+    function = (programs.sum_outputs, original._module, self.config)
+    params = (original.params, self.params)
+    totals, info = original._add_up(texts, batch_size, *function, *params)
+    sums = input_sums.means(totals)
+    info['kernels'] = self._samples(sums)
+    output_refit.write_sums(path, sums, info)
+
+  def _add_up(
+    self, texts: Sequence[Any], batch_size: int, *function: Any
+  ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Adds up what a function returns for examples of texts.
+
+    Args:
+      *function: a compiled program, and what it takes before inputs, targets and start.
+
+    Returns:
+      The totals, and what they are of.
+    """
     found, totals = self.examples(texts), {}
     columns = [[e.inputs for e in found], [e.targets for e in found]]
     with tqdm(total=len(found), desc='Calibrating', unit='text', disable=None) as bar:
       for batch in examples.batches(columns, batch_size):
-        inputs, targets = batch.arrays
-        sums = self._run(
-          programs.sum_inputs,
-          self._module,
-          include_encoder,
-          self.params,
-          inputs,
-          targets,
-          self._start,
-        )
+        sums = self._run(*function, *batch.arrays, self._start)
         input_sums.add_sums(totals, sums)
         bar.update(len(batch.rows))
-    info = {'num_texts': len(found)}
-    statistics = input_sums.mean_statistics(totals)
-    input_statistics.write_statistics(path, statistics, info)
+    tokens = {stack: int(totals[stack]) for stack in ('encoder', 'decoder')}
+    return totals, {'num_texts': len(found), 'num_tokens': tokens}
+
+  def _samples(self, modules: Iterable[str]) -> dict[str, Any]:
+    params = {name: LazyTensor.of(x) for name, x in tree.flatten(self.params)}
+    return module_arrays.samples(params, modules)
 
   # --- Text to text -------------------------------------------------------------
 
@@ -230,7 +263,7 @@ class Model:
         best = range(len(tokens) - 1, len(tokens) - 1 - num_decodes, -1)
         results[i] = [(self._texts.text(tokens[d]), scores[d]) for d in best]
         bar.update()
-    return _shaped(results, num_decodes == 1, return_scores)
+    return shaped(results, num_decodes == 1, return_scores)
 
   def _decode(
     self,
@@ -364,14 +397,3 @@ class Model:
     args = [put(x) if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in args]
     with entered:
       return function(*args)
-
-
-def _shaped(
-  results: Sequence[Sequence[tuple[Any, float]]], one: bool, with_scores: bool
-) -> Any:
-  """Texts, or lists of them, and with scores a pair of that and of the scores."""
-  texts = [r[0][0] if one else [text for text, _ in r] for r in results]
-  if not with_scores:
-    return texts
-  scores = [[float(score) for _, score in r] for r in results]
-  return texts, [s[0] for s in scores] if one else scores

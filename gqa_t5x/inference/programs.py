@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gqa_t5x.conversion import input_sums
+from gqa_t5x.conversion import input_sums, output_sums
 from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
 
@@ -102,3 +102,10 @@ def sum_inputs(module, include_encoder, params, inputs_BS, targets_BT, start):
   """Returns what `input_sums.sum_inputs` does, of a batch of examples."""
   features = _features(inputs_BS, targets_BT, start)
   return input_sums.sum_inputs(module, params, features, include_encoder)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))
+def sum_outputs(original, converted, originals, params, inputs_BS, targets_BT, start):
+  """Returns what `output_sums.sum_outputs` does, of a batch of examples."""
+  features = _features(inputs_BS, targets_BT, start)
+  return output_sums.sum_outputs(original, originals, converted, params, features)

@@ -96,3 +96,14 @@ class Texts:
 
 def _has_texts(values: Sequence[Any]) -> bool:
   return any(isinstance(value, str) for value in values)
+
+
+def shaped(
+  results: Sequence[Sequence[tuple[Any, float]]], one: bool, with_scores: bool
+) -> Any:
+  """Texts, or lists of them, and with scores a pair of that and of the scores."""
+  texts = [r[0][0] if one else [text for text, _ in r] for r in results]
+  if not with_scores:
+    return texts
+  scores = [[float(score) for _, score in r] for r in results]
+  return texts, [s[0] for s in scores] if one else scores

@@ -1,9 +1,12 @@
 """Grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245).
 
 K key/value heads serve N query heads, G = N / K each: K = N is multi-head, K = 1
-multi-query attention, and one path computes them all. Letters as in axes.py.
+multi-query attention, and one path computes them all. A key/value head may have a size
+of its own, R: T5 has no rotary embedding, so nothing ties it to H, the size of a query
+head. Letters as in axes.py.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +16,7 @@ from flax import linen as nn
 from jax import Array
 
 from gqa_t5x.model import axes, decode_cache, sharding, tpu_matvec
-from gqa_t5x.model.dense import Dense
+from gqa_t5x.model.dense import Dense, PerHead
 
 KERNEL_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 # Masked logits get this value, as in T5X, or the least of their dtype: a fully masked
@@ -24,9 +27,9 @@ QUERY_AXES = (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
 
 
 def grouped_attention(
-  q_BTNH: Array,
-  k_BKHS: Array,
-  v_BKSH: Array,
+  q_BTNR: Array,
+  k_BKRS: Array,
+  v_BKSR: Array,
   *,
   mask: Array | None = None,
   bias: Array | None = None,
@@ -40,7 +43,7 @@ def grouped_attention(
   sqrt(H): the query initialiser does.
 
   Args:
-    k_BKHS: each head transposed, so that both products read rows.
+    k_BKRS: each head transposed, so that both products read rows.
     mask: bool, broadcastable to `[B, 1, T, S]`; True where a query may look.
     bias: `[B or 1, N, T or 1, S]`, added to the logits.
     float32_logits: accumulate logits and softmax in float32 whatever the dtype.
@@ -48,18 +51,18 @@ def grouped_attention(
       mask and bias then cover S + P positions.
 
   Returns:
-    `[B, T, N, H]` in the dtype of the queries.
+    `[B, T, N, R]` in the dtype of the queries.
 
   Source: GQA, section 2.2.
   """
-  B, T, N, H = q_BTNH.shape
-  K = k_BKHS.shape[1]
+  B, T, N, R = q_BTNR.shape
+  K = k_BKRS.shape[1]
   axes.check_heads(N, K)
-  q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
+  q_BKGTR = jnp.moveaxis(q_BTNR.reshape(B, T, K, N // K, R), 1, 3)
   logits_dtype = jnp.float32 if float32_logits else None
-  logits_BKGTS = _logits(q_BKGTH, k_BKHS, logits_dtype)
+  logits_BKGTS = _logits(q_BKGTR, k_BKRS, logits_dtype)
   if pending is not None:
-    pending_BKGTP = _logits(q_BKGTH, pending[0], logits_dtype)
+    pending_BKGTP = _logits(q_BKGTR, pending[0], logits_dtype)
     logits_BKGTS = jnp.concatenate([logits_BKGTS, pending_BKGTP], axis=-1)
   if bias is not None:
     bias_BKGTS = bias.reshape(-1, K, N // K, *bias.shape[2:])
@@ -67,28 +70,34 @@ def grouped_attention(
   if mask is not None:
     masked = max(MASKED_LOGIT, float(jnp.finfo(logits_BKGTS.dtype).min))
     logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, masked)
-  probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS).astype(q_BTNH.dtype))
-  S = v_BKSH.shape[2]
-  out_BKGTH = _weighted_sum(probs_BKGTS[..., :S], v_BKSH)
+  probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS).astype(q_BTNR.dtype))
+  S = v_BKSR.shape[2]
+  out_BKGTR = _weighted_sum(probs_BKGTS[..., :S], v_BKSR)
   if pending is not None:
-    out_BKGTH += _weighted_sum(probs_BKGTS[..., S:], pending[1])
-  return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
+    out_BKGTR += _weighted_sum(probs_BKGTS[..., S:], pending[1])
+  return jnp.moveaxis(out_BKGTR, 3, 1).reshape(B, T, N, R)
 
 
-def _logits(q_BKGTH: Array, k_BKHS: Array, dtype: Any) -> Array:
-  if tpu_matvec.is_matvec(q_BKGTH):
-    return tpu_matvec.logits(q_BKGTH, k_BKHS, dtype)
-  return jnp.einsum('BKGTH,BKHS->BKGTS', q_BKGTH, k_BKHS, preferred_element_type=dtype)
+def _logits(q_BKGTR: Array, k_BKRS: Array, dtype: Any) -> Array:
+  if tpu_matvec.is_matvec(q_BKGTR):
+    return tpu_matvec.logits(q_BKGTR, k_BKRS, dtype)
+  return jnp.einsum('BKGTR,BKRS->BKGTS', q_BKGTR, k_BKRS, preferred_element_type=dtype)
 
 
-def _weighted_sum(probs_BKGTS: Array, v_BKSH: Array) -> Array:
+def _weighted_sum(probs_BKGTS: Array, v_BKSR: Array) -> Array:
   if tpu_matvec.is_matvec(probs_BKGTS):
-    return tpu_matvec.weighted_sum(probs_BKGTS, v_BKSH)
-  return jnp.einsum('BKGTS,BKSH->BKGTH', probs_BKGTS, v_BKSH)
+    return tpu_matvec.weighted_sum(probs_BKGTS, v_BKSR)
+  return jnp.einsum('BKGTS,BKSR->BKGTR', probs_BKGTS, v_BKSR)
 
 
 class GroupedQueryAttention(nn.Module):
-  """Projections and dropout around `grouped_attention`; keys and values are cached."""
+  """Projections and dropout around `grouped_attention`; keys and values are cached.
+
+  Where R is not H, what a head reads of a key is a map of its own, `key_up`. It goes to
+  the queries instead, (x U) q = x (U q), so that K heads of R numbers are all that is
+  kept; and `value_up` to the weighted sums. Source: DeepSeek-V2 (2405.04434), section
+  2.1, without its detour for rotary embeddings.
+  """
 
   num_heads: int
   num_kv_heads: int
@@ -96,6 +105,7 @@ class GroupedQueryAttention(nn.Module):
   dtype: Any = jnp.float32
   dropout_rate: float = 0.0  # On the probabilities, broadcast over query length.
   float32_logits: bool = False  # While decoding in any case.
+  kv_head_dim: int | None = None  # R; None: H.
 
   @nn.compact
   def __call__(
@@ -115,32 +125,37 @@ class GroupedQueryAttention(nn.Module):
     value is repeated. Mask and bias, as in `grouped_attention`, then have those B and
     T. `cache_index` is that of `decode_cache.Positions`, in self-attention alone.
     """
-    N, H = self.num_heads, self.head_dim
+    N, H, R = self.num_heads, self.head_dim, self._kv_size
     B, T, D = inputs_q.shape
-    q_BTNH = self._project_q(inputs_q)
-    k_BKHS, v_BKSH, pending, kept = decode_cache.keys_and_values(
+    q_BTNR = self._map_heads('key_up', 'BTNH,RNH->BTNR', self._project_q(inputs_q))
+    k_BKRS, v_BKSR, pending, kept = decode_cache.keys_and_values(
       self, inputs_kv, self._project_kv, cache_index
     )
     # Queries go where kept keys and values lie, never the reverse.
     _, _, cache_heads = axes.kv_axes(N, self.num_kv_heads)
     kept_axes = (axes.CACHE_BATCH, axes.LENGTH, cache_heads, axes.HEAD_DIM)
     meeting_axes = kept_axes if kept else QUERY_AXES
-    q_BTNH = q_BTNH.reshape(len(k_BKHS), -1, N, H)
-    out_BTNH = grouped_attention(
-      sharding.constrain(q_BTNH, meeting_axes),
-      k_BKHS,
-      v_BKSH,
+    q_BTNR = q_BTNR.reshape(len(k_BKRS), -1, N, R)
+    out_BTNR = grouped_attention(
+      sharding.constrain(q_BTNR, meeting_axes),
+      k_BKRS,
+      v_BKSR,
       mask=mask,
       bias=bias,
       float32_logits=self.float32_logits or kept,
       dropout=self._dropout(deterministic),
       pending=pending,
     )
-    out_BTNH = sharding.constrain(out_BTNH, meeting_axes).reshape(B, T, N, H)
-    out_BTX = sharding.constrain(out_BTNH, QUERY_AXES).reshape(B, T, N * H)
+    out_BTNR = sharding.constrain(out_BTNR, meeting_axes).reshape(B, T, N, R)
+    out_BTNR = sharding.constrain(out_BTNR, QUERY_AXES)
+    out_BTNH = self._map_heads('value_up', 'BTNR,RNH->BTNH', out_BTNR)
     return Dense(
       D, (axes.JOINED_HEADS, axes.EMBED), self.dtype, KERNEL_INIT, name='out'
-    )(out_BTX)
+    )(out_BTNH.reshape(B, T, N * H))
+
+  @property
+  def _kv_size(self) -> int:
+    return self.head_dim if self.kv_head_dim is None else self.kv_head_dim
 
   def _project_q(self, x_BTD: Array) -> Array:
     """Projects to `[B, T, N, H]`; the initialiser holds T5's 1 / sqrt(H)."""
@@ -149,25 +164,33 @@ class GroupedQueryAttention(nn.Module):
       return KERNEL_INIT(*args) / jnp.sqrt(self.head_dim).astype(self.dtype)
 
     x_BTD = sharding.constrain(x_BTD, INPUT_AXES)
-    q_BTNH = self._project(
-      'query', x_BTD, self.num_heads, axes.JOINED_HEADS, query_init
-    )
+    sizes = self.num_heads, self.head_dim
+    q_BTNH = self._project('query', x_BTD, sizes, axes.JOINED_HEADS, query_init)
     return sharding.constrain(q_BTNH, QUERY_AXES)
 
   def _project_kv(self, x_BSD: Array) -> tuple[Array, Array]:
-    """Projects to keys `[B, K, H, S]` and values `[B, K, S, H]`."""
-    K = self.num_kv_heads
-    _, joined_axis, _ = axes.kv_axes(self.num_heads, K)
+    """Projects to keys `[B, K, R, S]` and values `[B, K, S, R]`."""
+    sizes = self.num_kv_heads, self._kv_size
+    _, joined_axis, _ = axes.kv_axes(self.num_heads, self.num_kv_heads)
     # Or the layout of the cache would spread to all activations.
     x_BSD = sharding.constrain(x_BSD, INPUT_AXES)
-    k_BKHS = jnp.einsum('BSKH->BKHS', self._project('key', x_BSD, K, joined_axis))
-    v_BKSH = jnp.einsum('BSKH->BKSH', self._project('value', x_BSD, K, joined_axis))
-    return k_BKHS, v_BKSH
+    k_BKRS = jnp.einsum('BSKR->BKRS', self._project('key', x_BSD, sizes, joined_axis))
+    v_BKSR = jnp.einsum('BSKR->BKSR', self._project('value', x_BSD, sizes, joined_axis))
+    return k_BKRS, v_BKSR
 
-  def _project(self, name, x_BTD, heads, joined_axis, init=KERNEL_INIT) -> Array:
-    width, kernel_axes = heads * self.head_dim, (axes.EMBED, joined_axis)
-    x_BTX = Dense(width, kernel_axes, self.dtype, init, name=name)(x_BTD)
-    return x_BTX.reshape(*x_BTX.shape[:2], heads, self.head_dim)
+  def _project(self, name, x_BTD, sizes, joined_axis, init=KERNEL_INIT) -> Array:
+    """Projects to heads: `sizes` are their number, and the size of each."""
+    kernel_axes = axes.EMBED, joined_axis
+    x_BTX = Dense(math.prod(sizes), kernel_axes, self.dtype, init, name=name)(x_BTD)
+    return x_BTX.reshape(*x_BTX.shape[:2], *sizes)
+
+  def _map_heads(self, name: str, einsum: str, x_BTNX: Array) -> Array:
+    """Maps each query head from its size to that of K/V heads, or back."""
+    if self._kv_size == self.head_dim:
+      return x_BTNX
+    shape_RNH = self._kv_size, self.num_heads, self.head_dim
+    x_BTNX = PerHead(shape_RNH, self.dtype, KERNEL_INIT, name=name)(einsum, x_BTNX)
+    return sharding.constrain(x_BTNX, QUERY_AXES)
 
   def _dropout(self, deterministic: bool) -> Callable[[Array], Array]:
     """Returns dropout on the probabilities; all queries of a row drop the same keys."""

@@ -1,7 +1,7 @@
 """One notation for every array, and how each of its dimensions is sharded.
 
 The letters name dimensions in variables, signatures and einsum strings of the
-whole project (`q_BTNH`, `'BKGTH,BKHS->BKGTS'`):
+whole project (`q_BTNR`, `'BKGTR,BKRS->BKGTS'`):
 
 | letter | meaning           | logical axis             | T5X's rule for it      |
 |--------|-------------------|--------------------------|------------------------|
@@ -17,10 +17,12 @@ whole project (`q_BTNH`, `'BKGTH,BKHS->BKGTS'`):
 | K      | key/value heads   | kv_heads (heads if MHA)  | `kv_head_rules`        |
 | G      | N / K             | -                        | -                      |
 | H      | head size         | kv                       | replicated             |
+| R      | K/V head size     | kv                       | replicated             |
 | N*H    | query kernel      | joined_kv                | model                  |
-| K*H    | key/value kernel  | joined_kv_heads          | `kv_head_rules`        |
+| K*R    | key/value kernel  | joined_kv_heads          | `kv_head_rules`        |
 
-Query head n reads key/value head n // G: groups are contiguous.
+Query head n reads K/V head n // G: groups are contiguous. R is H but in the latent form
+(attention.py), whose kernels between R and N*H are split as the query's.
 
 K/V heads have names of their own because T5X shards `heads` and `joined_kv` over
 the model axis: with fewer K/V heads than model partitions that would cut inside a
@@ -57,8 +59,18 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
     )
 
 
+def check_kv_head_dim(num_heads: int, head_dim: int, kv_head_dim: int) -> None:
+  """Raises ValueError unless 1 <= R <= N*H: all heads have no more to share."""
+  most = num_heads * head_dim
+  if not 1 <= kv_head_dim <= most:
+    raise ValueError(
+      f'kv_head_dim={kv_head_dim} must be from 1 to num_heads * head_dim ='
+      f' {num_heads} * {head_dim} = {most}.'
+    )
+
+
 def kv_axes(num_heads: int, num_kv_heads: int) -> tuple[str, str, str]:
-  """Returns the axes of K, of K*H, and of N where queries meet kept keys and values.
+  """Returns the axes of K, of K*R, and of N where queries meet kept keys and values.
 
   With as many K/V heads as query heads these are T5X's own names, so that an MHA
   model is sharded exactly as T5X's.

@@ -2,10 +2,10 @@
 
 In the collection `cache`, for each layer of self-attention:
 
-  cached_key     [B, K, H, S * n]  so that both products of a decode step read rows;
-  cached_value   [B, K, S * n, H]  position s has one slot a beam, s * n + beam
-  pending_key    [P, B, n, K, H]   the latest positions, not yet in the cache; only
-  pending_value  [P, B, n, K, H]   on a TPU
+  cached_key     [B, K, R, S * n]  so that both products of a decode step read rows;
+  cached_value   [B, K, S * n, R]  position s has one slot a beam, s * n + beam
+  pending_key    [P, B, n, K, R]   the latest positions, not yet in the cache; only
+  pending_value  [P, B, n, K, R]   on a TPU
 
 and once, for the decoder:
 
@@ -14,7 +14,7 @@ and once, for the decoder:
   slots              [B, n, S]  whose slot at position s holds the past of beam i
   pending_positions  [P]        which positions are pending
 
-  B batch   n beams   S positions   P pending ones
+  B batch   n beams   S positions   P pending ones   R size of a key/value head
 
 The collection `encoded_kv` holds `cached_key` and `cached_value` of the encoded inputs
 for each layer of cross-attention: they are computed once, for all steps.
@@ -55,8 +55,8 @@ class _Kind(NamedTuple):
 
 
 _KINDS = (
-  _Kind('cached_key', 'pending_key', 3, 'BKHn->BnKH', 'PBnKH->BKHPn'),
-  _Kind('cached_value', 'pending_value', 2, 'BKnH->BnKH', 'PBnKH->BKPnH'),
+  _Kind('cached_key', 'pending_key', 3, 'BKRn->BnKR', 'PBnKR->BKRPn'),
+  _Kind('cached_value', 'pending_value', 2, 'BKnR->BnKR', 'PBnKR->BKPnR'),
 )
 
 # --- For attention ------------------------------------------------------------
@@ -65,8 +65,8 @@ _KINDS = (
 class KeysAndValues(NamedTuple):
   """What the queries of a call attend to."""
 
-  k_BKHS: Array
-  v_BKSH: Array
+  k_BKRS: Array
+  v_BKSR: Array
   pending: Sequence[Array] | None = None  # Keys and values of P more positions.
   kept: bool = True  # Whether decoding keeps these arrays: queries go where they lie.
 
@@ -82,8 +82,8 @@ def keys_and_values(
   Args:
     layer: a `GroupedQueryAttention`.
     inputs_kv: `[B * n, T, D]`; not looked at once `encoded_kv` holds keys and values.
-    project: from `[B, n * T, D]` to keys `[B, K, H, n * T]` and values
-      `[B, K, n * T, H]`.
+    project: from `[B, n * T, D]` to keys `[B, K, R, n * T]` and values
+      `[B, K, n * T, R]`.
     index: of `Positions`: appends to the cache. None: there is no cache; keys and
       values are kept in `encoded_kv` if a caller makes that mutable.
   """
@@ -123,20 +123,20 @@ def _append(layer, inputs_kv, project, index) -> KeysAndValues:
 
 def _put_pending(layer: nn.Module, kind: _Kind, new: Array, index: Array) -> Array:
   """Adds a position to the pending ones; returns all in the layout of the cache."""
-  x_PBnKH = layer.get_variable(CACHE, kind.pending)
-  new_BnKH = jnp.einsum(kind.to_pending, new)
-  x_PBnKH = lax.dynamic_update_index_in_dim(x_PBnKH, new_BnKH, index, axis=0)
+  x_PBnKR = layer.get_variable(CACHE, kind.pending)
+  new_BnKR = jnp.einsum(kind.to_pending, new)
+  x_PBnKR = lax.dynamic_update_index_in_dim(x_PBnKR, new_BnKR, index, axis=0)
   kv_heads, _, _ = axes.kv_axes(layer.num_heads, layer.num_kv_heads)
-  x_PBnKH = sharding.constrain(
-    x_PBnKH, (None, axes.CACHE_BATCH, None, kv_heads, axes.HEAD_DIM)
+  x_PBnKR = sharding.constrain(
+    x_PBnKR, (None, axes.CACHE_BATCH, None, kv_heads, axes.HEAD_DIM)
   )
-  layer.put_variable(CACHE, kind.pending, x_PBnKH)
-  return _in_cache_layout(kind, x_PBnKH)
+  layer.put_variable(CACHE, kind.pending, x_PBnKR)
+  return _in_cache_layout(kind, x_PBnKR)
 
 
-def _in_cache_layout(kind: _Kind, x_PBnKH: Array) -> Array:
-  """Returns pending keys as `[B, K, H, P * n]`, or values as `[B, K, P * n, H]`."""
-  return lax.collapse(jnp.einsum(kind.to_cached, x_PBnKH), kind.axis, kind.axis + 2)
+def _in_cache_layout(kind: _Kind, x_PBnKR: Array) -> Array:
+  """Returns pending keys as `[B, K, R, P * n]`, or values as `[B, K, P * n, R]`."""
+  return lax.collapse(jnp.einsum(kind.to_cached, x_PBnKR), kind.axis, kind.axis + 2)
 
 
 def _write(cached: Array, new: Array, index: Array, axis: int) -> Array:
@@ -161,11 +161,11 @@ def _shard(
   layer: nn.Module, arrays: Sequence[Array], rows: str = axes.CACHE_BATCH
 ) -> tuple[Array, Array]:
   """Shards keys and values; `rows` is the logical axis of B."""
-  k_BKHS, v_BKSH = arrays
+  k_BKRS, v_BKSR = arrays
   kv_heads, _, _ = axes.kv_axes(layer.num_heads, layer.num_kv_heads)
   return (
-    sharding.constrain(k_BKHS, (rows, kv_heads, axes.HEAD_DIM, axes.LENGTH)),
-    sharding.constrain(v_BKSH, (rows, kv_heads, axes.LENGTH, axes.HEAD_DIM)),
+    sharding.constrain(k_BKRS, (rows, kv_heads, axes.HEAD_DIM, axes.LENGTH)),
+    sharding.constrain(v_BKSR, (rows, kv_heads, axes.LENGTH, axes.HEAD_DIM)),
   )
 
 
@@ -254,12 +254,12 @@ def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:
 def with_beams(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
   """Returns an empty cache with a slot for every beam at every position."""
 
-  B, K, S, H = _shape(cache)
+  B, K, S, R = _shape(cache)
 
   def widen(layer):
     return layer | {
-      'cached_key': jnp.zeros((B, K, H, S * beams), layer['cached_key'].dtype),
-      'cached_value': jnp.zeros((B, K, S * beams, H), layer['cached_value'].dtype),
+      'cached_key': jnp.zeros((B, K, R, S * beams), layer['cached_key'].dtype),
+      'cached_value': jnp.zeros((B, K, S * beams, R), layer['cached_value'].dtype),
     }
 
   return _set(_in_each_layer(cache, widen), slots=_own_slots(B, beams, S))
@@ -276,11 +276,11 @@ def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
 
 def with_pending(cache: Mapping[str, Any], beams: int) -> tuple[dict[str, Any], int]:
   """Returns a cache with room for pending keys and values, and P: flush it by then."""
-  B, K, slots, H = _shape(cache)
+  B, K, slots, R = _shape(cache)
   P = min(MAX_PENDING, slots // beams)
 
   def add(layer):
-    empty = jnp.zeros((P, B, beams, K, H), layer['cached_value'].dtype)
+    empty = jnp.zeros((P, B, beams, K, R), layer['cached_value'].dtype)
     return layer | {kind.pending: empty for kind in _KINDS}
 
   return _pending_from_now(_in_each_layer(cache, add), P), P
@@ -328,6 +328,6 @@ def _set(cache: Mapping[str, Any], **variables: Array) -> dict[str, Any]:
 
 
 def _shape(cache: Mapping[str, Any]) -> tuple[int, ...]:
-  """Returns the shape of cached values, `[B, K, S * n, H]`, that all layers have."""
+  """Returns the shape of cached values, `[B, K, S * n, R]`, that all layers have."""
   leaves = jax.tree_util.tree_leaves_with_path(cache)
   return next(x.shape for path, x in leaves if path[-1].key == 'cached_value')

@@ -1,5 +1,6 @@
 """The linear map of all layers: T5X's parameters, and a form that is fast to decode."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,11 @@ from flax import linen as nn
 from flax.linen.partitioning import param_with_axes
 from jax import Array, lax
 
+from gqa_t5x.model import axes
+
 TRANSPOSED = 'transposed'  # The collection of kernels `[out, in]`.
+# How those of a `PerHead` are made, by its name.
+PER_HEAD = {'key_up': 'RNH->NRH', 'value_up': 'RNH->NHR'}
 
 
 class Dense(nn.Module):
@@ -30,9 +35,9 @@ class Dense(nn.Module):
     """
     if self.has_variable(TRANSPOSED, 'kernel'):
       kernel_FD = self.get_variable(TRANSPOSED, 'kernel')
-      y_FR = self._dot(kernel_FD, x.reshape(-1, x.shape[-1]).T)
+      y_FX = _product(jnp.dot, kernel_FD, x.reshape(-1, x.shape[-1]).T, self.dtype)
       # Without the barrier the compiler would undo the transposition.
-      return lax.optimization_barrier(y_FR).T.reshape(*x.shape[:-1], self.features)
+      return lax.optimization_barrier(y_FX).T.reshape(*x.shape[:-1], self.features)
     kernel = param_with_axes(
       'kernel',
       self.kernel_init,
@@ -40,10 +45,38 @@ class Dense(nn.Module):
       jnp.float32,
       axes=self.kernel_axes,
     )
-    return self._dot(x, kernel)
+    return _product(jnp.dot, x, kernel, self.dtype)
 
-  def _dot(self, x: Array, y: Array) -> Array:
-    if x.dtype == y.dtype and jnp.promote_types(x.dtype, self.dtype) == self.dtype:
-      # Of bfloat16 parameters a wider copy would be written and read at every step.
-      return jnp.dot(x, y, preferred_element_type=self.dtype)
-    return jnp.dot(x.astype(self.dtype), y.astype(self.dtype))
+
+class PerHead(nn.Module):
+  """A linear map of each head by itself, between H numbers and R; else as `Dense`."""
+
+  shape_RNH: tuple[int, int, int]  # The kernel is `[R, N*H]`.
+  dtype: Any
+  kernel_init: Callable[..., Array]
+
+  @nn.compact
+  def __call__(self, einsum: str, x_BTNX: Array) -> Array:
+    """Maps heads by 'BTNH,RNH->BTNR', or by 'BTNR,RNH->BTNH'.
+
+    In the collection `transposed` the kernel is `[N, out, in]`.
+    """
+    R, N, H = self.shape_RNH
+    if self.has_variable(TRANSPOSED, 'kernel'):
+      kernel = self.get_variable(TRANSPOSED, 'kernel')
+      before, after = einsum[:4], einsum[-4:]
+      einsum = f'{before},N{after[-1]}{before[-1]}->{after}'
+    else:
+      kernel_axes = axes.HEAD_DIM, axes.JOINED_HEADS
+      kernel = param_with_axes(
+        'kernel', self.kernel_init, (R, N * H), jnp.float32, axes=kernel_axes
+      ).reshape(R, N, H)
+    product = functools.partial(jnp.einsum, einsum)
+    return _product(product, x_BTNX, kernel, self.dtype)
+
+
+def _product(product: Callable[..., Array], x: Array, y: Array, dtype: Any) -> Array:
+  if x.dtype == y.dtype and jnp.promote_types(x.dtype, dtype) == dtype:
+    # Of bfloat16 parameters a wider copy would be written and read at every step.
+    return product(x, y, preferred_element_type=dtype)
+  return product(x.astype(dtype), y.astype(dtype))

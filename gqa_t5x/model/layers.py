@@ -155,7 +155,7 @@ class EncoderLayer(nn.Module):
     cfg = self.config
     mask, bias = shared or mask_and_bias(cfg, at, bidirectional=True)
     y = layer_norm(cfg, 'pre_attention_layer_norm')(x_BTD)
-    y = _attention(cfg, cfg.encoder_kv, 'attention')(
+    y = _attention(cfg, cfg.encoder_kv, cfg.head_dim, 'attention')(
       y, y, mask, bias, deterministic=deterministic
     )
     x_BTD = x_BTD + dropout(cfg, y, deterministic)
@@ -172,23 +172,24 @@ class DecoderLayer(nn.Module):
     cfg = self.config
     mask, bias = shared or mask_and_bias(cfg, at, bidirectional=False)
     y = layer_norm(cfg, 'pre_self_attention_layer_norm')(x_BTD)
-    y = _attention(cfg, cfg.self_kv, 'self_attention')(
+    y = _attention(cfg, cfg.self_kv, cfg.kv_size, 'self_attention')(
       y, y, mask, bias, cache_index=at.index, deterministic=deterministic
     )
     x_BTD = x_BTD + dropout(cfg, y, deterministic)
     y = layer_norm(cfg, 'pre_cross_attention_layer_norm')(x_BTD)
-    y = _attention(cfg, cfg.cross_kv, 'encoder_decoder_attention')(
+    y = _attention(cfg, cfg.cross_kv, cfg.kv_size, 'encoder_decoder_attention')(
       y, encoded_BSD, cross_mask, deterministic=deterministic
     )
     x_BTD = x_BTD + dropout(cfg, y, deterministic)
     return x_BTD + _mlp(cfg, x_BTD, deterministic)
 
 
-def _attention(cfg: Any, num_kv_heads: int, name: str) -> nn.Module:
+def _attention(cfg: Any, num_kv_heads: int, kv_head_dim: int, name: str) -> nn.Module:
   return attention.GroupedQueryAttention(
     num_heads=cfg.num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=cfg.head_dim,
+    kv_head_dim=kv_head_dim,
     dtype=cfg.dtype,
     dropout_rate=cfg.dropout_rate,
     float32_logits=cfg.float32_attention_logits,

@@ -37,6 +37,7 @@ class T5Config:
     self_attention_num_kv_heads, cross_attention_num_kv_heads: K of one kind, if it
       differs.
     encoder_num_kv_heads: K of the encoder; None means all heads, as in the paper.
+    kv_head_dim: R, the size of a key/value head of the decoder; None means head_dim.
     relpos_per_layer: every layer has a position bias of its own (umT5); else the layers
       of a stack share one.
     relpos_num_buckets, relpos_max_distance: of relative positions, the latter in
@@ -46,8 +47,8 @@ class T5Config:
       results of weight matrix products, 'full' keeps only each layer's input.
 
   Raises:
-    ValueError: for heads that do not divide, an unknown policy, and numbers that make
-      no sense.
+    ValueError: for heads that do not divide, or share more than there is, an unknown
+      policy, and numbers that make no sense.
   """
 
   vocab_size: int
@@ -66,6 +67,7 @@ class T5Config:
   self_attention_num_kv_heads: int | None = None
   cross_attention_num_kv_heads: int | None = None
   encoder_num_kv_heads: int | None = None
+  kv_head_dim: int | None = None
   relpos_per_layer: bool = False
   relpos_num_buckets: int = 32
   relpos_max_distance: int = 128
@@ -83,6 +85,7 @@ class T5Config:
       )
     for num_kv_heads in (self.encoder_kv, self.self_kv, self.cross_kv):
       axes.check_heads(self.num_heads, num_kv_heads)
+    axes.check_kv_head_dim(self.num_heads, self.head_dim, self.kv_size)
     if self.remat_policy not in REMAT_POLICIES:
       known = ', '.join(REMAT_POLICIES)
       raise ValueError(f'remat_policy={self.remat_policy!r}; choose one of {known}.')
@@ -99,6 +102,11 @@ class T5Config:
   @property
   def encoder_kv(self) -> int:
     return _first(self.encoder_num_kv_heads, self.num_heads)
+
+  @property
+  def kv_size(self) -> int:
+    """R of the decoder's attention; the encoder's is H."""
+    return _first(self.kv_head_dim, self.head_dim)
 
 
 def _first(*numbers: int | None) -> int:

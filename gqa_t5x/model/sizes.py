@@ -68,6 +68,7 @@ def from_checkpoint(architecture: Any, model_config: Any) -> dict[str, Any]:
     self_attention_num_kv_heads=heads['self_attention'],
     cross_attention_num_kv_heads=heads['cross_attention'],
     encoder_num_kv_heads=heads['encoder'],
+    kv_head_dim=architecture.kv_head_dim,
     relpos_per_layer=architecture.bias_per_layer,
     relpos_num_buckets=model_config.relpos_num_buckets,
     relpos_max_distance=model_config.relpos_max_distance,

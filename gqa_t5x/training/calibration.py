@@ -1,5 +1,6 @@
 """Runs a function of parameters and batches over a task, laid out as in training."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from t5x import models, partitioning, utils
 
-from gqa_t5x.checkpoints import folders
+from gqa_t5x.checkpoints import folders, tree
 from gqa_t5x.checkpoints.tree import TARGET
+from gqa_t5x.model import network
 from gqa_t5x.training import restore
 
 Array = jax.Array
@@ -20,23 +22,26 @@ Batch = Mapping[str, np.ndarray]
 
 
 def map_batches(
-  function: Callable[[Any, Mapping[str, Array]], Any],
+  function: Callable[..., Any],
   *,
   model: models.BaseTransformerModel,
   dataset_cfg: utils.DatasetConfig,
   restore_checkpoint_cfg: utils.RestoreCheckpointConfig,
   partitioner: partitioning.PjitPartitioner,
   num_sequences: int,
+  original: tuple[models.BaseTransformerModel, str] | None = None,
 ) -> tuple[int, Iterator[tuple[int, Any]]]:
   """Applies a function to a checkpoint's parameters and each batch of a task.
 
   Args:
-    function: (parameters, batch of model features) -> arrays; it is compiled.
+    function: (parameters, batch of model features) -> arrays; it is compiled. With an
+      original, its parameters come in between.
     model: of `gqa_t5x.training.models`.
     dataset_cfg: the data.
     restore_checkpoint_cfg: the checkpoint, mode "specific".
     partitioner: T5X's.
     num_sequences: rows to read, at most.
+    original: another model and its checkpoint.
 
   Returns:
     The checkpoint's step, and an iterator of (rows, what the function returned); the
@@ -48,17 +53,45 @@ def map_batches(
   utils.verify_matching_vocabs(dataset_cfg, model)
   path, dtype = restore_checkpoint_cfg.path, restore_checkpoint_cfg.dtype
   values, layout, step = _restore_params(model, partitioner, path, dtype)
+  values, layouts = [values], [layout]
+  if original is not None:
+    more, layout, _ = _restore_params(original[0], partitioner, original[1], dtype)
+    values.append(more)
+    layouts.append(layout)
   batch_spec = partitioner.data_partition_spec
-  compiled = partitioner.partition(function, (layout, batch_spec), None)
+  compiled = partitioner.partition(function, (*layouts, batch_spec), None)
   sharding = NamedSharding(partitioner.mesh, batch_spec)
 
   def to_devices(x: np.ndarray) -> Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
   return step, (
-    (rows, compiled(values, jax.tree.map(to_devices, batch)))
+    (rows, compiled(*values, jax.tree.map(to_devices, batch)))
     for rows, batch in read_batches(model, dataset_cfg, num_sequences)
   )
+
+
+def original_of(
+  model: models.BaseTransformerModel, path: str
+) -> tuple[models.BaseTransformerModel, str]:
+  """Returns the model that another was converted from, and its checkpoint's folder.
+
+  Args:
+    model: the converted one.
+    path: as of `folders.find_checkpoint`.
+
+  Raises:
+    BadInput: there is no checkpoint, or more than its key/value heads is different.
+  """
+  folder = folders.find_checkpoint(epath.Path(path))
+  params = tree.parameters(folders.open_checkpoint(folder))
+  there = tree.read_architecture({name: t.shape for name, t in params.items()})
+  heads = {f'{kind}_num_kv_heads': K for kind, K in there.num_kv_heads.items()}
+  cfg = model.module.config.replace(**heads, kv_head_dim=there.kv_head_dim)
+  other = copy.copy(model)
+  other.module = network.Transformer(cfg)
+  restore.check_fits(folder, other)
+  return other, str(folder)
 
 
 def _restore_params(

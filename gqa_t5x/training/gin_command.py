@@ -22,11 +22,11 @@ _COUNTS = ('BATCH_SIZE', 'NUM_MICROBATCHES', 'TRAIN_STEPS', 'FINETUNE_STEPS')
 _COUNTS += ('WARMUP_STEPS', 'EVAL_STEPS', 'NUM_SEQUENCES', 'EVAL_PERIOD')
 _COUNTS += ('STATS_PERIOD', 'CHECKPOINT_PERIOD', 'KEEP_PERIOD', 'KEEP_CHECKPOINTS')
 _COUNTS += ('MODEL_PARTITIONS', 'PARAMETER_PARTITIONING_DIMS', 'NUM_KV_HEADS')
-_COUNTS += ('NUM_DECODES', 'VOCAB_SIZE')
+_COUNTS += ('KV_HEAD_DIM', 'NUM_DECODES', 'VOCAB_SIZE')
 # The same, bound without a macro.
 _COUNT_PARAMETERS = ('batch_size', 'num_microbatches', 'total_steps', 'keep')
 _COUNT_PARAMETERS += ('force_keep_period', 'checkpoint_period', 'num_kv_heads')
-_COUNT_PARAMETERS += ('num_decodes', 'num_shards')
+_COUNT_PARAMETERS += ('kv_head_dim', 'num_decodes', 'num_shards')
 # The macros, whose names have no dot, among a command's words; \0 is between two words.
 _GIVEN = re.compile(r'(?:^|\0)--?gin(?:\.|_bindings[=\0])\s*([\w/]+)\s*=')
 

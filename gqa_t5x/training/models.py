@@ -94,13 +94,16 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
 
 
 def config_from_checkpoint(
-  path: str, num_kv_heads: int | None = None, **overrides: Any
+  path: str,
+  num_kv_heads: int | None = None,
+  kv_head_dim: int | None = None,
+  **overrides: Any,
 ) -> network.T5Config:
   """Returns the configuration of the model that a checkpoint of any format holds.
 
   Args:
     path: as of `folders.find_checkpoint`; nothing is read but names and shapes.
-    num_kv_heads: what the checkpoint must have; None: what it has.
+    num_kv_heads, kv_head_dim: what the checkpoint must have; None: what it has.
     **overrides: other fields of a `T5Config`.
 
   Raises:
@@ -116,6 +119,12 @@ def config_from_checkpoint(
         f'NUM_KV_HEADS={num_kv_heads}, and {folder} has {heads} key/value heads in'
         f' {kind.replace("_", "-")}; leave it out, or convert the checkpoint: python -m'
         ' gqa_t5x.convert --help'
+      )
+    size = architecture.kv_size(kind)
+    if kv_head_dim not in (None, size):
+      raise BadInput(
+        f'KV_HEAD_DIM={kv_head_dim}, and {folder} has key/value heads of size {size};'
+        ' leave it out, or convert the checkpoint: python -m gqa_t5x.convert --help'
       )
   fields = sizes.from_checkpoint(architecture, folders.read_config(folder))
   return network.T5Config(**fields | overrides)
@@ -162,9 +171,19 @@ def check_same_shapes(expected: Any, got: Any, what: str) -> None:
       f'The {what} do not fit the model:\n'
       + '\n'.join(shown)
       + '\nIf only key and value kernels differ, set NUM_KV_HEADS to the'
-      " checkpoint's heads, or convert it: python -m gqa_t5x.convert --help. If"
-      ' others do, this is a checkpoint of another model size.'
+      f" checkpoint's heads{_kv_size_to_set(expected, got)}, or convert it: python -m"
+      ' gqa_t5x.convert --help. If others do, this is a checkpoint of another model'
+      ' size.'
     )
+
+
+def _kv_size_to_set(*shapes: Mapping[str, tuple[int, ...]]) -> str:
+  """Returns what else to set where model and checkpoint differ in the size of heads."""
+  ours, theirs = (
+    {shape[0] for name, shape in one.items() if name.endswith('/key_up/kernel')}
+    for one in shapes
+  )
+  return '' if ours == theirs else f' and KV_HEAD_DIM to {min(theirs, default=None)}'
 
 
 def _flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

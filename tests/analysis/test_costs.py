@@ -21,7 +21,8 @@ TIED = dict(logits_via_embedding=True)
 MIXED_HEADS = dict(
   self_attention_num_kv_heads=1, cross_attention_num_kv_heads=2, encoder_num_kv_heads=2
 )
-CONFIGS = [*({'num_kv_heads': K} for K in KV_HEADS), MIXED_HEADS]
+LATENT = dict(num_kv_heads=2, kv_head_dim=9)
+CONFIGS = [*({'num_kv_heads': K} for K in KV_HEADS), MIXED_HEADS, LATENT]
 
 B, S, P = 3, 17, 7
 
@@ -155,6 +156,7 @@ LONGER = B + 2, S + 12, P + 4
   [
     *((exact_step, fields, (B, S, P)) for fields in [*CONFIGS, TIED]),
     (exact_step, MIXED_HEADS, LONGER),
+    (exact_prepare, LATENT, LONGER),
     (exact_prepare, MIXED_HEADS, (B, S, P)),
     (exact_prepare, {'num_kv_heads': 1}, LONGER),
   ],

@@ -67,12 +67,13 @@ def test_decoding(tmp_path, chips):
   assert row['seconds_per_sample'] == pytest.approx(1e-3 * total * 4 / 8)
 
 
-@pytest.mark.parametrize('K', [64, 8, 1])
+@pytest.mark.parametrize(('K', 'R'), [(64, 64), (8, 64), (1, 64), (1, 512)])
 @pytest.mark.parametrize('chips', ['v4:2x2x2', 'v5e:2x4'])
-def test_a_step_reads_little_more_than_it_must(tmp_path, K, chips):
+def test_a_step_reads_little_more_than_it_must(tmp_path, K, R, chips):
   """The parameters once and the keys and values once: 15% more at most."""
-  row, text = compiled(tmp_path, f'--topology={chips}', *XXL, f'--num_kv_heads={K}')
-  cfg = network.config('xxl', num_kv_heads=K, dtype=jnp.bfloat16)
+  heads = f'--num_kv_heads={K}', f'--kv_head_dim={R}'
+  row, text = compiled(tmp_path, f'--topology={chips}', *XXL, *heads)
+  cfg = network.config('xxl', num_kv_heads=K, kv_head_dim=R, dtype=jnp.bfloat16)
   layers = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
   cfg = network.T5Config(**(vars(cfg) | layers))
   least = formulas.decode_step(cfg, 64, 2048, 64, param_itemsize=2).bytes / 8
@@ -86,7 +87,7 @@ def test_a_step_reads_little_more_than_it_must(tmp_path, K, chips):
   body = module.computations[traffic.main_loop(module, loop)]
   kinds = ('all-gather', 'all-to-all', 'collective-permute')
   moved = [i for i in body.instructions.values() if i.opcode.startswith(kinds)]
-  of_one_input = 2048 * 64 * min(K, 8)
+  of_one_input = 2048 * R * min(K, 8)
   assert all(np.prod(s.dims) < of_one_input for i in moved for s in i.shapes)
 
 

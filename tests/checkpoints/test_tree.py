@@ -25,10 +25,14 @@ def test_reads_sizes_and_heads():
   )
 
 
-@pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
-def test_shapes_of_an_architecture_equal_the_tree(num_kv_heads):
-  shapes = tiny_shapes(num_kv_heads)
+@pytest.mark.parametrize(
+  ('num_kv_heads', 'kv_head_dim'), [(1, None), (2, None), (4, None), (1, 5), (2, 1)]
+)
+def test_shapes_of_an_architecture_equal_the_tree(num_kv_heads, kv_head_dim):
+  shapes = tiny_shapes(num_kv_heads, kv_head_dim=kv_head_dim)
   architecture = read_architecture(shapes)
+  assert architecture.kv_head_dim == kv_head_dim
+  assert set(architecture.num_kv_heads.values()) == {N, num_kv_heads}
   assert architecture.shapes() == shapes
   count = sum(int(np.prod(shape)) for shape in shapes.values())
   assert architecture.num_parameters() == count
@@ -54,6 +58,10 @@ def test_parameter_count_and_cache_of_t5_1_1_xxl():
   assert mha.num_parameters() - gqa.num_parameters() == 24 * 2 * 4096 * 64 * 119
   assert gqa.cache_bytes_per_token('self_attention') == 49_152
   assert gqa.cache_bytes_per_token('cross_attention') == 6_144
+  heads = {'encoder': 64, 'self_attention': 1, 'cross_attention': 1}
+  latent = dataclasses.replace(mha, num_kv_heads=heads, kv_head_dim=512)
+  assert latent.num_parameters() == 9_927_372_800
+  assert latent.cache_bytes_per_token('self_attention') == 49_152
 
 
 def test_every_missing_extra_and_mismatched_key_is_listed():
@@ -94,6 +102,17 @@ def test_every_missing_extra_and_mismatched_key_is_listed():
       'has 6 columns, not a number of heads of size 2 that divides num_heads=4',
     ),
     ('token_embedder/embedding', (V,), 'expected 2 dimensions'),
+    (
+      'decoder/layers_0/self_attention/key_up/kernel',
+      (3, N * H),
+      '7 missing: decoder/layers_0/encoder_decoder_attention/key_up/kernel',
+    ),
+    (
+      'decoder/layers_0/self_attention/key_up/kernel',
+      (H, N * H),
+      'key_up/kernel has 2 rows, the head size: key/value heads of that size have no',
+    ),
+    ('decoder/layers_0/self_attention/key_up/kernel', (3,), 'expected 2 dimensions'),
   ],
 )
 def test_shapes_that_contradict_each_other(path, shape, message):

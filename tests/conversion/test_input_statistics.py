@@ -84,7 +84,7 @@ def test_failure_leaves_the_old_file(path, bad):
   before = path.read_bytes()
   broken = np.full((D, D), bad)
   statistics = {SELF: InputStatistics(ARRAYS['x'], broken, ARRAYS['x'])}
-  message = f'the key moments of {SELF} are not finite'
+  message = f'the key statistics of {SELF} are not finite'
   with pytest.raises(BadInput, match=message):
     input_statistics.write_statistics(path, statistics, INFO)
   assert path.read_bytes() == before

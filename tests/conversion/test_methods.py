@@ -159,11 +159,11 @@ def test_what_svd_drops_is_the_rest_of_the_spectrum(rank):
   x, *q = (rng.standard_normal((20, n)) for n in (G * H, H, H, H))
   S, M = x.T @ x, np.stack([one.T @ one for one in q])
   found = shared_heads.svd(S.reshape(G, H, G, H), M, rank)
-  F = found.merge_GHH.reshape(G * H, -1)
+  F = found.merge_GHR.reshape(G * H, -1)
   assert F.shape[1] == (rank or H)
   lost = 0.0
   for i in range(G):
-    missed = np.eye(G * H)[:, i * H : (i + 1) * H] - F @ found.absorb_GHH[i].T
+    missed = np.eye(G * H)[:, i * H : (i + 1) * H] - F @ found.absorb_GHR[i].T
     lost += np.trace(M[i] @ missed.T @ S @ missed)
   root = scipy.linalg.sqrtm(scipy.linalg.block_diag(*M)).real
   spectrum = np.linalg.eigvalsh(root @ S @ root)[::-1]
@@ -258,8 +258,8 @@ def test_svd_gives_both_sides_the_same_strength(G):
   S_GHGH = (keys.T @ keys).reshape(G, H, G, H)
   M_GHH = np.stack([q.T @ q for q in queries])
   got = shared_heads.svd(S_GHGH, M_GHH)
-  shared = keys @ np.concatenate(list(got.merge_GHH))
-  absorbed = np.concatenate([queries[g] @ got.absorb_GHH[g] for g in range(G)])
+  shared = keys @ np.concatenate(list(got.merge_GHR))
+  absorbed = np.concatenate([queries[g] @ got.absorb_GHR[g] for g in range(G)])
   strength = shared.T @ shared
   np.testing.assert_allclose(absorbed.T @ absorbed, strength, atol=1e-9)
   np.testing.assert_allclose(strength, np.diag(np.diag(strength)), atol=1e-9)

@@ -14,6 +14,8 @@ import pytest
 
 FOLDERS = ('T5X_DIR', 'AIRIO_DIR', 'JESTIMATOR_DIR')
 D, N, H, STEP = 128, 8, 64, 7  # at K = 1, 64 columns: Adafactor does not factor them
+# Key/value heads, and their size: the last is the latent form.
+FORMS = [(1, None), (2, None), (8, None), (1, 256)]
 
 
 @pytest.mark.slow
@@ -46,16 +48,15 @@ def flat(tree):
   return traverse_util.flatten_dict(core.unfreeze(tree), sep='/')
 
 
-def init_variables(rng, num_kv_heads=N):
+def init_variables(rng, num_kv_heads=N, kv_head_dim=None):
   """Float32, and not trained; T5X's own network has the same (test_t5x_network.py)."""
   import jax.numpy as jnp
   from flax import core
 
   from gqa_t5x.model import network
 
-  config = network.config(
-    'tiny', vocab_size=64, emb_dim=D, head_dim=H, num_kv_heads=num_kv_heads
-  )
+  heads = {'num_kv_heads': num_kv_heads, 'kv_head_dim': kv_head_dim}
+  config = network.config('tiny', vocab_size=64, emb_dim=D, head_dim=H, **heads)
   ones = jnp.ones((1, 4), jnp.int32)
   model = network.Transformer(config)
   return core.freeze(model.init(rng, ones, ones, ones, enable_dropout=False))
@@ -66,10 +67,11 @@ class Model:
   """T5X wants a method of a model."""
 
   num_kv_heads: int
+  kv_head_dim: int | None
 
   def init(self, rng, input_shapes, input_types=None):
     del input_shapes, input_types
-    return init_variables(rng, self.num_kv_heads)
+    return init_variables(rng, self.num_kv_heads, self.kv_head_dim)
 
 
 def run_steps(state, steps):
@@ -100,7 +102,7 @@ def save(state, folder, layout, partitioner):
   manager.close()
 
 
-def restore(path, num_kv_heads, use_orbax, optimizer, partitioner, model_dir):
+def restore(path, form, use_orbax, optimizer, partitioner, model_dir):
   """Restores as t5x.train does from INITIAL_CHECKPOINT_PATH."""
   import jax
   from t5x import utils
@@ -108,7 +110,7 @@ def restore(path, num_kv_heads, use_orbax, optimizer, partitioner, model_dir):
   os.makedirs(model_dir)
   initializer = utils.TrainStateInitializer(
     optimizer_def=optimizer,
-    init_fn=Model(num_kv_heads).init,
+    init_fn=Model(*form).init,
     input_shapes={},
     partitioner=partitioner,
   )
@@ -159,17 +161,21 @@ def main(layout, folder):
   mha = train_state.FlaxOptimTrainState.create(optimizer, variables)
   mha = run_steps(mha, STEP)
   save(mha, f'{folder}/mha', layout, partitioner)
-  for num_kv_heads in (1, 2, 8):
-    output = f'{folder}/gqa{num_kv_heads}'
-    flags = f'--input={folder}/mha', f'--output={output}'
-    assert convert.main(['convert', *flags, f'--num_kv_heads={num_kv_heads}']) == 0
+  for num_kv_heads, kv_head_dim in FORMS:
+    output = f'{folder}/gqa{num_kv_heads}_{kv_head_dim}'
+    flags = [f'--input={folder}/mha', f'--output={output}']
+    flags += [f'--num_kv_heads={num_kv_heads}']
+    flags += [f'--kv_head_dim={kv_head_dim}', '--method=svd'] if kv_head_dim else []
+    assert convert.main(['convert', *flags]) == 0
     path = f'{output}/checkpoint_{STEP}'
     loaded = checkpoints.load_t5x_checkpoint(path)
     assert loaded['state']['step'] == STEP
-    check_same(flat(loaded['target']), mean_params(mha, num_kv_heads))
+    if not kv_head_dim:
+      check_same(flat(loaded['target']), mean_params(mha, num_kv_heads))
     for use_orbax in (True, False):
       run = f'{output}_{use_orbax}'
-      state = restore(path, num_kv_heads, use_orbax, optimizer, partitioner, run)
+      form = num_kv_heads, kv_head_dim
+      state = restore(path, form, use_orbax, optimizer, partitioner, run)
       check_same(flat(state.state_dict()), flat(loaded))
       state = run_steps(state, 3)
       assert int(state.step) == STEP + 3

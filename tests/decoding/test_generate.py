@@ -83,10 +83,13 @@ def prefilled_steps(cfg, index_shape):
   return run
 
 
-@pytest.mark.parametrize(('K', 'index_shape'), [(1, (B,)), (2, (2, 2)), (4, (B,))])
-def test_steps_after_a_prefill_equal_the_full_forward_pass(K, index_shape):
+@pytest.mark.parametrize(
+  ('K', 'R', 'index_shape'),
+  [(1, None, (B,)), (2, None, (2, 2)), (4, None, (B,)), (1, 15, (B,)), (2, 4, (2, 2))],
+)
+def test_steps_after_a_prefill_equal_the_full_forward_pass(K, R, index_shape):
   """Prompts of 3, 0, 4 and 1 tokens after the start token, then steps."""
-  cfg = oracle.config(K)
+  cfg = oracle.config(K, kv_head_dim=R)
   batch = oracle.batch(pairs_of_full_length())
   expected = expected_of_full_length(cfg)
   run = prefilled_steps(cfg, index_shape)
@@ -137,16 +140,19 @@ def kept_steps(cfg):
   return run
 
 
-@pytest.mark.parametrize('K', oracle.KV_HEADS)
-def test_steps_with_kept_cross_attention_equal_the_full_forward_pass(K):
-  cfg = oracle.config(K)
+@pytest.mark.parametrize(
+  ('K', 'R'), [*((K, None) for K in oracle.KV_HEADS), *oracle.LATENT]
+)
+def test_steps_with_kept_cross_attention_equal_the_full_forward_pass(K, R):
+  cfg = oracle.config(K, kv_head_dim=R)
   steps, _, _ = kept_steps(cfg)(oracle.params(cfg), oracle.batch())
   oracle.assert_logits(np.swapaxes(steps, 0, 1), cfg)
 
 
-def test_the_cache_made_on_ones_holds_no_trace_of_them():
-  K = 2
-  cfg = oracle.config(K)
+@pytest.mark.parametrize('R', [None, 9])
+def test_the_cache_made_on_ones_holds_no_trace_of_them(R):
+  K, size = 2, R or oracle.H
+  cfg = oracle.config(K, kv_head_dim=R)
   make = oracle.jit(functools.partial(empty_cache, network.Transformer(cfg), length=T))
   leaves = oracle.flat(
     make(oracle.params(cfg), inputs=oracle.batch()['encoder_input_tokens'])
@@ -154,8 +160,8 @@ def test_the_cache_made_on_ones_holds_no_trace_of_them():
   assert len(leaves) == 1 + 2 * oracle.DECODER_LAYERS
   shapes = {
     'cache_index': (),
-    'cached_key': (B, K, oracle.H, T),
-    'cached_value': (B, K, T, oracle.H),
+    'cached_key': (B, K, size, T),
+    'cached_value': (B, K, T, size),
   }
   for name, leaf in leaves.items():
     assert leaf.shape == shapes[name.rpartition('/')[2]], name
@@ -173,21 +179,29 @@ def traced_step(cfg):
   return str(jax.make_jaxpr(step)(params, kept, cache, inputs, token)), kept
 
 
-@pytest.mark.parametrize('logits_via_embedding', [False, True])
-def test_all_kernels_of_a_step_are_transposed_on_a_cpu(logits_via_embedding):
+@pytest.mark.parametrize(
+  'fields', [{}, {'logits_via_embedding': True}, {'kv_head_dim': 9}]
+)
+def test_all_kernels_of_a_step_are_transposed_on_a_cpu(fields):
   """That they change nothing is seen where steps equal the full forward pass."""
-  cfg = oracle.config(2, logits_via_embedding=logits_via_embedding)
+  cfg = oracle.config(2, **fields)
   program, kept = traced_step(cfg)
   kernels = jax.tree.leaves(kept['transposed'])
   assert sum(x.size for x in kernels) == formulas.step_kernels(cfg)
-  assert program.count('optimization_barrier') == len(kernels)
+  assert program.count('optimization_barrier') == sum(x.ndim == 2 for x in kernels)
+  of_heads = [x.shape for x in kernels if x.ndim == 3]
+  R, (N, H) = cfg.kv_head_dim, (oracle.N, oracle.H)
+  modules = 2 * oracle.DECODER_LAYERS if R else 0
+  assert sorted(of_heads) == sorted(modules * [(N, R, H), (N, H, R)])
 
 
-def test_bfloat16_steps_equal_bfloat16_forward():
+@pytest.mark.parametrize('R', [None, 9])
+def test_bfloat16_steps_equal_bfloat16_forward(R):
   """Both round alike, but for the order of sums: sqrt(40) roundings, as for the
   whole model against float32 (test_network.py)."""
-  cfg = oracle.config(2, dtype=jnp.bfloat16, float32_attention_logits=True)
-  params, batch = oracle.params(oracle.config(2)), oracle.batch()
+  fields = {'dtype': jnp.bfloat16, 'float32_attention_logits': True, 'kv_head_dim': R}
+  cfg = oracle.config(2, **fields)
+  params, batch = oracle.params(oracle.config(2, kv_head_dim=R)), oracle.batch()
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   steps, cache, _ = kept_steps(cfg)(params, batch)
   full = np.asarray(oracle.forward(cfg)(params, batch))

@@ -30,6 +30,14 @@ def test_option_of_another_format(source, tmp_path):
   assert said == '--quantization is not for --format=stablehlo; leave it out'
 
 
+def test_the_latent_form_is_not_ctranslate2s(tmp_path):
+  cfg = model_oracle.config(2, kv_head_dim=5)
+  source = exports.checkpoint(tmp_path / 'run', cfg)
+  said = exports.refused(source, tmp_path / 'out', 'ctranslate2')
+  assert 'is of the latent form, with key/value heads of 5 numbers, and' in said
+  assert 'but of the head size, 6; choose --format=stablehlo, which keeps it' in said
+
+
 @pytest.mark.parametrize('format', run.FORMATS)
 def test_existing_output(format, source, tmp_path):
   output = tmp_path / 'out'

@@ -79,6 +79,25 @@ def test_heads_are_repeated_for_their_queries(K, encoder, tmp_path):
     np.testing.assert_array_equal(got[name], expected, strict=True)
 
 
+@pytest.mark.parametrize('K', [1, 2, N])
+def test_a_latent_head_becomes_what_each_query_head_reads(K, tmp_path):
+  """Of head n // G the R numbers, times the map of query head n."""
+  cfg = model_oracle.config(K, kv_head_dim=5)
+  source = exports.checkpoint(tmp_path / 'run', cfg)
+  exports.command(source, tmp_path / 'out', 'huggingface')
+  got, flat = weights(tmp_path / 'out'), model_oracle.flat(model_oracle.params(cfg))
+  module = 'decoder/layers_1/encoder_decoder_attention'
+  for name, there in {'key': 'k', 'value': 'v'}.items():
+    shared = flat[f'{module}/{name}/kernel'].reshape(-1, K, 5)
+    up = flat[f'{module}/{name}_up/kernel'].reshape(5, N, -1)
+    heads = [shared[:, n * K // N] @ up[:, n] for n in range(N)]
+    kernel = got[f'decoder.block.1.layer.1.EncDecAttention.{there}.weight'].T
+    np.testing.assert_allclose(
+      kernel, np.concatenate(heads, axis=1), rtol=1e-5, atol=1e-6
+    )
+  assert not [name for name in got if '_up' in name]
+
+
 def oracle(folder):
   """The model of transformers; the test is skipped without it."""
   torch, transformers = map(pytest.importorskip, ('torch', 'transformers'))
@@ -88,6 +107,7 @@ def oracle(folder):
 
 CASES = {
   **{f'K={K}': dict(num_kv_heads=K) for K in (1, 2, N)},
+  **{f'latent {K}': dict(num_kv_heads=K, kv_head_dim=5) for K in (1, 2)},
   **{name: dict(num_kv_heads=2, **sizes) for name, sizes in exports.FAMILY.items()},
 }
 

@@ -56,11 +56,15 @@ def call(folder, tokens_BS):
   return [np.asarray(x) for x in model_oracle.jit(program.call)(params, tokens_BS)]
 
 
+FAMILY = exports.FAMILY | {'latent': dict(kv_head_dim=5)}
+
+
 @pytest.mark.parametrize(
-  ('num_kv_heads', 'family'), [(1, 't5_1_1'), (2, 't5_1_0'), (2, 'umt5'), (N, 'byt5')]
+  ('num_kv_heads', 'family'),
+  [(1, 't5_1_1'), (2, 't5_1_0'), (2, 'umt5'), (N, 'byt5'), (2, 'latent')],
 )
 def test_it_decodes_as_we_do(num_kv_heads, family, tmp_path):
-  cfg = model_oracle.config(num_kv_heads, **exports.FAMILY[family])
+  cfg = model_oracle.config(num_kv_heads, **FAMILY[family])
   source = exports.checkpoint(tmp_path / 'run', cfg)
   exports.command(source, tmp_path / 'out', 'stablehlo', *FLAGS)
   expected, scores = exports.greedy(cfg, INPUTS, 8)

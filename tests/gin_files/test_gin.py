@@ -14,10 +14,12 @@ from gqa_t5x.model import network, sizes
 from helpers import commands, gin_cases
 from helpers.gin_cases import CHECKPOINT, OUTPUT, RUNS, START, TRAIN
 
-# File -> function, what must be given, size, and key/value heads (None: all).
+# File -> function, what must be given, size, and key/value heads (None: all), or their
+# number and size.
 RUNNABLE = {
   'gin/uptrain_gqa8.gin': ('train', TRAIN | START, 'xxl', 8),
   'gin/uptrain_mqa.gin': ('train', TRAIN | START, 'xxl', 1),
+  'gin/uptrain_latent512.gin': ('train', TRAIN | START, 'xxl', (1, 512)),
   'gin/calibrate.gin': ('calibrate', CHECKPOINT | OUTPUT, 'xxl', None),
   'gin/local/pretrain_mha.gin': ('train', {}, 'tiny', None),
   'gin/local/uptrain_mha.gin': ('train', {}, 'tiny', None),
@@ -95,7 +97,9 @@ def test_parses_finalises_and_has_the_right_model(case, monkeypatch):
   config = arguments['model'].module.config
   # Parameters of the sizes: test_network.py.
   vocab_size = 4096 if case.startswith('gin/local') else None
-  expected = network.config(size, num_kv_heads=K, vocab_size=vocab_size)
+  K, R = K if isinstance(K, tuple) else (K, None)
+  heads = {'num_kv_heads': K, 'kv_head_dim': R}
+  expected = network.config(size, **heads, vocab_size=vocab_size)
   own = {field: getattr(config, field) for field in ('dtype', 'remat_policy')}
   assert config == expected.replace(dropout_rate=config.dropout_rate, **own)
   if name == 'train':

@@ -196,6 +196,7 @@ def test_uptraining_to_all_alphas_by_composition(size, K):
     ([GQA8], {'MODEL_PARTITIONS': 16}, 16, 'data', None, ('data', 'model')),
     ([MQA], {}, 8, 'data', None, ('data', 'model')),
     ([MQA], {'KV_SHARDING': 'replicated'}, 8, 'data', None, 'data'),
+    (['gin/uptrain_latent512.gin'], {}, 8, 'data', None, ('data', 'model')),
     (*cell('GQA-8-XXL', 'arxiv', 'finetune'), 8, 'data', 'model', 'data'),
     (
       gin_cases.files('shazeer_mqa', WMT, 'translate'),

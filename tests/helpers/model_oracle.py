@@ -23,6 +23,8 @@ V, D, F, N, H = 50, 20, 28, 4, 6
 ENCODER_LAYERS, DECODER_LAYERS = 1, 2
 B, S, T = 4, 7, 6
 KV_HEADS = (1, 2, N)
+# Key/value heads and their size R, below and above H; one holds all that N heads have.
+LATENT = ((1, 4), (1, 15), (2, 9), (N, 5), (1, N * H))
 INPUT_LENGTHS = (5, 7, 3, 6)
 TARGET_LENGTHS = (6, 4, 5, 2)
 DECODE_LENGTH = 8
@@ -274,11 +276,24 @@ def mlp(x, p):
 
 
 def attention_layer(x_TD, y_SD, p, bias_NTS=None, head_dim=H):
-  q, k, v = (
-    (z @ p[name]['kernel']).reshape(len(z), -1, head_dim)
-    for z, name in ((x_TD, 'query'), (y_SD, 'key'), (y_SD, 'value'))
-  )
+  q = (x_TD @ p['query']['kernel']).reshape(len(x_TD), -1, head_dim)
+  k, v = (_key_or_value_heads(y_SD, p, name, head_dim) for name in ('key', 'value'))
   return attend(q, k, v, bias_NTS).reshape(len(x_TD), -1) @ p['out']['kernel']
+
+
+def _key_or_value_heads(y_SD, p, name, head_dim):
+  """Returns K heads; of the latent form all N, each mapped from what it shares."""
+  shared = y_SD @ p[name]['kernel']
+  if f'{name}_up' not in p:
+    return shared.reshape(len(y_SD), -1, head_dim)
+  up = p[f'{name}_up']['kernel']
+  num_heads, num_shared = up.shape[1] // head_dim, shared.shape[1] // len(up)
+  heads = []
+  for n in range(num_heads):
+    start = n // (num_heads // num_shared) * len(up)
+    latent = shared[:, start : start + len(up)]
+    heads.append(latent @ up[:, n * head_dim : (n + 1) * head_dim])
+  return np.stack(heads, axis=1)
 
 
 def oracle_logits(tree, inputs, decoder_inputs):

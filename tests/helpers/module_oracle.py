@@ -18,9 +18,24 @@ FEWER = [(S, K) for S, K in HEADS if K < S]
 RNG = np.random.default_rng
 
 
-def module(S, K, *, head_dim=H):
+def module(S, K, *, head_dim=H, kv_head_dim=None):
   path = 'decoder/layers_0/encoder_decoder_attention'
-  return AttentionModule(path, S, K, head_dim)
+  return AttentionModule(path, S, K, head_dim, kv_head_dim=kv_head_dim)
+
+
+def unfolded(kernels, K, *, num_heads=N):
+  """The four kernels of the MHA that a latent module is: F_k U_n for query head n."""
+  unfolded = {name: kernels[name] for name in ('query', 'out')}
+  for side in ('key', 'value'):
+    shared, up = kernels[side], kernels[f'{side}_up']
+    R, width = up.shape[0], up.shape[1] // num_heads
+    columns = []
+    for n in range(num_heads):
+      k = n * K // num_heads
+      head = shared[:, k * R : (k + 1) * R] @ up[:, n * width : (n + 1) * width]
+      columns.append(head)
+    unfolded[side] = np.concatenate(columns, axis=1)
+  return unfolded
 
 
 def random_kernels(S=N, seed=0, dtype=np.float64):

@@ -18,7 +18,9 @@ STEP = 1000
 UNUSED = np.zeros((1,), np.float32)  # a moment that Adafactor does not keep
 
 
-def tiny_shapes(num_kv_heads=N, *, encoder_kv_heads=N, decoder_layers=2):
+def tiny_shapes(
+  num_kv_heads=N, *, encoder_kv_heads=N, decoder_layers=2, kv_head_dim=None
+):
   """Path -> shape of a T5.1.1 of one encoder and two decoder layers."""
   shapes = {
     'token_embedder/embedding': (V, D),
@@ -28,19 +30,26 @@ def tiny_shapes(num_kv_heads=N, *, encoder_kv_heads=N, decoder_layers=2):
     'decoder/decoder_norm/scale': (D,),
     'decoder/logits_dense/kernel': (D, V),
   }
-  attentions = [('encoder/layers_0', 'attention', 'attention', encoder_kv_heads)]
+  size = kv_head_dim or H
+  attentions = [('encoder/layers_0', 'attention', 'attention', encoder_kv_heads * H)]
   for i in range(decoder_layers):
     layer = f'decoder/layers_{i}'
     attentions += [
-      (layer, 'self_attention', 'self_attention', num_kv_heads),
-      (layer, 'encoder_decoder_attention', 'cross_attention', num_kv_heads),
+      (layer, 'self_attention', 'self_attention', num_kv_heads * size),
+      (layer, 'encoder_decoder_attention', 'cross_attention', num_kv_heads * size),
     ]
-  for layer, name, norm, kv_heads in attentions:
+    if kv_head_dim:
+      shapes |= {
+        f'{layer}/{kind}/{name}/kernel': (kv_head_dim, N * H)
+        for kind in ('self_attention', 'encoder_decoder_attention')
+        for name in ('key_up', 'value_up')
+      }
+  for layer, name, norm, columns in attentions:
     shapes |= {
       f'{layer}/pre_{norm}_layer_norm/scale': (D,),
       f'{layer}/{name}/query/kernel': (D, N * H),
-      f'{layer}/{name}/key/kernel': (D, kv_heads * H),
-      f'{layer}/{name}/value/kernel': (D, kv_heads * H),
+      f'{layer}/{name}/key/kernel': (D, columns),
+      f'{layer}/{name}/value/kernel': (D, columns),
       f'{layer}/{name}/out/kernel': (N * H, D),
       f'{layer}/pre_mlp_layer_norm/scale': (D,),
       f'{layer}/mlp/wi_0/kernel': (D, F),

@@ -79,6 +79,7 @@ def test_inference_by_command_is_generate(folder):
   ('given', 'message'),
   [
     ({'NUM_KV_HEADS': 2}, 'NUM_KV_HEADS=2, and .* has 4 key/value heads in self-'),
+    ({'KV_HEAD_DIM': 99}, 'KV_HEAD_DIM=99, and .* has key/value heads of size '),
     ({'MODEL_CHECKPOINT': 'texts.txt'}, 'texts.txt'),
   ],
 )

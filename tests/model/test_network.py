@@ -186,7 +186,7 @@ def test_what_rematerialisation_computes_again():
   assert counts['full'] - counts['minimal'] >= 3 * 3 + 2 * 2
 
 
-# Exact parameter counts by K; None: MHA, as T5.1.1 was released.
+# Exact parameter counts by K, or by K and R; None: MHA, as T5.1.1 was released.
 COUNTS = {
   'tiny': {None: 9_472_768, 1: 9_243_392, 2: 9_276_160},
   'mini': {None: 26_941_952, 1: 24_189_440, 4: 25_369_088},
@@ -194,7 +194,7 @@ COUNTS = {
   'base': {None: 247_577_856, 1: 221_625_600},
   'large': {None: 783_150_080, 8: 732_818_432},
   'xl': {None: 2_849_757_184, 8: 2_547_767_296},
-  'xxl': {None: 11_135_332_352, 8: 9_726_046_208},
+  'xxl': {None: 11_135_332_352, 8: 9_726_046_208, (1, 512): 9_927_372_800},
   't5_1_0_small': {None: 60_506_624},
   't5_1_0_base': {None: 222_903_552},
   't5_1_0_large': {None: 737_668_096},
@@ -236,11 +236,17 @@ def test_heads_of_a_size(size, heads, expected):
   assert (cfg.encoder_kv, cfg.self_kv, cfg.cross_kv) == expected
 
 
+def heads(key):
+  K, R = key if isinstance(key, tuple) else (key, None)
+  return {'num_kv_heads': K, 'kv_head_dim': R}
+
+
 def test_parameter_counts():
   """Of every size, by the formula that equals the trees (test_costs.py)."""
   counts = {
     size: {
-      K: formulas.num_parameters(network.config(size, num_kv_heads=K)) for K in expected
+      key: formulas.num_parameters(network.config(size, **heads(key)))
+      for key in expected
     }
     for size, expected in COUNTS.items()
   }
@@ -277,6 +283,8 @@ def test_bad_configs(make, message):
     ('num_kv_heads', 0, 'num_heads=8 is not divisible by num_kv_heads=0'),
     ('encoder_num_kv_heads', 0, 'num_heads=8 is not divisible by num_kv_heads=0'),
     ('cross_attention_num_kv_heads', -2, 'num_heads=8 is not divisible by'),
+    ('kv_head_dim', 0, 'kv_head_dim=0 must be from 1 to .* = 8 \\* 16 = 128'),
+    ('kv_head_dim', 129, 'kv_head_dim=129 must be from 1 to .* = 8 \\* 16 = 128'),
     ('num_decoder_layers', 0, 'num_decoder_layers=0 must be at least 1'),
     ('vocab_size', -5, 'vocab_size=-5 must be at least 1'),
     ('relpos_num_buckets', 2, 'relpos_num_buckets=2 must be at least 4'),

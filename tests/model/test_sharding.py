@@ -19,6 +19,7 @@ from helpers import model_oracle as oracle
 from helpers.sharding_cases import (
   DEVICES,
   B,
+  H,
   N,
   T,
   batch,
@@ -35,6 +36,7 @@ PARAMETERS = {
   r'relpos_bias/rel_embedding': (('model', None), ('model', None)),
   r'(layer_)?norm/scale': ((None,), ('data',)),
   r'attention/query/kernel': ((None, 'model'), ('data', 'model')),
+  r'attention/(key|value)_up/kernel': ((None, 'model'), (None, 'model')),
   r'encoder/.*/(key|value)/kernel': ((None, 'model'), ('data', 'model')),
   r'decoder/.*/(key|value)/kernel': ((None, 'kv'), ('data', 'kv')),
   r'attention/out/kernel': (('model', None), ('model', 'data')),
@@ -51,11 +53,14 @@ KEPT = {
 
 
 @functools.cache
-def state_shapes(K):
+def state_shapes(K, R):
   """Of T5X's train state: the model's with its optimizer."""
   vocabulary = seqio.ByteVocabulary()
   model = models.EncoderDecoderModel(
-    network.Transformer(config(K)), vocabulary, vocabulary, adafactor.Adafactor()
+    network.Transformer(config(K, kv_head_dim=R)),
+    vocabulary,
+    vocabulary,
+    adafactor.Adafactor(),
   )
   inputs = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens')
   return utils.TrainStateInitializer(
@@ -68,6 +73,7 @@ def state_shapes(K):
 
 
 @pytest.mark.parametrize('parameter_dims', [1, 2])
+@pytest.mark.parametrize('R', [H, 12])
 @pytest.mark.parametrize(
   ('K', 'num_partitions', 'kv_sharding', 'kv'),
   [
@@ -81,10 +87,10 @@ def state_shapes(K):
     (2, 2, 'replicated', None),
   ],
 )
-def test_parameters(K, num_partitions, kv_sharding, kv, parameter_dims):
+def test_parameters(K, num_partitions, kv_sharding, kv, R, parameter_dims):
   layout = partitioner(K, num_partitions, kv_sharding, parameter_dims)
-  got = oracle.flat(layout.get_mesh_axes(state_shapes(K)).params)
-  assert len(got) == 29
+  got = oracle.flat(layout.get_mesh_axes(state_shapes(K, R)).params)
+  assert len(got) == 29 + (0 if R == H else 4)
   for path, spec in got.items():
     (axes,) = (row for end, row in PARAMETERS.items() if re.search(f'{end}$', path))
     expected = [kv if axis == 'kv' else axis for axis in axes[parameter_dims - 1]]

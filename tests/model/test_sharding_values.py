@@ -29,12 +29,14 @@ from helpers.sharding_cases import (
   sharded_rows,
 )
 
+CONFIG = config(2, kv_head_dim=12)
+
 
 @oracle.jit
 @jax.value_and_grad
 def loss_and_gradients(params, inputs, decoder_inputs, targets):
-  """Of the cross-entropy of the targets, a sum; K = 2."""
-  logits = network.Transformer(config(2)).apply(
+  """Of the cross-entropy of the targets, a sum; K = 2, of a size of their own."""
+  logits = network.Transformer(CONFIG).apply(
     {'params': params}, inputs, decoder_inputs, targets, enable_dropout=False
   )
   log_probs = jax.nn.log_softmax(logits)
@@ -44,7 +46,7 @@ def loss_and_gradients(params, inputs, decoder_inputs, targets):
 
 @functools.cache
 def unsharded_gradients():
-  return loss_and_gradients(oracle.params(config(2)), *batch())
+  return loss_and_gradients(oracle.params(CONFIG), *batch())
 
 
 @pytest.mark.parametrize(('num_partitions', 'parameter_dims'), [(2, 1), (4, 2)])
@@ -53,7 +55,7 @@ def test_loss_and_gradients(num_partitions, parameter_dims):
   layout = partitioner(2, num_partitions, None, parameter_dims)
   with entered(layout):
     got, gradients = loss_and_gradients(
-      sharded_params(config(2), layout), *sharded_rows(layout, *batch())
+      sharded_params(CONFIG, layout), *sharded_rows(layout, *batch())
     )
   expected, expected_gradients = unsharded_gradients()
   np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -73,8 +75,8 @@ DECODE_FNS = {
 }
 
 
-def decode(K, name):
-  module = network.Transformer(config(K))
+def decode(cfg, name):
+  module = network.Transformer(cfg)
 
   def run(params, inputs, prompts):
     return generate(module, params, inputs, prompts, DECODE_FNS[name], eos_id=EOS)
@@ -83,9 +85,9 @@ def decode(K, name):
 
 
 @functools.cache
-def unsharded_decodes(K, name, rows):
+def unsharded_decodes(cfg, name, rows):
   prompts = np.zeros((rows, T), np.int32)
-  return decode(K, name)(oracle.params(config(K)), batch(rows)[0], prompts)
+  return decode(cfg, name)(oracle.params(cfg), batch(rows)[0], prompts)
 
 
 def found_collectives(compiled) -> list[tuple[str, int]]:
@@ -99,32 +101,36 @@ def found_collectives(compiled) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(
-  ('K', 'num_partitions', 'kv_sharding', 'name', 'rows', 'platform', 'moves'),
+  ('K', 'R', 'num_partitions', 'kv_sharding', 'name', 'rows', 'platform', 'moves'),
   [
-    (2, 2, None, 'greedy', B, 'cpu', 0),
+    (2, H, 2, None, 'greedy', B, 'cpu', 0),
     # Where rows are split, queries go to them and outputs back, in two attentions.
     # And on a TPU new keys and values are pending.
-    (2, 4, None, 'greedy', B, 'tpu', 4),
-    (2, 4, 'replicated', 'greedy', B, 'tpu', 0),
-    (8, 4, None, 'greedy', B, 'tpu', 0),
+    (2, H, 4, None, 'greedy', B, 'tpu', 4),
+    (2, H, 4, 'replicated', 'greedy', B, 'tpu', 0),
+    (8, H, 4, None, 'greedy', B, 'tpu', 0),
+    # The latent form: by heads, and one head by rows.
+    (2, 12, 2, None, 'greedy', B, 'cpu', 0),
+    (1, 24, 8, None, 'greedy', B, 'tpu', 4),
     # Rows that the devices do not divide, or fewer than devices.
-    (2, 4, None, 'samples', 6, 'cpu', None),
-    (1, 8, None, 'beams', 3, 'cpu', None),
+    (2, H, 4, None, 'samples', 6, 'cpu', None),
+    (1, H, 8, None, 'beams', 3, 'cpu', None),
   ],
 )
 def test_decodes(
-  K, num_partitions, kv_sharding, name, rows, platform, moves, monkeypatch
+  K, R, num_partitions, kv_sharding, name, rows, platform, moves, monkeypatch
 ):
   """The same tokens; and in the loop keys and values stay where they are."""
-  expected_tokens, expected_scores = unsharded_decodes(K, name, rows)
+  cfg = config(K, kv_head_dim=R)
+  expected_tokens, expected_scores = unsharded_decodes(cfg, name, rows)
   monkeypatch.setattr(sharding, 'platform', lambda: platform)
   layout = partitioner(K, num_partitions, kv_sharding)
   args = (
-    sharded_params(config(K), layout),
+    sharded_params(cfg, layout),
     *sharded_rows(layout, batch(rows)[0], np.zeros((rows, T), np.int32)),
   )
   with entered(layout):
-    compiled = decode(K, name).lower(*args).compile()
+    compiled = decode(cfg, name).lower(*args).compile()
   tokens, scores = compiled(*args)
   assert len(np.unique(expected_tokens)) > 10
   np.testing.assert_array_equal(tokens, expected_tokens)
@@ -132,7 +138,7 @@ def test_decodes(
   if moves is not None:
     found = found_collectives(compiled)
     parts = layout.mesh.shape['data'] if kv_sharding == 'replicated' else DEVICES
-    smallest_kept = B * K * H * S // parts
+    smallest_kept = B * K * R * S // parts
     assert max(size for kind, size in found if kind != 'all-reduce') < smallest_kept
     kinds = [kind for kind, _ in found]
     assert kinds.count('all-to-all') == moves

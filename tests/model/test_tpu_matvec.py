@@ -29,8 +29,8 @@ def test_equals_each_head_alone(N, P, monkeypatch):
     expected = oracle.attend(q[b], k[b].transpose(2, 0, 1), v[b].swapaxes(0, 1))
     np.testing.assert_allclose(got[b], expected, rtol=2e-5, atol=2e-6)
   # The queries' rows: one for each head that is multiplied together.
-  R = tpu_matvec.heads_together(N)
-  assert f'f32[{B},{N // R},{R},{R * H}]' in str(jax.make_jaxpr(attend)(q))
+  M = tpu_matvec.heads_together(N)
+  assert f'f32[{B},{N // M},{M},{M * H}]' in str(jax.make_jaxpr(attend)(q))
 
 
 @pytest.mark.parametrize(

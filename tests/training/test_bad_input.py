@@ -74,6 +74,11 @@ def shapes(name: str, found: int, wanted: int) -> str:
       [shapes(KV, 128, 32), 'set NUM_KV_HEADS .*or convert it: python -m gqa_t5x.conv'],
     ),
     ('gqa/checkpoint_0', {}, [shapes(KV, 32, 128)]),
+    (
+      'gqa/checkpoint_0',
+      {'NUM_KV_HEADS': 1, 'KV_HEAD_DIM': 32},
+      [r'key_up/kernel: missing in the .*, \(32, 128\) in', 'KV_HEAD_DIM to None'],
+    ),
     # T5X restores this one without a word.
     (
       'gqa/checkpoint_0',

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 
 from helpers import commands, trees
@@ -109,6 +110,36 @@ def test_uptrains_what_was_converted(gqa):
   assert tensors['target/encoder/layers_0/attention/key/kernel'].shape == (D, 8 * H)
   train = commands.scalars(folder / 'gqa2' / 'train')
   assert {step for tag, step in train if tag == 'loss'} == {10}
+
+
+def test_uptrains_the_latent_form(mha):
+  """Three steps from a converted state, of one head that is as wide as four."""
+  folder, _, _ = mha
+  flags = (f'--input={folder}/mha', f'--output={folder}/converted/latent')
+  form = ('--num_kv_heads=1', '--kv_head_dim=64', '--method=svd')
+  assert trees.run_convert(*flags, *form) == 0
+  commands.engine_here(
+    folder,
+    't5x.train',
+    'uptrain',
+    MODEL_DIR='latent',
+    INITIAL_CHECKPOINT_PATH='converted/latent/checkpoint_8',
+    NUM_KV_HEADS=1,
+    KV_HEAD_DIM=64,
+    TRAIN_STEPS=11,
+  )
+  losses = eval_losses(folder / 'latent')
+  assert all(map(math.isfinite, losses.values()))
+  before, after = (
+    trees.read(folder / name)
+    for name in ('converted/latent/checkpoint_8', 'latent/checkpoint_11')
+  )
+  up = KV.replace('/key/', '/key_up/')
+  assert after[up].shape == (64, 8 * H)
+  assert np.abs(after[up] - before[up]).max() > 0
+  moments = f'state/param_states/{up.removeprefix("target/")}'
+  assert after[f'{moments}/v'].shape == (64, 8 * H)
+  assert after[f'{moments}/v'].any()
 
 
 def test_infers_one_line_for_each_example(gqa):

@@ -15,6 +15,7 @@ from t5x import trainer as t5x_trainer
 
 from gqa_t5x.decoding import beam_search, sampling
 from gqa_t5x.decoding import generate as decoding
+from gqa_t5x.model import network
 from gqa_t5x.training import models
 from helpers import model_oracle as oracle
 from helpers.trainers import K, make_state, make_trainer, model, params
@@ -204,6 +205,18 @@ def test_every_difference_is_listed():
     ' or convert it: python -m gqa_t5x.convert --help. If others do, this is a'
     ' checkpoint of another model size.',
   ]
+
+
+@pytest.mark.parametrize(('ours', 'theirs'), [(None, 9), (9, None), (9, 15)])
+def test_heads_of_another_size(ours, theirs):
+  """It says what the checkpoint has, so that it can be set."""
+  this = model(module=network.Transformer(oracle.config(K, kv_head_dim=ours)))
+  tree = oracle.params(oracle.config(K, kv_head_dim=theirs))
+  shapes = [(R, 24) if R else other for R, other in ((theirs, 'missing'), (ours, 'un'))]
+  said = f'/key_up/kernel: {shapes[0]} in the checkpoint, {shapes[1]}'
+  with pytest.raises(ValueError, match=re.escape(said)) as error:
+    models.check_params(this, tree)
+  assert f' heads and KV_HEAD_DIM to {theirs}, or convert it' in str(error.value)
 
 
 def test_a_long_list_is_cut():

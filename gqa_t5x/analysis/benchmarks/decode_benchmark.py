@@ -22,6 +22,7 @@ FILLED_SHARE = 0.9  # of the free memory, by --batch_size=fill
 COLUMNS = {
   'model': 'model',
   'num_kv_heads': 'K',
+  'kv_head_dim': 'R',
   'batch_size': 'batch',
   'input_length': 'input',
   'num_beams': 'beams',

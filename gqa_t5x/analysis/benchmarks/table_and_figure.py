@@ -28,8 +28,10 @@ def progress(rows: Iterable[Any], total: int) -> Iterator[Any]:
 def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> None:
   """Prints rows of one benchmark; bars stand next to the first key that is a time.
 
-  `columns` maps keys of a row to heads of columns.
+  `columns` maps keys of a row to heads of columns; what no row has is left out.
   """
+  found = {'model'}.union(*rows)
+  columns = {key: head for key, head in columns.items() if key in found}
   time = next(key for key in columns if key in TIMES)
   slowest = max(row[time] for row in rows)
   mark = '█' if _prints('█') else '#'
@@ -66,7 +68,7 @@ def _prints(text: str) -> bool:
 def _cell(row: dict[str, Any], key: str) -> str:
   if key == 'model':
     return row['size'] + _SYSTEMS.get(row['system'], '')
-  value = row[key]
+  value = row.get(key, '')
   if not isinstance(value, float):
     return str(value)
   if key.endswith('fraction'):
@@ -95,8 +97,9 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """
   from gqa_t5x.analysis import figures
 
-  names = ('size', 'batch_size', 'input_length', 'output_length', 'num_beams', 'dtype')
-  differing = [n for n in names if len({row[n] for row in rows}) > 1] or ['size']
+  names = ('size', 'kv_head_dim', 'batch_size', 'input_length', 'output_length')
+  names += ('num_beams', 'dtype')
+  differing = [n for n in names if len({row.get(n) for row in rows}) > 1] or ['size']
   lines: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     label = _said(row, differing) + _SYSTEMS.get(row['system'], '')
@@ -121,4 +124,4 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def _said(row: dict[str, Any], keys: Sequence[str]) -> str:
-  return ', '.join(f'{key.replace("_", " ")} {row[key]}' for key in keys)
+  return ', '.join(f'{key.replace("_", " ")} {row[key]}' for key in keys if key in row)

@@ -17,6 +17,7 @@ from gqa_t5x.model import network
 COLUMNS = {
   'model': 'model',
   'num_kv_heads': 'K',
+  'kv_head_dim': 'R',
   'batch_size': 'batch',
   'input_length': 'input',
   'target_length': 'target',
@@ -32,7 +33,7 @@ class Setting:
   """What is trained: B examples of S and T tokens.
 
   Attributes:
-    size, num_kv_heads, dtype: as of `models.config`.
+    size, num_kv_heads, dtype, kv_head_dim: as of `models.config`.
     system: 'gqa_t5x', or 't5x': T5X's own network.
   """
 
@@ -43,11 +44,12 @@ class Setting:
   target_length: int
   dtype: str
   system: str = 'gqa_t5x'
+  kv_head_dim: int | None = None
 
   @property
   def config(self) -> network.T5Config:
     """The model's configuration."""
-    return models.config(self.size, self.num_kv_heads, self.dtype)
+    return models.config(self.size, self.num_kv_heads, self.dtype, self.kv_head_dim)
 
   @property
   def cost(self) -> products.Products:

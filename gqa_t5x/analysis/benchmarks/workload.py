@@ -55,7 +55,7 @@ def matmul_rate(D: int, F: int, rows: int, dtype: str) -> float:
 
 
 def common_keys(kind: str, command: str, setting: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the keys that rows of every benchmark have, a setting's included."""
+  """Returns the keys that rows of every benchmark have, and what a setting gives."""
   device = jax.devices()[0].device_kind
   if jax.default_backend() == 'cpu':
     device += f', {os.cpu_count()} cores'
@@ -63,7 +63,7 @@ def common_keys(kind: str, command: str, setting: Mapping[str, Any]) -> dict[str
     'kind': kind,
     'source': 'measured',
     'command': command,
-    **setting,
+    **{key: value for key, value in setting.items() if value is not None},
     'device': device,
     'versions': {
       'python': platform.python_version(),

@@ -182,7 +182,7 @@ def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
 
 def _key_value_bytes(cfg: T5Config, K: int) -> int:
   """Returns the bytes of one token's K and V in all decoder layers."""
-  return 2 * cfg.num_decoder_layers * K * cfg.head_dim * np.dtype(cfg.dtype).itemsize
+  return 2 * cfg.num_decoder_layers * K * cfg.kv_size * np.dtype(cfg.dtype).itemsize
 
 
 def _check_positive(**numbers: int) -> None:

@@ -42,9 +42,9 @@ def encoder(cfg: T5Config, batch_size: int, S: int) -> Products:
   """
   tokens = batch_size * S
   layer = (
-    _projections(cfg, tokens, cfg.num_heads),
-    _projections(cfg, tokens, cfg.encoder_kv),
-    _attend(cfg, batch_size, S, S, cfg.encoder_kv),
+    _projections(cfg, tokens, cfg.num_heads, cfg.head_dim),
+    _projections(cfg, tokens, cfg.encoder_kv, cfg.head_dim),
+    _attend(cfg, batch_size, S, S, cfg.encoder_kv, cfg.head_dim),
     _mlp(cfg, tokens),
   )
   return total(layer, cfg.num_encoder_layers)
@@ -55,7 +55,7 @@ def cross_kv(cfg: T5Config, batch_size: int, S: int) -> Products:
 
   Source: GQA, section 2.2.
   """
-  layer = _projections(cfg, batch_size * S, cfg.cross_kv)
+  layer = _projections(cfg, batch_size * S, cfg.cross_kv, cfg.kv_size)
   return total([layer], cfg.num_decoder_layers)
 
 
@@ -73,20 +73,32 @@ def decoder(cfg: T5Config, rows: int, T: int, self_keys: int, S: int) -> Product
   """
   tokens = rows * T
   layer = (
-    _projections(cfg, tokens, cfg.num_heads),
-    _projections(cfg, tokens, cfg.self_kv),
-    _attend(cfg, rows, T, self_keys, cfg.self_kv),
-    _projections(cfg, tokens, cfg.num_heads),
-    _attend(cfg, rows, T, S, cfg.cross_kv),
+    total([_projections(cfg, tokens, cfg.num_heads, cfg.head_dim)], 2),
+    total([_map_heads(cfg, tokens)], 2),
+    _projections(cfg, tokens, cfg.self_kv, cfg.kv_size),
+    _attend(cfg, rows, T, self_keys, cfg.self_kv, cfg.kv_size),
+    _attend(cfg, rows, T, S, cfg.cross_kv, cfg.kv_size),
     _mlp(cfg, tokens),
   )
   logits = _dense(cfg, tokens, cfg.vocab_size, 1, FLOAT32_BYTES)
   return total([total(layer, cfg.num_decoder_layers), logits])
 
 
-def _projections(cfg: T5Config, tokens: int, heads: int) -> Products:
+def _projections(cfg: T5Config, tokens: int, heads: int, head_dim: int) -> Products:
   """Returns two products between width and heads: query and out, or key and value."""
-  return _dense(cfg, tokens, heads * cfg.head_dim, 2, np.dtype(cfg.dtype).itemsize)
+  return _dense(cfg, tokens, heads * head_dim, 2, np.dtype(cfg.dtype).itemsize)
+
+
+def _map_heads(cfg: T5Config, tokens: int) -> Products:
+  """Returns the two products of every query head between its size and that of K/V."""
+  N, H, R = cfg.num_heads, cfg.head_dim, cfg.kv_size
+  if R == H:
+    return Products(0, 0, 0)
+  return Products(
+    flops=2 * 2 * tokens * N * H * R,
+    weights=2 * N * H * R,
+    activation_bytes=2 * np.dtype(cfg.dtype).itemsize * tokens * N * (H + R),
+  )
 
 
 def _mlp(cfg: T5Config, tokens: int) -> Products:
@@ -105,11 +117,11 @@ def _dense(
   )
 
 
-def _attend(cfg: T5Config, rows: int, T: int, S: int, K: int) -> Products:
+def _attend(cfg: T5Config, rows: int, T: int, S: int, K: int, R: int) -> Products:
   """Returns the two products of attention: logits, and probabilities times values."""
-  N, H, itemsize = cfg.num_heads, cfg.head_dim, np.dtype(cfg.dtype).itemsize
+  N, itemsize = cfg.num_heads, np.dtype(cfg.dtype).itemsize
   logits_itemsize = FLOAT32_BYTES if cfg.float32_attention_logits else itemsize
   logits = rows * N * T * S  # As many are probabilities.
-  vectors = 2 * rows * H * (T * N + S * K)  # Queries and results; keys and values.
+  vectors = 2 * rows * R * (T * N + S * K)  # Queries and results; keys and values.
   nbytes = itemsize * vectors + (logits_itemsize + itemsize) * logits
-  return Products(flops=2 * 2 * logits * H, weights=0, activation_bytes=nbytes)
+  return Products(flops=2 * 2 * logits * R, weights=0, activation_bytes=nbytes)

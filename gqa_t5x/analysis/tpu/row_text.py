@@ -24,13 +24,14 @@ def headline(row: CompiledRow) -> str:
 def text(row: CompiledRow) -> str:
   """Returns the whole report of a row, all numbers per chip."""
   chip = CHIPS[topology.parse(row['topology'])[0]]
+  size = f' of size {row["kv_head_dim"]}' if row.get('kv_head_dim') else ''
   lines = [
     f'{row["topology"]}: {row["chips"]} chips, each with'
     f' {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s,'
     f' {chip.memory / GIB:.0f} GiB, links of {chip.links / 1e9:.0f} GB/s',
     f'model {row["model_partitions"]} x data {row["data_partitions"]} devices,'
     f' batch {row["batch_size"]}, input {row["input_length"]},'
-    f' output {row["output_length"]}, {row["num_kv_heads"]} key/value heads,'
+    f' output {row["output_length"]}, {row["num_kv_heads"]} key/value heads{size},'
     f' {row["dtype"]}; compiled, per chip:',
     '',
     *_memory(row),

@@ -6,7 +6,6 @@ texts. Both are docstrings (data/corpus.py), one sample of them after the other.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,13 +18,8 @@ from gqa_t5x import files
 from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import AttentionModule, Kernels, heads_of
 from gqa_t5x.conversion.methods import convert_module
-from gqa_t5x.conversion.shared_heads import (
-  key_moments,
-  share_heads,
-  spectra,
-  svd,
-  value_moments,
-)
+from gqa_t5x.conversion.output_refit import refit
+from gqa_t5x.conversion.shared_heads import key_moments, spectra, value_moments
 from gqa_t5x.data import corpus
 from gqa_t5x.errors import BadInput
 from gqa_t5x.reproduce.experiments.models import METHODS, SVD, SVD_BY_WEIGHTS, Method
@@ -39,7 +33,6 @@ NUM_KV_HEADS = (6, 3, 1)  # of 12
 CORPUS = 'pydocs'
 TEXTS = 200  # of a sample: as many to calibrate on, as many to judge by
 SAMPLES = 3
-RIDGE = 1e-3  # of the mean of the diagonal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,20 +203,21 @@ def convert(
     statistics: of each layer; those that the variant's method names.
     num_kv_heads: K, whose cache the result has.
   """
-  rank = num_kv_heads * encoder.head_dim
-  converted = []
+  converted, H = [], encoder.head_dim
   for i, (kernels, inputs) in enumerate(
     zip(encoder.attention, statistics, strict=True)
   ):
-    module = _module(encoder, i, 1 if variant.latent else num_kv_heads)
     if variant.joint:
-      new = _joint(kernels, module, inputs, 2 * rank)
-    elif variant.latent:
-      solve = functools.partial(svd, rank=rank)
-      new = share_heads(solve, 'absorbed', kernels, module, inputs)
+      module = _module(encoder, i, 1)
+      new = _joint(kernels, module, inputs, 2 * num_kv_heads * H)
     else:
+      heads = (1, num_kv_heads * H) if variant.latent else (num_kv_heads, H)
+      module = _module(encoder, i, *heads)
       name, _, grouping = variant.method
       new = convert_module(kernels, module, name, inputs, grouping)
+      if module.is_latent:  # The same function: what each query head reads.
+        read = {name: new[name] @ new[f'{name}_up'] for name in ('key', 'value')}
+        new = {**kernels, **read}
     converted.append(new)
   return converted
 
@@ -258,12 +252,18 @@ def _joint(
   return {**kernels, **new}
 
 
-def _module(encoder: SentenceEncoder, layer: int, num_kv_heads: int) -> AttentionModule:
+def _module(
+  encoder: SentenceEncoder,
+  layer: int,
+  num_kv_heads: int,
+  kv_head_dim: int | None = None,
+) -> AttentionModule:
   return AttentionModule(
     path=f'encoder/layers_{layer}/attention',
     source_num_kv_heads=encoder.num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=encoder.head_dim,
+    kv_head_dim=kv_head_dim,
   )
 
 
@@ -296,8 +296,7 @@ def refit_outputs(
       )
       ZZ = ZZ + Z.T @ Z
       ZY = ZY + Z.T @ (old @ encoder.attention[i]['out'] - Z @ new['out'])
-    ridge = RIDGE * np.trace(ZZ) / len(ZZ) * np.eye(len(ZZ))
-    out = new['out'] + np.linalg.solve(ZZ + ridge, ZY)
+    out = refit(new['out'], ZZ, ZY)
     refitted.append({**new, 'out': out.astype(np.float32)})
   return refitted
 

@@ -6,7 +6,7 @@ that was not converted. All of it goes on where it was stopped.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,13 @@ from etils import epath
 
 from gqa_t5x import files
 from gqa_t5x.checkpoints.config import ModelConfig
-from gqa_t5x.conversion import input_statistics, input_sums, plan
+from gqa_t5x.conversion import (
+  input_statistics,
+  input_sums,
+  output_refit,
+  output_sums,
+  plan,
+)
 from gqa_t5x.inference import saved
 from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments import trainings
@@ -114,14 +120,33 @@ class Milestone:
 
   def _calibrate(self) -> None:
     """Collects statistics on the training split."""
-    module, totals = network.Transformer(self.trainer.config()), {}
-    sums = jax.jit(lambda p, b: input_sums.sum_inputs(module, p, b, False))
-    number = trainings.CALIBRATION_BATCHES
-    for batch in self.trainer.batches('train', number, _UPTRAIN_SEED):
-      input_sums.add_sums(totals, sums(self.state.params, batch))
-    info = {'num_sequences': number * trainings.BATCH_SIZE}
+    module = network.Transformer(self.trainer.config())
+    totals, info = self._add_up(
+      lambda batch: input_sums.sum_inputs(module, self.state.params, batch, False)
+    )
     statistics = input_sums.mean_statistics(totals)
     input_statistics.write_statistics(self._statistics, statistics, info)
+
+  def _refit(self, params: Any, heads: Mapping[str, int]) -> Any:
+    """Refits the outputs of converted parameters on the same data."""
+    original = network.Transformer(self.trainer.config())
+    config, old = self.trainer.config(**heads), self.state.params
+    totals, info = self._add_up(
+      lambda batch: output_sums.sum_outputs(original, old, config, params, batch)
+    )
+    sums = self.folder / 'sums.npz'
+    output_refit.write_sums(sums, input_sums.means(totals), info)
+    return plan.convert_params(params, refit_outputs=str(sums))
+
+  def _add_up(self, function: Callable[[Any], Any]) -> tuple[dict, dict[str, Any]]:
+    """Adds up what a function returns for the calibration batches; counts tokens."""
+    totals, compiled = {}, jax.jit(function)
+    for batch in self.trainer.batches(
+      'train', trainings.CALIBRATION_BATCHES, _UPTRAIN_SEED
+    ):
+      input_sums.add_sums(totals, compiled(batch))
+    tokens = {stack: int(totals[stack]) for stack in ('encoder', 'decoder')}
+    return totals, {'num_tokens': tokens}
 
   def _rows_of(self, variant: Variant, K: int) -> Iterator[Row]:
     """The loss right after conversion, and of some variants after uptraining."""
@@ -155,10 +180,12 @@ class Milestone:
     heads = {'num_kv_heads': K}
     if variant.latent:
       heads = {'num_kv_heads': 1, 'kv_head_dim': K * self.trainer.config().head_dim}
-    statistics = self._statistics if used == 'calibrated' else None
+    statistics = str(self._statistics) if used == 'calibrated' else None
     params = plan.convert_params(
       self.state.params, method=name, statistics=statistics, grouping=grouping, **heads
     )
+    if variant.refit_outputs:
+      params = self._refit(params, heads)
     return params, heads
 
   def _worth(self) -> Iterator[Row]:
