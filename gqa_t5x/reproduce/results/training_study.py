@@ -122,7 +122,8 @@ class Milestone:
     """Collects statistics on the training split."""
     module = network.Transformer(self.trainer.config())
     totals, info = self._add_up(
-      lambda batch: input_sums.sum_inputs(module, self.state.params, batch, False)
+      lambda params, batch: input_sums.sum_inputs(module, params, batch, False),
+      self.state.params,
     )
     statistics = input_sums.mean_statistics(totals)
     input_statistics.write_statistics(self._statistics, statistics, info)
@@ -130,21 +131,25 @@ class Milestone:
   def _refit(self, params: Any, heads: Mapping[str, int]) -> Any:
     """Refits the outputs of converted parameters on the same data."""
     original = network.Transformer(self.trainer.config())
-    config, old = self.trainer.config(**heads), self.state.params
+    config = self.trainer.config(**heads)
     totals, info = self._add_up(
-      lambda batch: output_sums.sum_outputs(original, old, config, params, batch)
+      lambda old, new, b: output_sums.sum_outputs(original, old, config, new, b),
+      self.state.params,
+      params,
     )
     sums = self.folder / 'sums.npz'
     output_refit.write_sums(sums, input_sums.means(totals), info)
     return plan.convert_params(params, refit_outputs=str(sums))
 
-  def _add_up(self, function: Callable[[Any], Any]) -> tuple[dict, dict[str, Any]]:
-    """Adds up what a function returns for the calibration batches; counts tokens."""
+  def _add_up(
+    self, function: Callable[..., Any], *params: Any
+  ) -> tuple[dict, dict[str, Any]]:
+    """Adds up a function of parameters and each calibration batch; counts tokens."""
     totals, compiled = {}, jax.jit(function)
     for batch in self.trainer.batches(
       'train', trainings.CALIBRATION_BATCHES, _UPTRAIN_SEED
     ):
-      input_sums.add_sums(totals, compiled(batch))
+      input_sums.add_sums(totals, compiled(*params, batch))
     tokens = {stack: int(totals[stack]) for stack in ('encoder', 'decoder')}
     return totals, {'num_tokens': tokens}
 
