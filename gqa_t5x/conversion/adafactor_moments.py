@@ -4,8 +4,8 @@ T5X's Adafactor decides by shape alone how it keeps the second moments of a 2-D 
 if both dimensions are at least 128, as two vectors (`v_row` along the smaller
 dimension, `v_col` along the larger), else as a full matrix `v`. The conversion makes
 K and V kernels narrower, so the layout can change: for T5.1.1-XXL from 64 to 8 heads
-`v_row` and `v_col` swap, and every MQA kernel (64 columns) is unfactored. Kernels of
-the latent form can be wider than the source's, or new: they start as the query's did.
+`v_row` and `v_col` swap, and every MQA kernel (64 columns) is unfactored. The kernels
+that the latent form adds have moments in the state that the query's are.
 
 Letters: D width, S source key/value heads, K new ones, H head size.
 """

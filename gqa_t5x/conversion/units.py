@@ -54,11 +54,14 @@ def convert_module(
   names = ALL_KERNELS if reorder else method.kernels
   read = {name: f'{module.path}/{name}/kernel' for name in names}
   read |= {'bias': spec.bias} if spec.bias else {}
-  written, origins = read, {path: path for path in read.values()}
+  written = read
   if module.is_latent:
     names = ('key', 'value', *LATENT_KERNELS)
     written = {name: f'{module.path}/{name}/kernel' for name in names}
-    origins = dict.fromkeys(written.values(), read['query'])
+  origins = {
+    path: path if tree.TARGET + path in tensors else read['query']
+    for path in written.values()
+  }
   if uses_inputs and statistics:
     statistics.check(module.path, width=shapes[read['query']][0])
   outputs, notes = _outputs(tensors, origins, shapes, rule)

@@ -189,7 +189,7 @@ def architecture(D, S):
     (512, 6, 256),  # factored, rows and columns change places
     (512, 6, 100),  # too narrow
     (512, 1, 60),
-    (512, 2, 128),  # wider than the source's, which was too narrow
+    (512, 2, 128),  # from GQA
     (96, 6, 256),  # the source has none that is factored, key_up is
   ],
 )

@@ -7,6 +7,8 @@ import pytest
 from etils import epath
 
 from gqa_t5x.checkpoints import folders
+from gqa_t5x.checkpoints.tree import read_architecture
+from gqa_t5x.exports.source import open_source
 from gqa_t5x.model import network
 from helpers import exports, make_golden, model_oracle, trees
 from helpers.model_oracle import N
@@ -63,6 +65,14 @@ def test_it_is_what_the_oracle_repeats(tmp_path):
   expected = model_oracle.repeat_kv_heads(model_oracle.params(cfg), 2)
   for path, value in model_oracle.flat(expected).items():
     np.testing.assert_array_equal(got[path], value, strict=True)
+
+
+@pytest.mark.parametrize('case', ['GQA', 'latent'])
+def test_sizes_with_all_heads_are_those_of_the_tensors(case, tmp_path):
+  checkpoint = exports.checkpoint(tmp_path / 'run', model_oracle.config(**HEADS[case]))
+  whole = open_source(checkpoint).with_all_heads()
+  shapes = {path: tensor.shape for path, tensor in whole.params.items()}
+  assert read_architecture(shapes) == whole.architecture
 
 
 def test_the_step_stays_and_moments_do_not(tmp_path):
