@@ -20,6 +20,8 @@ from gqa_t5x.reproduce.results.optax_training import Trainer
 from helpers import tiny_task
 from helpers.reports import tables
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 STEPS = (20, 40)
 WORDS = tiny_task.NAME, {'inputs': 24, 'targets': 8}
 
@@ -65,7 +67,7 @@ def test_training_learns(trainer):
   start = trainer.start()
   before = trainer.loss(start.params)
   assert before > 5  # of 384 bytes
-  assert trainer.loss(trainer.train(start, 40).params) < before - 1
+  assert trainer.loss(trainer.train(start, 40).params) < before - 0.1
 
 
 def test_the_loss_is_a_mean_over_tokens(trainer):

@@ -71,8 +71,9 @@ class Trainer:
     """A model that has learned nothing, with all key/value heads."""
     (batch,) = self.batches('train', 1, _SEED)
     module = network.Transformer(self.config())
-    params = module.init(jax.random.key(_SEED), **_inputs(batch))['params']
-    return State(params, self.optimizer.init(params))
+    init = jax.jit(lambda key: module.init(key, **_inputs(batch))['params'])
+    params = init(jax.random.key(_SEED))
+    return State(params, jax.jit(self.optimizer.init)(params))
 
   def train(
     self,
