@@ -210,7 +210,8 @@ def test_every_difference_is_listed():
 @pytest.mark.parametrize(('ours', 'theirs'), [(None, 9), (9, None), (9, 15)])
 def test_heads_of_another_size(ours, theirs):
   """It says what the checkpoint has, so that it can be set."""
-  this = model(module=network.Transformer(oracle.config(K, kv_head_dim=ours)))
+  this = model()
+  this.module = network.Transformer(oracle.config(K, kv_head_dim=ours))
   tree = oracle.params(oracle.config(K, kv_head_dim=theirs))
   shapes = [(R, 24) if R else other for R, other in ((theirs, 'missing'), (ours, 'un'))]
   said = f'/key_up/kernel: {shapes[0]} in the checkpoint, {shapes[1]}'
