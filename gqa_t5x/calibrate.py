@@ -92,6 +92,11 @@ def calibrate(
   files.check_outputs(output, make_folders=True)
   if num_sequences < 1:
     raise BadInput(f'NUM_SEQUENCES={num_sequences} must be at least 1')
+  if original is not None and include_encoder:
+    raise BadInput(
+      'INCLUDE_ENCODER is for statistics: with ORIGINAL_PATH all modules are taken that'
+      ' have other heads; leave it out'
+    )
   source = original and calibration.original_of(model, original)
   step, batches = calibration.map_batches(
     _function(model.module, source and source[0].module, include_encoder),

@@ -250,6 +250,10 @@ def test_what_refits_the_outputs_of_a_converted_checkpoint(run, saved, mqa, tmp_
     ({'ORIGINAL_PATH': 'lost'}, 'there is no checkpoint at /.*/lost'),
     ({'ORIGINAL_PATH': None}, 'the key/value heads of the original'),
     ({'network.config.mlp_dim': 99}, 'do not fit the model'),
+    (
+      {'INCLUDE_ENCODER': True},
+      'INCLUDE_ENCODER is for statistics: with ORIGINAL_PATH',
+    ),
   ],
 )
 def test_bad_originals(run, saved, mqa, tmp_path, macros, message):

@@ -94,11 +94,13 @@ class Unit:
   One attention module with its moments, or one tensor that is copied. A converted
   checkpoint is a list of units: sizes are known before anything is read, peak memory
   is that of the largest unit, and units do not depend on each other. `compute` reads
-  what it needs; `outputs` and what it returns go by the tensors' paths.
+  what it needs; `outputs` and what it returns go by the tensors' paths. `scratch` are
+  bytes that it takes beside its inputs and outputs.
   """
 
   outputs: dict[str, TensorSpec]
   compute: Callable[[], dict[str, np.ndarray]]
+  scratch: int = 0
 
   @property
   def nbytes(self) -> int:

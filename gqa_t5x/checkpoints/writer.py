@@ -107,6 +107,7 @@ def _unit_job(
   changed = {p for p, spec in unit.outputs.items() if spec is not source.get(p)}
   read = sum(source[p].nbytes for p in unit.outputs if p in source)
   nbytes = 3 * read + 2 * unit.nbytes if changed else 2 * unit.nbytes
+  nbytes += unit.scratch
 
   if not changed and all(write.can_copy(p, source[p]) for p in unit.outputs):
     return Job(lambda: ({p: write.copy(p, source[p]) for p in unit.outputs}, {}), 0)

@@ -44,9 +44,11 @@ def refit(
   Returns:
     O, float64 [X, D].
   """
-  heads_XX = np.asarray(heads_XX, np.float64)
-  held = ridge * np.mean(np.diag(heads_XX)) or 1.0  # All heads say nothing: as it is.
-  regular_XX = heads_XX + held * np.eye(len(heads_XX))
+  regular_XX = np.array(heads_XX, np.float64)
+  held = (
+    ridge * np.mean(np.diag(regular_XX)) or 1.0
+  )  # Heads that say nothing: as it is.
+  regular_XX[np.diag_indices_from(regular_XX)] += held
   return out_XD + np.linalg.solve(regular_XX, np.asarray(residual_XD, np.float64))
 
 

@@ -186,17 +186,17 @@ def procrustes(S_GHGH: np.ndarray, M_GHH: np.ndarray) -> Sharing:
   """
   del M_GHH
   G = len(S_GHGH)
-  R_GHH = np.stack([_nearest_rotation(S_GHGH[i, :, 0]) for i in range(G)])
+  turn_GHH = np.stack([_nearest_rotation(S_GHGH[i, :, 0]) for i in range(G)])
   agreement = -np.inf
   for _ in range(_PROCRUSTES_SWEEPS):
     for i in range(G):
-      others_HH = np.tensordot(S_GHGH[i], R_GHH, 2)
-      R_GHH[i] = _nearest_rotation(others_HH - S_GHGH[i, :, i] @ R_GHH[i])
+      others_HH = np.tensordot(S_GHGH[i], turn_GHH, 2)
+      turn_GHH[i] = _nearest_rotation(others_HH - S_GHGH[i, :, i] @ turn_GHH[i])
     before = agreement
-    agreement = np.sum(R_GHH * np.tensordot(S_GHGH, R_GHH, 2))
+    agreement = np.sum(turn_GHH * np.tensordot(S_GHGH, turn_GHH, 2))
     if agreement <= before * (1 + _PROCRUSTES_TOLERANCE):
       break
-  return Sharing(R_GHH / G, R_GHH)
+  return Sharing(turn_GHH / G, turn_GHH)
 
 
 def share_heads(

@@ -104,7 +104,9 @@ def refit_outputs(
     results = {tree.TARGET + path: out.astype(outputs[tree.TARGET + path].dtype)}
     return results | _moments(tensors, origins, shapes, 'reset')
 
-  return Unit(outputs, compute), notes
+  X, D = shapes[path]
+  scratch = 8 * 2 * X * (X + D)  # Of the regression, in float64; LAPACK has copies.
+  return Unit(outputs, compute, scratch), notes
 
 
 def copy(path: str, tensor: LazyTensor) -> Unit:

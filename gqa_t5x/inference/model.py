@@ -75,7 +75,8 @@ class Model:
     return (
       f'<T5 of {self.num_parameters:,} parameters: {c.num_encoder_layers} +'
       f' {c.num_decoder_layers} layers, width {c.emb_dim}, {c.num_heads} heads;'
-      f' key/value heads: self-attention {c.self_kv}, cross-attention {c.cross_kv}>'
+      f' key/value heads of {c.kv_size}: self-attention {c.self_kv}, cross-attention'
+      f' {c.cross_kv}>'
     )
 
   @property
@@ -183,11 +184,8 @@ class Model:
   ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Adds up what a function returns for examples of texts.
 
-    Args:
-      *function: a compiled program, and what it takes before inputs, targets and start.
-
-    Returns:
-      The totals, and what they are of.
+    `function` is a compiled program, and what it takes before inputs, targets and
+    start. Returns the totals, and what they are of.
     """
     found, totals = self.examples(texts), {}
     columns = [[e.inputs for e in found], [e.targets for e in found]]

@@ -212,7 +212,7 @@ def test_every_count_is_checked(tmp_path, monkeypatch):
   text = '\n'.join(commands.gin_files().values())
   counts = set(re.findall(r'^([A-Z_]+) = \d[\d_]*(?!\S)', text, flags=re.MULTILINE))
   counts |= {'NUM_KV_HEADS', 'NUM_MICROBATCHES', 'KEEP_CHECKPOINTS', 'KEEP_PERIOD'}
-  assert len(counts - NO_COUNTS) == 17
+  assert len(counts - NO_COUNTS) == 18
   bad = {name: (0, -1) for name in counts - NO_COUNTS}
   bad |= {
     'TRAIN_STEPS': (4e0, '4', True),
