@@ -20,6 +20,7 @@ VERMILION, SKY, BLACK = '#D55E00', '#56B4E9', '#000000'
 LINES = (BLACK, BLUE, VERMILION, GREEN, ORANGE, PINK)
 # Heads, and methods of conversion -> colour, marker.
 HEADS = {'MHA': (BLACK, 'o'), 'GQA': (BLUE, 's'), 'MQA': (VERMILION, '^')}
+HEADS['Latent'] = GREEN, 'D'
 METHODS = {
   'mean': (BLUE, 'o'),
   'first': (ORANGE, 's'),

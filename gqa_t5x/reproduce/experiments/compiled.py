@@ -3,6 +3,7 @@
 from typing import Any
 
 from gqa_t5x.reproduce.experiments import commands, paper
+from gqa_t5x.reproduce.experiments.models import Model
 from gqa_t5x.reproduce.experiments.scales import PAPER
 from gqa_t5x.reproduce.runner.stages import Stage
 
@@ -27,36 +28,34 @@ TRAININGS = {
 
 def stages(output_dir: Any) -> list[Stage]:
   """Lists the times of table 1 and figure 6, and uptraining on TPU slices."""
-  decoded = [
-    (model.size, model.num_kv_heads, lengths)
-    for model in PAPER.models
-    for lengths in paper.LENGTHS
-  ]
-  decoded += [('xxl', heads, FIGURE6_LENGTHS) for heads in paper.FIGURE6_HEADS]
+  decoded = [(model, lengths) for model in PAPER.models for lengths in paper.LENGTHS]
+  decoded += [(Model('xxl', K), FIGURE6_LENGTHS) for K in paper.FIGURE6_HEADS]
   return [
     *(decoding(output_dir, *what) for what in decoded),
     *(uptraining(output_dir, slice_name) for slice_name in TRAININGS),
   ]
 
 
-def decoding(
-  output_dir: Any, size: str, num_kv_heads: int, lengths: tuple[int, int]
-) -> Stage:
+def decoding(output_dir: Any, model: Model, lengths: tuple[int, int]) -> Stage:
   """The row of decoding, with the largest batch that fits, by the paper's rule.
 
   Args:
     output_dir: folder of all results.
-    size: of the model.
-    num_kv_heads: K.
+    model: its size and heads count.
     lengths: tokens of inputs and outputs.
   """
   inputs, outputs = lengths
+  heads = f'{model.num_kv_heads} key/value heads'
+  name = f'{model.size}_{model.num_kv_heads}'
+  if model.kv_head_dim:
+    heads, name = f'{heads} of {model.kv_head_dim}', f'{name}x{model.kv_head_dim}'
   return _stage(
-    f'decoding of {size}, {num_kv_heads} key/value heads, {inputs} to {outputs}',
-    output_dir / FOLDER / f'{size}_{num_kv_heads}_{inputs}_{outputs}.json',
+    f'decoding of {model.size}, {heads}, {inputs} to {outputs}',
+    output_dir / FOLDER / f'{name}_{inputs}_{outputs}.json',
     topology=SLICE,
-    size=size,
-    num_kv_heads=num_kv_heads,
+    size=model.size,
+    num_kv_heads=model.num_kv_heads,
+    kv_head_dim=model.kv_head_dim,
     input_length=inputs,
     output_length=outputs,
     model_partitions=PARTITIONS,

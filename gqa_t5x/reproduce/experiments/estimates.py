@@ -27,19 +27,23 @@ class Run(NamedTuple):
   batch_size: int
   input_length: int
   output_length: int
+  kv_head_dim: int | None = None
 
   def training_hours(self, steps: int) -> float:
     """Returns the chip-hours of training steps."""
-    cfg = network.config(self.size, num_kv_heads=self.num_kv_heads)
-    flops = formulas.training_step(cfg, *self[3:]).flops
+    flops = formulas.training_step(self._config('float32'), *self[3:6]).flops
     return steps * flops / (UTILISATION * CHIPS[self.chip].flops) / HOUR_S
 
   def decoding_hours(self, num_samples: int) -> float:
     """Returns the chip-hours of decoding samples, every output at its full length."""
-    cfg = network.config(self.size, num_kv_heads=self.num_kv_heads, dtype='bfloat16')
-    chip, (batch_size, input_length, output_length) = CHIPS[self.chip], self[3:]
+    cfg, chip = self._config('bfloat16'), CHIPS[self.chip]
+    batch_size, input_length, output_length = self[3:6]
     encode = formulas.prepare_flops(cfg, batch_size, input_length)
-    step = formulas.decode_step(cfg, *self[3:], param_itemsize=2)
+    step = formulas.decode_step(cfg, *self[3:6], param_itemsize=2)
     seconds = encode / (UTILISATION * chip.flops)
     seconds += output_length * step.bytes / (BANDWIDTH_SHARE * chip.bandwidth)
     return num_samples / batch_size * seconds / HOUR_S
+
+  def _config(self, dtype: str) -> network.T5Config:
+    heads = {'num_kv_heads': self.num_kv_heads, 'kv_head_dim': self.kv_head_dim}
+    return network.config(self.size, **heads, dtype=dtype)

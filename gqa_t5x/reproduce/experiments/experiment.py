@@ -100,12 +100,13 @@ class Timing:
   dtype: str
   num_beams: tuple[int, ...] = (1,)
   repeats: int = 7
+  kv_head_dim: int | None = None
 
   def flags(self) -> dict[str, str]:
-    """The command's flags; heads that are left open are the size's own."""
+    """The command's flags; what is left open is the size's own."""
     values = dataclasses.asdict(self)
     return {
       name: ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
       for name, value in values.items()
-      if value != ()
+      if value not in ((), None)
     }

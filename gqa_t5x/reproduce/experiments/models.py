@@ -56,6 +56,7 @@ class Model:
     alpha: uptraining steps by pre-training steps.
     seed: of the data's order in uptraining, and of the method random; None: the gin
       file's and the command's own.
+    kv_head_dim: R of the latent form; None: the head size.
   """
 
   size: str
@@ -63,6 +64,7 @@ class Model:
   method: Method = MHA
   alpha: float = 0.0
   seed: int | None = None
+  kv_head_dim: int | None = None
 
   @property
   def is_mha(self) -> bool:
@@ -71,8 +73,8 @@ class Model:
 
   @property
   def heads(self) -> str:
-    """'mha', 'mqa' or 'gqa8': in names of folders."""
-    return heads_label(self.num_kv_heads, self.is_mha).lower().replace('-', '')
+    """'mha', 'mqa', 'gqa8' or 'latent512': in names of folders."""
+    return self._heads_label.lower().replace('-', '')
 
   @property
   def origin(self) -> str:
@@ -89,9 +91,13 @@ class Model:
 
   @property
   def label(self) -> str:
-    """What the paper calls it: MHA-XXL, GQA-8-XXL, MQA-XXL."""
+    """What the paper calls it: MHA-XXL, GQA-8-XXL, MQA-XXL; ours: Latent-512-XXL."""
     size = self.size.upper() if self.size.startswith('x') else self.size.capitalize()
-    return f'{heads_label(self.num_kv_heads, self.is_mha)}-{size}'
+    return f'{self._heads_label}-{size}'
+
+  @property
+  def _heads_label(self) -> str:
+    return heads_label(self.num_kv_heads, self.is_mha, self.kv_head_dim)
 
   @property
   def conversion_name(self) -> str:
@@ -119,8 +125,12 @@ def mha(size: str, alpha: float = 0.0, seed: int | None = None) -> Model:
   return Model(size, sizes.SIZES[size]['num_heads'], MHA, alpha, seed)
 
 
-def heads_label(num_kv_heads: int, is_mha: bool = False) -> str:
-  """Returns 'MHA', 'MQA' or 'GQA-8'."""
+def heads_label(
+  num_kv_heads: int, is_mha: bool = False, kv_head_dim: int | None = None
+) -> str:
+  """Returns 'MHA', 'MQA', 'GQA-8', or of one head of 512 numbers 'Latent-512'."""
+  if kv_head_dim is not None:
+    return f'Latent-{kv_head_dim}'
   if is_mha:
     return 'MHA'
   return 'MQA' if num_kv_heads == 1 else f'GQA-{num_kv_heads}'

@@ -3,6 +3,8 @@
 GQA: Ainslie et al. 2023, arXiv 2305.13245. MQA: Shazeer 2019, arXiv 1911.02150.
 """
 
+NOT_THERE = 'not in the paper'
+
 # Task -> (what the paper calls it, input tokens, output tokens); GQA, section 3.1.
 TASKS = {
   'cnn_dailymail': ('CNN', 512, 256),

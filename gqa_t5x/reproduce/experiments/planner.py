@@ -141,7 +141,7 @@ class Planner:
       folder / f'checkpoint_{steps}',
       'pretrain',
       model,
-      {'NUM_KV_HEADS': model.num_kv_heads, 'MODEL_DIR': folder},
+      _heads(model) | {'MODEL_DIR': folder},
       steps=steps,
     )
 
@@ -175,6 +175,7 @@ class Planner:
       input=source.result,
       output=result.parent,
       num_kv_heads=model.num_kv_heads,
+      kv_head_dim=model.kv_head_dim,
       method=method.name,
       statistics=statistics[0].result if calibrated else None,
       grouping=None if method.grouping == 'contiguous' else method.grouping,
@@ -188,8 +189,7 @@ class Planner:
     source, last = self.conversion(model), self.step(model.alpha)
     names = self.experiment.names
     result = self.folder / names.uptrained.format(model=model, step=last)
-    macros = {
-      'NUM_KV_HEADS': model.num_kv_heads,
+    macros = _heads(model) | {
       'MODEL_DIR': result.parent,
       'INITIAL_CHECKPOINT_PATH': source.result,
       'TRAIN_STEPS': last,
@@ -200,7 +200,7 @@ class Planner:
       result,
       'uptrain',
       model,
-      {name: macros[name] for name in self.experiment.given},
+      {name: macros[name] for name in self.experiment.given if name in macros},
       steps=last - self.pretrain_steps,
       needs=(source,),
     )
@@ -210,7 +210,7 @@ class Planner:
     source = self.checkpoint(model)
     steps = self.value('finetune', 'FINETUNE_STEPS', task)
     folder = self.folder / 'finetuned' / model.name / task / f'seed{seed}'
-    macros = {} if model.is_mha else {'NUM_KV_HEADS': model.num_kv_heads}
+    macros = {} if model.is_mha else _heads(model)
     macros |= {'MODEL_DIR': folder, 'INITIAL_CHECKPOINT_PATH': source.result}
     return self._training(
       f'fine-tune {model.label} on {task}, seed {seed}',
@@ -327,14 +327,27 @@ class Planner:
   def _hours(self, kind: str, model: Model, steps: int, task: str) -> float:
     lengths = self.value(kind, 'TASK_FEATURE_LENGTHS', task)
     batch_size = self.value(kind, 'BATCH_SIZE', task)
-    what = (model.size, model.num_kv_heads, self.experiment.chip)
-    run = estimates.Run(*what, batch_size, lengths['inputs'], lengths['targets'])
+    run = estimates.Run(
+      model.size,
+      model.num_kv_heads,
+      self.experiment.chip,
+      batch_size,
+      lengths['inputs'],
+      lengths['targets'],
+      model.kv_head_dim,
+    )
     hours = run.training_hours(steps)
     if task:
       evaluations = steps // self.value(kind, 'EVAL_PERIOD', task)
       examples = evaluations * self.experiment.tasks[task]
       hours += run.decoding_hours(examples)
     return hours
+
+
+def _heads(model: Model) -> dict[str, int]:
+  """The macros of a model's key/value heads."""
+  heads = {'NUM_KV_HEADS': model.num_kv_heads}
+  return heads | ({'KV_HEAD_DIM': model.kv_head_dim} if model.kv_head_dim else {})
 
 
 def step_of(checkpoint: Any) -> int:

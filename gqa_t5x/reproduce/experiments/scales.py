@@ -41,6 +41,7 @@ class Scale(Experiment):
     scratch: of appendix A: pre-trained with few heads, and what it is held to.
     timings: how the decoding of each size is timed for table 1.
     heads: of figure 6.
+    latent: the latent form beside it.
     shazeer: how Shazeer's models are timed; their size is left open.
   """
 
@@ -52,6 +53,7 @@ class Scale(Experiment):
   scratch: tuple[Model, ...]
   timings: tuple[Timing, ...]
   heads: Timing
+  latent: Timing
   shazeer: Timing
 
   def seeds_of(self, model: Model) -> tuple[int, ...]:
@@ -59,16 +61,23 @@ class Scale(Experiment):
     return (1, 2, 3) if model in self.unstable else (1,)
 
 
-def _paper_timings(size: str, num_kv_heads: tuple[int, ...]) -> tuple[Timing, ...]:
+def _paper_timings(
+  size: str, num_kv_heads: tuple[int, ...], kv_head_dim: int | None = None
+) -> tuple[Timing, ...]:
   """One for each pair of lengths among the tasks of table 1."""
+  more = {'kv_head_dim': kv_head_dim}
   return tuple(
-    Timing(size, num_kv_heads, 'fill', inputs, outputs, 'bfloat16')
+    Timing(size, num_kv_heads, 'fill', inputs, outputs, 'bfloat16', **more)
     for inputs, outputs in paper.LENGTHS
   )
 
 
 def _uptrained(size: str, num_kv_heads: int, method: Method = MEAN) -> Model:
   return Model(size, num_kv_heads, method, paper.ALPHA)
+
+
+# Not in the paper: the cache of GQA-8, in one head that all query heads read.
+LATENT = Model('xxl', 1, SVD, kv_head_dim=512)
 
 
 def _names(pretrained: str) -> Names:
@@ -85,7 +94,8 @@ def _names(pretrained: str) -> Names:
   )
 
 
-GIVEN = ('NUM_KV_HEADS', 'MODEL_DIR', 'INITIAL_CHECKPOINT_PATH', 'TRAIN_STEPS')
+GIVEN = ('NUM_KV_HEADS', 'KV_HEAD_DIM', 'MODEL_DIR', 'INITIAL_CHECKPOINT_PATH')
+GIVEN += ('TRAIN_STEPS',)
 APPENDIX_A = (
   Model('large', 1, SCRATCH),
   _uptrained('large', 1),
@@ -97,7 +107,13 @@ PAPER = Scale(
   public=True,
   names=_names(PUBLIC),
   given=GIVEN,
-  models=(mha('large'), mha('xxl'), _uptrained('xxl', 1), _uptrained('xxl', 8)),
+  models=(
+    mha('large'),
+    mha('xxl'),
+    _uptrained('xxl', 1),
+    _uptrained('xxl', 8),
+    dataclasses.replace(LATENT, alpha=paper.ALPHA),
+  ),
   # TensorFlow Datasets' catalog; MediaSum: its own split file.
   tasks={
     'cnn_dailymail': 13_368,
@@ -116,6 +132,7 @@ PAPER = Scale(
     mha('xxl'): (0.0,),
     Model('xxl', 1, MEAN): paper.ALPHAS,
     Model('xxl', 8, MEAN): paper.ALPHAS,
+    LATENT: paper.ALPHAS,
   },
   scratch=APPENDIX_A,
   gin_files={
@@ -136,8 +153,13 @@ PAPER = Scale(
   size_macros={
     'xxl': {'MODEL_PARTITIONS': 8, 'NUM_MICROBATCHES': 4, 'REMAT_POLICY': 'full'}
   },
-  timings=(*_paper_timings('large', (16,)), *_paper_timings('xxl', (64, 8, 1))),
+  timings=(
+    *_paper_timings('large', (16,)),
+    *_paper_timings('xxl', (64, 8, 1)),
+    *_paper_timings('xxl', (1,), LATENT.kv_head_dim),
+  ),
   heads=Timing('xxl', paper.FIGURE6_HEADS[::-1], 'fill', 2048, 512, 'bfloat16'),
+  latent=Timing('xxl', (1,), 'fill', 2048, 512, 'bfloat16', kv_head_dim=512),
   shazeer=Timing('', (), 1024, 128, 128, 'bfloat16', (1, 4)),
   chip='v4',
 )
@@ -163,6 +185,7 @@ LOCAL = Scale(
   begin_anew=('uptrain', 'finetune'),
   timings=(Timing('tiny', (8, 2, 1), 32, 512, 32, 'float32'),),
   heads=Timing('base', (12, 6, 4, 3, 2, 1), 4, 512, 64, 'float32', repeats=5),
+  latent=Timing('base', (1,), 4, 512, 64, 'float32', repeats=5, kv_head_dim=256),
   shazeer=Timing('', (), 8, 128, 32, 'float32', (1, 4), repeats=5),
   chip='core',
 )

@@ -31,7 +31,8 @@ def _finetune(plan: Planner, models, tasks, seeds=None) -> None:
 
 def timing_name(timing: Timing) -> str:
   """Returns the name of the rows of one timing of table 1."""
-  return f'{timing.size}_{timing.input_length}_{timing.output_length}'
+  latent = f'_latent{timing.kv_head_dim}' if timing.kv_head_dim else ''
+  return f'{timing.size}_{timing.input_length}_{timing.output_length}{latent}'
 
 
 def figure4(plan: Planner) -> None:
@@ -62,6 +63,7 @@ def at(model: Model, alpha: float) -> Model:
 def figure6(plan: Planner) -> None:
   """Time per sample against key/value heads."""
   plan.require(plan.timing('figure6', plan.experiment.heads))
+  plan.require(plan.timing('figure6_latent', plan.experiment.latent))
 
 
 def appendix_a(plan: Planner) -> None:

@@ -16,7 +16,8 @@ from gqa_t5x.reproduce.runner.stages import Stage
 from gqa_t5x.training import best_checkpoint
 
 # What every run of a model must agree on with its command, besides its macros.
-CHECKED = ('MODEL_SIZE', 'NUM_KV_HEADS', 'RANDOM_SEED', 'MIXTURE_OR_TASK_NAME', 'TASK')
+CHECKED = ('MODEL_SIZE', 'NUM_KV_HEADS', 'KV_HEAD_DIM', 'RANDOM_SEED')
+CHECKED += ('MIXTURE_OR_TASK_NAME', 'TASK')
 
 
 @dataclasses.dataclass(frozen=True)

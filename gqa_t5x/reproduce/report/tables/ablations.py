@@ -14,7 +14,7 @@ def write_figure4(part: Part) -> None:
   for model in part.scale.ablation:
     method = model.method.name
     ours, theirs = average_score(part, model), paper.FIGURE4.get(method)
-    text = f'{theirs[0]} to {theirs[1]}' if theirs else 'not in the paper'
+    text = f'{theirs[0]} to {theirs[1]}' if theirs else paper.NOT_THERE
     middle = sum(theirs) / 2 if theirs else None
     rows.append([method, text, part.doc.number(ours, 1, middle)])
     x, style = [len(names)], figures.METHODS[method]

@@ -1,7 +1,8 @@
 """What the TPU compiler says of table 1's times, of figure 6, and of uptraining."""
 
 from gqa_t5x.reproduce.experiments import compiled, paper
-from gqa_t5x.reproduce.experiments.scales import PAPER
+from gqa_t5x.reproduce.experiments.models import Model
+from gqa_t5x.reproduce.experiments.scales import LATENT, PAPER
 from gqa_t5x.reproduce.report.part import Part
 from gqa_t5x.reproduce.report.tables import figure6
 from gqa_t5x.reproduce.results import reader
@@ -25,9 +26,9 @@ def write(part: Part) -> None:
   _uptraining(part)
 
 
-def _row(part: Part, size: str, heads: int, lengths: tuple[int, int]) -> Row | None:
-  path = compiled.decoding(part.plan.output_dir, size, heads, lengths).result
-  return part.found.row(path, KIND, fits=True, num_kv_heads=heads)
+def _row(part: Part, model: Model, lengths: tuple[int, int]) -> Row | None:
+  path = compiled.decoding(part.plan.output_dir, model, lengths).result
+  return part.found.row(path, KIND, fits=True, num_kv_heads=model.num_kv_heads)
 
 
 def _table1(part: Part) -> None:
@@ -44,22 +45,23 @@ def _table1(part: Part) -> None:
     return reader.mean(seconds)
 
   rows = {
-    model.label: {
-      lengths: _row(part, model.size, model.num_kv_heads, lengths)
-      for lengths in paper.LENGTHS
-    }
+    model.label: {lengths: _row(part, model, lengths) for lengths in paper.LENGTHS}
     for model in PAPER.models
   }
   times = {label: time(by_lengths) for label, by_lengths in rows.items()}
   table, gqa = [], 'GQA-8-XXL'
   for label, by_lengths in rows.items():
-    theirs = paper.SECONDS_PER_SAMPLE[label]
+    theirs = paper.SECONDS_PER_SAMPLE.get(label)
     pair = times[label], times[gqa]
     ratio = reader.combine(lambda values: values[0] / values[1], pair)
     over_gqa = doc.number(ratio, 2)
     cells = [part.cells(row, [with_batch])[0] for row in by_lengths.values()]
-    cells += [doc.number(times[label], 2, theirs), f'{theirs:.2f}', over_gqa]
-    table.append([label, *cells, f'{theirs / paper.SECONDS_PER_SAMPLE[gqa]:.2f}'])
+    cells += [doc.number(times[label], 2, theirs)]
+    printed = [paper.NOT_THERE] * 2
+    if theirs:
+      over = theirs / paper.SECONDS_PER_SAMPLE[gqa]
+      printed = [f'{theirs:.2f}', f'{over:.2f}']
+    table.append([label, *cells, printed[0], over_gqa, printed[1]])
   heads = [f'{i} to {o}: s/sample, batch' for i, o in paper.LENGTHS]
   means = ['mean of the tasks', 'paper', 'over GQA-8', 'paper']
   doc.table(['model', *heads, *means], table)
@@ -73,7 +75,8 @@ def _figure6(part: Part) -> None:
     ' keys and values once. Cycles: what the compiler thinks its instructions take,'
     ' one after another.'
   )
-  rows = {K: _row(part, 'xxl', K, (inputs, outputs)) for K in paper.FIGURE6_HEADS}
+  lengths = inputs, outputs
+  rows = {K: _row(part, Model('xxl', K), lengths) for K in paper.FIGURE6_HEADS}
   columns = {
     'batch': lambda row: str(row['batch_size']),
     'ms/step': lambda row: f'{row["roofline_ms"]:.2f}',
@@ -83,7 +86,8 @@ def _figure6(part: Part) -> None:
     ),
     'Mcycles/step': lambda row: f'{row["cycles_per_step"] / 1e6:.2f}',
   }
-  figure6.add_table(part, rows, columns)
+  latent = _row(part, LATENT, lengths)
+  figure6.add_table(part, rows, columns, {LATENT.kv_head_dim: latent})
   mha, gqa = rows[paper.FIGURE6_HEADS[-1]], rows[8]
   if mha and gqa:
     compared = {

@@ -16,7 +16,10 @@ def write(part: Part) -> None:
   timing = part.scale.heads
   by_heads = {row['num_kv_heads']: row for row in part.decode_rows('figure6', timing)}
   columns = {'ms/step': lambda row: part.number(row, row['ms_per_step'], 1)}
-  add_table(part, {K: by_heads.get(K) for K in timing.num_kv_heads}, columns)
+  latent = part.decode_rows('figure6_latent', part.scale.latent)
+  by_size = {part.scale.latent.kv_head_dim: next(iter(latent), None)}
+  rows = {K: by_heads.get(K) for K in timing.num_kv_heads}
+  add_table(part, rows, columns, by_size)
   if not by_heads:
     return
   row = next(iter(by_heads.values()))
@@ -37,6 +40,7 @@ def add_table(
   part: Part,
   rows: Mapping[int, Row | None],
   columns: Mapping[str, Callable[[Row], str]],
+  latent: Mapping[int, Row | None],
 ) -> None:
   """Adds the table of times per sample, at the papers' scale with theirs.
 
@@ -44,15 +48,18 @@ def add_table(
     part: which it is added to.
     rows: K -> row.
     columns: head -> function of a row, for what else is told of it.
+    latent: R -> row of one key/value head of so many numbers.
   """
   table = []
-  for num_kv_heads, row in rows.items():
-    is_mha = part.scale.public and num_kv_heads == paper.FIGURE6_HEADS[-1]
+  drawn = {str(K): (row, 'a drawing') for K, row in rows.items()}
+  drawn |= {f'1 of {R}': (row, paper.NOT_THERE) for R, row in latent.items()}
+  for heads, (row, said) in drawn.items():
+    is_mha = part.scale.public and heads == str(paper.FIGURE6_HEADS[-1])
     theirs = paper.FIGURE6_MHA_SECONDS if is_mha else None
-    text = [f'about {theirs:g}' if theirs else 'a drawing'] if part.scale.public else []
+    text = [f'about {theirs:g}' if theirs else said] if part.scale.public else []
     seconds = row and Measured.of(row, row['seconds_per_sample'])
     cells = [part.doc.number(seconds, 3, theirs), *part.cells(row, columns.values())]
-    table.append([str(num_kv_heads), *text, *cells])
+    table.append([heads, *text, *cells])
   papers = ['paper, s/sample'] if part.scale.public else []
   part.doc.table(['key/value heads', *papers, 's/sample', *columns], table)
 

@@ -14,6 +14,9 @@ Scores = Mapping[Model, Sequence[Measured | None]]
 Times = Mapping[Model, Measured | None]
 
 
+NOT_THEIRS = f'ours, {paper.NOT_THERE}'
+
+
 def write(part: Part) -> None:
   """Adds the table and the figure of one scale."""
   scale, doc = part.scale, part.doc
@@ -31,7 +34,9 @@ def write(part: Part) -> None:
       seconds = f'{paper.SECONDS_PER_SAMPLE[model.label]:.2f}'
       rows.append([model.label, 'paper', seconds, *map(str, theirs)])
     ours = _our_cells(part, model, scores[model], times[model])
-    rows.append([model.label, 'ours', *ours])
+    rows.append(
+      [model.label, 'ours' if theirs or not scale.public else NOT_THEIRS, *ours]
+    )
   averaged = ['average'] if len(scale.tasks) > 1 else []
   doc.table(['model', '', 's/sample', *averaged, *titles(scale.tasks)], rows)
   doc.text(
@@ -57,7 +62,10 @@ def _time(part: Part, model: Model, task: str) -> Measured | None:
     timed = {'inputs': timing.input_length, 'targets': timing.output_length}
     if timing.size == model.size and (timed == lengths or not part.scale.public):
       for row in part.decode_rows(targets.timing_name(timing), timing):
-        if row['num_kv_heads'] == model.num_kv_heads:
+        if (row['num_kv_heads'], row.get('kv_head_dim')) == (
+          model.num_kv_heads,
+          model.kv_head_dim,
+        ):
           return Measured.of(row, row['seconds_per_sample'])
   return None
 
