@@ -36,6 +36,7 @@ def check_training(stage, model: Model, **expected):
   assert (config.emb_dim, config.num_heads) == (size['emb_dim'], size['num_heads'])
   assert config.encoder_kv == size['num_heads']
   assert config.self_kv == config.cross_kv == model.num_kv_heads
+  assert config.kv_head_dim == model.kv_head_dim
   assert macros == expected
   assert stage.result.name == f'checkpoint_{found["total_steps"]}'
   assert str(stage.result.parent) == found['model_dir']

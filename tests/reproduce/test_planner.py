@@ -45,20 +45,28 @@ def test_macros_are_read_as_gin_reads_them(tmp_path):
 @pytest.mark.parametrize(
   ('target', 'expected'),
   [
-    # 7 tasks x (MHA-Large, MHA-XXL, 3 seeds of MQA, GQA-8), and two uptrainings; times
-    # of two sizes at three pairs of lengths.
+    # 7 tasks x (MHA-Large, MHA-XXL, 3 seeds of MQA, GQA-8, latent), and three
+    # uptrainings; times of two sizes and of latent at three pairs of lengths.
     (
       'table1',
-      {'t5x.train': 7 * 6 + 2, 'gqa_t5x.convert': 2, 'gqa_t5x.benchmark': 6},
+      {
+        't5x.train': 7 * 7 + 3,
+        'gqa_t5x.calibrate': 1,
+        'gqa_t5x.convert': 3,
+        'gqa_t5x.benchmark': 9,
+      },
     ),
     # Four methods: each converted, uptrained, fine-tuned on three tasks.
     (
       'figure4',
       {'gqa_t5x.convert': 4, 't5x.train': 4 * 4, 'gqa_t5x.calibrate': 1},
     ),
-    # MHA at alpha 0; MQA and GQA-8 at five alphas, one uptraining each.
-    ('figure5', {'gqa_t5x.convert': 2, 't5x.train': 3 * 11 + 2}),
-    ('figure6', {'gqa_t5x.benchmark': 1}),
+    # MHA at alpha 0; MQA, GQA-8 and latent at five alphas, one uptraining each.
+    (
+      'figure5',
+      {'gqa_t5x.convert': 3, 't5x.train': 3 * 16 + 3, 'gqa_t5x.calibrate': 1},
+    ),
+    ('figure6', {'gqa_t5x.benchmark': 2}),
     # Three models, three tasks, three seeds; one pre-training and two uptrainings.
     ('appendix_a', {'t5x.train': 27 + 3, 'gqa_t5x.convert': 2}),
     (
@@ -75,9 +83,10 @@ def test_macros_are_read_as_gin_reads_them(tmp_path):
       {'gqa_t5x.convert': 8, 't5x.train': 8, 'gqa_t5x.calibrate': 1},
     ),
     ('heads', {'gqa_t5x.reproduce': 1}),
+    ('training', {'gqa_t5x.reproduce': 1}),
     ('intensity', {'gqa_t5x.reproduce': 1}),
-    # Four models at three lengths, six of figure 6 (three are the same), eight slices.
-    ('compiled', {'gqa_t5x.tpu_compile': 12 + 6 - 3 + 8}),
+    # Five models at three lengths, six of figure 6 (three are the same), eight slices.
+    ('compiled', {'gqa_t5x.tpu_compile': 15 + 6 - 3 + 8}),
   ],
 )
 def test_what_the_papers_take(target, expected):
@@ -96,7 +105,7 @@ def test_everything_is_planned_once(scale):
 
 def test_reading_changes_nothing():
   plan = Planner(PAPER, BUCKET)
-  model = PAPER.models[-1]
+  model = PAPER.models[3]
   path = f'{BUCKET}/paper/uptrained/xxl_gqa8_mean/checkpoint_1050000'
   assert str(plan.path_of(model)) == path
   plan.finetuning(model, 'arxiv', 1)
@@ -123,7 +132,7 @@ def test_fine_tuning_commands(scale):
         assert data.task_feature_lengths == lengths
         assert found['train_dataset_cfg'].batch_size == 128
   several = [len(scale.seeds_of(model)) for model in scale.models]
-  assert several == ([1, 1, 3, 1] if scale is PAPER else [1, 3, 1])
+  assert several == ([1, 1, 3, 1, 1] if scale is PAPER else [1, 3, 1])
 
 
 def test_one_run_of_uptraining_passes_all_alphas():

@@ -197,7 +197,7 @@ def test_nothing_was_run(tmp_path):
     assert (paper[1], paper[3]) == ('paper', theirs)
     assert ours == [model, 'ours', *['not run'] * 9]
   # One line a target, with the command that prints its own.
-  for target, count in (('table1', 52), ('figure6', 1), ('compiled', 23)):
+  for target, count in (('table1', 65), ('figure6', 2), ('compiled', 26)):
     noun = 'command' if count == 1 else 'commands'
     assert (
       f'Not run: {count} {noun}, which `python -m gqa_t5x.reproduce plan {target}'
@@ -253,7 +253,7 @@ def test_numbers_stand_next_to_the_papers(finished):
   # The best of two checkpoints, 0.6 above the paper; no average of a part.
   assert ours[2:5] == ['not run', 'not run', '44.1 (+0.6)']
   assert ours[-1] == '80.0 (-1.6)'
-  assert 'Not run: 50 commands' in text
+  assert 'Not run: 63 commands' in text
   assert table_of(text, 'Table 1 and figure 3, tiny') == [
     ['model', '', 's/sample', TASK],
     ['MHA-Tiny', 'ours', '0.4000', '25.0'],
