@@ -40,6 +40,8 @@ Two more things can be measured; the last one needs what conversion needs:
   roofline_ms            max(bytes / stream_gb_per_s, FLOPs / matmul_gflop_per_s)
   roofline_time_fraction roofline_ms / ms_per_step
 
+Of CTranslate2 in int8 the times alone.
+
 for `train` (forward and backward pass, no optimizer):
 
   ms_per_step, tokens_per_s (of inputs and targets), flops_per_step (by formula),

@@ -112,6 +112,7 @@ def test_ctranslate2_is_timed(tmp_path):
   systems = ['gqa_t5x', 'ctranslate2', 'ctranslate2_int8']
   assert [row['system'] for row in rows] == systems
   assert all(row['encode_ms'] > 0 for row in rows)
+  assert ['gb_per_s' in row for row in rows] == [True, True, False]
 
 
 @pytest.mark.parametrize(

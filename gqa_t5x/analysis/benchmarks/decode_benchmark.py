@@ -17,6 +17,7 @@ from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
 from gqa_t5x.model import network
 
+INT8 = 'ctranslate2_int8'  # a system
 NO_EOS = -1  # No token ends a row, so that all are as long.
 FILLED_SHARE = 0.9  # of the free memory, by --batch_size=fill
 COLUMNS = {
@@ -39,7 +40,7 @@ class Setting(DecodeSetting):
   """What is decoded.
 
   `system` is 'gqa_t5x', 't5x' for T5X's network and decoding, or 'ctranslate2' or
-  'ctranslate2_int8' for CTranslate2 with weights in float32 or int8.
+  INT8 for CTranslate2 with weights in float32 or int8.
   """
 
   system: str = 'gqa_t5x'
@@ -175,16 +176,23 @@ def _row(
   setting: Setting, seconds: float, encode_seconds: float, stream: float, command: str
 ) -> dict[str, Any]:
   """Returns a row; `python -m gqa_t5x.benchmark decode --help` explains its keys."""
-  rows, step = setting.batch_size * setting.num_beams, setting.cost
-  cfg = setting.config
-  rate = workload.matmul_rate(cfg.emb_dim, cfg.mlp_dim, rows, setting.dtype)
-  floor = max(step.bytes / (1e9 * stream), step.flops / (1e9 * rate))
   total = encode_seconds + setting.output_length * seconds
-  return workload.common_keys('decode_benchmark', command, vars(setting)) | {
+  times = {
     'ms_per_step': 1e3 * seconds,
     'encode_ms': 1e3 * encode_seconds,
     'seconds_per_sample': total / setting.batch_size,
     'tokens_per_s': setting.batch_size / seconds,
+  }
+  common = workload.common_keys('decode_benchmark', command, vars(setting))
+  if setting.system == INT8:  # What int8 takes at best is not measured here.
+    return common | times | {'stream_gb_per_s': stream}
+  rows, step = setting.batch_size * setting.num_beams, setting.cost
+  cfg = setting.config
+  rate = workload.matmul_rate(cfg.emb_dim, cfg.mlp_dim, rows, setting.dtype)
+  floor = max(step.bytes / (1e9 * stream), step.flops / (1e9 * rate))
+  return {
+    **common,
+    **times,
     'param_bytes_per_step': step.param_bytes,
     'cache_bytes_per_step': step.cache_bytes,
     'flops_per_step': step.flops,
