@@ -133,7 +133,8 @@ def test_help_teaches(capsys):
   assert run('--help') == 0
   out = capsys.readouterr().out
   assert 'python -m gqa_t5x.convert --input=/models/mha --output=/models/gqa2' in out
-  for flag in ('num_kv_heads', 'method', 'encoder_num_kv_heads', 'seed', 'statistics'):
+  flags = ('num_kv_heads', 'method', 'encoder_num_kv_heads', 'seed', 'statistics')
+  for flag in (*flags, 'kv_head_dim', 'refit_outputs'):
     assert f'--{flag}:' in out
   for flag in ('--dry_run', '--verify=', '--compression=none', '/t5-v1_1-base'):
     assert flag in out[: out.index('Flags:')]
