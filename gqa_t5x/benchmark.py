@@ -200,7 +200,15 @@ def _t5x(name: str) -> Any:
       "--compare=t5x needs T5X's own example network (t5x.examples.t5), which is not"
       ' installed; run make setup ENGINE=t5x.'
     ) from error
-  return {T5X: t5x_baseline.decoder if name == 'decode' else t5x_baseline.network}
+  if name == 'train':
+    return {T5X: t5x_baseline.network}
+  from gqa_t5x.analysis.benchmarks import timing
+
+  def decoder(*args):
+    prepare, decode = t5x_baseline.decoder(*args)
+    return prepare, functools.partial(timing.slope, decode)
+
+  return {T5X: decoder}
 
 
 def _ctranslate2() -> Any:
