@@ -1,5 +1,6 @@
 """Long-trained heads: the encoder against transformers, its conversion, the command."""
 
+import dataclasses
 import json
 
 import jax
@@ -118,13 +119,31 @@ def test_all_heads_are_the_original(encoder, texts, statistics, variant):
   )
 
 
-@pytest.mark.parametrize('K', [3, 1])
+@pytest.mark.parametrize('K', [3, 2])
 def test_the_latent_form_has_the_cache_of_K_heads(encoder, statistics, K):
   for kernels in heads.convert(encoder, LATENT, K, statistics):
-    shapes = {name: kernel.shape for name, kernel in kernels.items()}
-    assert shapes['key'] == shapes['value'] == (13, K * H)
-    assert shapes['query'] == (13, N * K * H)
-    assert shapes['out'] == (N * K * H, 13)
+    for name in ('key', 'value'):
+      assert kernels[name].shape == (13, N * H)
+      assert np.linalg.matrix_rank(kernels[name], tol=1e-5) == K * H
+
+
+@pytest.mark.parametrize('K', [2, 1])
+def test_the_joint_form_has_the_cache_of_K_heads(encoder, statistics, K):
+  joint = Variant(SVD, latent=True, joint=True)
+  for kernels in heads.convert(encoder, joint, K, statistics):
+    both = np.concatenate([kernels['key'], kernels['value']], axis=1)
+    assert np.linalg.matrix_rank(both, tol=1e-5) == 2 * K * H
+
+
+def test_the_joint_form_keeps_what_keys_and_values_share(encoder, statistics):
+  """Where keys and values are the same, it keeps twice the numbers of each."""
+  shared = [{**k, 'value': k['key']} for k in encoder.attention]
+  twins = dataclasses.replace(encoder, attention=shared)
+  joint = Variant(SVD, latent=True, joint=True)
+  for kernels, original in zip(
+    heads.convert(twins, joint, 3, statistics), shared, strict=True
+  ):
+    np.testing.assert_allclose(kernels['key'], original['key'], atol=1e-4)
 
 
 def logits_error(encoder, attention, inputs):
@@ -158,17 +177,13 @@ def test_what_knows_more_loses_less(encoder, inputs, statistics):
   assert latent < calibrated < min(by_weights, mean)
 
 
-def test_outputs_are_refitted_to_the_original(
-  encoder, texts, inputs, statistics, monkeypatch
-):
-  monkeypatch.setattr(heads, 'RIDGE', 1e-9)
+def test_outputs_are_refitted_to_the_original(encoder, texts, inputs):
   damaged = [{**kernels, 'out': kernels['out'] / 3} for kernels in encoder.attention]
-  found = heads.refit_outputs(encoder, damaged, texts, inputs)
+  found = heads.refit_outputs(encoder, damaged, texts, inputs, ridge=1e-9)
   for kernels, original in zip(found, encoder.attention, strict=True):
     np.testing.assert_allclose(kernels['out'], original['out'], atol=1e-3)
   # As much as it may not move at all.
-  monkeypatch.setattr(heads, 'RIDGE', 1e9)
-  found = heads.refit_outputs(encoder, damaged, texts, inputs)
+  found = heads.refit_outputs(encoder, damaged, texts, inputs, ridge=1e9)
   np.testing.assert_allclose(found[0]['out'], damaged[0]['out'], atol=1e-6)
 
 
@@ -209,8 +224,8 @@ def test_rows_and_report(evaluate, tmp_path):
   assert evaluate('0.1.0')[0] == 0
   rows = json.loads((tmp_path / 'heads.json').read_text())
   found = [row for row in rows if row['kind'] == 'heads']
-  # 12 ways at 6 and 3 heads; at 1 head neither latent nor grouped.
-  assert len(found) == 2 * (2 * 12 + 9)
+  # 14 ways at 6 and 3 heads; at 1 head neither grouped nor latent, but joint.
+  assert len(found) == 2 * (2 * 14 + 10)
   assert {row['source'] for row in rows} == {'measured'}
   assert {(row['texts'], row['calibration_texts']) for row in found} == {(5, 5)}
   unchanged = [row for row in found if row['cache_heads'] == N]
@@ -223,8 +238,15 @@ def test_rows_and_report(evaluate, tmp_path):
   papers.write(str(tmp_path))
   text = (tmp_path / 'report.md').read_text()
   part = text.split('### Conversion of long-trained heads\n')[1].split('\n### ')[0]
-  all_heads, three, one = tables(part)
-  assert [len(table) for table in (all_heads, three, one)] == [13, 13, 10]
+  all_heads, three, one, budgets = tables(part)
+  assert [len(table) for table in (all_heads, three, one)] == [15, 15, 11]
+  # Nothing is dropped with all heads; who may choose more drops no more.
+  shares = np.array([[float(x[:5]) for x in line[2:]] for line in budgets[1:]])
+  assert not shares[:, 0].any()
+  for form in (shares[:4], shares[4:]):
+    assert (form[0] >= form[1:]).all()
+    assert (form[1:3] >= form[3]).all()
+  assert (shares[4:, 1] <= shares[:4, 1]).all()
   assert three[0][0] == 'cache of 3 of 6 heads, by'
   assert all_heads[1][:3] == ['mean', '1.000 ± 0.000 (n = 2)', '1.000 ± 0.000 (n = 2)']
   by_name = {row[0]: row for row in three}

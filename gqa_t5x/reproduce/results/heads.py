@@ -18,7 +18,7 @@ from gqa_t5x import files
 from gqa_t5x.conversion.input_statistics import InputStatistics
 from gqa_t5x.conversion.kernels import AttentionModule, Kernels, heads_of
 from gqa_t5x.conversion.methods import convert_module
-from gqa_t5x.conversion.output_refit import refit
+from gqa_t5x.conversion.output_refit import RIDGE, refit
 from gqa_t5x.conversion.shared_heads import key_moments, spectra, value_moments
 from gqa_t5x.data import corpus
 from gqa_t5x.errors import BadInput
@@ -272,6 +272,7 @@ def refit_outputs(
   attention: Attention,
   texts: Texts,
   inputs: Sequence[np.ndarray],
+  ridge: float = RIDGE,
 ) -> Attention:
   """Moves the output kernels to where modules come closest to the original's outputs.
 
@@ -282,6 +283,7 @@ def refit_outputs(
     attention: converted kernels by layer.
     texts: to fit to.
     inputs: what each layer reads of them, [layers, B, L, E] by batch.
+    ridge: as of `output_refit.refit`.
   """
   refitted = []
   for i, new in enumerate(attention):
@@ -296,7 +298,7 @@ def refit_outputs(
       )
       ZZ = ZZ + Z.T @ Z
       ZY = ZY + Z.T @ (old @ encoder.attention[i]['out'] - Z @ new['out'])
-    out = refit(new['out'], ZZ, ZY)
+    out = refit(new['out'], ZZ, ZY, ridge)
     refitted.append({**new, 'out': out.astype(np.float32)})
   return refitted
 
@@ -323,6 +325,7 @@ def _budgets(
   """What would be dropped if the bytes of the cache were spent where they hold most."""
   N, H = encoder.num_heads, encoder.head_dim
   forms: dict[str, dict] = {'GQA': {}, 'latent': {}}
+  step = max(H // 4, 1)
   for i, kernels in enumerate(encoder.attention):
     for K in (K for K in range(1, N + 1) if N % K == 0):
       module = _module(encoder, i, K)
@@ -331,7 +334,7 @@ def _budgets(
         forms['GQA'].setdefault((i, side), {})[K * H] = share
         if K == 1:
           kept = 1 - np.cumsum(found[0]) / found.sum()
-          ranks = range(H // 4, N * H + 1, H // 4)
+          ranks = range(step, N * H + 1, step)
           forms['latent'][i, side] = {R: float(kept[R - 1]) for R in ranks}
   for (form, choices), K in itertools.product(forms.items(), NUM_KV_HEADS):
     for way, share in cache_budget.spend(choices, K * H).items():
