@@ -34,6 +34,12 @@ encoder, take 20 minutes of CPU time (first pip install --constraint constraints
 
   python -m gqa_t5x.reproduce run heads
 
+And on tiny T5s that were trained longer, with Adam, and on a task that needs the
+encoder, with the latent form and uptraining (four hours of CPU time; it goes on where
+it was stopped):
+
+  python -m gqa_t5x.reproduce run training
+
 What a TPU would take, by its compiler, runs on any Linux machine (an hour or two; pip
 install --constraint constraints.txt 'jax[tpu]' first), and goes into the same report:
 
