@@ -131,12 +131,16 @@ def test_initial_values():
   assert logits.std() == pytest.approx(1, rel=0.05)
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 @pytest.mark.parametrize(
-  ('name', 'num_decodes'),
-  [('greedy', 1), ('temperature_sample', 3), ('beam_search', 3)],
+  ('K', 'R', 'name', 'num_decodes', 'platform'),
+  [
+    (1, 15, 'greedy', 1, 'cpu'),
+    (1, 15, 'beam_search', 3, 'tpu'),
+    (2, 4, 'beam_search', 3, 'cpu'),
+    (2, 4, 'temperature_sample', 3, 'tpu'),
+    (N, 5, 'greedy', 1, 'tpu'),
+  ],
 )
-@pytest.mark.parametrize(('K', 'R'), [(1, 15), (2, 4), (N, 5)])
 def test_the_score_of_a_decode_is_its_log_probability(
   K, R, name, num_decodes, platform, monkeypatch
 ):
