@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gqa_t5x.conversion import input_sums, output_sums
 from gqa_t5x.decoding import beam_search, generate, sampling
@@ -31,6 +32,8 @@ class Way:
     counts |= {'num_beams': self.num_beams, 'num_decodes': self.num_decodes}
     counts |= {} if max_input_length is None else {'max_input_length': max_input_length}
     for name, number in counts.items():
+      if not isinstance(number, int | np.integer):
+        raise BadInput(f'{name}={number!r} must be a whole number')
       if number < 1:
         raise BadInput(f'{name}={number} must be at least 1')
     if self.temperature < 0:

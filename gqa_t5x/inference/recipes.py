@@ -3,8 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from gqa_t5x.conversion import methods, plan
 from gqa_t5x.errors import BadInput
+
+_WHOLE = int | np.integer | None
 
 
 def uses_statistics(recipe: Mapping[str, Any]) -> bool:
@@ -25,6 +29,9 @@ def check(recipe: Mapping[str, Any], texts: Any, refit_outputs: bool) -> None:
     raise BadInput(f'convert knows no {", ".join(unknown)}; see its docstring')
   if all(v is None for name, v in recipe.items() if name.endswith('kv_heads')):
     raise BadInput('num_kv_heads is missing')
+  for name, value in recipe.items():
+    if name.endswith(('kv_heads', 'head_dim')) and not isinstance(value, _WHOLE):
+      raise BadInput(f'{name}={value!r} must be a whole number')
   if texts is not None and recipe.get('statistics'):
     raise BadInput('texts and statistics were given; leave one of them out')
   if refit_outputs and texts is None:

@@ -251,6 +251,11 @@ def test_sharded_over_all_devices(model_partitions, K, folder):
     (lambda m: m.generate([None]), 'None is neither a text nor a list of token ids'),
     (lambda m: m.generate([[3.5]]), '3.5 is no token id'),
     (lambda m: m.generate(ROWS, max_length=0), 'max_length=0 must be at least 1'),
+    (
+      lambda m: m.generate(ROWS, max_length=2.0),
+      'max_length=2.0 must be a whole number',
+    ),
+    (lambda m: m.convert(num_kv_heads='2'), "num_kv_heads='2' must be a whole number"),
     (lambda m: m.generate(ROWS, num_beams=2, temperature=1.0), 'choose beam search or'),
     (lambda m: m.generate(ROWS, topk=3), 'topk=3, topp=0.0 are of sampling'),
     (lambda m: m.generate(ROWS, num_decodes=2), 'num_decodes=2 is more than num_beams'),
