@@ -38,7 +38,7 @@ def write(part: Part) -> None:
     _add_losses(part, models, rows, K)
   _add_uptraining(part, models, rows)
   _add_spectra(part, models, spectra)
-  _draw(part, rows)
+  _draw(part, models, rows)
 
 
 def _conditions(rows: Sequence[Row]) -> str:
@@ -151,17 +151,11 @@ def _add_spectra(part: Part, models, spectra) -> None:
     part.doc.table(['statistics', 'K', *map(_name, models)], table)
 
 
-def _draw(part: Part, rows: Sequence[Row]) -> None:
-  """Excess loss against steps and optimizer, and against uptraining."""
+def _draw(part: Part, models, rows: Sequence[Row]) -> None:
+  """Excess loss by optimizer, task and steps."""
   name = 'training.png'
-  chosen = trainings.TRAININGS
   with figures.figure(part.path(name), 11, 3.8) as fig:
     axes = fig.subplots(1, len(NUM_KV_HEADS), sharey=True)
-    models = [
-      (training.title, steps)
-      for training in (chosen['adafactor'], chosen['adam'], chosen['reversal'])
-      for steps in training.steps
-    ]
     for axis, K in zip(axes, NUM_KV_HEADS, strict=True):
       figures.plot(axis, _series(rows, models, K))
       axis.set_xticks(range(len(models)), [f'{t}\n{s:,}' for t, s in models])
