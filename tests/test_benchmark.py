@@ -221,25 +221,6 @@ def test_a_batch_that_fills_the_memory(monkeypatch):
     chosen('decode', '--size=tiny', '--num_kv_heads=1', '--batch_size=fill')
 
 
-def test_slopes(monkeypatch):
-  """Set-up costs drop out, functions take turns, and the median counts."""
-  calls, rounds = [], 4  # The first warms up.
-
-  def run(name, set_up, step):
-    def call(count):
-      calls.append((name, count))
-      # The last measurement is disturbed.
-      return set_up + step * count + (50 if len(calls) > 4 * (rounds - 1) else 0)
-
-    return functools.partial(timing.slope, call)
-
-  monkeypatch.setattr(timing, 'seconds', lambda call: call())
-  found = timing.slopes([run('a', 5, 2), run('b', 7, 3)], (2, 10), rounds - 1)
-  assert found == [2, 3]
-  assert len(calls) == 4 * rounds
-  assert calls[:4] == [('a', 2), ('a', 10), ('b', 2), ('b', 10)]
-
-
 def write_rows(name, folder, *words):
   argv = ['benchmark', name, *words, f'--json={folder}/rows.json']
   assert benchmark.main(argv) == 0

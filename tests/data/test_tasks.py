@@ -139,7 +139,7 @@ def test_reversal_of_the_beginning_of_a_text(task, vocabulary):
   )
   texts = corpus_lib.read(TINY, 'validation')
   for example, text in zip(dataset.as_numpy_iterator(), texts, strict=True):
-    ids = vocabulary.encode(text)[:15]
+    ids = vocabulary.encode_tf(tf.constant(text)).numpy().tolist()[:15]
     assert example['inputs'].tolist() == [*ids, 1]
     assert example['targets'].tolist() == [*ids[::-1], 1]
 

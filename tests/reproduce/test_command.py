@@ -23,12 +23,14 @@ def call(capsys):
 def test_plan_for_machines(call, tmp_path):
   code, said = call('plan', 'figure6', output_dir=tmp_path, json=True)
   assert code == 0
-  (row,) = json.loads(said.out)
+  row, latent = json.loads(said.out)
   assert row['kind'] == 'plan'
   assert row['source'] == 'analytic'
   assert row['writes'] == f'{tmp_path}/paper/benchmark/figure6.json'
   assert row['command'].startswith('python -m gqa_t5x.benchmark decode --size=xxl')
   assert row['done'] is False
+  assert latent['writes'] == f'{tmp_path}/paper/benchmark/figure6_latent.json'
+  assert '--kv_head_dim=512' in latent['command']
 
 
 def test_plan_says_what_is_done(call, tmp_path):
@@ -48,7 +50,7 @@ def test_a_folder_that_cannot_be_read_leaves_the_plan(call, monkeypatch):
   monkeypatch.setattr(Planner, 'missing', missing)
   code, said = call('plan', 'figure6', output_dir='gs://bucket', json=True)
   assert code == 0
-  assert [row['done'] for row in json.loads(said.out)] == [None]
+  assert [row['done'] for row in json.loads(said.out)] == [None] * 2
   assert said.err == '# gs://bucket/paper cannot be read: OSError.\n'
 
 
@@ -61,7 +63,7 @@ def test_plan_names_the_data(call, tmp_path):
     f'{data} wmt14_en_de trivia_qa --data_dir=gs://bucket/tfds'
   )
   trainings = [line for line in said.out.splitlines() if 't5x.train' in line]
-  assert len(trainings) == 7 * 6 + 2
+  assert len(trainings) == 7 * 7 + 3
   assert all('--tfds_data_dir=gs://bucket/tfds' in line for line in trainings)
 
 

@@ -4,9 +4,8 @@ import pathlib
 
 import pytest
 
-import __main__
 import gin
-from gqa_t5x import calibrate, convert
+from gqa_t5x import convert
 from gqa_t5x.conversion.methods import check_grouping, get_method
 from gqa_t5x.reproduce.__main__ import PARTS
 from gqa_t5x.reproduce.experiments import gin_files, paper, studies
@@ -92,8 +91,7 @@ def test_training_commands_of_studies(tmp_path, name):
 
 
 @pytest.mark.parametrize('experiment', [*STUDIES.values(), MINIATURE, PAPER])
-def test_calibration_commands(tmp_path, monkeypatch, experiment):
-  monkeypatch.setattr(__main__, 'calibrate', calibrate.calibrate, raising=False)
+def test_calibration_commands(tmp_path, experiment):
   plan = Planner(experiment, str(tmp_path))
   size = experiment.models[0].size
   stage = plan.statistics(size)
