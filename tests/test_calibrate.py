@@ -157,11 +157,10 @@ def run(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(__main__, 'calibrate', calibrate.calibrate, raising=False)
     monkeypatch.setattr(gin.config, '_LOCATION_PREFIXES', [])
     gin.clear_config()
-    gin.enter_interactive_mode()  # Another test may have registered its `calibrate`.
+    commands.forget_main()
     try:
       return calibrate.main(args), ''.join(capsys.readouterr())
     finally:
-      gin.exit_interactive_mode()
       gin.clear_config()
 
   return run

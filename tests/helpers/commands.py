@@ -229,6 +229,19 @@ def recorders() -> dict:
   return {function.__name__: recorder(function) for function in functions}
 
 
+def forget_main() -> None:
+  """Unregisters gin's configurables of `__main__`: others can have their names."""
+  import gin
+
+  registry, inverse = gin.config._REGISTRY, gin.config._INVERSE_REGISTRY
+  # Gin files import it as train_script, calibrate_script, ...
+  selectors = [name for name, _ in registry.items() if '_script.' in name]
+  for name in selectors:
+    registry.pop(name)
+  for function in [f for f, of in inverse.items() if of.selector in selectors]:
+    inverse.pop(function)
+
+
 @contextlib.contextmanager
 def gin_config(files, bindings=(), search_path=ROOT):
   """Parses and finalises gin files as an engine does, then forgets them again.
@@ -247,6 +260,7 @@ def gin_config(files, bindings=(), search_path=ROOT):
   import gin
 
   gin.clear_config()
+  forget_main()
   with contextlib.ExitStack() as stack:
     stack.callback(gin.clear_config)
     # Outside of the engines, `import __main__ as train_script` finds nothing.
