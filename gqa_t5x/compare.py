@@ -7,7 +7,8 @@ converts the checkpoint, of any format, in memory, measures the loss of each res
 the texts right after the conversion, and times a decode step on this machine. A row
 says, too, how much the cache of keys and values takes (bfloat16), and with --chip how
 many inputs would fit on a chip, and what a step would take at its peaks (analytic).
-The last line recommends one.
+The last line recommends one. --latent compares, beside K heads by svd, one head as
+large as all K (the latent form of docs/conversion.md): the same cache, less loss.
 
 --texts is a .txt file (a text a line), .jsonl, .tsv or .parquet, perhaps .gz or
 .zst. Of single texts T5's span corruption makes inputs and targets. Of a model that was
@@ -54,6 +55,7 @@ def define_command() -> command_line.Command:
   )
   command.words('num_kv_heads', '1,all', 'Key/value heads; all: as they are.')
   command.words('methods', 'mean,svd', 'Of conversion, as of gqa_t5x.convert.')
+  command.switch('latent', False, 'Compare one head as large as K together, too.')
   command.whole('max_texts', 128, 'Texts that are used, at most.', 2)
   command.text('tokenizer', None, 'Folder or file, if it is not beside the weights.')
   command.choice('dtype', 'float32', ('float32', 'bfloat16'), 'Of parameters.')
@@ -93,30 +95,30 @@ def _act(args: flags.FlagValues) -> None:
       f' {cfg.cross_kv} in cross-attention; here both must have as many'
     )
   print(model)
-  chosen = comparison.choices(cfg.self_kv, args.num_kv_heads, args.methods)
+  chosen = comparison.choices(cfg, args.num_kv_heads, args.methods, args.latent)
   settings = {name: args[name].value for name in _SETTINGS}
   settings['texts'] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-  rows = {(r['num_kv_heads'], r['method']): r for r in _kept(args.json, settings)}
+  rows = {_choice(row): row for row in _kept(args.json, settings)}
   left = [choice for choice in chosen if choice not in rows]
   lengths = args.input_length, args.output_length
   evaluation = model.examples(texts[1::2])
   measured = comparison.quality(model, left, texts[::2], evaluation, args.batch_size)
   for row in tqdm(measured, 'Comparing', len(left), unit='model', disable=None):
-    row |= comparison.costs(
-      cfg, row['num_kv_heads'], args.chip, lengths, args.batch_size
-    )
-    key = row['num_kv_heads'], row['method']
-    rows[key] = {'kind': 'comparison', 'source': 'measured', **row}
+    choice = _choice(row)
+    row |= comparison.costs(cfg, choice, args.chip, lengths, args.batch_size)
+    rows[choice] = {'kind': 'comparison', 'source': 'measured', **row}
     _keep(args.json, settings, rows.values())
   found = [rows[choice] for choice in chosen]
   for row in found:
     row['loss_increase'] = row['loss'] - found[0]['loss']
-  heads = dict.fromkeys(row['num_kv_heads'] for row in found)
+  heads = dict.fromkeys((c.num_kv_heads, c.kv_head_dim) for c in chosen)
   if args.time and any('ms_per_step' not in row for row in found):
     times = comparison.decode_times(cfg, list(heads), lengths, args.batch_size, 5)
-    for K, ms in tqdm(times, 'Timing', len(heads), unit='model', disable=None):
+    timed = zip(heads, times, strict=True)
+    for form, ms in tqdm(timed, 'Timing', len(heads), unit='model', disable=None):
       for row in found:
-        row |= {'ms_per_step': ms} if row['num_kv_heads'] == K else {}
+        is_timed = form == (row['num_kv_heads'], row['kv_head_dim'])
+        row |= {'ms_per_step': ms} if is_timed else {}
   _keep(args.json, settings, rows.values())
   print(comparison.table(found))
   print(
@@ -124,6 +126,12 @@ def _act(args: flags.FlagValues) -> None:
     f' step of batch {args.batch_size}, input {lengths[0]}'
   )
   print(comparison.recommendation(found, args.tolerance))
+
+
+def _choice(row: dict[str, Any]) -> Any:
+  from gqa_t5x.analysis import comparison
+
+  return comparison.Choice(*(row[name] for name in comparison.Choice._fields))
 
 
 def _read(args: flags.FlagValues) -> list[Any]:

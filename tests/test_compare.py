@@ -11,9 +11,11 @@ from gqa_t5x import compare
 from gqa_t5x.analysis import comparison
 from helpers import tokenizers_made as made
 
+KEYS = ('num_kv_heads', 'method', 'kv_head_dim')
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
-ROWS = [(8, '-'), (1, 'mean'), (1, 'svd'), (2, 'mean'), (2, 'svd')]
+ROWS = [(8, '-', None)]
+ROWS += [(K, method, None) for K in (1, 2) for method in ('mean', 'svd')]
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +39,7 @@ def test_rows_are_those_of_the_api(folder, tmp_path, capsys):
   flags = ('--num_kv_heads=1,2,all', f'--json={file}', '--notime', '--chip=v5e')
   assert run(folder, *flags, '--input_length=32', '--output_length=16') == 0
   rows = json.loads(file.read_text())['rows']
-  assert [(row['num_kv_heads'], row['method']) for row in rows] == ROWS
+  assert [comparison.Choice(*map(row.get, KEYS)) for row in rows] == ROWS
   model = gqa_t5x.load(folder)
   texts = (folder / 'texts.txt').read_text().split('\n')
   judged = model.examples(texts[1::2])
@@ -65,7 +67,7 @@ def test_rows_are_those_of_the_api(folder, tmp_path, capsys):
 def test_pairs_and_times(folder, tmp_path):
   file = tmp_path / 'rows.json'
   flags = ('--keys=a,b', '--num_kv_heads=2', '--methods=mean', f'--json={file}')
-  small = ('--input_length=16', '--output_length=4', '--batch_size=2')
+  small = ('--input_length=16', '--output_length=32', '--batch_size=2')
   assert run(folder, *flags, *small, texts='pairs.jsonl') == 0
   whole, fewer = json.loads(file.read_text())['rows']
   assert fewer['ms_per_step'] > 0
@@ -117,11 +119,8 @@ def test_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
   ],
 )
 def test_recommendation(increases, said):
-  rows = [{'num_kv_heads': 8, 'method': '-', 'loss_increase': 0.0}]
-  rows += [
-    {'num_kv_heads': K, 'method': 'svd', 'loss_increase': x}
-    for K, x in increases.items()
-  ]
+  rows = [made_row(8, '-', 0.0)]
+  rows += [made_row(K, 'svd', x) for K, x in increases.items()]
   assert comparison.recommendation(rows, 0.05).startswith(said)
 
 
@@ -130,6 +129,7 @@ def test_recommendation(increases, said):
   [
     (['--num_kv_heads=3'], 'num_kv_heads=3; choose from 1, 2, 4, 8, all'),
     (['--methods=median'], "unknown method 'median'"),
+    (['--latent', '--methods=mean'], '--latent: none of these methods can make it'),
     (['--keys=a,b,c'], '--keys=a,b,c: give one, or two of a pair'),
     (['--texts=nowhere.txt'], 'nowhere.txt is not there'),
     (['--texts=/'], '/ is a folder'),
@@ -144,6 +144,40 @@ def test_bad_input(flags, message, folder, capsys):
   error = capsys.readouterr().err
   assert message in error
   assert re.fullmatch(r'error: [^\n]*\n', error.split('\r')[-1])
+
+
+def test_the_latent_form_beside_gqa_of_its_cache(folder, tmp_path, capsys):
+  file = tmp_path / 'rows.json'
+  small = ('--input_length=16', '--output_length=8', '--batch_size=2')
+  assert run(folder, '--latent', '--num_kv_heads=1,2', f'--json={file}', *small) == 0
+  rows = {tuple(map(r.get, KEYS)): r for r in json.loads(file.read_text())['rows']}
+  assert list(rows) == [*ROWS, (1, 'svd', 8)]  # Heads are of 4 numbers.
+  latent, grouped = rows[1, 'svd', 8], rows[2, 'svd', None]
+  for key in ('cache_bytes_per_input_token', 'cache_bytes_per_output_token'):
+    assert latent[key] == grouped[key]
+  assert latent['ms_per_step'] != grouped['ms_per_step']
+  assert latent['ms_per_step'] != rows[1, 'svd', None]['ms_per_step']
+  texts = (folder / 'texts.txt').read_text().split('\n')
+  model = gqa_t5x.load(folder)
+  one = model.convert(1, 'svd', texts[::2], kv_head_dim=8)
+  expected = one.evaluate(model.examples(texts[1::2]))['loss']
+  np.testing.assert_allclose(latent['loss'], expected, rtol=1e-4)
+  assert re.search(r'^ *1 +8 +svd ', capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_latent_form_is_recommended_by_its_cache():
+  rows = [made_row(8, '-', 0.0), made_row(2, 'svd', 0.04), made_row(1, 'svd', 0.01, 8)]
+  said = comparison.recommendation(rows, 0.05)
+  assert said.startswith('Take K = 1, R = 8 by svd: its loss is +0.010 nats')
+  assert said.endswith('its cache 1/4.')
+
+
+def made_row(K, method, increase, R=None):
+  nbytes = 16 * K * (R or 4)
+  return dict(zip(KEYS, (K, method, R), strict=True)) | {
+    'loss_increase': increase,
+    'cache_bytes_per_input_token': nbytes,
+  }
 
 
 def test_fewer_than_two_texts(folder, tmp_path, capsys):

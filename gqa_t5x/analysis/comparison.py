@@ -4,7 +4,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -19,10 +19,19 @@ from gqa_t5x.model.network import T5Config
 
 UNCONVERTED = '-'
 _BFLOAT16 = 2  # bytes
-Choice = tuple[int, str]  # key/value heads, method
+
+
+class Choice(NamedTuple):
+  """Key/value heads, how they are made, and their size, if it is not the head size."""
+
+  num_kv_heads: int
+  method: str
+  kv_head_dim: int | None = None
+
 
 COLUMNS = {
   'num_kv_heads': 'K',
+  'kv_head_dim': 'R',
   'method': 'method',
   'loss': 'loss',
   'loss_increase': 'more',
@@ -36,30 +45,44 @@ COLUMNS = {
 
 
 def choices(
-  num_heads: int, words: Sequence[str], method_names: Sequence[str]
+  cfg: T5Config, words: Sequence[str], method_names: Sequence[str], latent: bool
 ) -> list[Choice]:
   """Returns what is compared, first the model as it is.
 
   Args:
-    num_heads: key/value heads of the model.
+    cfg: of the model.
     words: numbers of heads; 'all' is the model as it is, which is compared anyway.
     method_names: keys of `methods.METHODS`.
+    latent: whether one head as large as K together is compared with K heads, by each
+      method that can make it.
 
   Raises:
-    BadInput: heads that do not divide, or an unknown method.
+    BadInput: heads that do not divide, an unknown method, or `latent` where no method
+      can make it.
   """
-  for name in method_names:
-    methods.get_method(name)
+  num_heads, H = cfg.self_kv, cfg.head_dim
+  forms = {name: methods.get_method(name).any_size for name in method_names}
+  if latent and (cfg.kv_size != H or not any(forms.values())):
+    raise BadInput(
+      '--latent: the model has the latent form already'
+      if cfg.kv_size != H
+      else '--latent: none of these methods can make it; add svd to --methods'
+    )
   divisors = [k for k in range(1, num_heads + 1) if num_heads % k == 0]
-  found: list[Choice] = [(num_heads, UNCONVERTED)]
+  found = [Choice(num_heads, UNCONVERTED)]
   for word in words:
     if word == 'all':
       continue
     if not word.isdecimal() or int(word) not in divisors:
       known = ', '.join(map(str, divisors))
       raise BadInput(f'num_kv_heads={word}; choose from {known}, all')
-    if int(word) != num_heads:
-      found += [(int(word), name) for name in method_names]
+    K = int(word)
+    if K == num_heads:
+      continue
+    for name, any_size in forms.items():
+      found.append(Choice(K, name))
+      if latent and any_size and K > 1:
+        found.append(Choice(1, name, K * H))
   return list(dict.fromkeys(found))
 
 
@@ -78,20 +101,16 @@ def quality(
   """
   with tempfile.TemporaryDirectory() as folder:
     statistics = os.path.join(folder, 'statistics.npz')
-    for K, method in chosen:
-      one = model
+    for choice in chosen:
+      K, method, R = choice
+      one, recipe = model, {}
       if method != UNCONVERTED:
-        recipe = {}
         if methods.get_method(method).uses_inputs:
           if not os.path.exists(statistics):
             model.calibrate(calibration, statistics, batch_size)
           recipe = {'statistics': statistics}
-        one = model.convert(K, method, **recipe)
-      yield {
-        'num_kv_heads': K,
-        'method': method,
-        **one.evaluate(evaluation, batch_size),
-      }
+        one = model.convert(K, method, kv_head_dim=R, **recipe)
+      yield choice._asdict() | one.evaluate(evaluation, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +126,15 @@ class _Setting(decode_benchmark.Setting):
 
 def decode_times(
   cfg: T5Config,
-  heads: Sequence[int],
+  heads: Sequence[tuple[int, int | None]],
   lengths: tuple[int, int],
   batch_size: int,
   repeats: int,
-) -> Iterator[tuple[int, float]]:
-  """Yields (K, milliseconds of a decode step); those that fit in memory take turns.
+) -> Iterator[float]:
+  """Yields milliseconds of a decode step; those that fit in memory take turns.
 
   Args:
+    heads: numbers of key/value heads, and their size if it is not the head size.
     lengths: of inputs and of outputs.
   """
   settings = [
@@ -126,33 +146,39 @@ def decode_times(
       output_length=lengths[1],
       dtype=str(jnp.dtype(cfg.dtype)),
       num_beams=1,
-      cfg=with_heads(cfg, K),
+      kv_head_dim=R,
+      cfg=with_heads(cfg, K, R),
     )
-    for K in heads
+    for K, R in heads
   ]
   for setting in settings:
     setting.check()
-  for setting, seconds, _ in decode_benchmark.times(settings, repeats):
-    yield setting.num_kv_heads, 1e3 * seconds
+  for _, seconds, _ in decode_benchmark.times(settings, repeats):
+    yield 1e3 * seconds
 
 
-def with_heads(cfg: T5Config, K: int) -> T5Config:
-  """Returns the configuration with K key/value heads in the decoder."""
+def with_heads(cfg: T5Config, K: int, kv_head_dim: int | None) -> T5Config:
+  """Returns the configuration with K key/value heads, of a size, in the decoder."""
   heads = {'self_attention_num_kv_heads': K, 'cross_attention_num_kv_heads': K}
-  return dataclasses.replace(cfg, **heads)
+  return dataclasses.replace(cfg, **heads, kv_head_dim=kv_head_dim or cfg.kv_head_dim)
 
 
 def costs(
-  cfg: T5Config, K: int, chip: str | None, lengths: tuple[int, int], batch_size: int
+  cfg: T5Config,
+  choice: Choice,
+  chip: str | None,
+  lengths: tuple[int, int],
+  batch_size: int,
 ) -> dict[str, Any]:
-  """Returns what K heads cost by formula, in bfloat16.
+  """Returns what a choice costs by formula, in bfloat16.
 
   Returns:
     Bytes of the cache a token of the input, and of the output; and on a chip, a key of
     `CHIPS`: the largest batch beside the parameters (the encoder's activations not
     counted), and milliseconds a step at the chip's peaks.
   """
-  cfg = dataclasses.replace(with_heads(cfg, K), dtype=jnp.bfloat16)
+  K, _, R = choice
+  cfg = dataclasses.replace(with_heads(cfg, K, R), dtype=jnp.bfloat16)
   per_token = 2 * cfg.num_decoder_layers * K * cfg.kv_size * _BFLOAT16
   row = {
     'cache_bytes_per_input_token': per_token,
@@ -186,8 +212,8 @@ def recommendation(rows: Sequence[Mapping[str, Any]], tolerance: float) -> str:
       f'None is within {tolerance} nats: the least, {_name(best)}, loses'
       f' {best["loss_increase"]:.3f}; uptrain it first (docs/conversion.md).'
     )
-  best = min(good, key=lambda r: (r['num_kv_heads'], r['loss_increase']))
-  less = whole['num_kv_heads'] // best['num_kv_heads']
+  best = min(good, key=lambda r: (_cache(r), r['loss_increase']))
+  less = _cache(whole) // _cache(best)
   faster = ''
   if best.get('ms_per_step'):
     faster = f', and a step takes {best["ms_per_step"] / whole["ms_per_step"]:.0%}'
@@ -198,12 +224,17 @@ def recommendation(rows: Sequence[Mapping[str, Any]], tolerance: float) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-  return f'K = {row["num_kv_heads"]} by {row["method"]}'
+  R = row['kv_head_dim']
+  return f'K = {row["num_kv_heads"]}{f", R = {R}" if R else ""} by {row["method"]}'
+
+
+def _cache(row: Mapping[str, Any]) -> int:
+  return row['cache_bytes_per_input_token']
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns the rows as a table of text; what is not there is left out."""
-  keys = [key for key in COLUMNS if any(key in row for row in rows)]
+  keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
   lines = [[COLUMNS[key] for key in keys]]
   lines += [[_cell(key, row.get(key)) for key in keys] for row in rows]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

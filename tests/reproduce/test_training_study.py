@@ -15,7 +15,7 @@ from gqa_t5x.reproduce.experiments import trainings
 from gqa_t5x.reproduce.experiments.models import MEAN, MHA, SVD
 from gqa_t5x.reproduce.report import papers
 from gqa_t5x.reproduce.results import optax_training, training_study
-from gqa_t5x.reproduce.results.heads import LATENT, Variant
+from gqa_t5x.reproduce.results.heads import JOINT, LATENT, Variant
 from gqa_t5x.reproduce.results.optax_training import Trainer
 from helpers import tiny_task
 from helpers.reports import DOCS, documented, tables
@@ -87,6 +87,12 @@ def test_the_loss_is_a_mean_over_tokens(trainer):
   assert trainer.loss(params) == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_all_are_judged_on_the_same_data(trainer):
+  again = Trainer(dataclasses.replace(trainer.training, task='pydocs_span_corruption'))
+  for one, other in zip(again.validation, again.batches('validation', 4, None)):
+    equal(one, other)
+
+
 def test_rates():
   steps = np.array([0, 199, 500, 2000])
   found = trainings.adam_rate(steps)
@@ -115,17 +121,17 @@ def test_what_the_optimizer_keeps_of_changed_parameters_is_lost(trainer):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
   several = {'adam': training('adam', (20,)), 'adafactor': training('adafactor')}
-  several['reversal'] = dataclasses.replace(several['adam'], title='reversal')
   monkeypatch.setattr(trainings, 'TRAININGS', several)
-  monkeypatch.setattr(trainings, 'UPTRAINED', (0.05, 0.1))
-  variants = Variant(MEAN), Variant(SVD), LATENT
+  monkeypatch.setattr(trainings, 'UPTRAINED', (0.05,))
+  variants = Variant(MEAN), Variant(SVD), LATENT, JOINT
   monkeypatch.setattr(training_study, 'VARIANTS', variants)
   argv = ['reproduce', 'evaluate', 'training', f'--output_dir={tmp_path}']
   assert reproduce.define_command().run(argv, reproduce.act) == 0
   rows = json.loads((tmp_path / 'training.json').read_text())
   losses = [row for row in rows if row['kind'] == 'training']
-  # 4 models; MHA, and 3 variants with 4 and 2 heads, 2 with one; 3 times each.
-  assert len(losses) == 4 * (1 + 3 + 3 + 2) * 3
+  # 3 models; MHA, and 3 variants with 4 and 2 heads, 2 with one; twice each. The
+  # joint form once.
+  assert len(losses) == 3 * ((1 + 3 + 3 + 2) * 2 + 3)
   by_key = {
     (r['training'], r['pretrain_steps'], r['variant'], r['cache_heads'], r['alpha']): r
     for r in losses
@@ -141,6 +147,11 @@ def test_the_command(monkeypatch, tmp_path, capsys):
   assert trainer.loss(few.params, num_kv_heads=2) == pytest.approx(found, rel=1e-5)
   latent = by_key['adafactor', 40, LATENT.title, 2, 0]
   assert (latent['num_kv_heads'], latent['kv_head_dim']) == (1, 8)
+  # As many numbers as a token's vector has hold keys and values of every head.
+  joint = {K: by_key['adafactor', 40, JOINT.title, K, 0] for K in (4, 2, 1)}
+  for K in (4, 2):
+    assert joint[K]['excess_loss'] == pytest.approx(0, abs=1e-4)
+  assert abs(joint[1]['excess_loss']) > 2e-4
   (cross,) = (
     row
     for row in rows
@@ -166,8 +177,8 @@ def _report(folder, mha, cross):
   text = (folder / 'report.md').read_text()
   part = text.split('### Conversion against training\n')[1].split('\n### ')[0]
   models, *by_heads, uptrained, keys, values = tables(part)
-  assert [len(table) for table in (models, *by_heads)] == [5, 4, 4, 3]
-  assert len(uptrained) == 1 + 4 * (3 + 3 + 2)
+  assert [len(table) for table in (models, *by_heads)] == [4, 5, 5, 4]
+  assert len(uptrained) == 1 + 3 * (3 + 3 + 2)
   assert len(keys) == len(values) == 1 + 2 * (3 + 2)
   line = next(line for line in models if line[0] == 'adafactor, 40')
   assert line[1] == f'{mha["validation_loss"]:.3f}'

@@ -61,12 +61,13 @@ class Variant:
 
 
 LATENT = Variant(SVD, latent=True)
+JOINT = Variant(SVD, latent=True, joint=True)
 VARIANTS = (
   *map(Variant, METHODS),
   Variant(SVD, refit_outputs=True),
   Variant(SVD_BY_WEIGHTS, latent=True),
   LATENT,
-  Variant(SVD, latent=True, joint=True),
+  JOINT,
   Variant(SVD, latent=True, refit_outputs=True),
 )
 SPECTRA = (Variant(SVD_BY_WEIGHTS), Variant(SVD), LATENT)
@@ -208,8 +209,7 @@ def convert(
     zip(encoder.attention, statistics, strict=True)
   ):
     if variant.joint:
-      module = _module(encoder, i, 1)
-      new = _joint(kernels, module, inputs, 2 * num_kv_heads * H)
+      new = joint(kernels, H, inputs, 2 * num_kv_heads * H)
     else:
       heads = (1, num_kv_heads * H) if variant.latent else (num_kv_heads, H)
       module = _module(encoder, i, *heads)
@@ -222,15 +222,15 @@ def convert(
   return converted
 
 
-def _joint(
-  kernels: Kernels, module: AttentionModule, inputs: InputStatistics, rank: int
+def joint(
+  kernels: Kernels, head_dim: int, inputs: InputStatistics, rank: int
 ) -> Kernels:
   """Keys and values of the same few numbers: those of the least error of both.
 
   The errors of keys and values count by their shares. Returned are the kernels of all
   heads, made of these numbers: the function is the same, only the cache is not.
   """
-  C_EE, H = np.asarray(inputs.value), module.head_dim
+  C_EE, H = np.asarray(inputs.value, np.float64), head_dim
   values, vectors = np.linalg.eigh(C_EE)
   root, inverse = (
     (vectors * np.maximum(values, 1e-12 * values[-1]) ** power) @ vectors.T

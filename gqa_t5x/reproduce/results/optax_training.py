@@ -60,7 +60,7 @@ class Trainer:
       dict(self.training.lengths),
       dataset_split=split,
       shuffle=seed is not None,
-      seed=seed,
+      seed=_SEED if seed is None else seed,  # Of the spans, too.
       num_epochs=None if seed is not None else 1,
       feature_converter=seqio.EncDecFeatureConverter(pack=True),
     )

@@ -5,6 +5,7 @@ method. The paper's mean, svd and the latent form are trained on, and so is the 
 that was not converted. All of it goes on where it was stopped.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -28,12 +29,12 @@ from gqa_t5x.reproduce.experiments import trainings
 from gqa_t5x.reproduce.experiments.models import MEAN, METHODS, MHA, SVD
 from gqa_t5x.reproduce.experiments.targets import training_file
 from gqa_t5x.reproduce.results import optax_training, spectra
-from gqa_t5x.reproduce.results.heads import LATENT, Variant
+from gqa_t5x.reproduce.results.heads import JOINT, LATENT, Variant, joint
 from gqa_t5x.reproduce.results.optax_training import State, Trainer
 from gqa_t5x.reproduce.results.rows import Row, measured
 
 NUM_KV_HEADS = (4, 2, 1)  # of 8
-VARIANTS = (*map(Variant, METHODS), Variant(SVD, refit_outputs=True), LATENT)
+VARIANTS = (*map(Variant, METHODS), Variant(SVD, refit_outputs=True), LATENT, JOINT)
 UPTRAINED = (Variant(MEAN), Variant(SVD), Variant(SVD, refit_outputs=True), LATENT)
 _UPTRAIN_SEED = 1  # other batches than pre-training began with
 _ZEROED = {'self': 'self_attention', 'cross': 'encoder_decoder_attention'}
@@ -93,7 +94,7 @@ class Milestone:
     for K in NUM_KV_HEADS:
       for variant in VARIANTS:
         similar = variant.method.grouping != 'contiguous'
-        if K > 1 or not (variant.latent or similar):
+        if K > 1 or variant.joint or not (variant.latent or similar):
           title = f'{variant.title}, {K}'
           rows += self._kept(title, self._rows_of, variant, K)
     return rows + self._kept('spectra', self._spectra)
@@ -181,6 +182,8 @@ class Milestone:
     """Returns (parameters, what their configuration says of heads)."""
     if variant.method == MHA:
       return self.state.params, {}
+    if variant.joint:
+      return self._joint(2 * K * self.trainer.config().head_dim), {}
     name, used, grouping = variant.method
     heads = {'num_kv_heads': K}
     if variant.latent:
@@ -192,6 +195,22 @@ class Milestone:
     if variant.refit_outputs:
       params = self._refit(params, heads)
     return params, heads
+
+  def _joint(self, rank: int) -> Any:
+    """The decoder as if each module kept `rank` numbers, of which keys and values are.
+
+    The parameters are those of MHA: the function is the same.
+    """
+    statistics = input_statistics.open_statistics(self._statistics)
+    decoder = dict(self.state.params['decoder'])
+    for name, kind in itertools.product(list(decoder), _ZEROED.values()):
+      if name.startswith('layers_'):
+        kernels = {n: x['kernel'] for n, x in decoder[name][kind].items()}
+        inputs = statistics.read(f'decoder/{name}/{kind}')
+        new = joint(kernels, self.trainer.config().head_dim, inputs, rank)
+        attention = {n: {'kernel': x} for n, x in new.items()}
+        decoder[name] = {**decoder[name], kind: attention}
+    return {**self.state.params, 'decoder': decoder}
 
   def _worth(self) -> Iterator[Row]:
     """The loss with all attention of a kind set to zero in the decoder."""
