@@ -122,7 +122,7 @@ def _extend(
 
   Of 2 n candidates at most n end, so that n live beams are left.
   """
-  B, n, V = log_probs_BnV.shape
+  _, n, V = log_probs_BnV.shape
   total_BnV = log_probs_BnV + state.live_log_probs_Bn[:, :, None]
   log_prob_Bm, place_Bm = top_tokens.top_k(total_BnV, 2 * n)
   free_B1 = forced_B1 == 0

@@ -36,8 +36,15 @@ def random_params(cfg: network.T5Config, dtype: Any) -> dict[str, Any]:
   They are uniform numbers of the initialisers' size: what a step costs does not depend
   on them.
   """
-  leaves, treedef = jax.tree.flatten(models.variable_shapes(cfg)['params'])
-  values = [_random(seed, leaf.shape, dtype) for seed, leaf in enumerate(leaves)]
+  return random_like(models.variable_shapes(cfg)['params'], dtype)
+
+
+def random_like(shapes: Any, dtype: Any = None) -> Any:
+  """Returns a tree of arrays, made on the device; their own dtypes by default."""
+  leaves, treedef = jax.tree.flatten(shapes)
+  values = [
+    _random(seed, leaf.shape, dtype or leaf.dtype) for seed, leaf in enumerate(leaves)
+  ]
   return jax.tree.unflatten(treedef, values)
 
 
