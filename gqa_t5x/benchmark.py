@@ -59,15 +59,15 @@ for `convert`:
   cp_fraction            cp_seconds / seconds
   input_bytes, output_bytes, gb_per_s (of the input), peak_mb (resident, 1e6 bytes)
 
-for `accelerator` rows of `decode` and `train`, in bfloat16, with all key/value heads,
-an eighth of them, and one, and in addition:
+for `accelerator` rows of `decode` and `train`, in bfloat16 (float32 on a CPU), with all
+key/value heads, an eighth of them, and one; and in addition:
 
   part                   heads, largest batch (that fits), beams (4, an eighth of the
                          batch), training (of large, if the size is xxl), beside T5X (of
                          base; T5X's network where it is installed), with encoder
   seconds                that the row took, compilation included
 
-All parts but the last decode from made-up keys and values, without an encoder. A part
+What decodes does so from made-up keys and values, but for the last part. A part
 that is not expected to end in time is left out. A GPU's memory is taken but for 5%,
 unless XLA_CLIENT_MEM_FRACTION says otherwise. Exit code: 0, or 1 if a part failed.
 """
@@ -98,7 +98,8 @@ T5X, CTRANSLATE2 = 't5x', 'ctranslate2'  # of --compare
 # Systems, as rows call them -> how CTranslate2 stores the weights.
 CT2_SYSTEMS = {'ctranslate2': 'float32', 'ctranslate2_int8': 'int8'}
 ACCELERATOR = 'accelerator'
-MEMORY_SHARE = 'XLA_CLIENT_MEM_FRACTION'  # and the older name that JAX knows.
+# How much of a GPU's memory JAX takes, by the newer name and the older one.
+MEMORY_SHARES = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
 PARTIAL = '.partial'  # the file of --json while it grows
 WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression': ()}
 
@@ -224,14 +225,25 @@ def _kept(measured: Iterable[dict[str, Any]], path: str | None) -> list[dict[str
 def _run_accelerator(args: flags.FlagValues) -> int:
   """Measures the parts in their order, prints each, a table and the targets."""
   deadline = time.monotonic() + 60 * args.minutes
-  if not any(name in os.environ for name in (MEMORY_SHARE, 'XLA_PYTHON_CLIENT_' + MEMORY_SHARE.removeprefix('XLA_CLIENT_'))):
-    os.environ[MEMORY_SHARE] = '.95'
+  if not any(share in os.environ for share in MEMORY_SHARES):
+    os.environ[MEMORY_SHARES[0]] = '.95'
   quiet.find_devices()
-  module = _module(ACCELERATOR)
-  chosen = module.parts(
+  module, failed = _module(ACCELERATOR), []
+  wanted = module.parts(
     args.size, args.batch_size, args.input_length, args.output_length
   )
-  rows = []
+  command = _command(ACCELERATOR, args)
+  t5x = functools.partial(_t5x, 'decode')
+  rows = _kept(
+    module.measure(wanted, args.repeats, command, deadline, t5x, failed), args.json
+  )
+  if rows:
+    table_and_figure.print_table(rows, module.COLUMNS)
+  for line in module.verdicts(rows, args.size):
+    print(line)
+  return 1 if failed or not rows else 0
+
+
 def _module(name: str) -> Any:
   """Returns the module of a benchmark: its COLUMNS, Setting and measure."""
   try:
@@ -282,7 +294,7 @@ def _command(name: str, args: flags.FlagValues) -> str:
   """Returns what to type for the same rows, wherever they are written."""
   given = [
     args[flag].serialize()
-    for flag in (*LISTS[name], 'repeats', 'compare')
+    for flag in (*LISTS[name], 'size', *NUMBERS, 'repeats', 'compare')
     if flag in args and args[flag].present
   ]
   return ' '.join(['python -m gqa_t5x.benchmark', name, *given])

@@ -12,7 +12,11 @@ from typing import Any
 
 import jax
 
-from gqa_t5x.analysis.benchmarks import decode_benchmark, train_benchmark
+from gqa_t5x.analysis.benchmarks import (
+  decode_benchmark,
+  train_benchmark,
+  workload,
+)
 from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.errors import BadInput, first_line
 from gqa_t5x.model import sizes
@@ -22,7 +26,7 @@ BESIDE_T5X, WITH_ENCODER = 'beside T5X', 'with encoder'
 COLUMNS = {'part': 'part', **decode_benchmark.COLUMNS, 'matmul_fraction': 'of products'}
 T5X = 't5x'  # a system
 TARGET = 0.7  # of a streaming read
-# Shares of the free memory that the largest batch may fill: the next if one is too much.
+# Of the free memory, for the largest batch: the next where one turns out too much.
 SHARES = (decode_benchmark.FILLED_SHARE, 0.75, 0.6)
 # Models that are trained, and compared with T5X's network, beside a large one.
 SMALLER = {'xxl': ('large', 'base')}
@@ -60,18 +64,22 @@ class Part:
 def parts(
   size: str, batch_size: int, input_length: int, output_length: int
 ) -> list[Part]:
-  """Returns all that is wanted of a model, in bfloat16, the most wanted first."""
+  """Returns all that is wanted of a model, the most wanted first.
+
+  In bfloat16; on a CPU, which has none, in float32.
+  """
+  dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   trained, compared = SMALLER.get(size, (size, size))
   lengths = batch_size, input_length, output_length
 
   def decode(K, **changes):
-    setting = decode_benchmark.Setting(size, K, *lengths, 'bfloat16', 1)
+    setting = decode_benchmark.Setting(size, K, *lengths, dtype, 1)
     return dataclasses.replace(setting, **changes)
 
   def train(K):
     S, T = min(512, input_length), min(128, input_length)
     rows = max(1, batch_size // 2)
-    return train_benchmark.Setting(trained, K, rows, S, T, 'bfloat16')
+    return train_benchmark.Setting(trained, K, rows, S, T, dtype)
 
   all_heads = _heads(size)
   few, *others = all_heads[1:2] + all_heads[:1] + all_heads[2:]
@@ -102,19 +110,26 @@ def measure(
   repeats: int,
   command: str,
   deadline: float,
-  t5x_decoder: Callable[[], Any],
+  t5x: Callable[[], Any],
+  failed: list[Part],
 ) -> Iterator[dict[str, Any]]:
   """Yields rows of decode and train benchmarks, with a `part` and its `seconds`.
 
-  Each is printed, and so is why a part is left out: it fails, or is not expected to end
-  by the `deadline`. A part that fails costs the others nothing.
+  Each is printed, and so is why a part has none: it is bad input for this machine, is
+  not expected to end by the deadline, or fails, which costs the others nothing.
 
   Args:
     chosen: of `parts`.
+    repeats, command: as of `decode_benchmark.measure`.
     deadline: of `time.monotonic`.
-    t5x_decoder: called for T5X's part, returns what `decode_benchmark.times` takes; may
+    t5x: called for T5X's part, returns the `others` of `decode_benchmark.measure`; may
       raise BadInput.
+    failed: parts that fail are added to it.
   """
+  first = chosen[0].setting
+  widths = first.config.emb_dim, first.config.mlp_dim
+  # Kept: it is no part of what the first row takes.
+  workload.matmul_rate(*widths, first.batch_size, first.dtype)
   todo, slowest = collections.deque(chosen), None
   while todo:
     part, begun = todo.popleft(), time.monotonic()
@@ -125,12 +140,16 @@ def measure(
       if needed > left:
         _say(part, f'left out: it takes about {needed:.0f} s, and {left:.0f} are left')
         continue
-      row = _row(part, setting, repeats, command, t5x_decoder)
-    except Exception as error:  # What went wrong in one part may be right in others.
-      too_large = 'RESOURCE_EXHAUSTED' in str(error)
+      row = _row(part, setting, repeats, command, t5x)
+    except BadInput as error:
+      _say(part, f'left out: {error}')
+      continue
+    except Exception as error:  # What goes wrong in one part may be right in others.
       _say(part, f'failed: {first_line(error)}')
-      if too_large and len(part.shares) > 1:
+      if 'RESOURCE_EXHAUSTED' in str(error) and len(part.shares) > 1:
         todo.appendleft(dataclasses.replace(part, shares=part.shares[1:]))
+      else:
+        failed.append(part)
       continue
     row |= {'part': part.name, 'seconds': time.monotonic() - begun}
     if slowest is None or row['seconds'] > slowest[0]:
@@ -139,14 +158,14 @@ def measure(
     yield row
 
 
-def _row(part, setting, repeats, command, t5x_decoder) -> dict[str, Any]:
+def _row(part, setting, repeats, command, t5x) -> dict[str, Any]:
   setting.check()
   if part.name == TRAINING:
     (row,) = train_benchmark.measure([setting], repeats, command)
     return row
-  others = {} if part.name == WITH_ENCODER else {'gqa_t5x': decode_benchmark.steps_alone}
-  if setting.system == T5X:
-    others = {T5X: t5x_decoder()}
+  others = t5x() if setting.system == T5X else {}
+  if part.name != WITH_ENCODER:
+    others = others | {'gqa_t5x': decode_benchmark.steps_alone}
   (row,) = decode_benchmark.measure([setting], repeats, command, others)
   return row
 
