@@ -3,6 +3,7 @@
 import json
 import time
 
+import jax
 import pytest
 
 from gqa_t5x import benchmark
@@ -94,6 +95,26 @@ def test_a_paper_size_has_the_models_of_the_issue():
   training, t5x, ours = (part.setting for part in found[7:10])
   assert (training.size, training.num_kv_heads) == ('large', 16)
   assert (t5x.size, t5x.system, ours.system) == ('base', 't5x', 'gqa_t5x')
+
+
+def test_what_is_stored_otherwise_follows_the_beams(monkeypatch):
+  fields = {'kv_head_dim': 5}
+  monkeypatch.setattr(accelerator_benchmark, 'OTHERWISE_STORED', (fields,))
+  part = accelerator_benchmark.parts('xxl', 64, 2048, 32)[7]
+  assert (part.name, part.setting.num_kv_heads) == ('stored as', 8)
+  assert (part.setting.batch_size, part.setting.kv_head_dim) == (64, 5)
+
+
+def test_made_up_arrays():
+  """Of their own dtypes, or of one for all; no two are the same."""
+  shapes = [jax.ShapeDtypeStruct((3, 50), d) for d in ('int8', 'float32', 'float32')]
+  whole, *floats = workload.random_like(shapes)
+  assert whole.dtype == 'int8'
+  assert -100 <= whole.min() < 0 < whole.max() < 100
+  assert all(0 < abs(x).max() <= 1 and x.dtype == 'float32' for x in floats)
+  assert not (floats[0] == floats[1]).any()
+  (half,) = workload.random_like(shapes[:1], 'bfloat16')
+  assert half.dtype == 'bfloat16'
 
 
 def pretended(monkeypatch, seconds, fail=()):

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import timing
@@ -50,8 +51,10 @@ def random_like(shapes: Any, dtype: Any = None) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _random(seed, shape, dtype):
-  scale = (3 / shape[0]) ** 0.5
   key = jax.random.key(seed, impl='rbg')  # It compiles and runs faster than JAX's own.
+  if jnp.issubdtype(dtype, jnp.integer):
+    return jax.random.randint(key, shape, -100, 100, dtype)
+  scale = (3 / shape[0]) ** 0.5
   return jax.random.uniform(key, shape, dtype, -scale, scale)
 
 
