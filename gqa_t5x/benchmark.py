@@ -294,7 +294,7 @@ def _command(name: str, args: flags.FlagValues) -> str:
   """Returns what to type for the same rows, wherever they are written."""
   given = [
     args[flag].serialize()
-    for flag in (*LISTS[name], 'size', *NUMBERS, 'repeats', 'compare')
+    for flag in dict.fromkeys((*LISTS[name], 'size', *NUMBERS, 'repeats', 'compare'))
     if flag in args and args[flag].present
   ]
   return ' '.join(['python -m gqa_t5x.benchmark', name, *given])
