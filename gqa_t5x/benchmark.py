@@ -24,6 +24,11 @@ Two more things can be measured; the last one needs what conversion needs:
   python -m gqa_t5x.benchmark train --size=base --num_kv_heads=12,4
   python -m gqa_t5x.benchmark convert --size=large --work_dir=/path/on/that/disk
 
+For a GPU or TPU that is there for a few minutes, all that is wanted of it, the most
+wanted first; --size=tiny tries the command on a CPU:
+
+  python -m gqa_t5x.benchmark accelerator --minutes=8 --json=rows.json
+
 --json writes one row a setting. In addition to the setting it holds, for `decode`:
 
   ms_per_step            one more token of every row: slope between two lengths
@@ -53,6 +58,18 @@ for `convert`:
   cp_seconds             `cp -r` of the source and `sync`, in turn with it
   cp_fraction            cp_seconds / seconds
   input_bytes, output_bytes, gb_per_s (of the input), peak_mb (resident, 1e6 bytes)
+
+for `accelerator` rows of `decode` and `train`, in bfloat16 (float32 on a CPU), with all
+key/value heads, an eighth of them, and one; and in addition:
+
+  part                   heads, largest batch (that fits), beams (4, an eighth of the
+                         batch), training (of large, if the size is xxl), beside T5X (of
+                         base; T5X's network where it is installed), with encoder
+  seconds                that the row took, compilation included
+
+What decodes does so from made-up keys and values, but for the last part. A part
+that is not expected to end in time is left out. A GPU's memory is taken but for 5%,
+unless XLA_CLIENT_MEM_FRACTION says otherwise. Exit code: 0, or 1 if a part failed.
 """
 
 import dataclasses
@@ -60,9 +77,11 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -78,6 +97,9 @@ FILL = 'fill'  # --batch_size of as many as fit
 T5X, CTRANSLATE2 = 't5x', 'ctranslate2'  # of --compare
 # Systems, as rows call them -> how CTranslate2 stores the weights.
 CT2_SYSTEMS = {'ctranslate2': 'float32', 'ctranslate2_int8': 'int8'}
+ACCELERATOR = 'accelerator'
+# How much of a GPU's memory JAX takes, by the newer name and the older one.
+MEMORY_SHARES = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
 PARTIAL = '.partial'  # the file of --json while it grows
 WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression': ()}
 
@@ -114,6 +136,14 @@ LISTS = {
     'method': ('mean', 'Of conversion, as of gqa_t5x.convert.'),
     'compression': ('none,zstd', 'Of the result, as of gqa_t5x.convert.'),
   },
+  ACCELERATOR: {},
+}
+# Flags of ACCELERATOR: default, text and least number.
+NUMBERS = {
+  'batch_size': (64, 'Inputs decoded together.', 1),
+  'input_length': (2048, 'Tokens of each input.', 1),
+  'output_length': (32, 'Tokens decoded; positions of the self-attention cache.', 4),
+  'minutes': (8, 'What is not expected to end in time is left out.', 1),
 }
 
 
@@ -123,11 +153,15 @@ def define_flags(name: str) -> command_line.Command:
   command = command_line.Command('gqa_t5x.benchmark', doc, max_words=1)
   for flag, (default, text) in LISTS[name].items():
     command.words(flag, default, text)
-  few, least = (3, 1) if name == 'convert' else (7, 5)
+  few, least = (3, 1) if name in ('convert', ACCELERATOR) else (7, 5)
   command.whole('repeats', few, 'Times, of which the median counts.', least)
   command.text('json', None, 'Write the rows to this file.')
   if name == 'convert':
     command.text('work_dir', '.', 'A folder on the disk to measure.')
+  elif name == ACCELERATOR:
+    command.choice('size', 'xxl', sizes.SIZES, 'The model.')
+    for flag, (default, text, least) in NUMBERS.items():
+      command.whole(flag, default, text, least)
   else:
     known = [T5X, CTRANSLATE2] if name == 'decode' else [T5X]
     command.choice('compare', None, known, 'Measure this program as well.')
@@ -136,7 +170,7 @@ def define_flags(name: str) -> command_line.Command:
   return command
 
 
-def run(args: flags.FlagValues, name: str | None = None) -> None:
+def run(args: flags.FlagValues, name: str | None = None) -> int:
   """Measures, prints a table and writes files; BadInput comes before anything is run.
 
   A benchmark's `measure(chosen, repeats, command)` yields rows in the order of the
@@ -149,6 +183,8 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   files.check_outputs(args.json, png)
   if png:
     table_and_figure.check_figure(png)
+  if name == ACCELERATOR:
+    return _run_accelerator(args)
   quiet.find_devices()
   module = _module(name)
   measure = functools.partial(module.measure, command=_command(name, args))
@@ -163,20 +199,49 @@ def run(args: flags.FlagValues, name: str | None = None) -> None:
   chosen = settings(name, lists, getattr(args, 'compare', None))
   for setting in chosen:
     setting.check()
-  rows = []
-  keeps = args.json and not files.is_stream(args.json)
   measured = measure(chosen, args.repeats)
-  for row in table_and_figure.progress(measured, len(chosen)):
-    rows.append(row)
-    if keeps:  # What was measured is not lost if the rest is stopped.
-      files.write_json(args.json + PARTIAL, rows)
-  if args.json:
-    files.write_json(args.json, rows)
-  if keeps:
-    epath.Path(args.json + PARTIAL).unlink()
+  rows = _kept(table_and_figure.progress(measured, len(chosen)), args.json)
   table_and_figure.print_table(rows, module.COLUMNS)
   if png:
     table_and_figure.draw(rows, pathlib.Path(png))
+  return 0
+
+
+def _kept(measured: Iterable[dict[str, Any]], path: str | None) -> list[dict[str, Any]]:
+  """Returns the rows, and writes them to a file, if there is a path."""
+  rows = []
+  keeps = path and not files.is_stream(path)
+  for row in measured:
+    rows.append(row)
+    if keeps:  # What was measured is not lost if the rest is stopped.
+      files.write_json(path + PARTIAL, rows)
+  if path:
+    files.write_json(path, rows)
+  if keeps:
+    epath.Path(path + PARTIAL).unlink(missing_ok=True)
+  return rows
+
+
+def _run_accelerator(args: flags.FlagValues) -> int:
+  """Measures the parts in their order, prints each, a table and the targets."""
+  deadline = time.monotonic() + 60 * args.minutes
+  if not any(share in os.environ for share in MEMORY_SHARES):
+    os.environ[MEMORY_SHARES[0]] = '.95'
+  quiet.find_devices()
+  module, failed = _module(ACCELERATOR), []
+  wanted = module.parts(
+    args.size, args.batch_size, args.input_length, args.output_length
+  )
+  command = _command(ACCELERATOR, args)
+  t5x = functools.partial(_t5x, 'decode')
+  rows = _kept(
+    module.measure(wanted, args.repeats, command, deadline, t5x, failed), args.json
+  )
+  if rows:
+    table_and_figure.print_table(rows, module.COLUMNS)
+  for line in module.verdicts(rows, args.size):
+    print(line)
+  return 1 if failed or not rows else 0
 
 
 def _module(name: str) -> Any:
@@ -229,7 +294,7 @@ def _command(name: str, args: flags.FlagValues) -> str:
   """Returns what to type for the same rows, wherever they are written."""
   given = [
     args[flag].serialize()
-    for flag in (*LISTS[name], 'repeats', 'compare')
+    for flag in dict.fromkeys((*LISTS[name], 'size', *NUMBERS, 'repeats', 'compare'))
     if flag in args and args[flag].present
   ]
   return ' '.join(['python -m gqa_t5x.benchmark', name, *given])

@@ -148,7 +148,10 @@ def test_ctranslate2_is_timed(tmp_path):
     (['decode', '--png=', '--size=tiny'], '--png is missing its value; give one'),
     (['decode', '--png=x.txt'], 'x.txt: choose one of the suffixes '),
     (['decode', '--repeats=3'], 'flag --repeats=3'),
-    (['dance'], "say what to measure: decode, train, convert; not 'dance'."),
+    (
+      ['dance'],
+      "say what to measure: decode, train, convert, accelerator; not 'dance'.",
+    ),
     (['decode', 'fast'], "unexpected argument 'fast'; see --help"),
     (['train', '--num_beams=2'], "Unknown command line flag 'num_beams'"),
     (['train', '--batch_size=1000000'], 'target 128, float32 needs '),

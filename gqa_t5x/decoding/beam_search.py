@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from gqa_t5x.decoding import loop
+from gqa_t5x.decoding import loop, top_tokens
 from gqa_t5x.decoding.loop import NEG_INF, DecodingState, TokensToLogits
 from gqa_t5x.model import decode_cache
 
@@ -122,9 +122,9 @@ def _extend(
 
   Of 2 n candidates at most n end, so that n live beams are left.
   """
-  B, n, V = log_probs_BnV.shape
+  _, n, V = log_probs_BnV.shape
   total_BnV = log_probs_BnV + state.live_log_probs_Bn[:, :, None]
-  log_prob_Bm, place_Bm = lax.top_k(total_BnV.reshape(B, n * V), 2 * n)
+  log_prob_Bm, place_Bm = top_tokens.top_k(total_BnV, 2 * n)
   free_B1 = forced_B1 == 0
   # All beams of a forced token would be the same: one stays alive.
   only_one = jnp.where(jnp.arange(2 * n) == 0, 0.0, NEG_INF)

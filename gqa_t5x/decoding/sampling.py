@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from gqa_t5x.decoding import loop
+from gqa_t5x.decoding import loop, top_tokens
 from gqa_t5x.decoding.loop import DecodingState, TokensToLogits
 from gqa_t5x.model import decode_cache
 
@@ -213,7 +213,8 @@ def _log_prob(logits_RV: Array, token_R: Array) -> Array:
 def _keep_likeliest(logits_RV: Array, topk: int, topp: float) -> Array:
   """Rules out all tokens but the likeliest; of equals, all or none."""
   if topk:
-    least_R1 = lax.top_k(logits_RV, min(topk, logits_RV.shape[1]))[0][:, -1:]
+    best_Rk, _ = top_tokens.top_k(logits_RV[:, None], min(topk, logits_RV.shape[1]))
+    least_R1 = best_Rk[:, -1:]
     return jnp.where(logits_RV >= least_R1, logits_RV, loop.NEG_INF)
   if topp:
     probs_RV = jax.nn.softmax(logits_RV)

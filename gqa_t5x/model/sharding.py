@@ -14,7 +14,7 @@ import jax
 from flax.linen import partitioning as nn_partitioning
 from jax import Array
 from jax.interpreters import pxla
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 
 def current_mesh() -> Mesh | AbstractMesh | None:
@@ -49,17 +49,21 @@ def platform() -> str:
 
 def parts(name: str) -> int:
   """Returns into how many parts the mesh cuts a logical axis of axes.py."""
-  mesh, rules = current_mesh(), nn_partitioning.get_axis_rules()
-  if mesh is None or not rules:
-    return 1
-  (over,) = nn_partitioning.logical_to_mesh_axes((name,), rules) or (None,)
-  return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(over))
+  (over,) = spec([name]) or (None,)
+  return math.prod(current_mesh().shape[axis] for axis in jax.tree.leaves(over))
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+  """Returns the mesh axes of logical ones; without a mesh, of none."""
+  rules = nn_partitioning.get_axis_rules()
+  if current_mesh() is None or not rules:
+    return PartitionSpec(*[None] * len(names))
+  return nn_partitioning.logical_to_mesh_axes(tuple(names), rules)
 
 
 def constrain(x: Array, names: Sequence[str | None]) -> Array:
   """Shards dimensions by their logical axes (None: not); without a mesh, not at all."""
-  mesh, rules = current_mesh(), nn_partitioning.get_axis_rules()
-  if mesh is None or not rules:
+  mesh = current_mesh()
+  if mesh is None or not nn_partitioning.get_axis_rules():
     return x
-  spec = nn_partitioning.logical_to_mesh_axes(tuple(names), rules)
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names)))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as jax_core
 
 from gqa_t5x.decoding import beam_search, generate
 from gqa_t5x.model import network
@@ -199,7 +200,7 @@ BIG = 64  # Head size, so that keys and values outgrow all else.
 def every_equation(jaxpr):
   for equation in jaxpr.eqns:
     yield equation
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax_core.jaxprs_in_params(equation.params):
       yield from every_equation(inner)
 
 

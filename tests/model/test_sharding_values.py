@@ -144,3 +144,18 @@ def test_decodes(
     assert kinds.count('all-to-all') == moves
     # Behind both attentions and the MLP.
     assert kinds.count('all-reduce') >= 3
+
+
+@pytest.mark.parametrize(('name', 'num_partitions'), [('beams', 4), ('samples', 1)])
+def test_logits_are_not_gathered(name, num_partitions):
+  """Of each device's part of them only the best travel."""
+  vocab_size, rows = 640, 3 * B
+  cfg, layout = config(2, vocab_size=vocab_size), partitioner(2, num_partitions)
+  args = (
+    sharded_params(cfg, layout),
+    *sharded_rows(layout, batch()[0], np.zeros((B, T), np.int32)),
+  )
+  with entered(layout):
+    found = found_collectives(decode(cfg, name).lower(*args).compile())
+  sizes = [size for kind, size in found if kind != 'all-reduce']
+  assert max(sizes, default=0) < rows * vocab_size // DEVICES

@@ -65,15 +65,18 @@ class Setting(DecodeSetting):
       + together * cfg.num_heads * S**2 * (4 + itemsize)
     )
 
-  def filled(self) -> 'Setting':
-    """Returns the setting with the largest batch that fits, a multiple of 8."""
+  def filled(self, share: float = FILLED_SHARE) -> 'Setting':
+    """Returns the setting with the largest batch that fits, a multiple of 8.
+
+    `share` of the free memory may be filled.
+    """
     self._check_output_length()
     free = timing.free_bytes()
     if free is None:
       raise BadInput(
         'batch_size=fill: how much memory is free is unknown here; give a number.'
       )
-    room = FILLED_SHARE * free
+    room = share * free
 
     def eights(n):
       return dataclasses.replace(self, batch_size=8 * n)
@@ -104,11 +107,31 @@ def decoder(
   """
   module = network.Transformer(cfg)
   prepare = functools.partial(_prepare, module, params, inputs_BS, length)
-  cache, kept = prepare()
+  return prepare, _steps(module, num_beams, length, params, *prepare(), inputs_BS)
+
+
+def steps_alone(
+  cfg: network.T5Config, params: Any, inputs_BS: jax.Array, length: int, num_beams: int
+) -> tuple[None, Callable[[int, int], float]]:
+  """As `decoder`, but nothing is encoded: keys and values are random numbers.
+
+  The encoder takes most of the time of a run, and none of a step.
+  """
+  module = network.Transformer(cfg)
+  cache, kept = jax.eval_shape(
+    functools.partial(_prepare, module, params, inputs_BS, length)
+  )
+  empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+  kept = workload.random_like(kept)
+  return None, _steps(module, num_beams, length, params, empty, kept, inputs_BS)
+
+
+def _steps(module, num_beams, length, params, cache, kept, inputs_BS):
+  """Returns the measure of a step after `prepare`."""
   decode = functools.partial(
     _decode, module, num_beams, length, params, kept, cache, inputs_BS
   )
-  return prepare, functools.partial(timing.slope, decode)
+  return functools.partial(timing.slope, decode)
 
 
 _prepare = jax.jit(generate.prepare, static_argnums=(0, 3))
@@ -147,8 +170,11 @@ def times(
   chosen: Sequence[Setting],
   repeats: int,
   others: Mapping[str, Callable[..., Any]] | None = None,
-) -> Iterator[tuple[Setting, float, float]]:
-  """Yields (setting, seconds of a decode step, seconds before the first one)."""
+) -> Iterator[tuple[Setting, float, float | None]]:
+  """Yields (setting, seconds of a decode step, seconds before the first one).
+
+  The latter is None where what is before it is made up (`steps_alone`).
+  """
 
   def make(setting):
     cfg = setting.config
@@ -168,21 +194,25 @@ def times(
     T = min(setting.output_length for setting in together)
     counts = max(T // 4, 1), T
     steps = timing.slopes([measure for _, measure in decoders], counts, repeats)
-    encodes = [timing.median_seconds(prepare, repeats) for prepare, _ in decoders]
+    encodes = [
+      prepare and timing.median_seconds(prepare, repeats) for prepare, _ in decoders
+    ]
     yield from zip(together, steps, encodes, strict=True)
 
 
 def _row(
-  setting: Setting, seconds: float, encode_seconds: float, stream: float, command: str
+  setting: Setting,
+  seconds: float,
+  encode_seconds: float | None,
+  stream: float,
+  command: str,
 ) -> dict[str, Any]:
   """Returns a row; `python -m gqa_t5x.benchmark decode --help` explains its keys."""
-  total = encode_seconds + setting.output_length * seconds
-  times = {
-    'ms_per_step': 1e3 * seconds,
-    'encode_ms': 1e3 * encode_seconds,
-    'seconds_per_sample': total / setting.batch_size,
-    'tokens_per_s': setting.batch_size / seconds,
-  }
+  times = {'ms_per_step': 1e3 * seconds, 'tokens_per_s': setting.batch_size / seconds}
+  if encode_seconds is not None:
+    total = encode_seconds + setting.output_length * seconds
+    times['encode_ms'] = 1e3 * encode_seconds
+    times['seconds_per_sample'] = total / setting.batch_size
   common = workload.common_keys('decode_benchmark', command, vars(setting))
   if setting.system == INT8:  # What int8 takes at best is not measured here.
     return common | times | {'stream_gb_per_s': stream}

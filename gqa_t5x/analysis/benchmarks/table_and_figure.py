@@ -17,7 +17,14 @@ _SYSTEMS = {
   'ctranslate2': ' (CTranslate2)',
   'ctranslate2_int8': ' (CTranslate2, int8)',
 }
-LEFT = ('model', 'size', 'method', 'compression', 'bar')  # Other columns are numbers.
+LEFT = (
+  'part',
+  'model',
+  'size',
+  'method',
+  'compression',
+  'bar',
+)  # Other columns are numbers.
 
 
 def progress(rows: Iterable[Any], total: int) -> Iterator[Any]:

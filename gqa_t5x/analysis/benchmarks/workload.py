@@ -8,6 +8,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import timing
@@ -36,15 +37,24 @@ def random_params(cfg: network.T5Config, dtype: Any) -> dict[str, Any]:
   They are uniform numbers of the initialisers' size: what a step costs does not depend
   on them.
   """
-  leaves, treedef = jax.tree.flatten(models.variable_shapes(cfg)['params'])
-  values = [_random(seed, leaf.shape, dtype) for seed, leaf in enumerate(leaves)]
+  return random_like(models.variable_shapes(cfg)['params'], dtype)
+
+
+def random_like(shapes: Any, dtype: Any = None) -> Any:
+  """Returns a tree of arrays, made on the device; their own dtypes by default."""
+  leaves, treedef = jax.tree.flatten(shapes)
+  values = [
+    _random(seed, leaf.shape, dtype or leaf.dtype) for seed, leaf in enumerate(leaves)
+  ]
   return jax.tree.unflatten(treedef, values)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _random(seed, shape, dtype):
-  scale = (3 / shape[0]) ** 0.5
   key = jax.random.key(seed, impl='rbg')  # It compiles and runs faster than JAX's own.
+  if jnp.issubdtype(dtype, jnp.integer):
+    return jax.random.randint(key, shape, -100, 100, dtype)
+  scale = (3 / shape[0]) ** 0.5
   return jax.random.uniform(key, shape, dtype, -scale, scale)
 
 
