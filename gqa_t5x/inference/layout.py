@@ -11,7 +11,7 @@ from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import axes, network
+from gqa_t5x.model import axes, network, quantize
 
 DATA, MODEL = 'data', 'model'
 
@@ -58,7 +58,7 @@ class Layout:
       yield
 
   def put_params(self, params: Any) -> Any:
-    """Shards the parameters of a `network.Transformer`."""
+    """Shards the parameters of a `network.Transformer`; they may be int8."""
     tokens = np.ones((1, 1), np.int32)
     variables = jax.eval_shape(
       lambda: network.Transformer(self._cfg).init(
@@ -66,6 +66,8 @@ class Layout:
       )
     )
     names = unfreeze(nn_partitioning.get_axis_names(variables['params_axes']))
+    if quantize.are_int8(params):
+      names = quantize.axes_to_int8(names)
     shardings = jax.tree.map(
       lambda n: NamedSharding(
         self.mesh, nn_partitioning.logical_to_mesh_axes(tuple(n), self._rules)

@@ -34,7 +34,7 @@ from gqa_t5x.exports import run
 from gqa_t5x.inference import examples, programs, recipes, saved, tokenizer
 from gqa_t5x.inference.layout import Layout
 from gqa_t5x.inference.texts import Text, Texts, shaped
-from gqa_t5x.model import network, sizes
+from gqa_t5x.model import network, quantize, sizes
 
 _PROGRESS_FROM = 64  # inputs: below, no progress is shown
 
@@ -72,17 +72,58 @@ class Model:
 
   def __repr__(self) -> str:
     c = self.config
+    int8 = f'; int8 {c.quantize.replace("_", " ")}' if c.quantize else ''
     return (
       f'<T5 of {self.num_parameters:,} parameters: {c.num_encoder_layers} +'
       f' {c.num_decoder_layers} layers, width {c.emb_dim}, {c.num_heads} heads;'
       f' key/value heads of {c.kv_size}: self-attention {c.self_kv}, cross-attention'
-      f' {c.cross_kv}>'
+      f' {c.cross_kv}{int8}>'
     )
 
   @property
   def num_parameters(self) -> int:
-    """Elements of all parameters."""
-    return sum(x.size for x in jax.tree.leaves(self.params))
+    """Elements of all parameters; scales of int8 do not count."""
+    flat = tree.flatten(self.params)
+    return sum(x.size for name, x in flat if not name.endswith(quantize.SCALE))
+
+  # --- Int8 ---------------------------------------------------------------------
+
+  def quantize(self, what: str = quantize.BOTH) -> 'Model':
+    """Returns a model that computes with int8, for decoding and scoring.
+
+    Args:
+      what: 'weights': every kernel, with a scale for each column; 'cache': keys and
+        values of the decoder, with a scale for each position and head; or
+        'weights_and_cache'.
+
+    Raises:
+      BadInput: `what` is unknown, or would need weights in float that are int8.
+    """
+    if what not in quantize.QUANTIZATIONS:
+      known = ', '.join(quantize.QUANTIZATIONS)
+      raise BadInput(f'quantize={what!r} is unknown; choose one of {known}')
+    if not quantize.of_weights(what):
+      self._check_float(f"quantize('{what}')")
+    params = quantize.prepared(self.params, what)
+    return self._changed(dataclasses.replace(self.config, quantize=what), params)
+
+  def _check_float(self, action: str) -> None:
+    if quantize.are_int8(self.params):
+      raise BadInput(
+        f'{action} needs weights in float, and those of this model are int8; use the'
+        ' model that it was made from'
+      )
+
+  def _changed(self, cfg: network.T5Config, params: Any) -> 'Model':
+    return Model(
+      cfg,
+      params,
+      self._model_config,
+      self.tokenizer,
+      tokenizer_path=self._tokenizer_path,
+      step=self._step,
+      model_partitions=self._model_partitions,
+    )
 
   # --- Fewer heads --------------------------------------------------------------
 
@@ -119,6 +160,7 @@ class Model:
       BadInput: unknown method, heads that do not divide or of a size that cannot be,
         texts for a method that uses none, or too few to refit outputs.
     """
+    self._check_float('convert')
     recipe |= {'num_kv_heads': num_kv_heads, 'kv_head_dim': kv_head_dim}
     recipe['method'] = method
     recipes.check(recipe, texts, refit_outputs)
@@ -141,15 +183,7 @@ class Model:
     params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
     shapes = {name: x.shape for name, x in tree.flatten(params)}
     fields = sizes.from_checkpoint(tree.read_architecture(shapes), self._model_config)
-    return Model(
-      dataclasses.replace(self.config, **fields),
-      params,
-      self._model_config,
-      self.tokenizer,
-      tokenizer_path=self._tokenizer_path,
-      step=self._step,
-      model_partitions=self._model_partitions,
-    )
+    return self._changed(dataclasses.replace(self.config, **fields), params)
 
   def calibrate(
     self,
@@ -162,6 +196,7 @@ class Model:
 
     The file is that of `python -m gqa_t5x.calibrate`; it serves every number of heads.
     """
+    self._check_float('calibrate')
     function = (programs.sum_inputs, self._module, include_encoder, self.params)
     totals, info = self._add_up(texts, batch_size, *function)
     statistics = input_sums.mean_statistics(totals)
@@ -361,14 +396,16 @@ class Model:
     """Writes a checkpoint of T5X, with the tokenizer, into a folder.
 
     `load` reads it, and `t5x.train` as INITIAL_CHECKPOINT_PATH, by the name
-    PATH/checkpoint_<step>, which is printed.
+    PATH/checkpoint_<step>, which is printed. Int8 weights are written as they are, half
+    as large as bfloat16; those `load` alone reads.
 
     Raises:
       BadInput: the folder has a checkpoint of this step, or cannot be written.
     """
     target = saved.new_checkpoint(path, self._step)
     saved.write(target, *self._parts)
-    print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
+    int8 = quantize.are_int8(self.params)
+    print(f'int8: {target}' if int8 else f"INITIAL_CHECKPOINT_PATH = '{target}'")
 
   def export(self, path: epath.PathLike, format: str, **options: Any) -> None:
     """Writes the model for other programs, as `python -m gqa_t5x.export` does.
@@ -376,6 +413,7 @@ class Model:
     `format` is 'ctranslate2', 'huggingface', 'stablehlo' or 't5x'; options are the
     command's flags for it (docs/export.md). BadInput if `path` is there already.
     """
+    self._check_float('export')
     run.write(saved.source(*self._parts), path, format, **options)
 
   # --- Inside -------------------------------------------------------------------
