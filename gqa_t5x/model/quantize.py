@@ -56,7 +56,7 @@ def to_int8(x: Array, axis: int) -> Int8:
   Zeros alone have the scale 0. What is not finite makes the scale so.
   """
   x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / _MOST
+  scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) * (1 / _MOST)
   codes = jnp.round(x / jnp.where(scale > 0, scale, 1))
   return Int8(jnp.clip(codes, -_MOST, _MOST).astype(jnp.int8), scale)
 
