@@ -16,6 +16,17 @@ from gqa_t5x.model import axes, network, quantize
 DATA, MODEL = 'data', 'model'
 
 
+class OneDevice:
+  """A model on the first device."""
+
+  def put_params(self, params: Any) -> Any:
+    return jax.device_put(params)
+
+  def run(self, function: Any, *args: Any) -> Any:
+    """Calls a compiled function."""
+    return function(*args)
+
+
 class Layout:
   """A mesh of all devices: copies of the model by devices that share one.
 
@@ -76,6 +87,14 @@ class Layout:
       is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
     return jax.device_put(params, shardings)
+
+  def run(self, function: Any, *args: Any) -> Any:
+    """Calls a compiled function, its NumPy arrays split over the devices."""
+    args = [
+      self.put_rows(x) if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in args
+    ]
+    with self.entered():
+      return function(*args)
 
   def put_rows(self, array: np.ndarray) -> jax.Array:
     """Splits the rows of a batch over the copies of the model, if they divide."""

@@ -50,7 +50,7 @@ for _model, _run in _PAIRS:
   _files = gin_cases.files(_model, _task, _run)
   CASES[f'{_model}-{_run}'] = (_files, _name, _given, MODELS[_model], None)
 # A way to decode comes after the run, for Shazeer's models, too.
-for _decoding in ('beam_search', 'sample'):
+for _decoding in ('beam_search', 'int8', 'sample'):
   _files = gin_cases.files(
     'shazeer_mqa', gin_cases.WMT, 'infer', f'gin/decoding/{_decoding}.gin'
   )
