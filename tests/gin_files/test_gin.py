@@ -99,7 +99,8 @@ def test_parses_finalises_and_has_the_right_model(case, monkeypatch):
   vocab_size = 4096 if case.startswith('gin/local') else None
   K, R = K if isinstance(K, tuple) else (K, None)
   heads = {'num_kv_heads': K, 'kv_head_dim': R}
-  expected = network.config(size, **heads, vocab_size=vocab_size)
+  quantize = 'weights_and_cache' if case.endswith('-int8') else None
+  expected = network.config(size, **heads, vocab_size=vocab_size, quantize=quantize)
   own = {field: getattr(config, field) for field in ('dtype', 'remat_policy')}
   assert config == expected.replace(dropout_rate=config.dropout_rate, **own)
   if name == 'train':

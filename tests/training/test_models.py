@@ -302,9 +302,10 @@ def test_decoding_and_scoring_in_int8(quantization, monkeypatch):
   log_probs = np.take_along_axis(
     np.asarray(jax.nn.log_softmax(logits)), targets[..., None], axis=2
   )[..., 0]
-  scores = oracle.jit(int8.score_batch)(params(), oracle.batch())
+  batch = oracle.batch() | {'decoder_loss_weights': (targets > 0).astype(int)}
+  scores = oracle.jit(int8.score_batch)(params(), batch)
   np.testing.assert_allclose(scores, (log_probs * (targets > 0)).sum(1), rtol=1e-4)
-  exact = oracle.jit(model().score_batch)(params(), oracle.batch())
+  exact = oracle.jit(model().score_batch)(params(), batch)
   assert np.abs(scores - exact).max() > 1e-3
 
 
