@@ -8,16 +8,19 @@ import jax
 import numpy as np
 import pytest
 import seqio
+from etils import epath
 from flax import traverse_util
 from t5x import adafactor
 from t5x import models as t5x_models
 from t5x import trainer as t5x_trainer
 
+from gqa_t5x.checkpoints import config
 from gqa_t5x.decoding import beam_search, sampling
 from gqa_t5x.decoding import generate as decoding
 from gqa_t5x.errors import BadInput
+from gqa_t5x.inference import saved
 from gqa_t5x.model import network, quantize
-from gqa_t5x.training import models
+from gqa_t5x.training import models, restore
 from helpers import model_oracle as oracle
 from helpers.trainers import K, make_state, make_trainer, model, params
 
@@ -312,3 +315,15 @@ def test_decoding_and_scoring_in_int8(quantization, monkeypatch):
 def test_training_in_int8():
   with pytest.raises(BadInput, match=r"QUANTIZE='weights' is for decoding: .*int8.gin"):
     make_trainer(make_state(), model=model(quantize='weights'))
+
+
+def test_a_run_refuses_an_int8_checkpoint(tmp_path):
+  """By its name: as the model's source, and as what is restored."""
+  path = tmp_path / 'checkpoint_3'
+  rounded = quantize.params_to_int8(params())
+  saved.write(epath.Path(path), rounded, 3, config.ModelConfig(), None)
+  message = rf'{path} has \d+ kernels in int8, and here they must be float32'
+  with pytest.raises(BadInput, match=message):
+    models.config_from_checkpoint(str(path))
+  with pytest.raises(BadInput, match=message):
+    restore.checked_path(str(path), model())
