@@ -91,7 +91,7 @@ from gqa_t5x import command_line, files, quiet
 from gqa_t5x.analysis import models
 from gqa_t5x.analysis.benchmarks import table_and_figure
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import sizes
+from gqa_t5x.model import quantize, sizes
 
 FILL = 'fill'  # --batch_size of as many as fit
 T5X, CTRANSLATE2 = 't5x', 'ctranslate2'  # of --compare
@@ -101,7 +101,9 @@ ACCELERATOR = 'accelerator'
 # How much of a GPU's memory JAX takes, by the newer name and the older one.
 MEMORY_SHARES = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
 PARTIAL = '.partial'  # the file of --json while it grows
+FLOAT = 'none'  # of --quantize
 WORDS = {'size': sizes.SIZES, 'dtype': models.DTYPES, 'method': (), 'compression': ()}
+WORDS['quantize'] = (FLOAT, *quantize.QUANTIZATIONS)
 
 _SIZE = ('base', 'Model sizes: ' + ', '.join(sizes.SIZES) + '.')
 _HEADS = "Key/value heads; by default the size's own, or every divisor of its heads."
@@ -117,6 +119,7 @@ LISTS = {
     'output_length': ('64', 'Tokens decoded; positions of the self-attention cache.'),
     'dtype': ('float32', 'Of parameters, activations and cache: float32 or bfloat16.'),
     'num_beams': ('1', 'Beams of each input; 1 is greedy.'),
+    'quantize': (FLOAT, 'What is int8: ' + ', '.join(WORDS['quantize']) + '.'),
   },
   'train': {
     'size': _SIZE,
@@ -322,6 +325,8 @@ def settings(
     values['size'], *(values[flag] for flag in others)
   ):
     fields = dict(zip(others, rest, strict=True), size=size)
+    if fields.get('quantize') == FLOAT:
+      fields['quantize'] = None
     heads = values['num_kv_heads'] or _default_heads(name, size)
     ours = [make(num_kv_heads=num_kv_heads, **fields) for num_kv_heads in heads]
     if fields.get('batch_size') == FILL:
@@ -337,14 +342,16 @@ def settings(
         raise BadInput(
           f'dtype={fields["dtype"]}: CTranslate2 is compared in float32 alone.'
         )
-      found += [
-        dataclasses.replace(one, system=system)
+      found += dict.fromkeys(
+        dataclasses.replace(one, system=system, quantize=None)
         for system in CT2_SYSTEMS
         for one in ours
-      ]
+      )
     elif compare:
       changes = {'num_kv_heads': sizes.SIZES[size]['num_heads'], 'kv_head_dim': None}
       changes['system'] = T5X
+      if name == 'decode':
+        changes['quantize'] = None
       found += dict.fromkeys(dataclasses.replace(one, **changes) for one in ours)
   return found
 

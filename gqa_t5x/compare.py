@@ -16,6 +16,10 @@ fine-tuned, give pairs:
 
   python -m gqa_t5x.compare --input=my-model --texts=pairs.jsonl --keys=inputs,targets
 
+--quantize compares int8 instead, with the heads that there are: the loss with weights,
+cache, and both in int8, and the share of tokens of greedy decodes that are the float
+model's.
+
 Every second text calibrates the methods that use statistics (svd), the others are
 judged on. --json keeps the rows as they are measured: the same command goes on there.
 Nothing is written otherwise; python -m gqa_t5x.convert converts.
@@ -39,6 +43,8 @@ from gqa_t5x.errors import BadInput
 _CHIPS = ('v3', 'v4', 'v5e', 'v5p', 'v6e')
 # What rows depend on: rows of others are not gone on with.
 _SETTINGS = ('input', 'keys', 'document', 'max_texts', 'dtype', 'chip')
+# What --quantize has no use for.
+_OF_HEADS = ('num_kv_heads', 'methods', 'time', 'chip', 'tolerance', 'input_length')
 _SETTINGS += ('batch_size', 'input_length', 'output_length')
 
 
@@ -72,6 +78,7 @@ def define_command() -> command_line.Command:
     flag_values=command.values,
     module_name='gqa_t5x.compare',
   )
+  command.switch('quantize', False, 'Compare int8, not heads.')
   command.text('json', None, 'Keep the rows in this file, and go on from there.')
   return command
 
@@ -82,12 +89,18 @@ def _act(args: flags.FlagValues) -> None:
       raise BadInput(f'--{name} is missing; see --help for an example')
   if len(args.keys) > 2:
     raise BadInput(f'--keys={",".join(args.keys)}: give one, or two of a pair')
+  for name in _OF_HEADS if args.quantize else ():
+    if args[name].present:
+      raise BadInput(f'--{name} is not for --quantize; leave one of them out')
   files.check_outputs(args.json)
   texts = _read(args)
   quiet.find_devices()
   from gqa_t5x.analysis import comparison  # here: --help need not wait for JAX
 
   model = gqa_t5x.load(args.input, dtype=args.dtype, tokenizer_path=args.tokenizer)
+  if args.quantize:
+    _compare_int8(args, model, texts[1::2])
+    return
   cfg = model.config
   if cfg.self_kv != cfg.cross_kv:
     raise BadInput(
@@ -132,6 +145,26 @@ def _choice(row: dict[str, Any]) -> Any:
   from gqa_t5x.analysis import comparison
 
   return comparison.Choice(*(row[name] for name in comparison.Choice._fields))
+
+
+def _compare_int8(args: flags.FlagValues, model: Any, texts: Sequence[Any]) -> None:
+  from gqa_t5x.analysis import comparison
+
+  evaluation = model.examples(texts)
+  measured = comparison.int8_quality(
+    model, evaluation, args.batch_size, args.output_length
+  )
+  rows = []
+  for row in tqdm(measured, 'Comparing', 4, unit='model', disable=None):
+    rows.append({'kind': 'int8_comparison', 'source': 'measured', **row})
+  if args.json:
+    files.write_json(args.json, rows)
+  print(model)
+  print(comparison.table(rows))
+  print(
+    f'loss in nats a target token, on {len(evaluation)} examples of {args.texts};'
+    f' greedy decodes of at most {args.output_length} tokens'
+  )
 
 
 def _read(args: flags.FlagValues) -> list[Any]:

@@ -65,7 +65,7 @@ from gqa_t5x.analysis.tpu import (
 )
 from gqa_t5x.analysis.tpu.json_rows import CompiledText
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import axes, sizes
+from gqa_t5x.model import axes, quantize, sizes
 from gqa_t5x.training import gin_command
 
 # Flags: name, default and text.
@@ -95,6 +95,8 @@ def define_flags() -> command_line.Command:
     command.whole(name, default, text)
   text = 'Of parameters, activations and cache.'
   command.choice('dtype', 'bfloat16', models.DTYPES, text)
+  text = 'Decoding: what is int8; --dtype is of all else.'
+  command.choice('quantize', None, quantize.QUANTIZATIONS, text)
   text = 'How kept keys and values are split over them; by rule if not given.'
   command.choice('kv_sharding', None, axes.KV_SHARDINGS, text)
   text = 'Look for the best layout, whatever --batch_size says.'

@@ -22,7 +22,7 @@ from gqa_t5x.analysis.benchmarks import (
 from gqa_t5x.analysis.benchmarks.decode_benchmark import Setting
 from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import network, sizes
+from gqa_t5x.model import network, quantize, sizes
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -97,6 +97,16 @@ def test_all_combinations_with_t5x():
   ]
 
 
+@pytest.mark.parametrize('compare', ['t5x', 'ctranslate2'])
+def test_int8_beside_floats(compare):
+  """Of ours alone."""
+  words = ['--num_kv_heads=4', '--quantize=none,weights_and_cache']
+  found = chosen('decode', *words, compare=compare)
+  ours = [s.quantize for s in found if s.system == 'gqa_t5x']
+  assert ours == [None, 'weights_and_cache']
+  assert {s.quantize for s in found if s.system != 'gqa_t5x'} == {None}
+
+
 def test_ctranslate2_has_the_same_heads():
   found = chosen('decode', '--num_kv_heads=4,1', compare='ctranslate2')
   systems = ('gqa_t5x', 'ctranslate2', 'ctranslate2_int8')
@@ -142,6 +152,7 @@ def test_ctranslate2_is_timed(tmp_path):
     (['decode', '--num_beams=' + 400 * '9'], 'num_beams must be at most 2147483647.'),
     (['train', '--target_length='], '--target_length is missing its value; give one'),
     (['decode', '--num_kv_heads='], '--num_kv_heads is missing its value; give one'),
+    (['decode', '--quantize=int4'], 'quantize=int4; choose from none, weights, cache,'),
     (['decode', '--batch_size=1000000'], 'needs 42598.1 GB, and '),
     (['decode', '--json=/no/such/rows.json'], '/no/such/rows.json: there is no such'),
     (['decode', '--json=/'], "'/' is a folder; name a file."),
@@ -193,9 +204,12 @@ def test_what_is_missing_is_named(module, words, said, monkeypatch, capsys):
   assert said in err
 
 
-def test_memory_is_that_of_the_arrays():
-  setting = Setting('one_layer', 8, 2, 8, 4, 'float32', 2)
+@pytest.mark.parametrize('int8', [None, 'weights_and_cache'])
+def test_memory_is_that_of_the_arrays(int8):
+  """In int8 all but norms, position biases and scales of kernels, which are few."""
+  setting = Setting('one_layer', 8, 2, 8, 4, 'float32', 2, quantize=int8)
   params = workload.random_params(setting.config, jnp.float32)
+  params = quantize.prepared(params, int8)
   inputs_BS = jnp.ones((2, 8), jnp.int32)
   prepare, _ = decode_benchmark.decoder(setting.config, params, inputs_BS, 4, 2)
   cache, kept = prepare()
@@ -203,7 +217,8 @@ def test_memory_is_that_of_the_arrays():
   self_cache = 2 * sum(x.nbytes for x in jax.tree.leaves(cache) if x.ndim == 4)
   logits = 4 * 2 * 2 * 64
   encoder = 2 * 8 * 8 * 8 * (4 + 4)
-  assert setting.nbytes() == cross_and_params + self_cache + logits + encoder
+  expected = cross_and_params + self_cache + logits + encoder
+  assert setting.nbytes() == pytest.approx(expected, rel=0.1 if int8 else 0)
 
 
 def test_a_batch_that_fills_the_memory(monkeypatch):

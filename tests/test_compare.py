@@ -124,9 +124,35 @@ def test_recommendation(increases, said):
   assert comparison.recommendation(rows, 0.05).startswith(said)
 
 
+def test_int8(folder, tmp_path, capsys):
+  """Losses are those of the API; what costs nothing has all tokens equal."""
+  file = tmp_path / 'int8.json'
+  assert run(folder, '--quantize', f'--json={file}', '--output_length=6') == 0
+  rows = json.loads(file.read_text())
+  names = ['-', 'weights', 'cache', 'weights_and_cache']
+  assert [row['quantize'] for row in rows] == names
+  texts = (folder / 'texts.txt').read_text().split('\n')
+  model = gqa_t5x.load(folder)
+  judged = model.examples(texts[1::2])
+  for row in rows:
+    one = model if row['quantize'] == '-' else model.quantize(row['quantize'])
+    np.testing.assert_allclose(row['loss'], one.evaluate(judged)['loss'], rtol=1e-5)
+    assert row['loss_increase'] == row['loss'] - rows[0]['loss']
+    assert 0 <= row['equal_tokens'] <= 1
+  assert rows[0]['equal_tokens'] == 1
+  assert len({row['loss'] for row in rows}) == 4
+  assert 'equal tokens' in capsys.readouterr().out
+
+
+def test_equal_tokens():
+  """By place; what one of them lacks is not equal."""
+  assert comparison._equal_tokens([[5, 6, 7], [8]], [[5, 9, 7, 1], [8]]) == 3 / 5
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
+    (['--quantize', '--num_kv_heads=2'], '--num_kv_heads is not for --quantize'),
     (['--num_kv_heads=3'], 'num_kv_heads=3; choose from 1, 2, 4, 8, all'),
     (['--methods=median'], "unknown method 'median'"),
     (['--latent', '--methods=mean'], '--latent: none of these methods can make it'),

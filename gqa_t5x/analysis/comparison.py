@@ -16,6 +16,7 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.inference.examples import Example
 from gqa_t5x.inference.model import Model
 from gqa_t5x.model.network import T5Config
+from gqa_t5x.model.quantize import QUANTIZATIONS
 
 UNCONVERTED = '-'
 _BFLOAT16 = 2  # bytes
@@ -33,9 +34,11 @@ COLUMNS = {
   'num_kv_heads': 'K',
   'kv_head_dim': 'R',
   'method': 'method',
+  'quantize': 'int8',
   'loss': 'loss',
   'loss_increase': 'more',
   'accuracy': 'accuracy',
+  'equal_tokens': 'equal tokens',
   'cache_bytes_per_input_token': 'B/input token',
   'cache_bytes_per_output_token': 'B/output token',
   'largest_batch': 'batch',
@@ -77,7 +80,7 @@ def choices(
       known = ', '.join(map(str, divisors))
       raise BadInput(f'num_kv_heads={word}; choose from {known}, all')
     K = int(word)
-    if K == num_heads:
+    if K == cfg.self_kv:
       continue
     for name, any_size in forms.items():
       found.append(Choice(K, name))
@@ -111,6 +114,38 @@ def quality(
           recipe = {'statistics': statistics}
         one = model.convert(K, method, kv_head_dim=R, **recipe)
       yield choice._asdict() | one.evaluate(evaluation, batch_size)
+
+
+def int8_quality(
+  model: Model, evaluation: Sequence[Example], batch_size: int, max_length: int
+) -> Iterator[dict[str, Any]]:
+  """Yields a row of the model as it is, and of each quantization.
+
+  It has loss and accuracy on the examples, and the share of tokens of greedy decodes of
+  their inputs that are the model's own at the same place (`equal_tokens`).
+  """
+  # Without its tokenizer, so that it decodes to ids.
+  floats = Model(model.config, model.params, model._model_config, None)
+  inputs = [example.inputs for example in evaluation]
+  first = None
+  for what in (None, *QUANTIZATIONS):
+    one = floats.quantize(what) if what else floats
+    row = {'quantize': what or UNCONVERTED, **one.evaluate(evaluation, batch_size)}
+    decodes = one.generate(
+      inputs, max_length=max_length, batch_size=batch_size, progress=False
+    )
+    first = first or (row, decodes)
+    row['loss_increase'] = row['loss'] - first[0]['loss']
+    row['equal_tokens'] = _equal_tokens(first[1], decodes)
+    yield row
+
+
+def _equal_tokens(decodes: Sequence[list[int]], others: Sequence[list[int]]) -> float:
+  equal = longest = 0
+  for one, other in zip(decodes, others, strict=True):
+    equal += sum(a == b for a, b in zip(one, other, strict=False))
+    longest += max(len(one), len(other))
+  return equal / max(longest, 1)
 
 
 @dataclasses.dataclass(frozen=True)

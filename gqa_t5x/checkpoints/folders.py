@@ -130,15 +130,29 @@ def dataset_state(path: epath.Path) -> list[str]:
   )
 
 
-def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
+def open_checkpoint(path: epath.Path, *, int8: bool = False) -> dict[str, LazyTensor]:
   """Opens a checkpoint folder of any layout.
+
+  Args:
+    path: of `find_checkpoint`.
+    int8: whether parameters may be int8, as `Model.save` writes them.
 
   Returns:
     "target/decoder/...", "state/step", "state/param_states/..." -> tensor.
 
   Raises:
-    BadInput: a part is missing or damaged; the message names file and tensor.
+    BadInput: a part is missing or damaged, or int8; the message names file and tensor.
   """
+  tensors = _open(path)
+  if not int8 and (scales := tree.int8_scales(tensors)):
+    raise BadInput(
+      f'{path} has {len(scales)} kernels in int8, and here they must be float32 or'
+      ' bfloat16: take the checkpoint that it was made from. gqa_t5x.load reads it'
+    )
+  return tensors
+
+
+def _open(path: epath.Path) -> dict[str, LazyTensor]:
   file = _entry(path)
   if file is None:
     raise BadInput(
@@ -154,9 +168,13 @@ def open_checkpoint(path: epath.Path) -> dict[str, LazyTensor]:
 def read_params(path: epath.PathLike) -> tuple[dict[str, Any], tree.Architecture]:
   """Reads the parameters of a checkpoint of any layout into memory, and its sizes.
 
+  Parameters may be int8, with their scales beside them.
+
   Raises:
     BadInput: a part is missing or damaged, or it is not of a T5.
   """
-  tensors = tree.parameters(open_checkpoint(epath.Path(path)))
-  architecture = tree.read_architecture({name: t.shape for name, t in tensors.items()})
+  tensors = tree.parameters(open_checkpoint(epath.Path(path), int8=True))
+  scales = tree.int8_scales(tensors)
+  shapes = {name: t.shape for name, t in tensors.items() if name not in scales}
+  architecture = tree.read_architecture(shapes)
   return tree.unflatten({name: t.read() for name, t in tensors.items()}), architecture

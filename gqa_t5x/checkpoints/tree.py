@@ -13,7 +13,7 @@ size, R size of a key/value head.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from gqa_t5x.errors import BadInput
@@ -36,6 +36,7 @@ _NORMS = {
     'pre_mlp_layer_norm',
   ),
 }
+INT8_SCALE = '_scale'  # ends the name of one
 EMBEDDING = 'token_embedder/embedding'
 LOGITS = 'decoder/logits_dense/kernel'
 _QUERY = 'decoder/layers_0/self_attention/query/kernel'
@@ -266,6 +267,11 @@ def _read_sizes(
 def parameters(tensors: Mapping[str, Any]) -> dict[str, Any]:
   """The parameters among all tensors of a checkpoint, their paths without TARGET."""
   return {p.removeprefix(TARGET): t for p, t in tensors.items() if p.startswith(TARGET)}
+
+
+def int8_scales(names: Iterable[str]) -> list[str]:
+  """Those of names that are of scales of int8 parameters (model/quantize.py)."""
+  return [name for name in names if name.endswith(INT8_SCALE)]
 
 
 def _not_t5(problems: list[str]) -> BadInput:

@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax import Array, lax
 
 from gqa_t5x.decoding.loop import DecodingState
-from gqa_t5x.model import decode_cache, dense, sharding
+from gqa_t5x.model import decode_cache, dense, quantize, sharding
 
 Params = Mapping[str, Any]
 
@@ -37,6 +37,7 @@ def generate(
 
   Args:
     module: a `network.Transformer`.
+    params: its parameters; as its `quantize` wants them, or they are made so first.
     encoder_input_tokens: int `[B, S]`, 0 is padding.
     prompts: int32 `[B, T]`, T tokens are decoded at most. Its first column is the start
       token; tokens after it that are not 0 are forced.
@@ -61,6 +62,7 @@ def generate(
       lambda: generate(module, params, *rows, decode_fn, **decoder_params)
     )
     return tuple(jnp.zeros((0, *x.shape[1:]), x.dtype) for x in of_one)
+  params = quantize.prepared(params, module.config.quantize)
   cache, kept = prepare(module, params, encoder_input_tokens, prompts.shape[1])
 
   def tokens_to_logits(state: DecodingState) -> tuple[Array, Any]:
@@ -78,7 +80,8 @@ def prepare(
   """Encodes the inputs, a few at a time, and makes what all steps share.
 
   On a CPU that includes the decoder's kernels, transposed: with few rows, its products
-  read them twice as fast from the left (docs/performance.md).
+  read them twice as fast from the left (docs/performance.md). Those in int8 become
+  float32 again: a step would do that before each product.
 
   Returns:
     (empty `cache` collection of `max_length` positions; the other collections of a
@@ -154,9 +157,12 @@ def _transposed_kernels(decoder: Params, head_dim: int) -> dict[str, Any]:
     return kernel.T
 
   unused = {('encoder_decoder_attention', name) for name in ('key', 'value')}
+  flat = traverse_util.flatten_dict(decoder)
   transposed = {
-    path: transpose(path[-2], value)
-    for path, value in traverse_util.flatten_dict(decoder).items()
+    path: transpose(
+      path[-2], quantize.to_float(value, flat.get((*path[:-1], dense.KERNEL_SCALE)))
+    )
+    for path, value in flat.items()
     if path[-1] == 'kernel' and path[-3:-1] not in unused
   }
   return traverse_util.unflatten_dict(transposed)

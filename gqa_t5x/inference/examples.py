@@ -3,11 +3,13 @@
 Letters: B batch, S input length, T target length.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from gqa_t5x.conversion import input_sums
 from gqa_t5x.errors import BadInput
 
 SHORTEST = 16  # tokens; lengths are padded to powers of two from here
@@ -65,6 +67,21 @@ def batches(
           array[row, : len(column[i])] = column[i]
         arrays.append(array)
       yield Batch(rows, arrays)
+
+
+def add_up(
+  found: Sequence[Example],
+  batch_size: int,
+  sums: Callable[..., dict[str, Any]],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Adds up what `sums` returns for inputs and targets; and says of how many."""
+  columns, totals = [[e.inputs for e in found], [e.targets for e in found]], {}
+  with tqdm(total=len(found), desc='Calibrating', unit='text', disable=None) as bar:
+    for batch in batches(columns, batch_size):
+      input_sums.add_sums(totals, sums(*batch.arrays))
+      bar.update(len(batch.rows))
+  tokens = {stack: int(totals[stack]) for stack in ('encoder', 'decoder')}
+  return totals, {'num_texts': len(found), 'num_tokens': tokens}
 
 
 def of_text(

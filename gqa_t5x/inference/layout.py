@@ -11,9 +11,20 @@ from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import axes, network
+from gqa_t5x.model import axes, network, quantize
 
 DATA, MODEL = 'data', 'model'
+
+
+class OneDevice:
+  """A model on the first device."""
+
+  def put_params(self, params: Any) -> Any:
+    return jax.device_put(params)
+
+  def run(self, function: Any, *args: Any) -> Any:
+    """Calls a compiled function."""
+    return function(*args)
 
 
 class Layout:
@@ -58,7 +69,7 @@ class Layout:
       yield
 
   def put_params(self, params: Any) -> Any:
-    """Shards the parameters of a `network.Transformer`."""
+    """Shards the parameters of a `network.Transformer`; they may be int8."""
     tokens = np.ones((1, 1), np.int32)
     variables = jax.eval_shape(
       lambda: network.Transformer(self._cfg).init(
@@ -66,6 +77,8 @@ class Layout:
       )
     )
     names = unfreeze(nn_partitioning.get_axis_names(variables['params_axes']))
+    if quantize.are_int8(params):
+      names = quantize.axes_to_int8(names)
     shardings = jax.tree.map(
       lambda n: NamedSharding(
         self.mesh, nn_partitioning.logical_to_mesh_axes(tuple(n), self._rules)
@@ -74,6 +87,14 @@ class Layout:
       is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
     return jax.device_put(params, shardings)
+
+  def run(self, function: Any, *args: Any) -> Any:
+    """Calls a compiled function, its NumPy arrays split over the devices."""
+    args = [
+      self.put_rows(x) if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in args
+    ]
+    with self.entered():
+      return function(*args)
 
   def put_rows(self, array: np.ndarray) -> jax.Array:
     """Splits the rows of a batch over the copies of the model, if they divide."""

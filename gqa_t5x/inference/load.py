@@ -1,16 +1,19 @@
 """Loads a T5 of any format, its tokenizer and what its shapes do not show."""
 
+import dataclasses
 import os
+from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
-from gqa_t5x.checkpoints import folders, tokenizer_files
+from gqa_t5x.checkpoints import folders, tokenizer_files, tree
 from gqa_t5x.errors import BadInput
 from gqa_t5x.inference import tokenizer
 from gqa_t5x.inference.model import Model
 from gqa_t5x.model import network, sizes
+from gqa_t5x.model.quantize import SCALE, WEIGHTS, are_int8
 
 _DTYPES = ('float32', 'bfloat16')
 
@@ -21,6 +24,7 @@ def load(
   dtype: str = 'float32',
   tokenizer_path: epath.PathLike | None = None,
   model_partitions: int | None = None,
+  quantize: str | None = None,
 ) -> Model:
   """Loads a T5 of any size.
 
@@ -32,6 +36,8 @@ def load(
       if there is one. Without one the model takes and returns token ids.
     model_partitions: over how many devices a copy of the model is spread, all devices
       being used; None: one device.
+    quantize: of `Model.quantize`: 'weights', 'cache' or 'weights_and_cache'. The
+      weights of a checkpoint that was saved in int8 stay so.
 
   Raises:
     BadInput: a part is missing or damaged, or it is another model.
@@ -53,12 +59,24 @@ def load(
       f'the tokenizer {place} has {tokens.size:,} ids, and the model {folder}'
       f' {cfg.vocab_size:,}: it is of another model'
     )
-  return Model(
+  cfg = dataclasses.replace(cfg, quantize=WEIGHTS if are_int8(params) else None)
+  model = Model(
     cfg,
-    jax.tree.map(lambda x: x.astype(dtype), params),
+    _with_dtype(params, dtype),
     model_config,
     tokens,
     tokenizer_path=place and epath.Path(place),
     step=folders.checkpoint_step(folder) or 0,
     model_partitions=model_partitions,
+  )
+  return model if quantize is None else model.quantize(quantize)
+
+
+def _with_dtype(params: Any, dtype: str) -> Any:
+  """Changes the dtype, but of int8 kernels and their scales."""
+  return tree.unflatten(
+    {
+      name: x if x.dtype == np.int8 or name.endswith(SCALE) else x.astype(dtype)
+      for name, x in tree.flatten(params)
+    }
   )

@@ -7,7 +7,6 @@
 Letters: B batch, S input length, T target length, n beams or samples of an input.
 """
 
-import contextlib
 import dataclasses
 import os
 import tempfile
@@ -31,10 +30,10 @@ from gqa_t5x.conversion import (
 )
 from gqa_t5x.errors import BadInput
 from gqa_t5x.exports import run
-from gqa_t5x.inference import examples, programs, recipes, saved, tokenizer
-from gqa_t5x.inference.layout import Layout
+from gqa_t5x.inference import examples, int8, programs, recipes, saved, tokenizer
+from gqa_t5x.inference.layout import Layout, OneDevice
 from gqa_t5x.inference.texts import Text, Texts, shaped
-from gqa_t5x.model import network, sizes
+from gqa_t5x.model import network, quantize, sizes
 
 _PROGRESS_FROM = 64  # inputs: below, no progress is shown
 
@@ -64,27 +63,39 @@ class Model:
     self._step, self._model_partitions = step, model_partitions
     self._texts = Texts(tokenizer, config.vocab_size, model_config.eos_token_id)
     self._module = network.Transformer(config)
-    self._layout = (
-      Layout(config, model_partitions) if model_partitions is not None else None
-    )
-    put = self._layout.put_params if self._layout else jax.device_put
-    self.params = put(params)
+    one = model_partitions is None
+    layout = OneDevice() if one else Layout(config, model_partitions)
+    self.params, self._run = layout.put_params(params), layout.run
 
   def __repr__(self) -> str:
     c = self.config
+    rounded = f'; int8 {c.quantize.replace("_", " ")}' if c.quantize else ''
     return (
       f'<T5 of {self.num_parameters:,} parameters: {c.num_encoder_layers} +'
       f' {c.num_decoder_layers} layers, width {c.emb_dim}, {c.num_heads} heads;'
       f' key/value heads of {c.kv_size}: self-attention {c.self_kv}, cross-attention'
-      f' {c.cross_kv}>'
+      f' {c.cross_kv}{rounded}>'
     )
 
   @property
   def num_parameters(self) -> int:
-    """Elements of all parameters."""
-    return sum(x.size for x in jax.tree.leaves(self.params))
+    """Elements of all parameters; scales of int8 do not count."""
+    flat = tree.flatten(self.params)
+    return sum(x.size for name, x in flat if not name.endswith(quantize.SCALE))
 
-  # --- Fewer heads --------------------------------------------------------------
+  # --- Fewer bits, fewer heads ---------------------------------------------------
+
+  def quantize(self, what: str = quantize.BOTH) -> 'Model':
+    """Returns a model that computes with int8, for decoding and scoring.
+
+    Args:
+      what: 'weights' (kernels, a scale for each column), 'cache' (keys and values of
+        the decoder, a scale for each position and head) or 'weights_and_cache'.
+
+    Raises:
+      BadInput: `what` is unknown, or would need weights in float that are int8.
+    """
+    return self._changed(*int8.quantized(self.config, self.params, what))
 
   def convert(
     self,
@@ -119,6 +130,7 @@ class Model:
       BadInput: unknown method, heads that do not divide or of a size that cannot be,
         texts for a method that uses none, or too few to refit outputs.
     """
+    int8.check_float(self.params, 'convert')
     recipe |= {'num_kv_heads': num_kv_heads, 'kv_head_dim': kv_head_dim}
     recipe['method'] = method
     recipes.check(recipe, texts, refit_outputs)
@@ -141,15 +153,7 @@ class Model:
     params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
     shapes = {name: x.shape for name, x in tree.flatten(params)}
     fields = sizes.from_checkpoint(tree.read_architecture(shapes), self._model_config)
-    return Model(
-      dataclasses.replace(self.config, **fields),
-      params,
-      self._model_config,
-      self.tokenizer,
-      tokenizer_path=self._tokenizer_path,
-      step=self._step,
-      model_partitions=self._model_partitions,
-    )
+    return self._changed(dataclasses.replace(self.config, **fields), params)
 
   def calibrate(
     self,
@@ -162,6 +166,7 @@ class Model:
 
     The file is that of `python -m gqa_t5x.calibrate`; it serves every number of heads.
     """
+    int8.check_float(self.params, 'calibrate')
     function = (programs.sum_inputs, self._module, include_encoder, self.params)
     totals, info = self._add_up(texts, batch_size, *function)
     statistics = input_sums.mean_statistics(totals)
@@ -182,20 +187,12 @@ class Model:
   def _add_up(
     self, texts: Sequence[Any], batch_size: int, *function: Any
   ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Adds up what a function returns for examples of texts.
+    """Adds up what a compiled program, and what it takes first, returns for texts."""
 
-    `function` is a compiled program, and what it takes before inputs, targets and
-    start. Returns the totals, and what they are of.
-    """
-    found, totals = self.examples(texts), {}
-    columns = [[e.inputs for e in found], [e.targets for e in found]]
-    with tqdm(total=len(found), desc='Calibrating', unit='text', disable=None) as bar:
-      for batch in examples.batches(columns, batch_size):
-        sums = self._run(*function, *batch.arrays, self._start)
-        input_sums.add_sums(totals, sums)
-        bar.update(len(batch.rows))
-    tokens = {stack: int(totals[stack]) for stack in ('encoder', 'decoder')}
-    return totals, {'num_texts': len(found), 'num_tokens': tokens}
+    def sums(*arrays):
+      return self._run(*function, *arrays, self._start)
+
+    return examples.add_up(self.examples(texts), batch_size, sums)
 
   def _samples(self, modules: Iterable[str]) -> dict[str, Any]:
     params = {name: LazyTensor.of(x) for name, x in tree.flatten(self.params)}
@@ -361,14 +358,16 @@ class Model:
     """Writes a checkpoint of T5X, with the tokenizer, into a folder.
 
     `load` reads it, and `t5x.train` as INITIAL_CHECKPOINT_PATH, by the name
-    PATH/checkpoint_<step>, which is printed.
+    PATH/checkpoint_<step>, which is printed. Int8 weights are written as they are, half
+    as large as bfloat16; those `load` alone reads.
 
     Raises:
       BadInput: the folder has a checkpoint of this step, or cannot be written.
     """
     target = saved.new_checkpoint(path, self._step)
     saved.write(target, *self._parts)
-    print(f"INITIAL_CHECKPOINT_PATH = '{target}'")
+    of_t5x = not quantize.are_int8(self.params)
+    print(f"INITIAL_CHECKPOINT_PATH = '{target}'" if of_t5x else target)
 
   def export(self, path: epath.PathLike, format: str, **options: Any) -> None:
     """Writes the model for other programs, as `python -m gqa_t5x.export` does.
@@ -376,6 +375,7 @@ class Model:
     `format` is 'ctranslate2', 'huggingface', 'stablehlo' or 't5x'; options are the
     command's flags for it (docs/export.md). BadInput if `path` is there already.
     """
+    int8.check_float(self.params, 'export')
     run.write(saved.source(*self._parts), path, format, **options)
 
   # --- Inside -------------------------------------------------------------------
@@ -388,10 +388,13 @@ class Model:
   def _start(self) -> int:
     return self._model_config.decoder_start_token_id
 
-  def _run(self, function: Any, *args: Any) -> Any:
-    """Calls a compiled function, its NumPy arrays split over the devices."""
-    entered = self._layout.entered() if self._layout else contextlib.nullcontext()
-    put = self._layout.put_rows if self._layout else lambda x: x
-    args = [put(x) if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in args]
-    with entered:
-      return function(*args)
+  def _changed(self, cfg: network.T5Config, params: Any) -> 'Model':
+    return Model(
+      cfg,
+      params,
+      self._model_config,
+      self.tokenizer,
+      tokenizer_path=self._tokenizer_path,
+      step=self._step,
+      model_partitions=self._model_partitions,
+    )

@@ -60,7 +60,8 @@ def write(
   flat = dict(tree.flatten(params))
   tensors = {tree.TARGET + name: _lazy(x) for name, x in flat.items()}
   tensors['state/step'] = LazyTensor.of(np.asarray(step, np.int32))
-  tensors |= adafactor_moments.initial({name: x.shape for name, x in flat.items()})
+  if not tree.int8_scales(flat):  # T5X does not train int8.
+    tensors |= adafactor_moments.initial({name: x.shape for name, x in flat.items()})
 
   def add_files(folder: epath.Path, _: Any) -> None:
     config.write(folder, model_config)

@@ -17,6 +17,7 @@ from jax import Array
 
 from gqa_t5x.model import axes, decode_cache, sharding, tpu_matvec
 from gqa_t5x.model.dense import Dense, PerHead
+from gqa_t5x.model.quantize import Int8
 
 KERNEL_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 # Masked logits get this value, as in T5X, or the least of their dtype: a fully masked
@@ -28,14 +29,14 @@ QUERY_AXES = (axes.BATCH, axes.LENGTH, axes.HEADS, axes.HEAD_DIM)
 
 def grouped_attention(
   q_BTNR: Array,
-  k_BKRS: Array,
-  v_BKSR: Array,
+  k_BKRS: Array | Int8,
+  v_BKSR: Array | Int8,
   *,
   mask: Array | None = None,
   bias: Array | None = None,
   float32_logits: bool = False,
   dropout: Callable[[Array], Array] = lambda probs_BKGTS: probs_BKGTS,
-  pending: Sequence[Array] | None = None,
+  pending: Sequence[Array | Int8] | None = None,
 ) -> Array:
   """Attends from N query heads to K key/value heads.
 
@@ -43,7 +44,8 @@ def grouped_attention(
   sqrt(H): the query initialiser does.
 
   Args:
-    k_BKRS: each head transposed, so that both products read rows.
+    k_BKRS: each head transposed, so that both products read rows. Of int8 keys, and
+      values, `scale` is `[B, K, 1, S]`.
     mask: bool, broadcastable to `[B, 1, T, S]`; True where a query may look.
     bias: `[B or 1, N, T or 1, S]`, added to the logits.
     float32_logits: accumulate logits and softmax in float32 whatever the dtype.
@@ -70,21 +72,28 @@ def grouped_attention(
   if mask is not None:
     masked = max(MASKED_LOGIT, float(jnp.finfo(logits_BKGTS.dtype).min))
     logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, masked)
-  probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS).astype(q_BTNR.dtype))
-  S = v_BKSR.shape[2]
-  out_BKGTR = _weighted_sum(probs_BKGTS[..., :S], v_BKSR)
+  probs_BKGTS = dropout(jax.nn.softmax(logits_BKGTS))
+  S, dtype = v_BKSR.shape[2], q_BTNR.dtype
+  out_BKGTR = _weighted_sum(probs_BKGTS[..., :S], v_BKSR, dtype)
   if pending is not None:
-    out_BKGTR += _weighted_sum(probs_BKGTS[..., S:], pending[1])
+    out_BKGTR += _weighted_sum(probs_BKGTS[..., S:], pending[1], dtype)
   return jnp.moveaxis(out_BKGTR, 3, 1).reshape(B, T, N, R)
 
 
-def _logits(q_BKGTR: Array, k_BKRS: Array, dtype: Any) -> Array:
+def _logits(q_BKGTR: Array, k_BKRS: Array | Int8, dtype: Any) -> Array:
+  if isinstance(k_BKRS, Int8):
+    codes_BKRS = k_BKRS.codes.astype(q_BKGTR.dtype)
+    return _logits(q_BKGTR, codes_BKRS, jnp.float32) * k_BKRS.scale[:, :, None]
   if tpu_matvec.is_matvec(q_BKGTR):
     return tpu_matvec.logits(q_BKGTR, k_BKRS, dtype)
   return jnp.einsum('BKGTR,BKRS->BKGTS', q_BKGTR, k_BKRS, preferred_element_type=dtype)
 
 
-def _weighted_sum(probs_BKGTS: Array, v_BKSR: Array) -> Array:
+def _weighted_sum(probs_BKGTS: Array, v_BKSR: Array | Int8, dtype: Any) -> Array:
+  if isinstance(v_BKSR, Int8):
+    probs_BKGTS = probs_BKGTS * v_BKSR.scale[:, :, None]
+    return _weighted_sum(probs_BKGTS, v_BKSR.codes.astype(dtype), dtype)
+  probs_BKGTS = probs_BKGTS.astype(dtype)
   if tpu_matvec.is_matvec(probs_BKGTS):
     return tpu_matvec.weighted_sum(probs_BKGTS, v_BKSR)
   return jnp.einsum('BKGTS,BKSR->BKGTR', probs_BKGTS, v_BKSR)
@@ -106,6 +115,7 @@ class GroupedQueryAttention(nn.Module):
   dropout_rate: float = 0.0  # On the probabilities, broadcast over query length.
   float32_logits: bool = False  # While decoding in any case.
   kv_head_dim: int | None = None  # R; None: H.
+  int8_kv: bool = False  # Whether keys and values are rounded to int8.
 
   @nn.compact
   def __call__(
@@ -135,7 +145,7 @@ class GroupedQueryAttention(nn.Module):
     _, _, cache_heads = axes.kv_axes(N, self.num_kv_heads)
     kept_axes = (axes.CACHE_BATCH, axes.LENGTH, cache_heads, axes.HEAD_DIM)
     meeting_axes = kept_axes if kept else QUERY_AXES
-    q_BTNR = q_BTNR.reshape(len(k_BKRS), -1, N, R)
+    q_BTNR = q_BTNR.reshape(k_BKRS.shape[0], -1, N, R)
     out_BTNR = grouped_attention(
       sharding.constrain(q_BTNR, meeting_axes),
       k_BKRS,
@@ -200,8 +210,9 @@ class GroupedQueryAttention(nn.Module):
     keep_rate = 1.0 - self.dropout_rate
 
     def dropout(probs_BKGTS):
+      probs_BKGTS = probs_BKGTS.astype(self.dtype)
       B, K, G, _, S = probs_BKGTS.shape
       keep = jax.random.bernoulli(rng, keep_rate, (B, K, G, 1, S))
-      return probs_BKGTS * (keep / keep_rate).astype(probs_BKGTS.dtype)
+      return probs_BKGTS * (keep / keep_rate).astype(self.dtype)
 
     return dropout

@@ -7,6 +7,9 @@ In the collection `cache`, for each layer of self-attention:
   pending_key    [P, B, n, K, R]   the latest positions, not yet in the cache; only
   pending_value  [P, B, n, K, R]   on a TPU
 
+  cached_key_scale     [B, K, 1, S * n]   where these are int8 (quantize.py); and
+  cached_value_scale   [B, K, 1, S * n]   pending ones, `[P, B, n, K, 1]`
+
 and once, for the decoder:
 
   cache_index        ()         positions decoded so far; `[B * n]` or `[B, n]` where
@@ -17,7 +20,8 @@ and once, for the decoder:
   B batch   n beams   S positions   P pending ones   R size of a key/value head
 
 The collection `encoded_kv` holds `cached_key` and `cached_value` of the encoded inputs
-for each layer of cross-attention: they are computed once, for all steps.
+(and their scales) for each layer of cross-attention: they are computed once, for all
+steps.
 
 Beams of one input share its row. When they are reordered only the small table of slots
 changes, never keys and values.
@@ -37,7 +41,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from gqa_t5x.model import axes, sharding
+from gqa_t5x.model import axes, quantize, sharding
+from gqa_t5x.model.quantize import Int8
 
 CACHE, ENCODED_KV = 'cache', 'encoded_kv'
 MAX_PENDING = 16  # Most positions that are pending.
@@ -45,18 +50,22 @@ UNREACHED = 2**30  # A position that no token reaches.
 
 
 class _Kind(NamedTuple):
-  """How keys, or values, are cached."""
+  """How keys, or values, or their scales, are cached."""
 
   cached: str  # Names of variables.
   pending: str
-  axis: int  # That of S.
+  axis: int  # That of S, of 4.
   to_pending: str  # From new positions to a pending one, and from there to the cache.
   to_cached: str
 
 
+_KEYS = 3, 'BKRn->BnKR', 'PBnKR->BKRPn'
+# Scales have the layout of keys; they come last, for there may be none.
 _KINDS = (
-  _Kind('cached_key', 'pending_key', 3, 'BKRn->BnKR', 'PBnKR->BKRPn'),
+  _Kind('cached_key', 'pending_key', *_KEYS),
   _Kind('cached_value', 'pending_value', 2, 'BKnR->BnKR', 'PBnKR->BKPnR'),
+  _Kind('cached_key_scale', 'pending_key_scale', *_KEYS),
+  _Kind('cached_value_scale', 'pending_value_scale', *_KEYS),
 )
 
 # --- For attention ------------------------------------------------------------
@@ -65,9 +74,9 @@ _KINDS = (
 class KeysAndValues(NamedTuple):
   """What the queries of a call attend to."""
 
-  k_BKRS: Array
-  v_BKSR: Array
-  pending: Sequence[Array] | None = None  # Keys and values of P more positions.
+  k_BKRS: Array | Int8
+  v_BKSR: Array | Int8
+  pending: Sequence[Array | Int8] | None = None  # Those of P more positions.
   kept: bool = True  # Whether decoding keeps these arrays: queries go where they lie.
 
 
@@ -80,7 +89,7 @@ def keys_and_values(
   """Returns keys and values of a layer's inputs, and of those before them.
 
   Args:
-    layer: a `GroupedQueryAttention`.
+    layer: a `GroupedQueryAttention`; its `int8_kv` says whether they are rounded.
     inputs_kv: `[B * n, T, D]`; not looked at once `encoded_kv` holds keys and values.
     project: from `[B, n * T, D]` to keys `[B, K, R, n * T]` and values
       `[B, K, n * T, R]`.
@@ -90,35 +99,52 @@ def keys_and_values(
   if index is not None:
     return _append(layer, inputs_kv, project, index)
   if layer.has_variable(ENCODED_KV, 'cached_key'):
-    return KeysAndValues(*_get(layer, ENCODED_KV))
+    return KeysAndValues(*_pair(_get(layer, ENCODED_KV)))
   keep = layer.is_mutable_collection(ENCODED_KV) and not layer.is_initializing()
   rows = axes.CACHE_BATCH if keep else axes.BATCH
-  new = _shard(layer, project(inputs_kv), rows)
+  new = _new(layer, project(inputs_kv), rows)
   if keep:
     _put(layer, ENCODED_KV, new)
-  return KeysAndValues(*new, kept=False)
+  return KeysAndValues(*_pair(new), kept=False)
 
 
 def _append(layer, inputs_kv, project, index) -> KeysAndValues:
   if not layer.has_variable(CACHE, 'cached_key'):
     # T5X's first call, on tokens that are all ones: only shapes count.
-    new = _shard(layer, project(inputs_kv))
+    new = _new(layer, project(inputs_kv))
     _put(layer, CACHE, _shard(layer, [jnp.zeros_like(x) for x in new]))
-    return KeysAndValues(*new)
+    return KeysAndValues(*_pair(new))
   cached = _get(layer, CACHE)
   B, D = len(cached[0]), inputs_kv.shape[-1]
-  new = _shard(layer, project(inputs_kv.reshape(B, -1, D)))
+  new = _new(layer, project(inputs_kv.reshape(B, -1, D)))
   if layer.has_variable(CACHE, 'pending_key'):
-    pending = [
-      _put_pending(layer, kind, x, index) for kind, x in zip(_KINDS, new, strict=True)
-    ]
-    return KeysAndValues(*cached, pending)
+    pending = [_put_pending(layer, kind, x, index) for kind, x in _by_kind(new)]
+    return KeysAndValues(*_pair(cached), _pair(pending))
   index = index * (len(inputs_kv) // B)
   cached = [
     _write(old, x, index, kind.axis)
-    for kind, old, x in zip(_KINDS, cached, new, strict=True)
+    for old, (kind, x) in zip(cached, _by_kind(new), strict=True)
   ]
-  return KeysAndValues(*_put(layer, CACHE, _shard(layer, cached)))
+  return KeysAndValues(*_pair(_put(layer, CACHE, _shard(layer, cached))))
+
+
+def _new(
+  layer: nn.Module, projected: Sequence[Array], rows: str = axes.CACHE_BATCH
+) -> Sequence[Array]:
+  """Returns new keys and values as they are kept, in the order of _KINDS."""
+  if not layer.int8_kv:
+    return _shard(layer, projected, rows)
+  k_BKRS, v_BKSR = projected
+  k, v = quantize.to_int8(k_BKRS, axis=2), quantize.to_int8(v_BKSR, axis=3)
+  scales = k.scale, jnp.swapaxes(v.scale, 2, 3)
+  return _shard(layer, [k.codes, v.codes, *scales], rows)
+
+
+def _pair(arrays: Sequence[Array]) -> Sequence[Array | Int8]:
+  """Returns keys and values of what is kept."""
+  if len(arrays) == 2:
+    return arrays
+  return [Int8(*pair) for pair in zip(arrays[:2], arrays[2:], strict=True)]
 
 
 def _put_pending(layer: nn.Module, kind: _Kind, new: Array, index: Array) -> Array:
@@ -148,25 +174,35 @@ def _write(cached: Array, new: Array, index: Array, axis: int) -> Array:
 
 
 def _get(layer: nn.Module, collection: str) -> list[Array]:
-  return [layer.get_variable(collection, kind.cached) for kind in _KINDS]
+  kinds = _kinds(layer.variables[collection])
+  return [layer.get_variable(collection, kind.cached) for kind in kinds]
+
+
+def _kinds(variables: Mapping[str, Any]) -> list[_Kind]:
+  """Returns what is cached in a layer."""
+  return [kind for kind in _KINDS if kind.cached in variables]
+
+
+def _by_kind(arrays: Sequence[Array]) -> list[tuple[_Kind, Array]]:
+  return list(zip(_KINDS[: len(arrays)], arrays, strict=True))
 
 
 def _put(layer: nn.Module, collection: str, arrays: Sequence[Array]) -> Sequence[Array]:
-  for kind, x in zip(_KINDS, arrays, strict=True):
+  for kind, x in _by_kind(arrays):
     layer.put_variable(collection, kind.cached, x)
   return arrays
 
 
 def _shard(
   layer: nn.Module, arrays: Sequence[Array], rows: str = axes.CACHE_BATCH
-) -> tuple[Array, Array]:
-  """Shards keys and values; `rows` is the logical axis of B."""
-  k_BKRS, v_BKSR = arrays
+) -> Sequence[Array]:
+  """Shards what is kept; `rows` is the logical axis of B."""
   kv_heads, _, _ = axes.kv_axes(layer.num_heads, layer.num_kv_heads)
-  return (
-    sharding.constrain(k_BKRS, (rows, kv_heads, axes.HEAD_DIM, axes.LENGTH)),
-    sharding.constrain(v_BKSR, (rows, kv_heads, axes.LENGTH, axes.HEAD_DIM)),
-  )
+  last = {3: (axes.HEAD_DIM, axes.LENGTH), 2: (axes.LENGTH, axes.HEAD_DIM)}
+  return [
+    sharding.constrain(x, (rows, kv_heads, *last[kind.axis]))
+    for kind, x in _by_kind(arrays)
+  ]
 
 
 # --- For the decoder ----------------------------------------------------------
@@ -254,12 +290,12 @@ def repeat_rows(cache: Mapping[str, Any], repeats: int) -> dict[str, Any]:
 def with_beams(cache: Mapping[str, Any], beams: int) -> dict[str, Any]:
   """Returns an empty cache with a slot for every beam at every position."""
 
-  B, K, S, R = _shape(cache)
+  B, _, S, _ = _shape(cache)
 
   def widen(layer):
     return layer | {
-      'cached_key': jnp.zeros((B, K, R, S * beams), layer['cached_key'].dtype),
-      'cached_value': jnp.zeros((B, K, S * beams, R), layer['cached_value'].dtype),
+      kind.cached: jnp.zeros_like(jnp.repeat(layer[kind.cached], beams, kind.axis))
+      for kind in _kinds(layer)
     }
 
   return _set(_in_each_layer(cache, widen), slots=_own_slots(B, beams, S))
@@ -276,12 +312,15 @@ def reorder(cache: Mapping[str, Any], origin_Bn: Array) -> dict[str, Any]:
 
 def with_pending(cache: Mapping[str, Any], beams: int) -> tuple[dict[str, Any], int]:
   """Returns a cache with room for pending keys and values, and P: flush it by then."""
-  B, K, slots, R = _shape(cache)
+  B, K, slots, _ = _shape(cache)
   P = min(MAX_PENDING, slots // beams)
 
   def add(layer):
-    empty = jnp.zeros((P, B, beams, K, R), layer['cached_value'].dtype)
-    return layer | {kind.pending: empty for kind in _KINDS}
+    def empty(kind):
+      x = layer[kind.cached]
+      return jnp.zeros((P, B, beams, K, x.shape[5 - kind.axis]), x.dtype)
+
+    return layer | {kind.pending: empty(kind) for kind in _kinds(layer)}
 
   return _pending_from_now(_in_each_layer(cache, add), P), P
 
@@ -296,7 +335,7 @@ def flush(cache: Mapping[str, Any]) -> dict[str, Any]:
 
   def write_pending(layer):
     index = positions_P[0] * layer['pending_key'].shape[2]
-    for kind in _KINDS:
+    for kind in _kinds(layer):
       new = _in_cache_layout(kind, layer[kind.pending])
       layer = layer | {kind.cached: _write(layer[kind.cached], new, index, kind.axis)}
     return layer

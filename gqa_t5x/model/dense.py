@@ -9,8 +9,9 @@ from flax import linen as nn
 from flax.linen.partitioning import param_with_axes
 from jax import Array, lax
 
-from gqa_t5x.model import axes
+from gqa_t5x.model import axes, quantize
 
+KERNEL_SCALE = 'kernel' + quantize.SCALE
 TRANSPOSED = 'transposed'  # The collection of kernels `[out, in]`.
 # How those of a `PerHead` are made, by its name.
 PER_HEAD = {'key_up': 'RNH->NRH', 'value_up': 'RNH->NHR'}
@@ -31,7 +32,8 @@ class Dense(nn.Module):
     """Maps `[..., in]` to `[..., features]`.
 
     A kernel in the collection `transposed` takes the place of the parameter: on a CPU
-    `generate.prepare` makes those for decoding.
+    `generate.prepare` makes those for decoding. The parameter may be int8, with
+    `kernel_scale` beside it (quantize.py).
     """
     if self.has_variable(TRANSPOSED, 'kernel'):
       kernel_FD = self.get_variable(TRANSPOSED, 'kernel')
@@ -45,7 +47,8 @@ class Dense(nn.Module):
       jnp.float32,
       axes=self.kernel_axes,
     )
-    return _product(jnp.dot, x, kernel, self.dtype)
+    y = _product(jnp.dot, x, kernel, self.dtype)
+    return quantize.scaled(y, self.get_variable('params', KERNEL_SCALE))
 
 
 class PerHead(nn.Module):
@@ -62,6 +65,7 @@ class PerHead(nn.Module):
     In the collection `transposed` the kernel is `[N, out, in]`.
     """
     R, N, H = self.shape_RNH
+    scale = None
     if self.has_variable(TRANSPOSED, 'kernel'):
       kernel = self.get_variable(TRANSPOSED, 'kernel')
       before, after = einsum[:4], einsum[-4:]
@@ -71,11 +75,17 @@ class PerHead(nn.Module):
       kernel = param_with_axes(
         'kernel', self.kernel_init, (R, N * H), jnp.float32, axes=kernel_axes
       ).reshape(R, N, H)
+      scale = self.get_variable('params', KERNEL_SCALE)
+    scale_NH = None if scale is None else scale.reshape(N, H)
     product = functools.partial(jnp.einsum, einsum)
-    return _product(product, x_BTNX, kernel, self.dtype)
+    if einsum.startswith('BTNH'):  # Columns of the kernel are of that side.
+      return _product(product, quantize.scaled(x_BTNX, scale_NH), kernel, self.dtype)
+    return quantize.scaled(_product(product, x_BTNX, kernel, self.dtype), scale_NH)
 
 
 def _product(product: Callable[..., Array], x: Array, y: Array, dtype: Any) -> Array:
+  if y.dtype == jnp.int8:  # Whole numbers that small are the same in any dtype.
+    y = y.astype(x.dtype)
   if x.dtype == y.dtype and jnp.promote_types(x.dtype, dtype) == dtype:
     # Of bfloat16 parameters a wider copy would be written and read at every step.
     return product(x, y, preferred_element_type=dtype)

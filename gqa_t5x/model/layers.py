@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.linen.partitioning import param_with_axes
 from jax import Array, lax
 
-from gqa_t5x.model import attention, axes, decode_cache, sharding
+from gqa_t5x.model import attention, axes, decode_cache, quantize, sharding
 from gqa_t5x.model.dense import Dense
 
 
@@ -76,15 +76,21 @@ class Embed(nn.Module):
       axes=(axes.VOCAB, axes.EMBED),
     )
 
+    self.scale_V = self.get_variable('params', 'embedding' + quantize.SCALE)
+
   def __call__(self, tokens: Array) -> Array:
     """Looks up int `[B, T]`; returns `[B, T, D]`."""
     tokens = tokens.astype(jnp.int32)  # t5x.eval and t5x.infer initialise with floats.
-    x_BTD = jnp.take(self.embedding, tokens, axis=0, mode='clip').astype(self.dtype)
+    x_BTD = jnp.take(self.embedding, tokens, axis=0, mode='clip')
+    if self.scale_V is not None:
+      x_BTD = x_BTD * jnp.take(self.scale_V, tokens, mode='clip')[..., None]
+    x_BTD = x_BTD.astype(self.dtype)
     return sharding.constrain(x_BTD, (axes.BATCH, axes.LENGTH, axes.EMBED))
 
   def attend(self, x_BTD: Array) -> Array:
     """Returns float32 logits `[B, T, V]` against the table."""
-    return jnp.dot(x_BTD.astype(jnp.float32), self.embedding.T)
+    logits_BTV = jnp.dot(x_BTD.astype(jnp.float32), self.embedding.T)
+    return quantize.scaled(logits_BTV, self.scale_V)
 
 
 def relative_position_buckets(
@@ -172,19 +178,23 @@ class DecoderLayer(nn.Module):
     cfg = self.config
     mask, bias = shared or mask_and_bias(cfg, at, bidirectional=False)
     y = layer_norm(cfg, 'pre_self_attention_layer_norm')(x_BTD)
-    y = _attention(cfg, cfg.self_kv, cfg.kv_size, 'self_attention')(
+    int8_kv = quantize.of_cache(cfg.quantize)
+    y = _attention(cfg, cfg.self_kv, cfg.kv_size, 'self_attention', int8_kv)(
       y, y, mask, bias, cache_index=at.index, deterministic=deterministic
     )
     x_BTD = x_BTD + dropout(cfg, y, deterministic)
     y = layer_norm(cfg, 'pre_cross_attention_layer_norm')(x_BTD)
-    y = _attention(cfg, cfg.cross_kv, cfg.kv_size, 'encoder_decoder_attention')(
-      y, encoded_BSD, cross_mask, deterministic=deterministic
+    cross = _attention(
+      cfg, cfg.cross_kv, cfg.kv_size, 'encoder_decoder_attention', int8_kv
     )
+    y = cross(y, encoded_BSD, cross_mask, deterministic=deterministic)
     x_BTD = x_BTD + dropout(cfg, y, deterministic)
     return x_BTD + _mlp(cfg, x_BTD, deterministic)
 
 
-def _attention(cfg: Any, num_kv_heads: int, kv_head_dim: int, name: str) -> nn.Module:
+def _attention(
+  cfg: Any, num_kv_heads: int, kv_head_dim: int, name: str, int8_kv: bool = False
+) -> nn.Module:
   return attention.GroupedQueryAttention(
     num_heads=cfg.num_heads,
     num_kv_heads=num_kv_heads,
@@ -193,6 +203,7 @@ def _attention(cfg: Any, num_kv_heads: int, kv_head_dim: int, name: str) -> nn.M
     dtype=cfg.dtype,
     dropout_rate=cfg.dropout_rate,
     float32_logits=cfg.float32_attention_logits,
+    int8_kv=int8_kv,
     name=name,
   )
 

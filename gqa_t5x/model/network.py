@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from gqa_t5x.model import axes, decode_cache, layers
+from gqa_t5x.model import axes, decode_cache, layers, quantize
 from gqa_t5x.model.dense import Dense
 from gqa_t5x.model.sizes import SIZES, VOCAB_SIZE
 
@@ -45,10 +45,13 @@ class T5Config:
     layer_norm_epsilon: added to the mean square.
     remat_policy: 'none' recomputes nothing in the backward pass, 'minimal' keeps the
       results of weight matrix products, 'full' keeps only each layer's input.
+    quantize: what is int8 (quantize.py): 'weights' (`generate` makes them so), the
+      decoder's keys and values ('cache'), 'weights_and_cache'; None: nothing. Not for
+      training.
 
   Raises:
     ValueError: for heads that do not divide, or share more than there is, an unknown
-      policy, and numbers that make no sense.
+      policy or quantization, and numbers that make no sense.
   """
 
   vocab_size: int
@@ -73,6 +76,7 @@ class T5Config:
   relpos_max_distance: int = 128
   layer_norm_epsilon: float = 1e-6
   remat_policy: str = 'none'
+  quantize: str | None = None
 
   def __post_init__(self):
     for name in _COUNTS:
@@ -86,6 +90,7 @@ class T5Config:
     for num_kv_heads in (self.encoder_kv, self.self_kv, self.cross_kv):
       axes.check_heads(self.num_heads, num_kv_heads)
     axes.check_kv_head_dim(self.num_heads, self.head_dim, self.kv_size)
+    quantize.check(self.quantize)
     if self.remat_policy not in REMAT_POLICIES:
       known = ', '.join(REMAT_POLICIES)
       raise ValueError(f'remat_policy={self.remat_policy!r}; choose one of {known}.')
@@ -217,6 +222,7 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
   ) -> Array:
     """Encodes int `[B, S]` (0 is padding), perhaps packed, to `[B, S, D]`."""
+    self._check_dropout(enable_dropout)
     mask = _pair_mask(encoder_input_tokens > 0, encoder_input_tokens > 0)
     if encoder_segment_ids is not None:
       mask &= _pair_mask(encoder_segment_ids, encoder_segment_ids, jnp.equal)
@@ -256,6 +262,7 @@ class Transformer(nn.Module):
       ValueError: for packed examples while decoding, or a length that is not the
         cache's.
     """
+    self._check_dropout(enable_dropout)
     decode = decode or prefill
     if decode and encoder_segment_ids is not None:
       raise ValueError(
@@ -309,6 +316,13 @@ class Transformer(nn.Module):
       enable_dropout=enable_dropout,
       decode=decode,
     )
+
+  def _check_dropout(self, enable_dropout: bool) -> None:
+    if enable_dropout and self.config.quantize is not None:
+      raise ValueError(
+        f'quantize={self.config.quantize!r} is for decoding: training needs'
+        ' quantize=None, and all else enable_dropout=False.'
+      )
 
 
 def _pair_mask(query_BT: Array, key_BS: Array, compare=jnp.logical_and) -> Array:

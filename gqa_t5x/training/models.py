@@ -16,7 +16,7 @@ from t5x import models
 from gqa_t5x.checkpoints import folders, tree
 from gqa_t5x.decoding import generate, sampling
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import network, sizes
+from gqa_t5x.model import network, quantize, sizes
 
 Array = jax.Array
 
@@ -88,9 +88,20 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     return decodes, {'scores': scores}
 
   def score_batch(self, params, batch, return_intermediates: bool = False):
-    """Checks parameters, and then scores; see T5X's method."""
+    """Checks parameters, and then scores, in int8 as configured; see T5X's method."""
     check_params(self, params)
+    params = quantize.prepared(params, self.module.config.quantize)
     return super().score_batch(params, batch, return_intermediates)
+
+
+def check_trainable(model: models.BaseTransformerModel) -> None:
+  """Raises BadInput for a model in int8, which has no gradients."""
+  quantization = getattr(getattr(model.module, 'config', None), 'quantize', None)
+  if quantization is not None:
+    raise BadInput(
+      f'QUANTIZE={quantization!r} is for decoding: training is in float; leave'
+      ' gin/decoding/int8.gin out.'
+    )
 
 
 def config_from_checkpoint(

@@ -356,6 +356,7 @@ def _check_finite(state: Any) -> None:
 
 
 def _check_train_state(model: Any, train_state: Any, total_steps: int | None) -> None:
+  models.check_trainable(model)
   models.check_params(model, train_state.params)
   expected = jax.eval_shape(model.optimizer_def.init_state, train_state.params)
   what = 'optimizer moments of the checkpoint'

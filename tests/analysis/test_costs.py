@@ -77,7 +77,33 @@ def step_shapes(cfg, batch_size, input_length, cache_length):
   return params, kept, cache, tokens
 
 
-@pytest.mark.parametrize('fields', [*CONFIGS, {'num_kv_heads': 2} | BFLOAT16])
+@pytest.mark.parametrize('fields', [{'num_kv_heads': 2}, LATENT, TIED])
+def test_param_bytes_in_int8(fields):
+  """A byte for each element of a kernel, and of a table that makes the logits."""
+  cfg = oracle.config(**fields)
+  shapes = parameter_shapes(cfg)
+  read = {path: x for path, x in shapes.items() if read_by_a_step(path)}
+  kernels = elements(x for path, x in read.items() if path.endswith('kernel'))
+  others = elements(read.values()) - kernels
+  kernels += oracle.V * oracle.D if fields is TIED else 0
+  others += 0 if fields is TIED else 6 * oracle.D
+  int8 = oracle.config(**fields, quantize='weights')
+  step = formulas.decode_step(int8, 3, S, P, num_beams=2, param_itemsize=2)
+  assert step.param_bytes == kernels + 2 * others
+  # That of memory takes norms and position biases for kernels, and has no scales.
+  held = formulas.param_bytes(int8, 2)
+  table = oracle.V * oracle.D
+  assert held == elements(shapes.values()) + (0 if fields is TIED else table)
+  assert formulas.param_bytes(cfg, 2) == 2 * elements(shapes.values())
+
+
+INT8 = {'quantize': 'cache'}
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [*CONFIGS, {'num_kv_heads': 2} | BFLOAT16, {'num_kv_heads': 2} | INT8, LATENT | INT8],
+)
 def test_cache_bytes_are_those_of_the_cache(fields):
   cfg = oracle.config(**fields)
   _, kept, cache, _ = step_shapes(cfg, B, S, P)

@@ -67,6 +67,19 @@ def test_decoding(tmp_path, chips):
   assert row['seconds_per_sample'] == pytest.approx(1e-3 * total * 4 / 8)
 
 
+@pytest.mark.parametrize('K', [64, 8, 1])
+@pytest.mark.parametrize('chips', ['v4:2x2x2', 'v5e:2x4'])
+def test_a_step_in_int8(tmp_path, K, chips):
+  """12% more than it must, so that no copy of keys, values or kernels in bfloat16."""
+  words = f'--topology={chips}', *XXL, f'--num_kv_heads={K}'
+  row, _ = compiled(tmp_path, *words, '--quantize=weights_and_cache')
+  assert row['fits']
+  exact, _ = compiled(tmp_path, *words)
+  assert row['least_bytes_per_step'] < 0.56 * exact['least_bytes_per_step']
+  assert row['hbm_bytes_per_step'] <= 1.12 * row['least_bytes_per_step']
+  assert row['parameters_bytes'] < 0.6 * exact['parameters_bytes']
+
+
 @pytest.mark.parametrize(('K', 'R'), [(64, 64), (8, 64), (1, 64), (1, 512)])
 @pytest.mark.parametrize('chips', ['v4:2x2x2', 'v5e:2x4'])
 def test_a_step_reads_little_more_than_it_must(tmp_path, K, R, chips):

@@ -50,7 +50,7 @@ for _model, _run in _PAIRS:
   _files = gin_cases.files(_model, _task, _run)
   CASES[f'{_model}-{_run}'] = (_files, _name, _given, MODELS[_model], None)
 # A way to decode comes after the run, for Shazeer's models, too.
-for _decoding in ('beam_search', 'sample'):
+for _decoding in ('beam_search', 'int8', 'sample'):
   _files = gin_cases.files(
     'shazeer_mqa', gin_cases.WMT, 'infer', f'gin/decoding/{_decoding}.gin'
   )
@@ -99,7 +99,8 @@ def test_parses_finalises_and_has_the_right_model(case, monkeypatch):
   vocab_size = 4096 if case.startswith('gin/local') else None
   K, R = K if isinstance(K, tuple) else (K, None)
   heads = {'num_kv_heads': K, 'kv_head_dim': R}
-  expected = network.config(size, **heads, vocab_size=vocab_size)
+  quantize = 'weights_and_cache' if case.endswith('-int8') else None
+  expected = network.config(size, **heads, vocab_size=vocab_size, quantize=quantize)
   own = {field: getattr(config, field) for field in ('dtype', 'remat_policy')}
   assert config == expected.replace(dropout_rate=config.dropout_rate, **own)
   if name == 'train':

@@ -14,10 +14,10 @@ from helpers import model_oracle as oracle
 K = 2
 
 
-def model(num_kv_heads=K, eos_id=1, **kwargs):
+def model(num_kv_heads=K, eos_id=1, quantize=None, **kwargs):
   vocabulary = seqio.PassThroughVocabulary(size=oracle.V, eos_id=eos_id)
   return models.EncoderDecoderModel(
-    network.Transformer(oracle.config(num_kv_heads)),
+    network.Transformer(oracle.config(num_kv_heads, quantize=quantize)),
     vocabulary,
     vocabulary,
     adafactor.Adafactor(decay_rate=0.8, step_offset=0),

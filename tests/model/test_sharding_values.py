@@ -159,3 +159,23 @@ def test_logits_are_not_gathered(name, num_partitions):
     found = found_collectives(decode(cfg, name).lower(*args).compile())
   sizes = [size for kind, size in found if kind != 'all-reduce']
   assert max(sizes, default=0) < rows * vocab_size // DEVICES
+
+
+@pytest.mark.parametrize(
+  ('K', 'num_partitions', 'name', 'platform'),
+  [(2, 4, 'greedy', 'tpu'), (1, 8, 'beams', 'cpu'), (2, 2, 'samples', 'tpu')],
+)
+def test_decodes_in_int8(K, num_partitions, name, platform, monkeypatch):
+  """With whole heads and with rows of the batch, they are those of one device."""
+  cfg = config(K, quantize='weights_and_cache')
+  expected_tokens, expected_scores = unsharded_decodes(cfg, name, B)
+  monkeypatch.setattr(sharding, 'platform', lambda: platform)
+  layout = partitioner(K, num_partitions)
+  args = (
+    sharded_params(cfg, layout),
+    *sharded_rows(layout, batch()[0], np.zeros((B, T), np.int32)),
+  )
+  with entered(layout):
+    tokens, scores = decode(cfg, name)(*args)
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)

@@ -89,7 +89,9 @@ def test_the_loss_is_a_mean_over_tokens(trainer):
 
 def test_all_are_judged_on_the_same_data(trainer):
   again = Trainer(dataclasses.replace(trainer.training, task='pydocs_span_corruption'))
-  for one, other in zip(again.validation, again.batches('validation', 4, None)):
+  for one, other in zip(
+    again.validation, again.batches('validation', 4, None), strict=True
+  ):
     equal(one, other)
 
 

@@ -142,18 +142,20 @@ def test_uptrains_the_latent_form(mha):
   assert after[f'{moments}/v'].any()
 
 
-def test_infers_one_line_for_each_example(gqa):
+@pytest.mark.parametrize('more', [[], ['gin/decoding/int8.gin']])
+def test_infers_one_line_for_each_example(gqa, more):
   folder, _ = gqa
+  output = f'inferred{len(more)}'
   commands.engine(
     folder,
     't5x.infer',
     'infer',
-    ['gin/decoding/beam_search.gin'],
+    ['gin/decoding/beam_search.gin', *more],
     CHECKPOINT_PATH='gqa2/checkpoint_10',
-    INFER_OUTPUT_DIR='inferred',
+    INFER_OUTPUT_DIR=output,
     NUM_KV_HEADS=2,
   )
-  (path,) = (folder / 'inferred').glob(f'{TASK}-predict.jsonl*-00000-of-00001')
+  (path,) = (folder / output).glob(f'{TASK}-predict.jsonl*-00000-of-00001')
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   assert len(lines) == 8
   for line in lines:

@@ -8,15 +8,19 @@ import jax
 import numpy as np
 import pytest
 import seqio
+from etils import epath
 from flax import traverse_util
 from t5x import adafactor
 from t5x import models as t5x_models
 from t5x import trainer as t5x_trainer
 
+from gqa_t5x.checkpoints import config
 from gqa_t5x.decoding import beam_search, sampling
 from gqa_t5x.decoding import generate as decoding
-from gqa_t5x.model import network
-from gqa_t5x.training import models
+from gqa_t5x.errors import BadInput
+from gqa_t5x.inference import saved
+from gqa_t5x.model import network, quantize
+from gqa_t5x.training import models, restore
 from helpers import model_oracle as oracle
 from helpers.trainers import K, make_state, make_trainer, model, params
 
@@ -281,3 +285,45 @@ def test_trainer_counts_steps_to_the_end_of_the_run(monkeypatch):
   without_bar.train(iter('ab'), 1)
   assert without_bar._bar is None
   without_bar.close()
+
+
+@pytest.mark.parametrize('quantization', ['weights', 'weights_and_cache'])
+def test_decoding_and_scoring_in_int8(quantization, monkeypatch):
+  """Of a float checkpoint, as of parameters that are int8 already."""
+  monkeypatch.setattr(decoding, 'generate', plain_generate)
+  int8 = model(quantize=quantization)
+  module, rounded = int8.module, quantize.params_to_int8(params())
+  tokens, aux = oracle.jit(int8.predict_batch_with_aux)(params(), oracle.batch())
+  prompts = np.zeros((oracle.B, oracle.T), np.int32)
+  inputs = oracle.batch()['encoder_input_tokens']
+  decode = oracle.jit(plain_generate, static_argnames=('module', 'decode_fn'))
+  expected = decode(module, rounded, inputs, prompts, sampling.greedy, eos_id=1)
+  np.testing.assert_array_equal(tokens, expected[0][:, 0])
+  np.testing.assert_allclose(aux['scores'], expected[1][:, 0], rtol=1e-5)
+  logits = oracle.forward(module.config)(rounded, oracle.batch())
+  targets = oracle.batch()['decoder_target_tokens']
+  log_probs = np.take_along_axis(
+    np.asarray(jax.nn.log_softmax(logits)), targets[..., None], axis=2
+  )[..., 0]
+  batch = oracle.batch() | {'decoder_loss_weights': (targets > 0).astype(int)}
+  scores = oracle.jit(int8.score_batch)(params(), batch)
+  np.testing.assert_allclose(scores, (log_probs * (targets > 0)).sum(1), rtol=1e-4)
+  exact = oracle.jit(model().score_batch)(params(), batch)
+  assert np.abs(scores - exact).max() > 1e-3
+
+
+def test_training_in_int8():
+  with pytest.raises(BadInput, match=r"QUANTIZE='weights' is for decoding: .*int8.gin"):
+    make_trainer(make_state(), model=model(quantize='weights'))
+
+
+def test_a_run_refuses_an_int8_checkpoint(tmp_path):
+  """By its name: as the model's source, and as what is restored."""
+  path = tmp_path / 'checkpoint_3'
+  rounded = quantize.params_to_int8(params())
+  saved.write(epath.Path(path), rounded, 3, config.ModelConfig(), None)
+  message = rf'{path} has \d+ kernels in int8, and here they must be float32'
+  with pytest.raises(BadInput, match=message):
+    models.config_from_checkpoint(str(path))
+  with pytest.raises(BadInput, match=message):
+    restore.checked_path(str(path), model())

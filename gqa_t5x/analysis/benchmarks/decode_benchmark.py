@@ -15,7 +15,7 @@ from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.analysis.models import DecodeSetting
 from gqa_t5x.decoding import beam_search, generate, sampling
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import network
+from gqa_t5x.model import network, quantize
 
 INT8 = 'ctranslate2_int8'  # a system
 NO_EOS = -1  # No token ends a row, so that all are as long.
@@ -24,6 +24,7 @@ COLUMNS = {
   'model': 'model',
   'num_kv_heads': 'K',
   'kv_head_dim': 'R',
+  'quantize': 'int8',
   'batch_size': 'batch',
   'input_length': 'input',
   'num_beams': 'beams',
@@ -56,10 +57,11 @@ class Setting(DecodeSetting):
     ours = self.system == 'gqa_t5x'
     together = generate.encoded_together(B, S) if ours else B
     # On CPUs, `generate` keeps the kernels of a step transposed as well.
+    widest = 4 if quantize.of_weights(cfg.quantize) else itemsize
     twice = ours and jax.default_backend() == 'cpu'
     return (
-      formulas.num_parameters(cfg) * itemsize
-      + twice * formulas.step_kernels(cfg) * itemsize
+      formulas.param_bytes(cfg, itemsize)
+      + twice * formulas.step_kernels(cfg) * widest
       + cache_bytes
       + 4 * B * self.num_beams * cfg.vocab_size
       + together * cfg.num_heads * S**2 * (4 + itemsize)
@@ -184,7 +186,7 @@ def times(
     )
     return (others or {}).get(setting.system, decoder)(
       cfg,
-      workload.random_params(cfg, cfg.dtype),
+      quantize.prepared(workload.random_params(cfg, cfg.dtype), cfg.quantize),
       jnp.asarray(inputs_BS),
       setting.output_length,
       setting.num_beams,

@@ -17,14 +17,8 @@ _SYSTEMS = {
   'ctranslate2': ' (CTranslate2)',
   'ctranslate2_int8': ' (CTranslate2, int8)',
 }
-LEFT = (
-  'part',
-  'model',
-  'size',
-  'method',
-  'compression',
-  'bar',
-)  # Other columns are numbers.
+# Other columns are numbers.
+LEFT = ('part', 'model', 'size', 'quantize', 'method', 'compression', 'bar')
 
 
 def progress(rows: Iterable[Any], total: int) -> Iterator[Any]:

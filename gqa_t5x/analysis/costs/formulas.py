@@ -3,7 +3,8 @@
 FLOPs are those of matrix products, 2 a multiply-add. Bytes are those that cross the
 memory bus if whatever is needed is read once; products.py says more. Keys and values
 count at K heads: nothing repeats them. Lengths count padding. An element of an
-activation or a cache is of the config's `dtype`. Numbers below 1 are BadInput.
+activation or a cache is of the config's `dtype`, or int8 as its `quantize` says.
+Numbers below 1 are BadInput.
 """
 
 import dataclasses
@@ -12,8 +13,10 @@ import numpy as np
 
 from gqa_t5x.analysis.costs import products
 from gqa_t5x.errors import BadInput
-from gqa_t5x.model import axes
+from gqa_t5x.model import axes, quantize
 from gqa_t5x.model.network import T5Config
+
+_SCALE_BYTES = 4
 
 
 def num_parameters(cfg: T5Config) -> int:
@@ -50,12 +53,23 @@ def step_kernels(cfg: T5Config) -> int:
   return products.decoder(cfg, 1, 1, 1, 1).weights - table
 
 
+def param_bytes(cfg: T5Config, itemsize: int) -> int:
+  """Returns the bytes of all parameters, `itemsize` each where they are not int8.
+
+  Norms and position biases are few, and count as kernels.
+  """
+  table = 0 if cfg.logits_via_embedding else cfg.vocab_size * cfg.emb_dim
+  kernels = num_parameters(cfg) - table
+  return table * itemsize + kernels * _kernel_itemsize(cfg, itemsize)
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeStep:
   """The cost of decoding one token of every row.
 
   Left out of the bytes, because small: the position that a step writes to its cache
-  (one part in `self_positions` of what it reads there), and all activations.
+  (one part in `self_positions` of what it reads there), all activations, and the scales
+  of int8 kernels (those of keys and values count).
 
   Attributes:
     flops: of the step.
@@ -102,7 +116,7 @@ def decode_step(
     self_positions: positions of the self-attention cache that the step reads: the
       length of the cache where all of it is read, else those written so far.
     num_beams: rows an input.
-    param_itemsize: bytes of one parameter in memory.
+    param_itemsize: bytes of one parameter in memory, if it is not int8.
 
   Source: Shazeer 2019, sections 2.4 (MHA: a step reads every weight once), 3.1 (MQA).
   """
@@ -115,12 +129,13 @@ def decode_step(
   )
   rows = batch_size * num_beams
   norms = 3 * cfg.num_decoder_layers + 1
-  vectors = cfg.vocab_size if cfg.logits_via_embedding else rows
-  read = step_kernels(cfg) + (norms + vectors) * cfg.emb_dim
-  read += _biases(cfg, cfg.num_decoder_layers)
+  table = cfg.vocab_size * cfg.emb_dim if cfg.logits_via_embedding else 0
+  vectors = 0 if table else rows
+  others = (norms + vectors) * cfg.emb_dim + _biases(cfg, cfg.num_decoder_layers)
+  kernel_bytes = _kernel_itemsize(cfg, param_itemsize) * (step_kernels(cfg) + table)
   return DecodeStep(
     flops=products.decoder(cfg, rows, 1, self_positions, input_length).flops,
-    param_bytes=param_itemsize * read,
+    param_bytes=kernel_bytes + param_itemsize * others,
     cross_kv_bytes=batch_size * input_length * _key_value_bytes(cfg, cfg.cross_kv),
     self_cache_bytes=rows * self_positions * _key_value_bytes(cfg, cfg.self_kv),
   )
@@ -182,7 +197,14 @@ def shazeer_decoding_ratio(b: int, n: int, d: int, h: int, g: int) -> float:
 
 def _key_value_bytes(cfg: T5Config, K: int) -> int:
   """Returns the bytes of one token's K and V in all decoder layers."""
-  return 2 * cfg.num_decoder_layers * K * cfg.kv_size * np.dtype(cfg.dtype).itemsize
+  nbytes = cfg.kv_size * np.dtype(cfg.dtype).itemsize
+  if quantize.of_cache(cfg.quantize):
+    nbytes = cfg.kv_size + _SCALE_BYTES
+  return 2 * cfg.num_decoder_layers * K * nbytes
+
+
+def _kernel_itemsize(cfg: T5Config, itemsize: int) -> int:
+  return 1 if quantize.of_weights(cfg.quantize) else itemsize
 
 
 def _check_positive(**numbers: int) -> None:

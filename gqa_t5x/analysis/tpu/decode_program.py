@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import unfreeze
 from flax.linen import partitioning as nn_partitioning
 from jax.sharding import PartitionSpec
 
@@ -70,14 +69,11 @@ def lower(setting: Setting, partitioner: Any) -> tuple[Any, Any, Any]:
     more = {'decode_fn': beam_search.beam_search, 'num_decodes': setting.num_beams}
   module = network.Transformer(cfg)
   decode = functools.partial(generate.generate, module, eos_id=EOS, **more)
-  variables = models.variable_shapes(cfg)
-  params = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, cfg.dtype), variables['params']
-  )
+  params, names = models.decoding_shapes(cfg)
   rules = partitioner.logical_axis_rules
   specs = jax.tree.map(
     lambda names: nn_partitioning.logical_to_mesh_axes(tuple(names), rules),
-    unfreeze(nn_partitioning.get_axis_names(variables['params_axes'])),
+    names,
     is_leaf=lambda x: isinstance(x, PartitionSpec),
   )
   tokens = [

@@ -24,6 +24,7 @@ def headline(row: CompiledRow) -> str:
 def text(row: CompiledRow) -> str:
   """Returns the whole report of a row, all numbers per chip."""
   chip = CHIPS[topology.parse(row['topology'])[0]]
+  int8 = f' and int8 {row["quantize"].replace("_", " ")}' if row.get('quantize') else ''
   size = f' of size {row["kv_head_dim"]}' if row.get('kv_head_dim') else ''
   lines = [
     f'{row["topology"]}: {row["chips"]} chips, each with'
@@ -32,7 +33,7 @@ def text(row: CompiledRow) -> str:
     f'model {row["model_partitions"]} x data {row["data_partitions"]} devices,'
     f' batch {row["batch_size"]}, input {row["input_length"]},'
     f' output {row["output_length"]}, {row["num_kv_heads"]} key/value heads{size},'
-    f' {row["dtype"]}; compiled, per chip:',
+    f' {row["dtype"]}{int8}; compiled, per chip:',
     '',
     *_memory(row),
   ]
