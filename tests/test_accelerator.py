@@ -26,6 +26,8 @@ WANTED = [
   ('largest batch', 8),
   ('largest batch', 1),
   ('beams', 1),
+  ('int8', 1),
+  ('int8', 1),
   ('training', 8),
   ('beside T5X', 8),
   ('beams', 8),
@@ -73,6 +75,8 @@ def test_rows(tmp_path, monkeypatch, capsys):
   assert by_part['largest batch']['batch_size'] == 16  # A CPU's memory is not filled.
   assert (by_part['beams']['batch_size'], by_part['beams']['num_beams']) == (1, 4)
   assert by_part['training']['kind'] == 'train_benchmark'
+  stored = [row['quantize'] for row in rows if row['part'] == 'int8']
+  assert stored == ['weights', 'weights_and_cache']
   encoded = [row['part'] for row in rows if 'encode_ms' in row]
   assert encoded == ['with encoder']
   out = capsys.readouterr().out
@@ -82,27 +86,22 @@ def test_rows(tmp_path, monkeypatch, capsys):
 
 def test_a_paper_size_has_the_models_of_the_issue():
   found = accelerator_benchmark.parts('xxl', 64, 2048, 32)
-  first = [(part.name, part.setting.num_kv_heads) for part in found[:7]]
+  first = [(part.name, part.setting.num_kv_heads) for part in found[:9]]
   assert first == [
     *(('heads', K) for K in (64, 8, 1)),
     *(('largest batch', K) for K in (64, 8, 1)),
     ('beams', 8),
+    *[('int8', 8)] * 2,
   ]
+  stored = [part.setting.quantize for part in found[6:9]]
+  assert stored == [None, 'weights', 'weights_and_cache']
   assert found[0].setting == decode_benchmark.Setting(
     'xxl', 64, 64, 2048, 32, 'float32', 1
   )
   assert found[6].setting.batch_size == 8
-  training, t5x, ours = (part.setting for part in found[7:10])
+  training, t5x, ours = (part.setting for part in found[9:12])
   assert (training.size, training.num_kv_heads) == ('large', 16)
   assert (t5x.size, t5x.system, ours.system) == ('base', 't5x', 'gqa_t5x')
-
-
-def test_what_is_stored_otherwise_follows_the_beams(monkeypatch):
-  fields = {'kv_head_dim': 5}
-  monkeypatch.setattr(accelerator_benchmark, 'OTHERWISE_STORED', (fields,))
-  part = accelerator_benchmark.parts('xxl', 64, 2048, 32)[7]
-  assert (part.name, part.setting.num_kv_heads) == ('stored as', 8)
-  assert (part.setting.batch_size, part.setting.kv_head_dim) == (64, 5)
 
 
 def test_made_up_arrays():

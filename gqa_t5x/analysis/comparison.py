@@ -80,7 +80,7 @@ def choices(
       known = ', '.join(map(str, divisors))
       raise BadInput(f'num_kv_heads={word}; choose from {known}, all')
     K = int(word)
-    if K == cfg.self_kv:
+    if num_heads == K:
       continue
     for name, any_size in forms.items():
       found.append(Choice(K, name))

@@ -21,13 +21,11 @@ from gqa_t5x.analysis.costs import formulas
 from gqa_t5x.errors import BadInput, first_line
 from gqa_t5x.model import sizes
 
-HEADS, LARGEST, BEAMS, STORED = 'heads', 'largest batch', 'beams', 'stored as'
+HEADS, LARGEST, BEAMS, INT8 = 'heads', 'largest batch', 'beams', 'int8'
 TRAINING, BESIDE_T5X, WITH_ENCODER = 'training', 'beside T5X', 'with encoder'
 COLUMNS = {'part': 'part', **decode_benchmark.COLUMNS, 'matmul_fraction': 'of products'}
 T5X = 't5x'  # a system
 TARGET = 0.7  # of a streaming read
-# Of a decode setting that is stored in int8: a row each.
-OTHERWISE_STORED = ({'quantize': 'weights'}, {'quantize': 'weights_and_cache'})
 # Of the free memory, for the largest batch: the next where one turns out too much.
 SHARES = (decode_benchmark.FILLED_SHARE, 0.75, 0.6)
 # Models that are trained, and compared with T5X's network, beside a large one.
@@ -91,7 +89,7 @@ def parts(
     *(Part(HEADS, decode(K)) for K in all_heads),
     *(Part(LARGEST, decode(K), SHARES) for K in all_heads),
     Part(BEAMS, decode(few, **beams)),
-    *(Part(STORED, decode(few, **fields)) for fields in OTHERWISE_STORED),
+    *(Part(INT8, decode(few, quantize=q)) for q in ('weights', 'weights_and_cache')),
     Part(TRAINING, train(_heads(trained)[0])),
     Part(BESIDE_T5X, dataclasses.replace(base, system=T5X)),
     Part(BESIDE_T5X, base),
@@ -236,7 +234,7 @@ def _near_the_roofline(rows, size) -> str:
 def _fewer_heads_are_no_slower(rows) -> str:
   """Of rows of one part; the largest batches differ, so that tokens count."""
   slower, pairs = [], 0
-  for name in dict.fromkeys(row['part'] for row in rows if row['part'] != STORED):
+  for name in dict.fromkeys(row['part'] for row in rows if row['part'] != INT8):
     ours = [row for row in rows if row['part'] == name and row['system'] != T5X]
     ours.sort(key=lambda row: -row['num_kv_heads'])
     for more, fewer in itertools.pairwise(ours):
