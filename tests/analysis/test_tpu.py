@@ -129,6 +129,35 @@ def test_rows_of_the_cache_are_split_where_heads_cannot_be(tmp_path):
   assert by_rule['collectives_per_step']['all-to-all'] > 0
 
 
+@pytest.mark.parametrize('chips', ['v4:2x2x2', 'v5e:2x4'])
+def test_a_joint_latent_would_be_read_twice(chips):
+  """Why keys and values have a latent each: docs/conversion.md."""
+  B, N, S, R = 32, 64, 2048, 512
+  place = jax.sharding.SingleDeviceSharding(topology.devices(chips)[0])
+
+  def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+
+  def attend(q, k, v):
+    logits = jnp.einsum('BNR,BRS->BNS', q, k, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(logits).astype(q.dtype)
+    return jnp.einsum('BNS,BSR->BNR', probs, v)
+
+  def share_read(function, *arrays):
+    compiled = jax.jit(function).lower(*arrays).compile().as_text()
+    cache = 2 * B * S * R * 2  # bytes, of either form
+    return traffic.count(parse.parse(compiled)).read_bytes / cache
+
+  apart = share_read(attend, array(B, N, R), array(B, R, S), array(B, S, R))
+  joint = share_read(
+    lambda q, c: attend(q, jnp.swapaxes(c, 1, 2), c),
+    array(B, N, 2 * R),
+    array(B, S, 2 * R),
+  )
+  assert apart < 1.3
+  assert joint > 1.9
+
+
 def test_what_does_not_fit(tmp_path, capsys):
   args = ['--size=xxl', '--num_layers=1', '--batch_size=4096', '--input_length=8192']
   row, text = compiled(tmp_path, '--topology=v5e:2x2', *args, code=2)
