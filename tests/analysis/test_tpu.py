@@ -77,7 +77,9 @@ def test_a_step_in_int8(tmp_path, K, chips):
   exact, _ = compiled(tmp_path, *words)
   assert row['least_bytes_per_step'] < 0.56 * exact['least_bytes_per_step']
   assert row['hbm_bytes_per_step'] <= 1.12 * row['least_bytes_per_step']
-  assert row['parameters_bytes'] < 0.6 * exact['parameters_bytes']
+  embedding = 32128 * 4096 * 2 / 8  # It stays as it is: a step reads little of it.
+  whole, halved = (r['parameters_bytes'] - embedding for r in (exact, row))
+  assert halved < 0.52 * whole
 
 
 @pytest.mark.parametrize(('K', 'R'), [(64, 64), (8, 64), (1, 64), (1, 512)])
