@@ -145,9 +145,14 @@ def test_a_joint_latent_would_be_read_twice(chips):
     probs = jax.nn.softmax(logits).astype(q.dtype)
     return jnp.einsum('BNS,BSR->BNR', probs, v)
 
-  def share_read(function, *arrays):
-    compiled = jax.jit(function).lower(*arrays).compile().as_text()
-    cache = 2 * B * S * R * 2  # bytes, of either form
+  def share_read(layer, q, *kept):
+    def layers(q, kept):  # Each reads its own keys and values.
+      for arrays in kept:
+        q = layer(q, *arrays)
+      return q
+
+    compiled = jax.jit(layers).lower(q, [kept] * 4).compile().as_text()
+    cache = 4 * 2 * B * S * R * 2  # bytes, of either form
     return traffic.count(parse.parse(compiled)).read_bytes / cache
 
   apart = share_read(attend, array(B, N, R), array(B, R, S), array(B, S, R))
