@@ -87,12 +87,13 @@ def test_the_loss_is_a_mean_over_tokens(trainer):
   assert trainer.loss(params) == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_all_are_judged_on_the_same_data(trainer):
-  again = Trainer(dataclasses.replace(trainer.training, task='pydocs_span_corruption'))
-  for one, other in zip(
-    again.validation, again.batches('validation', 4, None), strict=True
-  ):
-    equal(one, other)
+def test_all_are_judged_on_the_same_spans():
+  """Of rows as long as the study's: in shorter ones there is one span to draw."""
+  one, other = (Trainer(trainings.TRAININGS['adam']).validation for _ in range(2))
+  assert len(one) == len(other) == 4
+  for batch, again in zip(one, other, strict=True):
+    for name, tokens in batch.items():
+      assert np.array_equal(tokens, again[name]), name
 
 
 def test_rates():
