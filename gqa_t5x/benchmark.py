@@ -63,8 +63,9 @@ for `accelerator` rows of `decode` and `train`, in bfloat16 (float32 on a CPU), 
 key/value heads, an eighth of them, and one; and in addition:
 
   part                   heads, largest batch (that fits), beams (4, an eighth of the
-                         batch), training (of large, if the size is xxl), beside T5X (of
-                         base; T5X's network where it is installed), with encoder
+                         batch), int8 (weights; weights and cache), training (of large,
+                         if the size is xxl), beside T5X (of base; T5X's network where
+                         it is installed), with encoder
   seconds                that the row took, compilation included
 
 What decodes does so from made-up keys and values, but for the last part. A part

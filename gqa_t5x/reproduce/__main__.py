@@ -67,10 +67,10 @@ MINIATURE_FOLDER = 'runs/local'
 PARTS = {
   ('evaluate', 'uptrain'): 'results.miniature',
   ('report', 'uptrain'): 'report.miniature',
-  ('evaluate', 'conversion'): 'results.study',
+  ('evaluate', 'conversion'): 'studies.conversion',
   ('report', 'conversion'): 'report.conversion',
-  ('evaluate', 'heads'): 'results.heads',
-  ('evaluate', 'training'): 'results.training_study',
+  ('evaluate', 'heads'): 'studies.heads',
+  ('evaluate', 'training'): 'studies.training_study',
   ('evaluate', 'intensity'): 'results.intensity',
   ('report',): 'report.papers',
 }

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gqa_t5x.reproduce.results import cache_budget
+from gqa_t5x.reproduce.studies import cache_budget
 
 SIZES = (1, 2, 4)
 

@@ -12,8 +12,8 @@ from gqa_t5x.errors import BadInput
 from gqa_t5x.reproduce import __main__ as reproduce
 from gqa_t5x.reproduce.experiments.models import MEAN, SVD, SVD_BY_WEIGHTS
 from gqa_t5x.reproduce.report import papers
-from gqa_t5x.reproduce.results import heads, sentence_encoder
-from gqa_t5x.reproduce.results.heads import LATENT, Variant
+from gqa_t5x.reproduce.studies import heads, sentence_encoder
+from gqa_t5x.reproduce.studies.heads import LATENT, Variant
 from helpers import bert
 from helpers.reports import DOCS, documented, tables
 

@@ -15,7 +15,8 @@ from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments.models import MEAN, Model
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
-from gqa_t5x.reproduce.results import events, miniature, spectra, study, validation
+from gqa_t5x.reproduce.results import events, miniature, validation
+from gqa_t5x.reproduce.studies import conversion, spectra
 from helpers.reports import documented
 from helpers.trees import STEP, D, H, N, tiny_state, write_msgpack
 
@@ -45,7 +46,7 @@ def test_loss_rows(tmp_path):
   write_events(plan.path_of(base).parent, {s: 4 + x for s, x in lost.items()}, task)
   other = {step: 5 + 3 * x for step, x in lost.items()}
   write_events(plan.path_of(mean).parent, other, task, share=0.25)
-  rows = study.loss_rows(plan, [base, mean])
+  rows = conversion.loss_rows(plan, [base, mean])
   assert len(rows) == 2 * 11
   asked = {'method': 'mean', 'num_kv_heads': 2, 'seed': 1, 'uptrain_steps': 48}
   (known,) = documented('conversion_study/tiny', **asked)
@@ -79,7 +80,7 @@ def test_missing_steps_are_named(tmp_path):
 def test_incomplete_runs_leave_no_rows(tmp_path):
   message = 'none_8_seed1/training_eval/pydocs_span_corruption has no event file'
   with pytest.raises(BadInput, match=message):
-    study.write(str(tmp_path), 'tiny')
+    conversion.write(str(tmp_path), 'tiny')
   assert not [*tmp_path.iterdir()]
 
 
@@ -91,8 +92,10 @@ def test_unigram_row_leaves_padding_out(monkeypatch):
     }
     for tokens in ([[7, 7, 0], [3, 0, 0]], [[9, 0, 0]])
   ]
-  monkeypatch.setattr(study.validation, 'batches', lambda plan, count: found[:count])
-  row = study.unigram_row(Planner(STUDIES['tiny'], 'runs'))
+  monkeypatch.setattr(
+    conversion.validation, 'batches', lambda plan, count: found[:count]
+  )
+  row = conversion.unigram_row(Planner(STUDIES['tiny'], 'runs'))
   (known,) = documented('conversion_study/tiny', kind='unigram')
   own = {key: row[key] for key in ('device', 'versions')}
   loss = pytest.approx(0.5 * math.log(2) + 2 * 0.25 * math.log(4))

@@ -14,9 +14,9 @@ from gqa_t5x.reproduce import __main__ as reproduce
 from gqa_t5x.reproduce.experiments import trainings
 from gqa_t5x.reproduce.experiments.models import MEAN, MHA, SVD
 from gqa_t5x.reproduce.report import papers
-from gqa_t5x.reproduce.results import optax_training, training_study
-from gqa_t5x.reproduce.results.heads import JOINT, LATENT, Variant
-from gqa_t5x.reproduce.results.optax_training import Trainer
+from gqa_t5x.reproduce.studies import optax_training, training_study
+from gqa_t5x.reproduce.studies.heads import JOINT, LATENT, Variant
+from gqa_t5x.reproduce.studies.optax_training import Trainer
 from helpers import tiny_task
 from helpers.reports import DOCS, documented, tables
 

@@ -8,10 +8,10 @@ from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import targets
 from gqa_t5x.reproduce.experiments.models import MEAN, SVD, SVD_BY_WEIGHTS
 from gqa_t5x.reproduce.report.part import Part
-from gqa_t5x.reproduce.results import cache_budget
-from gqa_t5x.reproduce.results.heads import LATENT, VARIANTS, Variant
 from gqa_t5x.reproduce.results.reader import Measured
 from gqa_t5x.reproduce.results.rows import Row
+from gqa_t5x.reproduce.studies import cache_budget
+from gqa_t5x.reproduce.studies.heads import LATENT, VARIANTS, Variant
 
 HEAD = ('cosine', 'same neighbour', 'keys dropped', 'values dropped')
 STYLES = {

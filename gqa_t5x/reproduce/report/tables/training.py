@@ -8,9 +8,9 @@ from gqa_t5x.analysis import figures
 from gqa_t5x.reproduce.experiments import targets, trainings
 from gqa_t5x.reproduce.experiments.models import MEAN, MHA, SVD, SVD_BY_WEIGHTS
 from gqa_t5x.reproduce.report.part import Part
-from gqa_t5x.reproduce.results.heads import LATENT, Variant
 from gqa_t5x.reproduce.results.rows import Row
-from gqa_t5x.reproduce.results.training_study import NUM_KV_HEADS, UPTRAINED, VARIANTS
+from gqa_t5x.reproduce.studies.heads import LATENT, Variant
+from gqa_t5x.reproduce.studies.training_study import NUM_KV_HEADS, UPTRAINED, VARIANTS
 
 STYLES = {
   Variant(MEAN): figures.METHODS['mean'],

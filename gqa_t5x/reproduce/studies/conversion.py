@@ -8,8 +8,9 @@ from gqa_t5x import files
 from gqa_t5x.reproduce.experiments.models import MHA, Model
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
-from gqa_t5x.reproduce.results import events, rows, spectra, validation
+from gqa_t5x.reproduce.results import events, rows, validation
 from gqa_t5x.reproduce.results.rows import Row
+from gqa_t5x.reproduce.studies import spectra
 
 
 def write(output_dir: str, study: str) -> None:

@@ -28,10 +28,10 @@ from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments import trainings
 from gqa_t5x.reproduce.experiments.models import MEAN, METHODS, MHA, SVD
 from gqa_t5x.reproduce.experiments.targets import training_file
-from gqa_t5x.reproduce.results import optax_training, spectra
-from gqa_t5x.reproduce.results.heads import JOINT, LATENT, Variant, joint
-from gqa_t5x.reproduce.results.optax_training import State, Trainer
 from gqa_t5x.reproduce.results.rows import Row, measured
+from gqa_t5x.reproduce.studies import optax_training, spectra
+from gqa_t5x.reproduce.studies.heads import JOINT, LATENT, Variant, joint
+from gqa_t5x.reproduce.studies.optax_training import State, Trainer
 
 NUM_KV_HEADS = (4, 2, 1)  # of 8
 VARIANTS = (*map(Variant, METHODS), Variant(SVD, refit_outputs=True), LATENT, JOINT)

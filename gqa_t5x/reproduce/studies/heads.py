@@ -24,10 +24,10 @@ from gqa_t5x.data import corpus
 from gqa_t5x.errors import BadInput
 from gqa_t5x.reproduce.experiments.models import METHODS, SVD, SVD_BY_WEIGHTS, Method
 from gqa_t5x.reproduce.experiments.targets import heads_file
-from gqa_t5x.reproduce.results import cache_budget, sentence_encoder
 from gqa_t5x.reproduce.results.rows import Row, measured
-from gqa_t5x.reproduce.results.sentence_encoder import SentenceEncoder
-from gqa_t5x.reproduce.results.spectra import describe
+from gqa_t5x.reproduce.studies import cache_budget, sentence_encoder
+from gqa_t5x.reproduce.studies.sentence_encoder import SentenceEncoder
+from gqa_t5x.reproduce.studies.spectra import describe
 
 NUM_KV_HEADS = (6, 3, 1)  # of 12
 CORPUS = 'pydocs'

@@ -1,0 +1,1 @@
+"""How conversion is judged: long-trained heads, small T5s, spectra."""
