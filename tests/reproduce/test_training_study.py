@@ -192,28 +192,30 @@ def _report(folder, mha, cross):
 def test_the_documented_tables_are_those_of_the_rows():
   text = (DOCS / 'conversion.md').read_text().split('### Harder to convert')[1]
   (_, *worth), (_, *losses), (_, *uptrained), *_ = tables(text)
+  by_model = {}
+  for row in documented('training'):
+    name = f'{row["training"]}, {row["pretrain_steps"]:,}'
+    by_model.setdefault(name, []).append(row)
+  assert [line[0] for line in worth] == list(by_model)
   for title, *cells in worth:
-    rows = documented('training', kind='training_worth', training=title)
-    (mha,) = documented(
-      'training', kind='training', training=title, variant='MHA', uptrain_steps=0
-    )
-    found = [mha['validation_loss'], *(row['excess_loss'] for row in rows)]
-    assert cells == [f'{x:.2f}' for x in found]
-  titles = [line[0] for line in worth]
+    rows = by_model[title]
+    (mha,) = (r for r in rows if r.get('variant') == 'MHA' and not r['uptrain_steps'])
+    without = [r['excess_loss'] for r in rows if r['kind'] == 'training_worth']
+    assert cells == [f'{x:.2f}' for x in (mha['validation_loss'], *without)]
   assert [line[0] for line in losses] == [v.title for v in training_study.VARIANTS]
-  for variant, *cells in losses:
-    for title, cell in zip(titles, cells, strict=True):
-      rows = documented(
-        'training', training=title, variant=variant, uptrain_steps=0, kind='training'
-      )
-      found = {row['cache_heads']: f'{row["excess_loss"]:.3f}' for row in rows}
-      assert cell == ' / '.join(found.get(K, '-') for K in (4, 2, 1))
-  for variant, *cells in uptrained:
-    for title, cell in zip(titles, cells, strict=True):
-      rows = documented('training', training=title, variant=variant, alpha=0.05)
-      mha = documented('training', training=title, variant='MHA', alpha=0.05)
+
+  def cells(variant, alpha):
+    """The loss by number of heads over MHA's, trained as long."""
+    for rows in by_model.values():
+      rows = [r for r in rows if r['kind'] == 'training' and r['alpha'] == alpha]
+      (mha,) = (row['excess_loss'] for row in rows if row['variant'] == 'MHA')
       found = {
-        row['cache_heads']: f'{row["excess_loss"] - mha[0]["excess_loss"]:.3f}'
+        row['cache_heads']: f'{round(row["excess_loss"] - mha, 3) + 0.0:.3f}'
         for row in rows
+        if row['variant'] == variant
       }
-      assert cell == ' / '.join(found.get(K, '-') for K in (4, 2, 1))
+      yield ' / '.join(found.get(K, '-') for K in (4, 2, 1))
+
+  for alpha, table in ((0, losses), (0.05, uptrained)):
+    for variant, *found in table:
+      assert found == list(cells(variant, alpha))

@@ -37,18 +37,19 @@ def loss(
   params: dict[str, Any],
   architecture: Architecture,
   batches: Sequence[dict[str, np.ndarray]],
+  size: str = 'tiny',
 ) -> tuple[float, float]:
-  """Returns cross-entropy (nats) and accuracy of a tiny model, per target token."""
+  """Returns cross-entropy (nats) and accuracy of a model, per target token."""
   K, V = architecture.num_kv_heads['self_attention'], architecture.vocab_size
-  config = network.config('tiny', num_kv_heads=K, vocab_size=V)
+  config = network.config(size, num_kv_heads=K, vocab_size=V)
   module = network.Transformer(config)
-  total = sum(np.asarray(_sums(module, params, b), np.float64) for b in batches)
+  total = sum(np.asarray(sums(module, params, b), np.float64) for b in batches)
   return float(total[0] / total[2]), float(total[1] / total[2])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(module, params, batch):
-  """Sums of cross-entropy, correct tokens and tokens over a batch."""
+def sums(module, params, batch):
+  """Sums of cross-entropy, correct tokens and tokens over a batch, [3]."""
   weights = batch['decoder_loss_weights']
   inputs = {k: v for k, v in batch.items() if k != 'decoder_loss_weights'}
   logits = module.apply({'params': params}, **inputs, enable_dropout=False)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
@@ -20,6 +19,7 @@ from gqa_t5x import files, quiet
 from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments import trainings
 from gqa_t5x.reproduce.experiments.trainings import Training
+from gqa_t5x.reproduce.results import validation
 
 Batch = Mapping[str, np.ndarray]
 _SEED = 0
@@ -71,7 +71,8 @@ class Trainer:
     """A model that has learned nothing, with all key/value heads."""
     (batch,) = self.batches('train', 1, _SEED)
     module = network.Transformer(self.config())
-    init = jax.jit(lambda key: module.init(key, **_inputs(batch))['params'])
+    inputs = {k: v for k, v in batch.items() if k != 'decoder_loss_weights'}
+    init = jax.jit(lambda key: module.init(key, **inputs)['params'])
     params = init(jax.random.key(_SEED))
     return State(params, jax.jit(self.optimizer.init)(params))
 
@@ -111,7 +112,7 @@ class Trainer:
     module = network.Transformer(self.config(**heads))
 
     def loss(params, batch):
-      total, tokens = _sums(module, params, batch)
+      total, _, tokens = validation.sums(module, params, batch)
       return total / tokens
 
     @jax.jit
@@ -125,8 +126,8 @@ class Trainer:
   def loss(self, params: Any, **heads: int | None) -> float:
     """The cross-entropy on the validation batches, nats per target token."""
     module = network.Transformer(self.config(**heads))
-    sums = [np.asarray(_sums(module, params, b), float) for b in self.validation]
-    total, tokens = np.sum(sums, axis=0)
+    found = [validation.sums(module, params, batch) for batch in self.validation]
+    total, _, tokens = np.sum(np.asarray(found, float), axis=0)
     return float(total / tokens)
 
   def fresh(self, state: State, params: Any) -> State:
@@ -174,18 +175,3 @@ def write(path: epath.Path, state: State) -> None:
 def read(path: epath.Path, like: State) -> State:
   """Reads a state of the same shapes."""
   return State(**flax.serialization.from_bytes(like._asdict(), path.read_bytes()))
-
-
-def _inputs(batch: Batch) -> dict[str, np.ndarray]:
-  return {k: v for k, v in batch.items() if k != 'decoder_loss_weights'}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(module, params, batch):
-  """Cross-entropy, and number of tokens."""
-  logits = module.apply({'params': params}, **_inputs(batch), enable_dropout=False)
-  losses = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch['decoder_target_tokens']
-  )
-  weights = batch['decoder_loss_weights']
-  return jnp.stack([jnp.sum(losses * weights), jnp.sum(weights)])

@@ -29,7 +29,7 @@ from gqa_t5x.reproduce.experiments import trainings
 from gqa_t5x.reproduce.experiments.models import MEAN, METHODS, MHA, SVD
 from gqa_t5x.reproduce.experiments.targets import training_file
 from gqa_t5x.reproduce.results.rows import Row, measured
-from gqa_t5x.reproduce.studies import optax_training, spectra
+from gqa_t5x.reproduce.studies import optax_training, spectra, worth
 from gqa_t5x.reproduce.studies.heads import JOINT, LATENT, Variant, joint
 from gqa_t5x.reproduce.studies.optax_training import State, Trainer
 
@@ -37,7 +37,6 @@ NUM_KV_HEADS = (4, 2, 1)  # of 8
 VARIANTS = (*map(Variant, METHODS), Variant(SVD, refit_outputs=True), LATENT, JOINT)
 UPTRAINED = (Variant(MEAN), Variant(SVD), Variant(SVD, refit_outputs=True), LATENT)
 _UPTRAIN_SEED = 1  # other batches than pre-training began with
-_ZEROED = {'self': 'self_attention', 'cross': 'encoder_decoder_attention'}
 
 
 def write(output_dir: str) -> None:
@@ -203,7 +202,7 @@ class Milestone:
     """
     statistics = input_statistics.open_statistics(self._statistics)
     decoder = dict(self.state.params['decoder'])
-    for name, kind in itertools.product(list(decoder), _ZEROED.values()):
+    for name, kind in itertools.product(list(decoder), worth.MODULES.values()):
       if name.startswith('layers_'):
         kernels = {n: x['kernel'] for n, x in decoder[name][kind].items()}
         inputs = statistics.read(f'decoder/{name}/{kind}')
@@ -213,19 +212,8 @@ class Milestone:
     return {**self.state.params, 'decoder': decoder}
 
   def _worth(self) -> Iterator[Row]:
-    """The loss with all attention of a kind set to zero in the decoder."""
-    for kind, module in _ZEROED.items():
-      decoder = dict(self.state.params['decoder'])
-      for name, layer in decoder.items():
-        if name.startswith('layers_'):
-          out = {'kernel': np.zeros_like(layer[module]['out']['kernel'])}
-          decoder[name] = {**layer, module: {**layer[module], 'out': out}}
-      loss = self.trainer.loss({**self.state.params, 'decoder': decoder})
-      yield self._common('training_worth') | {
-        'zeroed': kind,
-        'validation_loss': loss,
-        'excess_loss': loss - self._base_loss(),
-      }
+    for row in worth.rows(self.state.params, self.trainer.loss):
+      yield self._common('training_worth') | row
 
   def _spectra(self) -> Iterator[Row]:
     """What does not fit into shared heads: see `spectra.rows`."""
