@@ -101,7 +101,7 @@ class Document:
     """Returns a cell: our number, its spread, its difference from the paper's, tag."""
     if number is None:
       return self.not_run()
-    text = f'{number.mean:.{digits}f}'
+    text = f'{round(number.mean, digits) + 0.0:.{digits}f}'  # No minus before a zero.
     if number.spread is not None:
       text += f' ± {number.spread:.{digits}f} (n = {len(number.values)})'
     if paper is not None:
