@@ -9,8 +9,10 @@ import pytest
 import tensorflow as tf
 
 from gqa_t5x.checkpoints import tree
+from gqa_t5x.checkpoints.config import ModelConfig
 from gqa_t5x.conversion.input_statistics import InputStatistics, write_statistics
 from gqa_t5x.errors import BadInput
+from gqa_t5x.inference import saved
 from gqa_t5x.model import network
 from gqa_t5x.reproduce.experiments.models import MEAN, Model
 from gqa_t5x.reproduce.experiments.planner import Planner
@@ -21,6 +23,7 @@ from helpers.reports import documented
 from helpers.trees import STEP, D, H, N, tiny_state, write_msgpack
 
 TASK = 'a_task'
+FEATURES = ('encoder_input', 'decoder_input', 'decoder_target')
 
 
 def write_events(model_dir, losses, task=TASK, share=0.5):
@@ -100,6 +103,49 @@ def test_unigram_row_leaves_padding_out(monkeypatch):
   own = {key: row[key] for key in ('device', 'versions')}
   loss = pytest.approx(0.5 * math.log(2) + 2 * 0.25 * math.log(4))
   assert row == known | own | {'validation_loss': loss}
+
+
+def test_worth_rows(monkeypatch, tmp_path):
+  """The loss without a kind of attention is that with its values set to zero."""
+  config = network.config('mini', vocab_size=32)
+  module = network.Transformer(config)
+  tokens = jnp.ones((2, 3), jnp.int32)
+  params = module.init(jax.random.PRNGKey(0), tokens, tokens, tokens)['params']
+  params = jax.tree.map(np.asarray, params)
+  plan = Planner(STUDIES['mini'], str(tmp_path))
+  saved.write(plan.pretraining('mini').result, params, 1, ModelConfig(), None)
+  batch = {
+    'encoder_input_tokens': np.array([[3, 4, 5, 6], [7, 8, 9, 10]], np.int32),
+    'decoder_input_tokens': np.array([[0, 5, 7], [0, 9, 0]], np.int32),
+    'decoder_target_tokens': np.array([[5, 7, 1], [9, 1, 0]], np.int32),
+    'decoder_loss_weights': np.array([[1, 1, 1], [1, 1, 0]], np.int32),
+  }
+  monkeypatch.setattr(conversion.validation, 'batches', lambda *_: [batch])
+  found = {row['zeroed']: row for row in conversion.worth_rows(plan)}
+  inputs = [batch[f'{name}_tokens'] for name in FEATURES]
+  for kind, name in (
+    ('self', 'self_attention'),
+    ('cross', 'encoder_decoder_attention'),
+  ):
+    without = jax.tree.map(np.copy, params)
+    for i in range(config.num_decoder_layers):
+      without['decoder'][f'layers_{i}'][name]['value']['kernel'] *= 0
+    losses = []
+    for each in (params, without):
+      logits = module.apply({'params': each}, *inputs, enable_dropout=False)
+      chosen = np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)),
+        batch['decoder_target_tokens'][..., None],
+        axis=-1,
+      )[..., 0]
+      losses.append(-np.mean(chosen[batch['decoder_loss_weights'] > 0]))
+    row = found[kind]
+    assert row['validation_loss'] == pytest.approx(losses[1], rel=1e-5)
+    assert row['excess_loss'] == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert abs(row['excess_loss']) > 1e-3
+    (known,) = documented('conversion_study/mini', kind='worth', zeroed=kind)
+    own = ('device', 'versions', 'validation_loss', 'excess_loss')
+    assert row == known | {key: row[key] for key in own}
 
 
 # --- Spectra ------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from gqa_t5x import files
@@ -41,7 +41,8 @@ def write(output_dir: str, study: str) -> None:
   losses = Losses(read_rows(rows_file, 'conversion'))
   doc = Document(f'Conversion of a T5.1.1 ({losses.size}): which method loses least')
   (unigram,) = read_rows(rows_file, 'unigram')
-  doc.text(_conditions(losses, unigram), '## Targets')
+  worth = read_rows(rows_file, 'worth')
+  doc.text(_conditions(losses, unigram), _worth(worth), '## Targets')
   _add_checks(doc, losses)
   for num_kv_heads in losses.num_kv_heads:
     doc.text(f'## {losses.num_heads} to {num_kv_heads} key/value heads')
@@ -78,6 +79,14 @@ def _conditions(losses: Losses, unigram: Row) -> str:
     f' loses over those {losses.base:.3f}; negative: it is better by then. MHA trained'
     f' on for {round(longest * losses.pretrain_steps):,} steps more reaches'
     f' {trained_on:.3f}.'
+  )
+
+
+def _worth(rows: Sequence[Row]) -> str:
+  found = {row['zeroed']: _number(row['excess_loss']) for row in rows}
+  return (
+    'What attention of the decoder is worth: with all self-attention set to zero the'
+    f' MHA model loses {found["self"]} more, with all cross-attention {found["cross"]}.'
   )
 
 

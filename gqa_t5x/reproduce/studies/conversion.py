@@ -1,16 +1,17 @@
 """Rows of a study of conversion: what its runs left, as one JSON file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from gqa_t5x import files
+from gqa_t5x.checkpoints import folders
 from gqa_t5x.reproduce.experiments.models import MHA, Model
 from gqa_t5x.reproduce.experiments.planner import Planner
 from gqa_t5x.reproduce.experiments.studies import STUDIES
 from gqa_t5x.reproduce.results import events, rows, validation
 from gqa_t5x.reproduce.results.rows import Row
-from gqa_t5x.reproduce.studies import spectra
+from gqa_t5x.reproduce.studies import spectra, worth
 
 
 def write(output_dir: str, study: str) -> None:
@@ -25,7 +26,8 @@ def write(output_dir: str, study: str) -> None:
   """
   plan = Planner(STUDIES[study], output_dir)
   found = loss_rows(plan, plan.experiment.models)
-  files.write_json(plan.rows, [*found, unigram_row(plan), *_spectrum_rows(plan)])
+  found += [unigram_row(plan), *worth_rows(plan), *_spectrum_rows(plan)]
+  files.write_json(plan.rows, found)
 
 
 def _common(plan: Planner, kind: str) -> Row:
@@ -89,6 +91,20 @@ def unigram_row(plan: Planner) -> Row:
     'validation_loss': float(-np.sum(shares * np.log(shares))),
     'validation_batches': num_batches,
   }
+
+
+def worth_rows(plan: Planner) -> Iterator[Row]:
+  """What attention is worth to the study's MHA model: see worth.rows."""
+  source = plan.pretraining(plan.experiment.models[0].size).result
+  params, architecture = folders.read_params(source)
+  num_batches = plan.value('uptrain', 'EVAL_STEPS')
+  batches = list(validation.batches(plan, num_batches))
+  size = plan.experiment.models[0].size
+  shared = _common(plan, 'worth') | {'validation_batches': num_batches}
+  for row in worth.rows(
+    params, lambda p: validation.loss(p, architecture, batches, size)[0]
+  ):
+    yield shared | row
 
 
 def _spectrum_rows(plan: Planner) -> list[Row]:
