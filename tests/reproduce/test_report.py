@@ -5,18 +5,21 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 
 import pytest
 import tensorflow as tf
 
 from gqa_t5x.reproduce.experiments import targets
-from gqa_t5x.reproduce.experiments.models import MEAN, Model, mha
+from gqa_t5x.reproduce.experiments.models import MEAN, SVD, Model, mha
 from gqa_t5x.reproduce.experiments.planner import Planner, step_of
 from gqa_t5x.reproduce.experiments.scales import LOCAL, PAPER
 from gqa_t5x.reproduce.report import papers
+from gqa_t5x.reproduce.report.tables import training
 from gqa_t5x.reproduce.results import intensity, reader
 from gqa_t5x.reproduce.results.reader import Measured, Reader
-from helpers.reports import tables
+from gqa_t5x.reproduce.studies.heads import LATENT, Variant
+from helpers.reports import DOCS, documented, tables
 
 TASK = 'pydocs_summarize'
 SCORES = f'inference_eval/{TASK}-metrics.jsonl'
@@ -288,6 +291,21 @@ def test_the_page_has_everything(finished):
   figures = {path.name for path in (finished[0] / 'figures').glob('*.png')}
   assert {'figure3_paper.png', 'figure3_local.png', 'figure6_local.png'} <= figures
   assert page.count('data:image/png') == len(figures)
+
+
+def test_the_first_figure_shows_the_model_that_lost_most(tmp_path):
+  plan = Planner(LOCAL, str(tmp_path))
+  shutil.copy(DOCS / 'training' / 'rows.json', targets.training_file(plan.output_dir))
+  times = {(K, 1): 0.01 * K for K in LOCAL.heads.num_kv_heads}
+  write_times(plan.timing('figure6', LOCAL.heads).result, LOCAL.heads, times)
+  papers.write(str(tmp_path))
+  text = (tmp_path / 'report.md').read_text().split('## Part 1')[0]
+  assert 'the one that lost most of all tried (Adam, reversal, 4,000 steps)' in text
+  assert (tmp_path / 'figures' / 'overview.png').exists()
+  cost = training.costs(documented('training'), ('Adam, reversal', 4000))
+  assert cost(Variant(SVD), 1, 0.05) == pytest.approx(0.076, abs=5e-4)  # docs/
+  assert cost(LATENT, 2, 0.0) == pytest.approx(0.045, abs=5e-4)
+  assert cost(LATENT, 1, 0.0) is None
 
 
 def test_skipped_results_are_named(finished):

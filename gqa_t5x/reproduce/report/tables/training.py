@@ -1,7 +1,7 @@
 """Conversion against training: what it costs, and what uptraining wins back."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gqa_t5x.analysis import figures
@@ -32,7 +32,7 @@ def write(part: Part) -> None:
     part.doc.text(f'{part.doc.not_run().capitalize()}.')
     return
   part.doc.text(_conditions(rows))
-  models = list(dict.fromkeys(map(_model, rows)))
+  models = list(dict.fromkeys(map(model_of, rows)))
   _add_models(part, models, rows, worth)
   for K in NUM_KV_HEADS:
     _add_losses(part, models, rows, K)
@@ -53,11 +53,13 @@ def _conditions(rows: Sequence[Row]) -> str:
   )
 
 
-def _model(row: Row) -> tuple[str, int]:
+def model_of(row: Row) -> tuple[str, int]:
+  """The pre-training and its steps."""
   return row['training'], row['pretrain_steps']
 
 
-def _name(model: tuple[str, int]) -> str:
+def name_of(model: tuple[str, int]) -> str:
+  """What a reader calls it."""
   return f'{model[0]}, {model[1]:,}'
 
 
@@ -65,6 +67,17 @@ def _find(rows: Sequence[Row], model: tuple[str, int], **more: Any) -> Row | Non
   """The row of a model with these values; None if there is none."""
   wanted = dict(zip(('training', 'pretrain_steps'), model, strict=True)) | more
   return next((row for row in rows if row | wanted == row), None)
+
+
+def costs(rows: Sequence[Row], model: tuple[str, int]) -> Callable:
+  """(variant, cache heads, alpha) -> a model's loss over MHA's; None if not run."""
+
+  def cost(variant: Variant, K: int, alpha: float) -> float | None:
+    row = _find(rows, model, variant=variant.title, cache_heads=K, alpha=alpha)
+    mha = _find(rows, model, variant=Variant(MHA).title, alpha=alpha)
+    return row and mha and row['excess_loss'] - mha['excess_loss']
+
+  return cost
 
 
 def _excess(part: Part, row: Row | None, over: float = 0.0) -> str:
@@ -78,7 +91,7 @@ def _add_models(part: Part, models, rows, worth) -> None:
     mha = _find(rows, model, variant=Variant(MHA).title, uptrain_steps=0)
     cells = [part.number(mha, mha['validation_loss'], 3)]
     cells += [_excess(part, _find(worth, model, zeroed=k)) for k in ('self', 'cross')]
-    table.append([_name(model), *cells])
+    table.append([name_of(model), *cells])
   part.doc.text('What attention of the decoder is worth: the loss without it.')
   head = ['pre-training, steps', 'loss', 'excess without self-', 'without cross-']
   part.doc.table(head, table)
@@ -95,7 +108,7 @@ def _add_losses(part: Part, models, rows, K: int) -> None:
     if any(found):
       table.append([variant.title, *(_excess(part, row) for row in found)])
   part.doc.text(f'Excess loss right after conversion, cache of {K} of 8 heads:')
-  part.doc.table(['by', *map(_name, models)], table)
+  part.doc.table(['by', *map(name_of, models)], table)
 
 
 def _add_uptraining(part: Part, models, rows) -> None:
@@ -124,7 +137,7 @@ def _add_uptraining(part: Part, models, rows) -> None:
             _excess(part, row, over['excess_loss'])
             for row, over in zip(found, mha, strict=True)
           )
-          table.append([_name(model), str(K), variant.title, *cells])
+          table.append([name_of(model), str(K), variant.title, *cells])
   part.doc.text('Loss over that of MHA trained on for as many steps:')
   times = (f'after {alpha:.0%}' if alpha else 'step 0' for alpha in alphas)
   part.doc.table(['pre-training, steps', 'K', 'by', *times], table, left=(0, 2))
@@ -137,7 +150,7 @@ def _add_spectra(part: Part, models, spectra) -> None:
     for row in spectra:
       if row['side'] == side:
         key = row['statistics'], 'kv_head_dim' in row, row['cache_heads']
-        of_model = found.setdefault(key, {}).setdefault(_model(row), [])
+        of_model = found.setdefault(key, {}).setdefault(model_of(row), [])
         of_model += row['dropped_share']
     table = [
       [
@@ -148,7 +161,7 @@ def _add_spectra(part: Part, models, spectra) -> None:
       for (used, latent, K), means in sorted(found.items(), reverse=True)
     ]
     part.doc.text(f'Share of the {side}s that does not fit into the cache:')
-    part.doc.table(['statistics', 'K', *map(_name, models)], table)
+    part.doc.table(['statistics', 'K', *map(name_of, models)], table)
 
 
 def _draw(part: Part, models, rows: Sequence[Row]) -> None:
