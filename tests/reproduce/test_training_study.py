@@ -123,7 +123,7 @@ def test_what_the_optimizer_keeps_of_changed_parameters_is_lost(trainer):
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
-  several = {'adafactor': training('adafactor')}
+  several = {'adam': training('adam', (20,)), 'adafactor': training('adafactor')}
   monkeypatch.setattr(trainings, 'TRAININGS', several)
   monkeypatch.setattr(trainings, 'UPTRAINED', (0.05,))
   variants = Variant(MEAN), Variant(SVD), LATENT, JOINT
@@ -132,9 +132,9 @@ def test_the_command(monkeypatch, tmp_path, capsys):
   assert reproduce.define_command().run(argv, reproduce.act) == 0
   rows = json.loads((tmp_path / 'training.json').read_text())
   losses = [row for row in rows if row['kind'] == 'training']
-  # 2 models; MHA, and 3 variants with 4 and 2 heads, 2 with one; twice each. The
+  # 3 models; MHA, and 3 variants with 4 and 2 heads, 2 with one; twice each. The
   # joint form once.
-  assert len(losses) == 2 * ((1 + 3 + 3 + 2) * 2 + 3)
+  assert len(losses) == 3 * ((1 + 3 + 3 + 2) * 2 + 3)
   by_key = {
     (r['training'], r['pretrain_steps'], r['variant'], r['cache_heads'], r['alpha']): r
     for r in losses
@@ -180,8 +180,8 @@ def _report(folder, mha, cross):
   text = (folder / 'report.md').read_text()
   part = text.split('### Conversion against training\n')[1].split('\n### ')[0]
   models, *by_heads, uptrained, keys, values = tables(part)
-  assert [len(table) for table in (models, *by_heads)] == [3, 5, 5, 4]
-  assert len(uptrained) == 1 + 2 * (3 + 3 + 2)
+  assert [len(table) for table in (models, *by_heads)] == [4, 5, 5, 4]
+  assert len(uptrained) == 1 + 3 * (3 + 3 + 2)
   assert len(keys) == len(values) == 1 + 2 * (3 + 2)
   line = next(line for line in models if line[0] == 'adafactor, 40')
   assert line[1] == f'{mha["validation_loss"]:.3f}'
