@@ -169,7 +169,7 @@ def _compare_int8(args: flags.FlagValues, model: Any, texts: Sequence[Any]) -> N
 
 def _read(args: flags.FlagValues) -> list[Any]:
   """The first texts of the file, or pairs; BadInput if there are fewer than two."""
-  from gqa_t5x.data import records
+  from gqa_t5x.data.own import records
 
   if not epath.Path(args.texts).exists() or epath.Path(args.texts).is_dir():
     is_folder = epath.Path(args.texts).exists()

@@ -19,7 +19,7 @@ import tensorflow as tf
 from jax.experimental import multihost_utils
 
 from gqa_t5x import files
-from gqa_t5x.data import records
+from gqa_t5x.data.own import records
 from gqa_t5x.errors import BadInput, first_line
 
 _NAME = 80  # most characters of the file's name in those of the results

@@ -9,7 +9,7 @@ import seqio
 import t5.data.mixtures  # noqa: F401
 import tensorflow as tf
 
-from gqa_t5x.data import own_tasks
+from gqa_t5x.data.own import own_tasks
 from gqa_t5x.errors import BadInput
 from helpers import tiny_task
 from helpers.own_files import (

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from gqa_t5x import files
-from gqa_t5x.data import record_cache
+from gqa_t5x.data.own import record_cache
 from helpers import commands
 from helpers.own_files import TEXTS, raw, text_task, write_texts
 

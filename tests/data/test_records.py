@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gqa_t5x.data import records
+from gqa_t5x.data.own import records
 from gqa_t5x.errors import BadInput
 
 # A third text with what each format must keep.

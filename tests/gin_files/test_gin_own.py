@@ -12,7 +12,7 @@ from t5x import utils
 
 import gin
 from gqa_t5x.checkpoints import folders
-from gqa_t5x.data import own_tasks
+from gqa_t5x.data.own import own_tasks
 from gqa_t5x.training import best_checkpoint
 from helpers import commands, gin_cases
 

@@ -5,7 +5,7 @@ import pathlib
 
 import seqio
 
-from gqa_t5x.data import own_tasks
+from gqa_t5x.data.own import own_tasks
 from helpers import tiny_task
 
 WORDS = tiny_task.WORDS

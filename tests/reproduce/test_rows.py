@@ -229,7 +229,7 @@ def test_validation_loss_of_uniform_predictions():
     'decoder_target_tokens': targets.astype(np.int32),
     'decoder_loss_weights': np.array([[1, 1, 1], [1, 0, 0]], np.int32),
   }
-  loss, accuracy = validation.loss(params, sizes, [batch, batch])
+  loss, accuracy = validation.loss(params, sizes, [batch, batch], 'tiny')
   assert loss == pytest.approx(math.log(vocab_size), rel=1e-5)
   assert accuracy == pytest.approx(0.25)
 

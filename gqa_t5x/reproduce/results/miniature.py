@@ -35,7 +35,7 @@ def write(output_dir: str) -> None:
     MINIATURE.models, desc='evaluate', unit='model', mininterval=0
   ):
     params, architecture = folders.read_params(plan.path_of(model))
-    loss, accuracy = validation.loss(params, architecture, batches)
+    loss, accuracy = validation.loss(params, architecture, batches, model.size)
     vocab_sizes[model.num_kv_heads] = architecture.vocab_size
     cache_bytes = architecture.cache_bytes_per_token('self_attention')
     found.append(

@@ -37,7 +37,7 @@ def loss(
   params: dict[str, Any],
   architecture: Architecture,
   batches: Sequence[dict[str, np.ndarray]],
-  size: str = 'tiny',
+  size: str,
 ) -> tuple[float, float]:
   """Returns cross-entropy (nats) and accuracy of a model, per target token."""
   K, V = architecture.num_kv_heads['self_attention'], architecture.vocab_size

@@ -95,11 +95,10 @@ def unigram_row(plan: Planner) -> Row:
 
 def worth_rows(plan: Planner) -> Iterator[Row]:
   """What attention is worth to the study's MHA model: see worth.rows."""
-  source = plan.pretraining(plan.experiment.models[0].size).result
-  params, architecture = folders.read_params(source)
+  size = plan.experiment.models[0].size
+  params, architecture = folders.read_params(plan.pretraining(size).result)
   num_batches = plan.value('uptrain', 'EVAL_STEPS')
   batches = list(validation.batches(plan, num_batches))
-  size = plan.experiment.models[0].size
   shared = _common(plan, 'worth') | {'validation_batches': num_batches}
   for row in worth.rows(
     params, lambda p: validation.loss(p, architecture, batches, size)[0]

@@ -1,6 +1,5 @@
 """The project's point at a glance: what fewer heads save, and what they cost."""
 
-from collections.abc import Callable
 from typing import Any
 
 from gqa_t5x.analysis import figures
@@ -20,8 +19,6 @@ BARS = (
   ('latent form, by svd', LATENT, 0.0, figures.BLACK, ''),
   ('latent, uptrained 5%', LATENT, 0.05, figures.BLACK, '///'),
 )
-# (variant, cache of so many heads, alpha) -> loss over MHA's; None if it was not run.
-Cost = Callable[[Variant, int, float], float | None]
 
 
 def write(part: Part) -> None:
@@ -47,7 +44,7 @@ def write(part: Part) -> None:
   )
 
 
-def _costs(part: Part) -> tuple[str, tuple[int, ...], Cost] | None:
+def _costs(part: Part) -> tuple[str, tuple[int, ...], training.Cost] | None:
   """What was converted, in words, to which K, and the costs; None if nothing was.
 
   Of the models of the study against training, it is the one to which svd costs most;
@@ -71,7 +68,7 @@ def _costs(part: Part) -> tuple[str, tuple[int, ...], Cost] | None:
   return 'trained briefly', tuple(losses.num_kv_heads), cost
 
 
-def _draw_costs(axis: Any, num_kv_heads: tuple[int, ...], cost: Cost) -> None:
+def _draw_costs(axis: Any, num_kv_heads: tuple[int, ...], cost: training.Cost) -> None:
   """Loss over MHA trained as long, for each number of heads."""
   width = 0.15
   for i, (label, variant, alpha, color, hatch) in enumerate(BARS):

@@ -19,6 +19,8 @@ STYLES = {
   LATENT: (figures.BLACK, 'o'),
 }
 SIDES = ('key', 'value')
+# (variant, cache of so many heads, alpha) -> loss over MHA's; None if it was not run.
+Cost = Callable[[Variant, int, float], float | None]
 
 
 def write(part: Part) -> None:
@@ -69,8 +71,8 @@ def _find(rows: Sequence[Row], model: tuple[str, int], **more: Any) -> Row | Non
   return next((row for row in rows if row | wanted == row), None)
 
 
-def costs(rows: Sequence[Row], model: tuple[str, int]) -> Callable:
-  """(variant, cache heads, alpha) -> a model's loss over MHA's; None if not run."""
+def costs(rows: Sequence[Row], model: tuple[str, int]) -> Cost:
+  """What conversion costs a model: excess loss over that of MHA trained as long."""
 
   def cost(variant: Variant, K: int, alpha: float) -> float | None:
     row = _find(rows, model, variant=variant.title, cache_heads=K, alpha=alpha)

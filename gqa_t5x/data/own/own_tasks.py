@@ -15,7 +15,8 @@ import tensorflow as tf
 from t5.data import preprocessors as t5_preprocessors
 
 from gqa_t5x import files
-from gqa_t5x.data import metrics, preprocessors, record_cache, records
+from gqa_t5x.data import metrics, preprocessors
+from gqa_t5x.data.own import record_cache, records
 from gqa_t5x.errors import BadInput
 
 Files = str | Sequence[str]
